@@ -1,0 +1,374 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * bypass.h - the public contract of the bypass core: a TCP/IP stack without I/O, clock or threads.
+ *
+ * Read it in this order: frames and netdev (how packets come in and go out), environment, creation,
+ * driving the stack, sockets, introspection.
+ *
+ * Rules that hold everywhere:
+ *  - All state of a stack lies in one memory range that the caller supplies (the arena). It holds no
+ *    pointers and no callbacks, so it may be mapped at different addresses by different processes.
+ *    `struct bypass_stack` is the process-local view of it: pointers live there and only there.
+ *  - Nothing here allocates, blocks, exits, reads a clock or makes a system call. Time is an argument
+ *    in nanoseconds of any monotonic clock; randomness and logging come through `bypass_env`; packets
+ *    come through `bypass_netdev`.
+ *  - Results are >= 0, or -errno (Linux numbering). No function sets errno.
+ *  - One caller at a time per stack. Calls for different stacks are independent.
+ *  - Addresses are 16 bytes in network order: IPv6, or IPv4 as ::ffff:a.b.c.d (RFC 4291 2.5.5.2).
+ *    Ports are in host order.
+ *  - Everything named `bypass_*` is exported from libbypass.so; nothing else is.
+ */
+#ifndef BYPASS_H
+#define BYPASS_H
+
+#ifndef BYPASS_CDEF /* the Python build reads this header with a parser that knows these types */
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+#define BYPASS_API __attribute__((visibility("default")))
+#else
+#define BYPASS_API
+#endif
+
+enum {
+    BYPASS_ABI = 1, /* changes whenever a struct of this header changes its layout */
+};
+
+/* ---- Frames ------------------------------------------------------------------------------------
+ *
+ * A frame is a fixed-size piece of packet memory, named by its number. The bytes of frame f lie at
+ * dev->mem + f * dev->stride; its metadata lies beside the memory, never in it, at
+ * dev->meta + f * dev->meta_stride.
+ *
+ *     frame f:  | headroom ........ | packet: meta.len bytes | tailroom |
+ *               0                   meta.off                            stride
+ *
+ * A frame has at most one device holder and one stack holder (meta.holders). Transmitted TCP data has
+ * both: the stack keeps it until the peer acknowledges, the device until it is reaped. A frame that
+ * the device holds is neither written to nor submitted again. It returns to the free pool when its
+ * last holder lets go.
+ */
+typedef uint32_t bypass_pkt;
+
+enum {
+    BYPASS_PKT_NONE = 0xffffffff,
+
+    /* meta.holders */
+    BYPASS_HOLD_STACK = 1, /* the stack (or another caller of alloc or rx_burst) */
+    BYPASS_HOLD_DEV = 2,   /* the device, for transmission */
+    BYPASS_HOLD_RX = 4,    /* the device, for reception (fill or rx ring) */
+
+    /* meta.flags, receive */
+    BYPASS_RX_CSUM_OK = 1, /* the device or the medium vouches for the TCP/UDP checksum */
+    BYPASS_RX_VERDICT = 2, /* entry, rule and hash are the steering program's */
+    /* meta.flags, transmit */
+    BYPASS_TX_CSUM = 16, /* the device completes the checksum from csum_start and csum_off */
+};
+
+struct bypass_pkt_meta {
+    uint16_t off;   /* first packet byte, from the frame's start */
+    uint16_t len;   /* packet bytes */
+    uint16_t queue; /* rx: the queue it came by; tx: the queue to send by */
+    uint8_t flags;
+    uint8_t holders;
+    uint32_t entry;      /* steering verdict: live entry (endpoint) number */
+    uint32_t rule;       /* steering verdict: number of the policy rule, in file order from 0 */
+    uint32_t hash;       /* steering verdict: flow hash, not keyed: never use it for lookup tables */
+    uint16_t csum_start; /* BYPASS_TX_CSUM: start of the checksummed bytes, from meta.off */
+    uint16_t csum_off;   /* BYPASS_TX_CSUM: where the checksum goes, from csum_start */
+    uint32_t next;       /* the rest belongs to the stack holder */
+    uint32_t seq;
+    uint32_t csum;
+    uint16_t data_off;
+    uint16_t data_len;
+    uint64_t time_ns;
+    uint32_t prev;
+    uint16_t seg_flags;
+    uint16_t seg_count;
+};
+
+/* ---- Network device ----------------------------------------------------------------------------
+ *
+ * A backend embeds `struct bypass_netdev` as the first member of its own struct. Every operation
+ * works on batches and returns how many it did, or -errno; it never blocks.
+ */
+struct bypass_netdev;
+
+struct bypass_netdev_ops {
+    /* Takes up to n frames out of the free pool. The caller holds out[0..ret) (HOLD_STACK). */
+    int (*alloc)(struct bypass_netdev *dev, bypass_pkt *out, int n);
+    /* Lets go of the caller's hold. A frame that the device still transmits is freed when reaped. */
+    void (*free)(struct bypass_netdev *dev, const bypass_pkt *pkts, int n);
+    /* Received frames, in order per queue; meta off, len, queue, flags and verdict are set. The caller
+     * holds out[0..ret). */
+    int (*rx_burst)(struct bypass_netdev *dev, bypass_pkt *out, int max);
+    /* Queues frames for transmission, in order. The device holds pkts[0..ret) until they are reaped;
+     * the caller's hold is unchanged. Fewer than n: the ring is full, try after a reap. */
+    int (*tx_burst)(struct bypass_netdev *dev, const bypass_pkt *pkts, int n);
+    /* Completed transmissions: the device's hold ends. Frames that the stack holds too are written to
+     * `done`; frames that nobody holds any more went to the free pool and count in the result only
+     * by their absence. Returns the number written to `done`. */
+    int (*reap)(struct bypass_netdev *dev, bypass_pkt *done, int max);
+    /* Makes the device transmit and refill. 0, -EAGAIN (call again), -ENETDOWN, -ENXIO (gone). */
+    int (*kick)(struct bypass_netdev *dev);
+    /* A descriptor that becomes readable when frames arrive, or -ENOTSUP. */
+    int (*wait_fd)(struct bypass_netdev *dev);
+};
+
+enum {
+    BYPASS_CAP_RX_CSUM = 1, /* sets BYPASS_RX_CSUM_OK where it may */
+    BYPASS_CAP_TX_CSUM = 2, /* honours BYPASS_TX_CSUM */
+};
+
+struct bypass_netdev {
+    const struct bypass_netdev_ops *ops;
+    uint8_t *mem;
+    struct bypass_pkt_meta *meta;
+    uint32_t stride;      /* bytes from frame to frame */
+    uint32_t meta_stride; /* bytes from metadata to metadata; at least sizeof(struct bypass_pkt_meta) */
+    uint32_t frames;      /* number of frames */
+    uint32_t free_frames; /* frames in the free pool now, kept by the backend */
+    uint32_t caps;
+    uint16_t queues;
+    uint16_t mtu;      /* largest IP packet, bytes */
+    uint16_t headroom; /* meta.off of a frame fresh from alloc: room for all headers, at least 128 */
+    uint8_t mac[6];
+};
+
+/* ---- Environment ------------------------------------------------------------------------------ */
+struct bypass_env {
+    /* Fills buf with n unpredictable bytes; 0 or -errno. Called at creation only: the stack expands
+     * its own secrets from it. */
+    int (*random)(void *ctx, void *buf, size_t n);
+    /* May be NULL. level: 0 debug, 1 info, 2 warning, 3 error. msg is valid during the call only. */
+    void (*log)(void *ctx, int level, const char *msg);
+    void *ctx;
+};
+
+/* ---- Creation --------------------------------------------------------------------------------- */
+enum {
+    /* bypass_config.flags */
+    BYPASS_F_ARP = 1,  /* resolve next hops by ARP and answer ARP; else ask bypass_nexthop_wanted() */
+    BYPASS_F_PING = 2, /* answer ICMP echo requests */
+    BYPASS_F_RST = 4,  /* answer TCP for which no socket exists with a reset, UDP with unreachable */
+};
+
+struct bypass_config {
+    uint32_t abi;         /* BYPASS_ABI */
+    uint32_t flags;       /* BYPASS_F_* */
+    uint32_t max_conns;   /* TCP connections, in all states */
+    uint32_t max_socks;   /* handles: listeners, UDP sockets, connections that a program holds */
+    uint32_t max_chunks;  /* 512-byte pieces for received data that is copied out of frames */
+    uint32_t max_dsts;    /* destinations in the next-hop cache */
+    uint32_t max_frags;   /* IPv4 datagrams under reassembly */
+    uint32_t sndbuf;      /* default send buffer, bytes */
+    uint32_t rcvbuf;      /* default receive buffer, bytes */
+    uint32_t reserved[7]; /* 0 */
+};
+
+struct bypass_stack { /* process-local; treat as opaque */
+    void *arena;
+    struct bypass_netdev *dev;
+    struct bypass_env env;
+};
+
+/* Fills cfg with defaults for `max_conns` connections. */
+BYPASS_API void bypass_config_default(struct bypass_config *cfg, uint32_t max_conns);
+/* Bytes of arena that cfg needs; 0 when cfg makes no sense. Untouched parts stay untouched, so memory
+ * of untouched pages need not exist. */
+BYPASS_API size_t bypass_arena_size(const struct bypass_config *cfg);
+/* Creates a stack in zeroed memory, aligned to 64 bytes. -EINVAL (cfg, alignment), -ENOMEM (size),
+ * or what env->random returned. `dev` must outlive the stack. */
+BYPASS_API int bypass_create(struct bypass_stack *s, void *arena, size_t size, const struct bypass_config *cfg,
+                             struct bypass_netdev *dev, const struct bypass_env *env, uint64_t now_ns);
+/* Views an existing arena from another mapping or process. -EINVAL when it is not one. */
+BYPASS_API int bypass_attach(struct bypass_stack *s, void *arena, size_t size, struct bypass_netdev *dev,
+                             const struct bypass_env *env);
+/* Resets live connections (a RST each), frees every socket, frame and timer. The arena may be reused
+ * after it. */
+BYPASS_API void bypass_destroy(struct bypass_stack *s);
+
+/* ---- Addresses, routes, next hops -------------------------------------------------------------- */
+struct bypass_addr {
+    uint8_t b[16];
+};
+struct bypass_endpoint {
+    struct bypass_addr addr;
+    uint16_t port;
+    uint16_t reserved[3];
+};
+/* A local address. prefix_len: of its subnet, 0..32 for IPv4. -EEXIST, -ENOSPC, -EAFNOSUPPORT. */
+BYPASS_API int bypass_addr_add(struct bypass_stack *s, const struct bypass_addr *addr, int prefix_len);
+BYPASS_API int bypass_addr_del(struct bypass_stack *s, const struct bypass_addr *addr);
+/* The gateway for destinations on no local subnet (with BYPASS_F_ARP). NULL removes it. */
+BYPASS_API int bypass_gateway_set(struct bypass_stack *s, const struct bypass_addr *gateway);
+/* Without BYPASS_F_ARP: destinations whose next hop the stack wants to know. Each is reported once
+ * until it is answered, or asked again after a second. Returns the number written. */
+BYPASS_API int bypass_nexthop_wanted(struct bypass_stack *s, struct bypass_addr *out, int max);
+/* The answer: frames for dst go to mac; mtu is the path's, 0 for the device's. mac NULL: unreachable
+ * (waiting packets are dropped, connecting sockets get EHOSTUNREACH). -ENOSPC. */
+BYPASS_API int bypass_nexthop_set(struct bypass_stack *s, const struct bypass_addr *dst, const uint8_t *mac,
+                                  uint16_t mtu);
+/* Forgets one next hop (NULL: all), so that its next use asks again. Connections are kept. */
+BYPASS_API void bypass_nexthop_forget(struct bypass_stack *s, const struct bypass_addr *dst);
+
+/* ---- Driving ----------------------------------------------------------------------------------- */
+/* Receives, runs due timers, sends. At most `budget` frames are received. Returns how many were; -errno
+ * of the device (-ENETDOWN, -ENXIO) after timers have run all the same. */
+BYPASS_API int bypass_poll(struct bypass_stack *s, uint64_t now_ns, int budget);
+/* Hands what socket calls produced to the device now. bypass_poll() does this too. */
+BYPASS_API int bypass_flush(struct bypass_stack *s);
+/* Moves the stack's clock without I/O (it never goes back). Socket calls use the time of the last
+ * bypass_poll() or bypass_now(). */
+BYPASS_API void bypass_now(struct bypass_stack *s, uint64_t now_ns);
+/* When bypass_poll() must run next, absolute ns; UINT64_MAX: only when a frame arrives; a time in the
+ * past: at once. */
+BYPASS_API uint64_t bypass_deadline(const struct bypass_stack *s);
+
+/* ---- Sockets ----------------------------------------------------------------------------------
+ *
+ * Handles carry a generation: a stale one gives -EBADF, never another socket. No call blocks: what
+ * would block gives -EAGAIN, and an event tells when to try again.
+ */
+typedef int64_t bypass_sock; /* >= 0: a handle; < 0: -errno */
+
+enum {
+    BYPASS_STREAM = 1, /* TCP */
+    BYPASS_DGRAM = 2,  /* UDP */
+
+    /* readiness, in the spirit of poll(2) */
+    BYPASS_IN = 1,   /* data, a connection to accept, or end of stream */
+    BYPASS_OUT = 2,  /* room to send, or connected */
+    BYPASS_ERR = 4,  /* bypass_error() has something */
+    BYPASS_HUP = 8,  /* both directions are closed */
+    BYPASS_RDHUP = 16, /* the peer closed its direction */
+
+    /* bypass_shutdown() */
+    BYPASS_SHUT_RD = 0,
+    BYPASS_SHUT_WR = 1,
+    BYPASS_SHUT_RDWR = 2,
+
+    /* bypass_recv() flags */
+    BYPASS_PEEK = 1,
+    BYPASS_TRUNC = 2, /* recvfrom: return the datagram's real size */
+    /* bypass_send() flags */
+    BYPASS_MORE = 4, /* more follows: do not send a partial segment yet */
+
+    /* options (value is int64) */
+    BYPASS_SO_SNDBUF = 1,
+    BYPASS_SO_RCVBUF = 2,
+    BYPASS_SO_KEEPALIVE = 3, /* 0 or 1 */
+    BYPASS_SO_LINGER = 4,    /* seconds, -1 off; 0: close() resets */
+    BYPASS_SO_REUSEADDR = 5,
+    BYPASS_SO_BROADCAST = 6,
+    BYPASS_IP_TTL = 7,
+    BYPASS_IP_TOS = 8,
+    BYPASS_TCP_NODELAY = 16,
+    BYPASS_TCP_MAXSEG = 17,
+    BYPASS_TCP_QUICKACK = 18,
+    BYPASS_TCP_CORK = 19,
+    BYPASS_TCP_KEEPIDLE = 20, /* seconds */
+    BYPASS_TCP_KEEPINTVL = 21,
+    BYPASS_TCP_KEEPCNT = 22,
+    BYPASS_TCP_USER_TIMEOUT = 23, /* milliseconds */
+};
+
+BYPASS_API bypass_sock bypass_socket(struct bypass_stack *s, int type);
+/* Port 0 chooses one. -EADDRINUSE, -EADDRNOTAVAIL, -EINVAL (bound already). */
+BYPASS_API int bypass_bind(struct bypass_stack *s, bypass_sock sock, const struct bypass_endpoint *local);
+BYPASS_API int bypass_listen(struct bypass_stack *s, bypass_sock sock, int backlog);
+/* A handle of an established connection, -EAGAIN, -EINVAL (not listening), -ENFILE. */
+BYPASS_API bypass_sock bypass_accept(struct bypass_stack *s, bypass_sock sock);
+/* TCP: -EINPROGRESS, then BYPASS_OUT or BYPASS_ERR. UDP: 0. -EADDRNOTAVAIL, -EISCONN, -EALREADY,
+ * -ENETUNREACH. */
+BYPASS_API int bypass_connect(struct bypass_stack *s, bypass_sock sock, const struct bypass_endpoint *peer);
+/* Bytes queued (may be fewer than n), -EAGAIN, -EPIPE, -ENOTCONN, -ECONNRESET, -ETIMEDOUT, ... */
+BYPASS_API int64_t bypass_send(struct bypass_stack *s, bypass_sock sock, const void *buf, size_t n, int flags);
+/* Bytes read; 0: the peer closed its direction; -EAGAIN, -ENOTCONN, -ECONNRESET, -ETIMEDOUT, ... */
+BYPASS_API int64_t bypass_recv(struct bypass_stack *s, bypass_sock sock, void *buf, size_t n, int flags);
+/* UDP. One datagram each. to/from may be NULL on a connected socket. -EMSGSIZE, -EAGAIN,
+ * -EDESTADDRREQ, -ECONNREFUSED, -EHOSTUNREACH. */
+BYPASS_API int64_t bypass_sendto(struct bypass_stack *s, bypass_sock sock, const void *buf, size_t n, int flags,
+                                 const struct bypass_endpoint *to);
+BYPASS_API int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock sock, void *buf, size_t n, int flags,
+                                   struct bypass_endpoint *from);
+BYPASS_API int bypass_shutdown(struct bypass_stack *s, bypass_sock sock, int how);
+/* The handle is invalid afterwards; queued data is still delivered, unless unread data was thrown away
+ * or linger is 0: then the peer gets a reset (RFC 9293 3.10.4, RFC 2525 2.17). */
+BYPASS_API int bypass_close(struct bypass_stack *s, bypass_sock sock);
+/* Resets the connection and closes. */
+BYPASS_API int bypass_abort(struct bypass_stack *s, bypass_sock sock);
+BYPASS_API int bypass_local(struct bypass_stack *s, bypass_sock sock, struct bypass_endpoint *out);
+BYPASS_API int bypass_peer(struct bypass_stack *s, bypass_sock sock, struct bypass_endpoint *out);
+BYPASS_API int bypass_setopt(struct bypass_stack *s, bypass_sock sock, int opt, int64_t value);
+BYPASS_API int64_t bypass_getopt(struct bypass_stack *s, bypass_sock sock, int opt);
+/* Pending error (positive errno) and clears it, like SO_ERROR; 0 none; -EBADF. */
+BYPASS_API int bypass_error(struct bypass_stack *s, bypass_sock sock);
+/* Readiness now (level). */
+BYPASS_API int bypass_ready(struct bypass_stack *s, bypass_sock sock);
+/* A value of the caller's, returned with each event. */
+BYPASS_API int bypass_set_user(struct bypass_stack *s, bypass_sock sock, uint64_t user);
+
+struct bypass_event {
+    bypass_sock sock;
+    uint64_t user;
+    uint32_t mask; /* what became ready since the last report (edge), BYPASS_IN ... */
+    uint32_t reserved;
+};
+/* Takes up to max events, oldest first. Returns the number. */
+BYPASS_API int bypass_events(struct bypass_stack *s, struct bypass_event *out, int max);
+
+/* ---- Introspection ------------------------------------------------------------------------------ */
+enum { /* connection states, RFC 9293 3.3.2, in the numbering of Linux' tcp_states.h */
+       BYPASS_ESTABLISHED = 1,
+       BYPASS_SYN_SENT = 2,
+       BYPASS_SYN_RECEIVED = 3,
+       BYPASS_FIN_WAIT_1 = 4,
+       BYPASS_FIN_WAIT_2 = 5,
+       BYPASS_TIME_WAIT = 6,
+       BYPASS_CLOSED = 7,
+       BYPASS_CLOSE_WAIT = 8,
+       BYPASS_LAST_ACK = 9,
+       BYPASS_LISTEN = 10,
+       BYPASS_CLOSING = 11,
+};
+
+struct bypass_tcp_info {
+    struct bypass_endpoint local, peer;
+    uint32_t state;
+    uint32_t snd_una, snd_nxt, rcv_nxt;
+    uint32_t snd_wnd, rcv_wnd; /* bytes */
+    uint32_t cwnd, ssthresh;   /* bytes */
+    uint32_t snd_mss;
+    uint32_t snd_queued, rcv_queued; /* bytes: written and unacknowledged; received and unread */
+    uint32_t srtt_us, rttvar_us, rto_us;
+    uint32_t retransmits;     /* segments, since the connection began */
+    uint32_t flags;           /* 1 timestamps, 2 window scaling */
+    uint8_t snd_wscale, rcv_wscale;
+    uint8_t reserved[6];
+};
+BYPASS_API int bypass_tcp_info(struct bypass_stack *s, bypass_sock sock, struct bypass_tcp_info *out);
+/* Connections in every state, also those that no handle owns: *cursor starts at 0; returns 1 and fills
+ * out, or 0 at the end. */
+BYPASS_API int bypass_conn_next(struct bypass_stack *s, uint32_t *cursor, struct bypass_tcp_info *out);
+/* Connections (any state but LISTEN and CLOSED) and listeners that own this local port; addr NULL: any. */
+BYPASS_API int bypass_port_users(struct bypass_stack *s, int type, const struct bypass_addr *addr, uint16_t port);
+
+/* Counters: an array of 64-bit values in the arena, readable at any time. */
+BYPASS_API int bypass_stat_count(void);
+BYPASS_API const char *bypass_stat_name(int i);
+BYPASS_API const uint64_t *bypass_stats(const struct bypass_stack *s);
+
+struct bypass_audit { /* everything that is in use; all zero after an orderly end */
+    uint32_t conns, listeners, udp_socks, handles, timers, chunks, frags, dst_waiting, frames, tx_pending;
+};
+BYPASS_API void bypass_audit(const struct bypass_stack *s, struct bypass_audit *out);
+
+#ifndef BYPASS_CDEF
+#ifdef __cplusplus
+}
+#endif
+#endif
+#endif

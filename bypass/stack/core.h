@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * core.h - what every file of the stack shares: the arena's head, pools, frames, the clock, counters,
+ * and the seams between protocols. A packet meets, in order:
+ *
+ *   poll.c  -> eth.c -> arp.c
+ *                    -> ipv4.c (reass.c) -> icmp.c
+ *                                        -> udp.c
+ *                                        -> tcp_in.c -> tcp_rcv.c, tcp_out.c ... -> sock.c (events)
+ *   sock.c  -> tcp_*.c, udp.c -> ipv4.c (ip_out) -> dst.c -> eth header -> poll.c (transmit queue)
+ */
+#ifndef BYPASS_STACK_CORE_H
+#define BYPASS_STACK_CORE_H
+
+#include "counters.h"
+#include "types.h"
+
+/* ---- Pools: fixed arrays in the arena, named by index. Untouched entries stay untouched. -------- */
+struct pool {
+    uint64_t off;  /* bytes from the arena's start */
+    uint32_t size; /* bytes an entry; the first four of a free entry link the free list */
+    uint32_t cap;
+    uint32_t used;
+    uint32_t bump; /* entries below were handed out at least once */
+    uint32_t free; /* head of the free list, NO_INDEX: empty */
+    uint32_t pad;
+};
+
+/* 512-byte pieces for received payload that was copied out of its frame. */
+enum { CHUNK_SIZE = 512, CHUNK_DATA = CHUNK_SIZE - 16, COPY_BREAK = 256 };
+struct chunk {
+    uint32_t next;
+    uint16_t off, len; /* valid bytes: data[off .. off + len) */
+    uint32_t owner[2]; /* the holder's own */
+    uint8_t data[CHUNK_DATA];
+};
+
+enum { MAX_ADDRS = 16, RX_BATCH = 64 };
+
+struct local_addr {
+    addr_t addr;
+    int32_t prefix_len;
+    uint32_t used;
+};
+
+struct core {
+    uint32_t magic, abi;
+    uint64_t size;
+    struct bypass_config cfg;
+    uint64_t now_ns;
+    uint64_t hash_key[2];  /* SipHash key of all flow tables */
+    uint64_t isn_key[2];   /* RFC 6528 secret */
+    uint64_t port_key[2];  /* RFC 6056 secret */
+    uint64_t rand_state[4]; /* expanded from env->random at creation */
+    uint64_t stats[ST_COUNT];
+
+    struct local_addr addrs[MAX_ADDRS];
+    addr_t gateway;
+    uint32_t has_gateway;
+    uint16_t ip_id;
+    uint16_t pad0;
+
+    /* transmit queue: frames handed to the device at the next flush; ring of txq_cap (power of two,
+     * at least the number of frames, so that it cannot overflow) */
+    uint64_t txq_off;
+    uint32_t txq_cap, txq_head, txq_tail;
+
+    struct pool chunks;
+    struct pool socks;
+    uint32_t ev_head, ev_tail; /* sockets with unreported events */
+
+    struct pool dsts, frags, udps, listeners, conns, colds;
+    uint64_t dst_state[16];  /* dst.c, arp.c: their own words (hash table offsets, clocks) */
+    uint64_t frag_state[8];  /* reass.c */
+    uint64_t icmp_state[8];  /* icmp.c: rate limit */
+    uint64_t udp_state[16];  /* udp.c */
+    uint64_t tcp_state[64];  /* tcp_*.c */
+    uint64_t wheel_state[8]; /* wheel.c */
+};
+
+static inline struct core *core(const struct bypass_stack *s) { return s->arena; }
+static inline void *at(const struct bypass_stack *s, uint64_t off) { return (uint8_t *)s->arena + off; }
+static inline uint64_t now_ns(const struct bypass_stack *s) { return core(s)->now_ns; }
+#define STAT(s, name) (core(s)->stats[ST_##name]++)
+#define STAT_ADD(s, name, n) (core(s)->stats[ST_##name] += (n))
+
+static inline void *pool_at(const struct bypass_stack *s, const struct pool *p, uint32_t i)
+{
+    return at(s, p->off + (uint64_t)i * p->size);
+}
+uint32_t pool_alloc(struct bypass_stack *s, struct pool *p); /* NO_INDEX when empty; contents are stale */
+void pool_free(struct bypass_stack *s, struct pool *p, uint32_t i);
+
+/* ---- Layout of the arena: each module reserves its share, in both size and create passes --------- */
+struct layout {
+    uint64_t next; /* bytes used so far */
+};
+uint64_t layout_bytes(struct layout *l, uint64_t bytes); /* offset, 64-byte aligned */
+void layout_pool(struct layout *l, struct pool *p, uint32_t entry_size, uint32_t cap);
+/* Each module: reserves, and sets offsets in *c (which is scratch in the size pass). Memory is zero. */
+void dst_layout(struct layout *l, struct core *c);
+void reass_layout(struct layout *l, struct core *c);
+void udp_layout(struct layout *l, struct core *c);
+void tcp_layout(struct layout *l, struct core *c);
+void sock_layout(struct layout *l, struct core *c);
+
+/* ---- Frames ------------------------------------------------------------------------------------ */
+enum { /* meta.seg_flags: which queues of the stack a frame is in. It is freed when it is in none. */
+       IN_TXQ = 1,
+       IN_TCP = 2, /* in a connection's send queue: kept until acknowledged */
+};
+static inline struct bypass_pkt_meta *pkt_meta(const struct bypass_stack *s, bypass_pkt p)
+{
+    return (struct bypass_pkt_meta *)((uint8_t *)s->dev->meta + (size_t)p * s->dev->meta_stride);
+}
+static inline uint8_t *pkt_frame(const struct bypass_stack *s, bypass_pkt p)
+{
+    return s->dev->mem + (size_t)p * s->dev->stride;
+}
+static inline uint8_t *pkt_data(const struct bypass_stack *s, bypass_pkt p)
+{
+    return pkt_frame(s, p) + pkt_meta(s, p)->off;
+}
+/* A frame for sending: off = headroom, len 0, seg_flags 0. PKT_NONE (counted) when there is none. */
+bypass_pkt pkt_alloc(struct bypass_stack *s);
+void pkt_free(struct bypass_stack *s, bypass_pkt p);
+/* Room in front of / behind the packet. NULL when there is not enough. */
+uint8_t *pkt_push(struct bypass_stack *s, bypass_pkt p, uint16_t n);
+uint8_t *pkt_put(struct bypass_stack *s, bypass_pkt p, uint16_t n);
+/* Received payload goes to chunks when it is small or frames are short (less than a quarter free). */
+static inline bool pkt_should_copy(const struct bypass_stack *s, uint32_t payload_len)
+{
+    return payload_len <= COPY_BREAK || s->dev->free_frames < s->dev->frames / 4;
+}
+uint32_t chunk_alloc(struct bypass_stack *s); /* NO_INDEX (counted) when there is none */
+void chunk_free(struct bypass_stack *s, uint32_t i);
+static inline struct chunk *chunk_at(const struct bypass_stack *s, uint32_t i)
+{
+    return pool_at(s, &core(s)->chunks, i);
+}
+/* Queues a complete Ethernet frame for transmission. Takes over the stack's hold unless IN_TCP. */
+void tx_queue(struct bypass_stack *s, bypass_pkt p);
+
+/* ---- Randomness, hashing ------------------------------------------------------------------------ */
+uint64_t core_random(struct bypass_stack *s); /* unpredictable, from the secrets of creation */
+uint64_t siphash13(const uint64_t key[2], const void *data, size_t len);
+void core_log(const struct bypass_stack *s, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+/* ---- In: each consumes the frame (keeps or frees it) -------------------------------------------- */
+struct rx_info { /* of the packet being processed; filled by eth_in and ipv4_in */
+    addr_t src, dst;
+    uint16_t l4_off; /* from meta.off */
+    uint16_t l4_len;
+    uint8_t proto, ttl, tos;
+    bool multicast; /* sent to a group or broadcast, on either layer */
+};
+/* 1: a TCP segment for a local address, unfragmented or reassembled, header checksum verified; ri is
+ * filled and *p is the frame (a reassembled datagram may be another one). 0: consumed. */
+int eth_in(struct bypass_stack *s, bypass_pkt *p, struct rx_info *ri);
+int ipv4_in(struct bypass_stack *s, bypass_pkt *p, struct rx_info *ri);
+void arp_in(struct bypass_stack *s, bypass_pkt p);
+void icmp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri);
+void udp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri);
+void tcp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri);
+
+/* ICMP errors, to the flow they quote. src is ours (the quoted packet's source). */
+struct icmp_error {
+    addr_t src, dst;
+    uint16_t src_port, dst_port;
+    uint8_t type, code, proto;
+    uint32_t seq; /* TCP: the quoted sequence number */
+    uint16_t mtu; /* of code 4 */
+    int err;      /* positive errno as Linux maps it; soft ones too */
+    bool hard;    /* protocol/port unreachable (RFC 1122 4.2.3.9) */
+};
+void udp_icmp_error(struct bypass_stack *s, const struct icmp_error *e);
+void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e);
+
+/* ---- Next hops ----------------------------------------------------------------------------------- */
+enum { DST_PENDING, DST_OK, DST_FAILED };
+struct dst {
+    addr_t addr;
+    uint32_t gen;  /* changes when the entry is reused */
+    uint8_t state; /* DST_* */
+    uint8_t mac[6];
+    uint8_t pad;
+    uint16_t mtu;
+    uint16_t waiting;              /* packets queued on it, bounded */
+    uint32_t wait_head, wait_tail; /* by meta.next */
+    uint32_t hash_next;
+    uint64_t used_ns, asked_ns;
+    uint32_t tries, pad1;
+};
+struct dst_ref { /* what a connection keeps; zero is none */
+    uint32_t idx, gen;
+};
+/* The entry for dst (made and asked for when new), through the cached ref. NULL: table full. An entry
+ * in state DST_PENDING asks; when it is answered tcp_dst_changed() runs. */
+struct dst *dst_get(struct bypass_stack *s, struct dst_ref *ref, const addr_t *dst);
+void tcp_dst_changed(struct bypass_stack *s); /* some entry was answered: blocked connections try again */
+/* Source address for dst: the local address whose subnet holds it, else the first. false: none. */
+bool addr_for(struct bypass_stack *s, const addr_t *dst, addr_t *src);
+bool addr_is_local(const struct bypass_stack *s, const addr_t *a);
+/* Adds the IPv4 and Ethernet headers in front of meta.off and queues. For packets that may wait for
+ * their next hop (UDP, ICMP, resets): takes over the frame always, unless IN_TCP. 0, -EHOSTUNREACH,
+ * -EMSGSIZE (only for DF packets larger than the path's MTU; dst's mtu tells). `df`: Don't Fragment. */
+struct ip_tx {
+    const addr_t *src, *dst;
+    struct dst_ref *ref; /* may be NULL */
+    uint8_t proto, ttl, tos;
+    bool df;
+};
+int ip_out(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx);
+/* The fast half of ip_out for TCP: the entry is DST_OK and the packet fits. */
+void ip_out_ready(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, const struct dst *d);
+
+/* ICMP destination unreachable (RFC 792) that quotes packet p (an IPv4 packet at meta.off, left as it
+ * is), rate-limited. code 3: port. */
+void icmp_unreachable(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri, int code);
+
+/* Timers of dst.c, arp.c, reass.c together; and of tcp. */
+void net_timers(struct bypass_stack *s);
+uint64_t net_deadline(const struct bypass_stack *s);
+void tcp_timers(struct bypass_stack *s);
+uint64_t tcp_deadline(const struct bypass_stack *s);
+void tcp_output_pending(struct bypass_stack *s); /* connections that waited for a frame or a next hop */
+
+/* ---- Sockets: handle table and events; a handle names an entry that names a protocol's object ------ */
+enum { SOCK_FREE, SOCK_TCP, SOCK_LISTEN, SOCK_UDP };
+struct sock {
+    uint32_t link; /* free list; first by the rule of pools */
+    uint32_t gen;
+    uint32_t idx; /* of the connection, listener or UDP socket */
+    uint32_t ev_next;
+    uint8_t type;
+    uint8_t ev_queued;
+    uint16_t ev_mask;
+    uint32_t pad;
+    uint64_t user;
+};
+uint32_t sock_alloc(struct bypass_stack *s, int type, uint32_t idx); /* index into socks, or NO_INDEX */
+void sock_free(struct bypass_stack *s, uint32_t si);
+void sock_event(struct bypass_stack *s, uint32_t si, uint32_t mask); /* si may be NO_INDEX: no-op */
+static inline struct sock *sock_at(const struct bypass_stack *s, uint32_t si)
+{
+    return pool_at(s, &core(s)->socks, si);
+}
+
+/* UDP, by index of its socket; results as the public calls of the same name. `si`: its handle entry. */
+int udp_create(struct bypass_stack *s, uint32_t *idx);
+void udp_set_sock(struct bypass_stack *s, uint32_t idx, uint32_t si);
+int udp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local);
+int udp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *peer);
+int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t n, int flags,
+                   const struct bypass_endpoint *to);
+int64_t udp_recvfrom(struct bypass_stack *s, uint32_t idx, void *buf, size_t n, int flags,
+                     struct bypass_endpoint *from);
+int udp_shutdown(struct bypass_stack *s, uint32_t idx, int how);
+void udp_close(struct bypass_stack *s, uint32_t idx);
+int udp_local(struct bypass_stack *s, uint32_t idx, struct bypass_endpoint *out);
+int udp_peer(struct bypass_stack *s, uint32_t idx, struct bypass_endpoint *out);
+int udp_setopt(struct bypass_stack *s, uint32_t idx, int opt, int64_t value);
+int64_t udp_getopt(struct bypass_stack *s, uint32_t idx, int opt);
+int udp_error(struct bypass_stack *s, uint32_t idx);
+int udp_ready(struct bypass_stack *s, uint32_t idx);
+int udp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
+
+/* Tear-down and audit of the network half: frames, waiting packets, reassembly. */
+void net_destroy(struct bypass_stack *s);
+void udp_destroy(struct bypass_stack *s);
+void net_audit(const struct bypass_stack *s, struct bypass_audit *a);
+void udp_audit(const struct bypass_stack *s, struct bypass_audit *a);
+
+#endif

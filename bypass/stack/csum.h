@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The Internet checksum (RFC 1071): partial sums, sum-and-copy in one pass, folding. */
+#ifndef BYPASS_STACK_CSUM_H
+#define BYPASS_STACK_CSUM_H
+
+#include "types.h"
+
+/* Partial sums are ones'-complement sums of 16-bit words in memory order, folded to 32 bits or fewer.
+ * They add up by csum_add() as long as each piece but the last has even length. */
+uint32_t csum_bytes(const void *data, size_t len, uint32_t sum);
+/* Copies len bytes and returns the partial sum of them added to `sum`: one pass over the data. */
+uint32_t csum_copy(void *dst, const void *src, size_t len, uint32_t sum);
+static inline uint32_t csum_add(uint32_t a, uint32_t b)
+{
+    uint64_t sum = (uint64_t)a + b;
+    return (uint32_t)(sum + (sum >> 32));
+}
+/* The complement, as it is stored in a header (with memcpy, no byte swap). */
+static inline uint16_t csum_fold(uint32_t sum)
+{
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (uint16_t)~sum;
+}
+/* Partial sum of the IPv4 or IPv6 pseudo-header (RFC 9293 3.1, RFC 8200 8.1). */
+uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len);
+
+#endif
