@@ -1,0 +1,110 @@
+# bypass: what can be done with it. `make help` prints the comments behind the targets.
+#
+# Variants of the C core: the release build, `BYPASS_DEBUG=1` (asserts) and `SAN=1` (address and undefined-behaviour
+# sanitizers). Each has its own folder below build/, so that switching costs nothing.
+
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+PY := $(VENV)/bin/python
+VARIANT := $(if $(SAN),san,$(if $(BYPASS_DEBUG),debug,release))
+OUT := build/$(VARIANT)
+JOBS ?= $(shell nproc)
+
+CC := gcc
+CFLAGS_release := -O2 -g
+CFLAGS_debug := -O1 -g -DBYPASS_DEBUG
+CFLAGS_san := -O1 -g -DBYPASS_DEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+CFLAGS := -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror $(CFLAGS_$(VARIANT))
+LDFLAGS := $(if $(SAN),-fsanitize=address,undefined)
+
+STACK_SRC := $(wildcard bypass/stack/*.c)
+OTHER_SRC := $(wildcard bypass/afxdp/*.c bypass/sim/*.c) bypass/host.c
+STACK_OBJ := $(STACK_SRC:%.c=$(OUT)/%.o)
+OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
+PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h) bypass/host.h
+
+# The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
+EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so
+LIB := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass.so
+
+# How Python is started: the sanitizers' runtime has to be there before the interpreter.
+RUN_san = BYPASS_BUILD=$(CURDIR)/$(OUT)/py LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1
+RUN_debug = BYPASS_BUILD=$(CURDIR)/$(OUT)/py
+RUN = $(RUN_$(VARIANT)) $(CURDIR)/$(PY)
+
+.PHONY: help setup build demo test bench lint fuzz clean
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
+		printf '  make %-7s %s\n' "$$t" "$$d"; done
+	@echo
+	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers).'
+
+setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
+
+build: $(VENV)/.stamp $(EXT) $(LIB) ## The C core: bypass/_core*.so for Python and build/libbypass.so
+
+demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
+	$(RUN) -m bypass.demo $(ARGS)
+
+test: setup ## The whole test suite (ARGS="-k tcp" for a part of it)
+	@$(RUN) -m pytest $(ARGS)
+
+bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo; leaves build/bench.json
+	$(RUN) -m bench $(ARGS)
+
+lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
+	scripts/lint
+
+fuzz: ## The hypothesis suites with a large budget over the sanitizer build (FUZZ=20: times the usual examples)
+	@$(MAKE) --no-print-directory SAN=1 BYPASS_FUZZ=$(or $(FUZZ),20) test ARGS="-m hypothesis --timeout=0 $(ARGS)"
+
+clean: ## Removes what was built; .venv stays (remove it by hand for a fresh start)
+	rm -rf build bypass/_core*.so
+	find bypass tests -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- Set-up: redone when a file that names dependencies has changed --------------------------------------------
+$(VENV)/.stamp: scripts/setup requirements.txt requirements-dev.txt pyproject.toml
+	scripts/setup
+
+# ---- The C core ------------------------------------------------------------------------------------------------
+INC_stack := -Ibypass/include -Ibypass/stack
+INC_rest := -Ibypass/include -Ibypass
+
+$(OUT)/bypass/stack/%.o: bypass/stack/%.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(INC_stack) -MMD -MP -c $< -o $@
+
+$(OUT)/bypass/%.o: bypass/%.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(INC_rest) -MMD -MP -c $< -o $@
+
+# The Python module's own C file is generated from the public headers.
+$(OUT)/_core.c: bypass/_build_core.py $(PUBLIC_H) | $(VENV)/.stamp
+	@mkdir -p $(@D)
+	$(PY) bypass/_build_core.py $@
+
+$(OUT)/_core.o: $(OUT)/_core.c
+	$(CC) $(CFLAGS) -Wno-unused-parameter -Wno-missing-field-initializers $(INC_rest) \
+		-I$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))') -MMD -MP -c $< -o $@
+
+$(EXT): $(OUT)/_core.o $(STACK_OBJ) $(OTHER_OBJ) $(OUT)/sources
+	@mkdir -p $(@D)
+	$(CC) -shared $(LDFLAGS) $(filter %.o,$^) -o $@.tmp
+	@mv $@.tmp $@
+
+$(LIB): $(STACK_OBJ) $(OUT)/sources scripts/libbypass.map
+	@mkdir -p $(@D)
+	$(CC) -shared $(LDFLAGS) -Wl,--version-script=scripts/libbypass.map $(STACK_OBJ) -o $@
+
+# A removed or added source file has to link anew too: the list is a file that changes only with the list.
+$(OUT)/sources: FORCE
+	@mkdir -p $(@D)
+	@echo '$(STACK_SRC) $(OTHER_SRC)' | cmp -s - $@ || echo '$(STACK_SRC) $(OTHER_SRC)' > $@
+FORCE:
+
+-include $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d
