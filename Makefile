@@ -11,14 +11,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 VARIANT := $(if $(SAN),san,$(if $(BYPASS_DEBUG),debug,release))
 OUT := build/$(VARIANT)
-JOBS ?= $(shell nproc)
+MAKEFLAGS += -j$(shell nproc)
 
 CC := gcc
 CFLAGS_release := -O2 -g
 CFLAGS_debug := -O1 -g -DBYPASS_DEBUG
-CFLAGS_san := -O1 -g -DBYPASS_DEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+CFLAGS_san := -O1 -g -DBYPASS_DEBUG -fno-omit-frame-pointer $(SANITIZE)
 CFLAGS := -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror $(CFLAGS_$(VARIANT))
-LDFLAGS := $(if $(SAN),-fsanitize=address,undefined)
+LDFLAGS := $(if $(SAN),$(SANITIZE))
 
 STACK_SRC := $(wildcard bypass/stack/*.c)
 OTHER_SRC := $(wildcard bypass/afxdp/*.c bypass/sim/*.c) bypass/host.c
