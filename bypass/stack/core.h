@@ -183,13 +183,21 @@ struct dst {
     uint32_t gen;  /* changes when the entry is reused */
     uint8_t state; /* DST_* */
     uint8_t mac[6];
-    uint8_t pad;
-    uint16_t mtu;
-    uint16_t waiting;              /* packets queued on it, bounded */
+    uint8_t in_use;
+    uint16_t mtu;                  /* largest IP packet for this destination, bytes */
+    uint16_t waiting;              /* datagrams queued on it, bounded */
     uint32_t wait_head, wait_tail; /* by meta.next */
+    /* the rest is dst.c's */
     uint32_t hash_next;
-    uint64_t used_ns, asked_ns;
-    uint32_t tries, pad1;
+    uint32_t via; /* entry of the gateway that it is reached by, or NO_INDEX */
+    uint32_t ask_prev, ask_next;
+    uint64_t used_ns;  /* last use: the longest unused is evicted */
+    uint64_t due_ns;   /* when the question is asked again */
+    uint64_t check_ns; /* when the next use has to look closer: stale, failed long enough ago, old MTU */
+    uint64_t pmtu_until_ns;
+    uint16_t link_mtu; /* before ICMP said otherwise */
+    uint8_t ask_list, tries;
+    uint32_t pad;
 };
 struct dst_ref { /* what a connection keeps; zero is none */
     uint32_t idx, gen;
@@ -197,6 +205,9 @@ struct dst_ref { /* what a connection keeps; zero is none */
 /* The entry for dst (made and asked for when new), through the cached ref. NULL: table full. An entry
  * in state DST_PENDING asks; when it is answered tcp_dst_changed() runs. */
 struct dst *dst_get(struct bypass_stack *s, struct dst_ref *ref, const addr_t *dst);
+/* The path takes packets of mtu bytes only (RFC 1191 6.3: believed for ten minutes). The caller has checked that the
+ * report is about a packet of its own. Values that no path has are ignored. */
+void dst_lower_mtu(struct bypass_stack *s, struct dst *d, uint16_t mtu);
 void tcp_dst_changed(struct bypass_stack *s); /* some entry was answered: blocked connections try again */
 /* Source address for dst: the local address whose subnet holds it, else the first. false: none. */
 bool addr_for(struct bypass_stack *s, const addr_t *dst, addr_t *src);
