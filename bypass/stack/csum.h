@@ -25,4 +25,11 @@ static inline uint16_t csum_fold(uint32_t sum)
 /* Partial sum of the IPv4 or IPv6 pseudo-header (RFC 9293 3.1, RFC 8200 8.1). */
 uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len);
 
+/* The variants that csum_bytes() and csum_copy() choose from, for tests. The wide ones need csum_has_avx2(). */
+uint32_t csum_bytes_portable(const void *data, size_t len, uint32_t sum);
+uint32_t csum_copy_portable(void *dst, const void *src, size_t len, uint32_t sum);
+uint32_t csum_bytes_avx2(const void *data, size_t len, uint32_t sum);
+uint32_t csum_copy_avx2(void *dst, const void *src, size_t len, uint32_t sum);
+bool csum_has_avx2(void);
+
 #endif
