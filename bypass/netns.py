@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network namespaces by name, as `ip netns` keeps them: make, remove, enter, and who lives in them.
+
+Source: network_namespaces(7), setns(2), ip-netns(8).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from bypass.errors import LabError
+
+RUN_DIR = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _setns(fd: int) -> None:
+    """Moves the calling thread, and no other, into the network namespace that fd names (os.setns is 3.12's)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, CLONE_NEWNET) != 0:
+        err = ctypes.get_errno()
+        raise OSError(err, f"setns: {os.strerror(err)}")
+
+
+def names(prefix: str = "") -> list[str]:
+    """The named namespaces of this machine that begin with prefix, sorted."""
+    try:
+        return sorted(p.name for p in RUN_DIR.iterdir() if p.name.startswith(prefix))
+    except FileNotFoundError:
+        return []
+
+
+def exists(name: str) -> bool:
+    return (RUN_DIR / name).exists()
+
+
+def create(name: str) -> None:
+    """Makes a namespace, with its loopback down. FileExistsError, PermissionError."""
+    import pyroute2
+
+    pyroute2.netns.create(name)
+
+
+def remove(name: str) -> None:
+    """Removes the name; the namespace ends with the last process or socket in it. FileNotFoundError."""
+    import pyroute2
+
+    pyroute2.netns.remove(name)
+
+
+@contextmanager
+def entered(name: str) -> Iterator[None]:
+    """The calling thread is in namespace `name` until the end of the block; other threads stay where they are.
+
+    Sockets made inside stay in that namespace after the block. Threads started inside begin in it too.
+
+    Raises:
+        LabError: there is no such namespace.
+    """
+    try:
+        target = os.open(RUN_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise LabError(f"no network namespace {name!r}; there are: {', '.join(names()) or 'none'}") from None
+    home = os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _setns(target)
+        try:
+            yield
+        finally:
+            _setns(home)
+    finally:
+        os.close(home)
+        os.close(target)
+
+
+def run(name: str, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """func(*args, **kwargs) in namespace `name`. What it raises is raised here."""
+    with entered(name):
+        return func(*args, **kwargs)
+
+
+def processes(name: str) -> dict[int, str]:
+    """Processes whose main thread is in namespace `name`: pid -> command name."""
+    try:
+        want = (RUN_DIR / name).stat()
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            have = (entry / "ns/net").stat()
+            if (have.st_dev, have.st_ino) == (want.st_dev, want.st_ino):
+                found[int(entry.name)] = (entry / "comm").read_text().strip()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended meanwhile, or is not ours to see
+    return found

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this process may do on this machine, found by trying: the bpf(2) system call, AF_XDP sockets, namespaces,
+native XDP on a veth. Nothing is left behind, and no interface that exists is touched.
+
+What to do about a shortage is the business of bypass.doctor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import re
+import socket
+import struct
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from bypass import netns
+from bypass.errors import BypassError
+
+# linux/capability.h: the ones that matter here
+CAPABILITIES = {
+    "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
+    "CAP_IPC_LOCK": 14,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+AF_XDP = 44
+XDP_FLAGS_DRV_MODE = 1 << 2  # linux/if_link.h
+BPF_PROG_LOAD, BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_LINK_CREATE = 5, 13, 15, 28  # linux/bpf.h
+BPF_PROG_TYPE_XDP, BPF_XDP = 6, 37
+# { mov r0, XDP_PASS; exit }
+PASS_PROGRAM = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
+
+
+def kernel_version() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
+    m = re.match(r"(\d+)\.(\d+)", platform.release())
+    if m is None:
+        raise BypassError(f"kernel release {platform.release()!r} does not begin with a version")
+    return int(m.group(1)), int(m.group(2))
+
+
+def capabilities() -> frozenset[str]:
+    """The names from CAPABILITIES that are effective in the calling thread (capabilities(7))."""
+    for line in Path("/proc/thread-self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            bits = int(line.split()[1], 16)
+            return frozenset(name for name, bit in CAPABILITIES.items() if bits >> bit & 1)
+    raise BypassError("/proc/thread-self/status has no CapEff line")
+
+
+# ---- bpf(2) ----------------------------------------------------------------------------------------------------
+def bpf(command: int, attr: bytes | bytearray) -> int:
+    """The system call. `attr` is union bpf_attr; a bytearray receives what the kernel writes into it.
+
+    Raises:
+        OSError: with the kernel's errno.
+    """
+    number = {"x86_64": 321, "aarch64": 280}.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of bpf(2) is not known on {platform.machine()}")
+    libc = ctypes.CDLL(None, use_errno=True)
+    buf = (ctypes.c_char * len(attr)).from_buffer_copy(attr)
+    result = int(libc.syscall(number, command, buf, len(attr)))
+    if result < 0:
+        err = ctypes.get_errno()
+        raise OSError(err, os.strerror(err))
+    if isinstance(attr, bytearray):
+        attr[:] = bytes(buf)
+    return result
+
+
+def load_pass_program() -> int:
+    """Loads an XDP program that passes everything. Returns its descriptor, which the caller closes."""
+    insns = ctypes.create_string_buffer(PASS_PROGRAM, len(PASS_PROGRAM))
+    license_ = ctypes.create_string_buffer(b"Apache-2.0")
+    return bpf(
+        BPF_PROG_LOAD,
+        struct.pack(
+            "=IIQQIIQII16s",
+            BPF_PROG_TYPE_XDP,
+            len(PASS_PROGRAM) // 8,
+            ctypes.addressof(insns),
+            ctypes.addressof(license_),
+            0,  # log_level, log_size, log_buf: none
+            0,
+            0,
+            0,  # kern_version
+            0,  # prog_flags
+            b"bypass_probe",
+        ),
+    )
+
+
+def attach_native(prog_fd: int, ifindex: int) -> int:
+    """Attaches an XDP program in driver mode by a link; closing the returned descriptor detaches it."""
+    return bpf(BPF_LINK_CREATE, struct.pack("=IIII", prog_fd, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE))
+
+
+# ---- Attempts: None, or what is missing, as words ----------------------------------------------------------------
+def try_bcc() -> str | None:
+    try:
+        import bcc  # noqa: F401
+    except ImportError as e:
+        return f"bcc cannot be imported ({e}): install python3-bpfcc, and make .venv by `make setup`"
+    return None
+
+
+def try_core() -> str | None:
+    try:
+        from bypass import _core  # noqa: F401
+    except ImportError as e:
+        return f"the C core cannot be imported ({e}): make setup"
+    return None
+
+
+def try_program_load() -> str | None:
+    try:
+        os.close(load_pass_program())
+    except OSError as e:
+        return f"bpf(BPF_PROG_LOAD) of an XDP program: {e.strerror}"
+    return None
+
+
+def try_xsk() -> str | None:
+    try:
+        socket.socket(AF_XDP, socket.SOCK_RAW, 0).close()
+    except OSError as e:
+        return f"socket(AF_XDP): {e.strerror}"
+    return None
+
+
+@cache
+def try_native_xdp() -> str | None:
+    """Native XDP on a veth, in a namespace made for it. The answer is kept for the life of the process."""
+    name = f"bypass-{os.getpid()}-probe"
+    try:
+        netns.create(name)
+    except OSError as e:
+        return f"a network namespace cannot be made: {e.strerror or e}"
+    try:
+        return netns.run(name, _attach_to_veth)
+    finally:
+        with suppress(FileNotFoundError):
+            netns.remove(name)
+
+
+def _attach_to_veth() -> str | None:
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    with IPRoute() as ip:
+        try:
+            ip.link("add", ifname="probe0", kind="veth", peer={"ifname": "probe1"})
+        except NetlinkError as e:
+            return f"a veth pair cannot be made: {os.strerror(abs(e.code))}"
+        try:
+            prog = load_pass_program()
+        except OSError as e:
+            return f"bpf(BPF_PROG_LOAD) of an XDP program: {e.strerror}"
+        try:
+            os.close(attach_native(prog, ip.link_lookup(ifname="probe0")[0]))
+        except OSError as e:
+            return f"native XDP on a veth, by a link: {e.strerror}"
+        finally:
+            os.close(prog)
+    return None
+
+
+def missing_for_xdp() -> list[str]:
+    """What is missing to steer packets of a veth into AF_XDP here; empty: nothing.
+
+    The demo and the tests ask this: with something missing, the one runs on the simulated wire, the others skip.
+    """
+    caps = capabilities()
+    if os.geteuid() != 0:
+        return ["root"]
+    missing = [c for c in ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_NET_RAW") if c not in caps]
+    if "CAP_BPF" not in caps and "CAP_SYS_ADMIN" not in caps:
+        missing.append("CAP_BPF")
+    for attempt in (try_bcc, try_core, try_xsk):
+        problem = attempt()
+        if problem:
+            missing.append(problem)
+    if not missing:
+        problem = try_native_xdp()
+        if problem:
+            missing.append(problem)
+    return missing

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: the budget of hypothesis, what a test may need of the machine, and a lab.
+
+A test that needs root, namespaces and XDP carries `@pytest.mark.netns`. Where these are missing it is skipped, and
+the skip says what is missing; with CI=true in the environment it fails instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from support import FUZZ
+
+from bypass import netns, probe
+from bypass.lab import Lab
+
+hypothesis.settings.register_profile(
+    "bypass",
+    deadline=None,  # tests never judge by time
+    derandomize=os.environ.get("CI") == "true" and FUZZ == 1,
+    print_blob=True,
+    max_examples=100 * FUZZ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("bypass")
+
+
+def missing(what: list[str]) -> None:
+    """Skips the running test, saying what is missing; under CI=true this is a failure."""
+    text = f"missing: {'; '.join(what)}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(text, pytrace=False)
+    pytest.skip(text)
+
+
+def require_netns() -> None:
+    """Goes on only where root, network namespaces, bcc, AF_XDP and native XDP on a veth are there."""
+    what = probe.missing_for_xdp()
+    if what:
+        missing(what)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("netns"):
+        require_netns()
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A lab of the test's own (see bypass.lab), removed afterwards whatever happens.
+
+    `@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)` for one that differs.
+    """
+    with Lab(lab_name(), **getattr(request, "param", {})) as it:
+        yield it
+
+
+_labs = 0
+
+
+def lab_name() -> str:
+    """A name that no other lab of this machine has: `<pid>-<n>`."""
+    global _labs
+    _labs += 1
+    return f"{os.getpid()}-{_labs}"
+
+
+# ---- Nothing stays behind ----------------------------------------------------------------------------------------
+def our_namespaces() -> list[str]:
+    return netns.names(f"bypass-{os.getpid()}-")
+
+
+def our_bpf_links() -> list[str]:
+    """Descriptors of this process that are bpf links: an attached program that nobody detached."""
+    found = []
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            if "bpf_link" in os.readlink(fd):
+                about = Path(f"/proc/self/fdinfo/{fd.name}").read_text()
+                found.append(" ".join(re.findall(r"(?:link_type|prog_id|link_id|ifindex):\s*\S+", about)))
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_left() -> Iterator[None]:
+    """At the end of the session no namespace of this process and no attached program may be left."""
+    yield
+    left = our_namespaces()
+    for name in left:
+        netns.remove(name)
+    assert not left, f"namespaces left by the tests: {left}"
+    assert not our_bpf_links(), f"bpf links left by the tests: {our_bpf_links()}"
