@@ -1,0 +1,485 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * socket.c - everything of an AF_XDP device that asks the kernel: the UMEM's registration, a socket and four
+ * rings per queue, bind, modes, statistics, wake-ups, closing. The per-packet path is in netdev.c.
+ *
+ * The first socket registers the UMEM; the others share it (XDP_SHARED_UMEM) and inherit its mode, each with a
+ * fill and a completion ring of its own. Fill rings are populated before bind: a driver may take frames at once.
+ * Read first: Documentation/networking/af_xdp.rst, net/xdp/xsk.c.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/ethtool.h>
+#include <linux/if_xdp.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+enum {                            /* newer than the UAPI headers of older distributions */
+       OPT_MAX_TX_SKB_BUDGET = 9, /* XDP_MAX_TX_SKB_BUDGET, kernel 6.17 */
+       OPT_PREFER_BUSY_POLL = 69, /* SO_PREFER_BUSY_POLL, kernel 5.11 */
+       OPT_BUSY_POLL_BUDGET = 70, /* SO_BUSY_POLL_BUDGET, kernel 5.11 */
+       BIND_PAUSE_NS = 5000000,
+};
+
+static uint64_t clock_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static void pause_ns(long ns)
+{
+    struct timespec t = {.tv_nsec = ns};
+
+    nanosleep(&t, NULL);
+}
+
+/* Notes the first failure. Always -1, for `return fail(...)`. */
+static int fail(struct afxdp_error *error, int step, int queue, int option)
+{
+    *error = (struct afxdp_error){.err = errno, .step = step, .queue = queue, .option = option};
+    return -1;
+}
+
+/* ---- Wake-ups ---------------------------------------------------------------------------------------------- */
+
+static int wake_tx(struct afxdp *d, uint32_t qi)
+{
+    return sendto(d->queue[qi].fd, NULL, 0, MSG_DONTWAIT, NULL, 0) >= 0 ? 0 : -errno;
+}
+
+static int wake_rx(struct afxdp *d, uint32_t qi)
+{
+    return recvfrom(d->queue[qi].fd, NULL, 0, MSG_DONTWAIT, NULL, NULL) >= 0 ? 0 : -errno;
+}
+
+static const struct afxdp_sys kernel = {.wake_tx = wake_tx, .wake_rx = wake_rx};
+
+/* ---- The interface ----------------------------------------------------------------------------------------- */
+
+/* Receive queues by name, in the network namespace of the calling thread. */
+int afxdp_interface_queues(const char *ifname)
+{
+    struct ethtool_channels ch = {.cmd = ETHTOOL_GCHANNELS};
+    struct ifreq ifr = {.ifr_data = (char *)&ch};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    int ret;
+
+    if (fd < 0) {
+        return -errno;
+    }
+    memcpy(ifr.ifr_name, ifname, strnlen(ifname, IFNAMSIZ - 1));
+    ret = ioctl(fd, SIOCETHTOOL, &ifr) < 0 ? -errno : (int)(ch.rx_count + ch.combined_count);
+    close(fd);
+    return ret;
+}
+
+/* MAC address and MTU into the netdev. The interface is found by its index, so that it may be renamed, and through
+ * a descriptor of its network namespace, so that the caller may have moved to another one. The MTU is what both the
+ * interface and a frame hold. 0 or -1 with errno. */
+static int interface_read(struct afxdp *d)
+{
+    uint32_t room = d->nd.stride - d->rx_off - ETH_HEADER;
+    struct ifreq ifr = {.ifr_ifindex = (int)d->ifindex};
+
+    if (ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0 || ioctl(d->control_fd, SIOCGIFHWADDR, &ifr) < 0) {
+        return -1;
+    }
+    memcpy(d->nd.mac, ifr.ifr_hwaddr.sa_data, 6);
+    if (ioctl(d->control_fd, SIOCGIFMTU, &ifr) < 0) {
+        return -1;
+    }
+    d->nd.mtu = (uint16_t)((uint32_t)ifr.ifr_mtu < room ? (uint32_t)ifr.ifr_mtu : room);
+    return 0;
+}
+
+static int interface_find(struct afxdp *d, const char *ifname)
+{
+    struct ifreq ifr = {0};
+
+    d->control_fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    memcpy(ifr.ifr_name, ifname, strnlen(ifname, IFNAMSIZ - 1));
+    if (d->control_fd < 0 || ioctl(d->control_fd, SIOCGIFINDEX, &ifr) < 0) {
+        return -1;
+    }
+    d->ifindex = (uint32_t)ifr.ifr_ifindex;
+    return interface_read(d);
+}
+
+/* ---- Rings ------------------------------------------------------------------------------------------------- */
+
+struct ring_kind {
+    int option; /* setsockopt that creates it */
+    off_t pgoff;
+    size_t entry;      /* bytes */
+    size_t ring;       /* offset of the struct ring in struct queue */
+    size_t offsets_at; /* in struct xdp_mmap_offsets */
+    bool fill_sized;
+};
+
+#define KIND(name, opt, page, type, field, big)                                                                        \
+    {                                                                                                                  \
+        .option = opt, .pgoff = (off_t)page, .entry = sizeof(type), .ring = offsetof(struct queue, name),              \
+        .offsets_at = offsetof(struct xdp_mmap_offsets, field), .fill_sized = big                                      \
+    }
+
+static const struct ring_kind kinds[4] = {
+    KIND(fill, XDP_UMEM_FILL_RING, XDP_UMEM_PGOFF_FILL_RING, uint64_t, fr, true),
+    KIND(comp, XDP_UMEM_COMPLETION_RING, XDP_UMEM_PGOFF_COMPLETION_RING, uint64_t, cr, true),
+    KIND(rx, XDP_RX_RING, XDP_PGOFF_RX_RING, struct xdp_desc, rx, false),
+    KIND(tx, XDP_TX_RING, XDP_PGOFF_TX_RING, struct xdp_desc, tx, false),
+};
+
+static int map_ring(struct queue *q, int i, uint32_t size, const struct xdp_mmap_offsets *all)
+{
+    const struct ring_kind *k = &kinds[i];
+    const struct xdp_ring_offset *off = (const void *)((const char *)all + k->offsets_at);
+    struct ring *r = (void *)((char *)q + k->ring);
+    size_t bytes = off->desc + size * k->entry;
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, q->fd, k->pgoff);
+
+    if (at == MAP_FAILED) {
+        return -1;
+    }
+    q->map[i].at = at;
+    q->map[i].size = bytes;
+    *r = (struct ring){.producer = (void *)((char *)at + off->producer),
+                       .consumer = (void *)((char *)at + off->consumer),
+                       .flags = (void *)((char *)at + off->flags),
+                       .entries = (char *)at + off->desc,
+                       .size = size,
+                       .mask = size - 1};
+    return 0;
+}
+
+static int make_rings(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error)
+{
+    uint32_t fill_size = cfg->fill_size ? cfg->fill_size : cfg->ring_size;
+    struct xdp_mmap_offsets off;
+    socklen_t len = sizeof off;
+
+    for (int i = 0; i < 4; i++) {
+        uint32_t size = kinds[i].fill_sized ? fill_size : cfg->ring_size;
+
+        if (setsockopt(q->fd, SOL_XDP, kinds[i].option, &size, sizeof size) < 0) {
+            return fail(error, AFXDP_STEP_RING, q->number, 0);
+        }
+    }
+    if (getsockopt(q->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len) < 0 || len < sizeof off) {
+        return fail(error, AFXDP_STEP_RING, q->number, 0);
+    }
+    for (int i = 0; i < 4; i++) {
+        if (map_ring(q, i, kinds[i].fill_sized ? fill_size : cfg->ring_size, &off) < 0) {
+            return fail(error, AFXDP_STEP_MAP, q->number, 0);
+        }
+    }
+    return 0;
+}
+
+/* ---- Options ----------------------------------------------------------------------------------------------- */
+
+static int set_option(struct queue *q, int name, int value, struct afxdp_error *error)
+{
+    if (setsockopt(q->fd, SOL_SOCKET, name, &value, sizeof value) < 0) {
+        return fail(error, AFXDP_STEP_OPTION, q->number, name);
+    }
+    return 0;
+}
+
+static int set_options(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error)
+{
+    uint32_t budget = cfg->ring_size;
+    int sndbuf = (int)(cfg->ring_size < 1u << 18 ? cfg->ring_size * 4096 : 1u << 30);
+
+    /* Copy mode charges each packet under way to the socket's send buffer, and its default holds about 90.
+     * Both are improvements that the kernel may refuse: without them a kick stops earlier with EAGAIN. */
+    if (setsockopt(q->fd, SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf, sizeof sndbuf) < 0) {
+        (void)setsockopt(q->fd, SOL_SOCKET, SO_SNDBUF, &sndbuf, sizeof sndbuf);
+    }
+    if (budget >= 32) {
+        (void)setsockopt(q->fd, SOL_XDP, OPT_MAX_TX_SKB_BUDGET, &budget, sizeof budget);
+    }
+    if ((cfg->flags & AFXDP_F_PREFER_BUSY_POLL) && set_option(q, OPT_PREFER_BUSY_POLL, 1, error) < 0) {
+        return -1;
+    }
+    if (cfg->busy_poll_us && set_option(q, SO_BUSY_POLL, (int)cfg->busy_poll_us, error) < 0) {
+        return -1;
+    }
+    if (cfg->busy_poll_budget && set_option(q, OPT_BUSY_POLL_BUDGET, (int)cfg->busy_poll_budget, error) < 0) {
+        return -1;
+    }
+    return 0;
+}
+
+/* ---- Opening ----------------------------------------------------------------------------------------------- */
+
+static int register_umem(struct afxdp *d, const struct afxdp_config *cfg, struct afxdp_error *error)
+{
+    struct { /* struct xdp_umem_reg as kernel 5.4 has it; newer ones are longer and accept this */
+        uint64_t addr, len;
+        uint32_t chunk_size, headroom, flags, pad;
+    } reg = {.addr = (uintptr_t)d->nd.mem,
+             .len = (uint64_t)d->nd.frames * d->nd.stride,
+             .chunk_size = d->nd.stride,
+             .headroom = cfg->rx_headroom};
+
+    if (setsockopt(d->queue[0].fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg) < 0) {
+        return fail(error, AFXDP_STEP_UMEM, -1, 0);
+    }
+    return 0;
+}
+
+static int bind_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, uint64_t deadline_ns,
+                      struct afxdp_error *error)
+{
+    static const uint16_t mode_flags[] = {[AFXDP_AUTO] = 0, [AFXDP_COPY] = XDP_COPY, [AFXDP_ZEROCOPY] = XDP_ZEROCOPY};
+    struct queue *q = &d->queue[qi];
+    struct sockaddr_xdp addr = {.sxdp_family = AF_XDP, .sxdp_ifindex = d->ifindex, .sxdp_queue_id = q->number};
+
+    if (qi == 0) {
+        addr.sxdp_flags = (uint16_t)(mode_flags[cfg->mode] | XDP_USE_NEED_WAKEUP);
+    } else {
+        addr.sxdp_flags = XDP_SHARED_UMEM;
+        addr.sxdp_shared_umem_fd = (uint32_t)d->queue[0].fd;
+    }
+    /* The kernel closes AF_XDP sockets asynchronously: a queue stays busy for up to a second after its socket. */
+    while (bind(q->fd, (struct sockaddr *)&addr, sizeof addr) < 0) {
+        if (errno != EBUSY || clock_ns() >= deadline_ns) {
+            return fail(error, AFXDP_STEP_BIND, q->number, 0);
+        }
+        pause_ns(BIND_PAUSE_NS);
+    }
+    return 0;
+}
+
+static int open_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, uint64_t deadline_ns,
+                      struct afxdp_error *error)
+{
+    struct queue *q = &d->queue[qi];
+
+    q->number = cfg->queues[qi];
+    q->fd = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
+    if (q->fd < 0) {
+        return fail(error, AFXDP_STEP_SOCKET, q->number, 0);
+    }
+    if (qi == 0 && register_umem(d, cfg, error) < 0) {
+        return -1;
+    }
+    if (make_rings(q, cfg, error) < 0 || set_options(q, cfg, error) < 0) {
+        return -1;
+    }
+    fill_refill(d, qi);
+    return bind_queue(d, qi, cfg, deadline_ns, error);
+}
+
+static int open_epoll(struct afxdp *d, struct afxdp_error *error)
+{
+    if (d->st->queues == 1) {
+        return 0;
+    }
+    d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (d->epoll_fd < 0) {
+        return fail(error, AFXDP_STEP_POLL, -1, 0);
+    }
+    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+        struct epoll_event ev = {.events = EPOLLIN, .data.u32 = qi};
+
+        if (epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, d->queue[qi].fd, &ev) < 0) {
+            return fail(error, AFXDP_STEP_POLL, d->queue[qi].number, 0);
+        }
+    }
+    return 0;
+}
+
+static void release(struct afxdp *d)
+{
+    if (d->epoll_fd >= 0) {
+        close(d->epoll_fd);
+    }
+    if (d->control_fd >= 0) {
+        close(d->control_fd);
+    }
+    for (uint32_t qi = AFXDP_MAX_QUEUES; qi-- > 0;) {
+        struct queue *q = &d->queue[qi];
+
+        for (int i = 0; i < 4; i++) { /* a mapping keeps the socket of a closed descriptor alive */
+            if (q->map[i].at) {
+                munmap(q->map[i].at, q->map[i].size);
+            }
+        }
+        if (q->fd >= 0) {
+            close(q->fd);
+        }
+    }
+    free(d);
+}
+
+static int open_all(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error)
+{
+    uint64_t deadline_ns = clock_ns() + cfg->bind_wait_ms * 1000000ull;
+    int err = umem_init(d, cfg, mem, size);
+
+    if (err) {
+        errno = -err;
+        return fail(error, AFXDP_STEP_CONFIG, -1, 0);
+    }
+    if (interface_find(d, cfg->ifname) < 0) {
+        return fail(error, AFXDP_STEP_INTERFACE, -1, 0);
+    }
+    for (uint32_t qi = 0; qi < cfg->queue_count; qi++) {
+        if (open_queue(d, qi, cfg, deadline_ns, error) < 0) {
+            return -1;
+        }
+    }
+    return open_epoll(d, error);
+}
+
+struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error)
+{
+    struct afxdp *d = calloc(1, sizeof *d);
+
+    *error = (struct afxdp_error){.queue = -1};
+    if (!d) {
+        *error = (struct afxdp_error){.err = ENOMEM, .step = AFXDP_STEP_CONFIG, .queue = -1};
+        return NULL;
+    }
+    for (uint32_t qi = 0; qi < AFXDP_MAX_QUEUES; qi++) {
+        d->queue[qi].fd = -1;
+    }
+    d->epoll_fd = d->control_fd = -1;
+    d->nd.ops = &afxdp_ops;
+    d->sys = &kernel;
+    d->rx_off = KERNEL_HEADROOM + cfg->rx_headroom;
+    d->rx_csum_trust = cfg->flags & AFXDP_F_RX_CSUM_TRUST;
+    d->nd.caps = d->rx_csum_trust ? BYPASS_CAP_RX_CSUM : 0;
+    d->busy_poll = cfg->flags & AFXDP_F_PREFER_BUSY_POLL;
+    if (open_all(d, cfg, mem, size, error) < 0) {
+        release(d);
+        return NULL;
+    }
+    return d;
+}
+
+/* ---- Closing ----------------------------------------------------------------------------------------------- */
+
+static uint32_t under_transmission(const struct afxdp *d)
+{
+    uint32_t n = 0;
+
+    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+        n += d->st->queue[qi].tx_frames;
+    }
+    return n;
+}
+
+int afxdp_close(struct afxdp *d, int wait_ms)
+{
+    uint64_t deadline_ns = clock_ns() + (uint64_t)(wait_ms > 0 ? wait_ms : 0) * 1000000;
+    int left;
+
+    for (;;) {
+        bypass_pkt done[64];
+        int err;
+
+        while (d->nd.ops->reap(&d->nd, done, 64) == 64) {}
+        if (!under_transmission(d) || clock_ns() >= deadline_ns) {
+            break;
+        }
+        err = d->nd.ops->kick(&d->nd);
+        if (err == -ENETDOWN) {
+            break;
+        }
+        pause_ns(100000);
+    }
+    left = (int)under_transmission(d);
+    release(d);
+    return left;
+}
+
+/* ---- Questions --------------------------------------------------------------------------------------------- */
+
+struct bypass_netdev *afxdp_netdev(struct afxdp *d) { return &d->nd; }
+
+static const struct queue *queue_at(const struct afxdp *d, int qi)
+{
+    return qi >= 0 && (uint32_t)qi < d->st->queues ? &d->queue[qi] : NULL;
+}
+
+int afxdp_fd(const struct afxdp *d, int queue_index)
+{
+    const struct queue *q = queue_at(d, queue_index);
+
+    return q ? q->fd : -EINVAL;
+}
+
+int afxdp_zerocopy(const struct afxdp *d)
+{
+    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+        struct xdp_options options;
+        socklen_t len = sizeof options;
+
+        if (getsockopt(d->queue[qi].fd, SOL_XDP, XDP_OPTIONS, &options, &len) < 0) {
+            return -errno;
+        }
+        if (!(options.flags & XDP_OPTIONS_ZEROCOPY)) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+int afxdp_health(struct afxdp *d)
+{
+    int err = d->st->gone ? -ENXIO : wake_tx(d, 0);
+
+    if (err == -ENXIO) {
+        device_gone(d);
+        return err;
+    }
+    if (interface_read(d) < 0) { /* just deleted: the sockets are told a moment later */
+        return -ENXIO;
+    }
+    return err == -ENETDOWN ? err : 0;
+}
+
+int afxdp_counters(const struct afxdp *d, int queue_index, struct afxdp_counters *out)
+{
+    if (!queue_at(d, queue_index)) {
+        return -EINVAL;
+    }
+    *out = d->st->queue[queue_index].n;
+    return 0;
+}
+
+int afxdp_kernel_stats(const struct afxdp *d, int queue_index, struct afxdp_kernel_stats *out)
+{
+    const struct queue *q = queue_at(d, queue_index);
+    struct xdp_statistics s = {0};
+    socklen_t len = sizeof s;
+
+    if (!q) {
+        return -EINVAL;
+    }
+    if (getsockopt(q->fd, SOL_XDP, XDP_STATISTICS, &s, &len) < 0) {
+        return -errno;
+    }
+    *out = (struct afxdp_kernel_stats){.rx_dropped = s.rx_dropped,
+                                       .rx_invalid_descs = s.rx_invalid_descs,
+                                       .tx_invalid_descs = s.tx_invalid_descs,
+                                       .rx_ring_full = s.rx_ring_full,
+                                       .rx_fill_ring_empty_descs = s.rx_fill_ring_empty_descs,
+                                       .tx_ring_empty_descs = s.tx_ring_empty_descs};
+    return 0;
+}
