@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy: which flows of an interface may be taken, by which backend.
+
+What lives here: the policy's language (its fields, what each may hold, what an error says), its JSON Schema, and the
+result, `Policy`. What does not: YAML and places in it (`policy_yaml.py`), ranks and compilation (`rules.py`).
+
+    version: 1
+    interface: eth1
+    backend: {kind: afxdp, mode: auto, queues: all}
+    flows:
+      - name: web
+        match: {proto: tcp, local: 192.0.2.10, local_port: 8080, remote: 198.51.100.0/24}
+        action: steer
+
+A policy is good as a whole or refused as a whole: all errors are found at once, each with line and column.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from bypass.errors import PolicyError, Problem
+from bypass.policy_fields import (
+    MAX_RULES,
+    TEXTS,
+    BackendModel,
+    FlowModel,
+    HeadModel,
+    MatchModel,
+    Mode,
+    policy_schema,
+)
+from bypass.policy_yaml import (
+    Document,
+    Oddity,
+    Path,
+    Place,
+    no_garbage_collection,
+    path_text,
+    read_yaml,
+    shown,
+)
+from bypass.rules import (
+    ICMP,
+    ICMPV6,
+    MAX_PROBLEMS,
+    TCP,
+    UDP,
+    Address,
+    CompiledRules,
+    PortRange,
+    Rule,
+    check_conflicts,
+    compile_rules,
+)
+
+__all__ = ["Backend", "Mode", "Policy", "PortRange", "Rule", "load_policy", "parse_policy", "policy_schema"]
+
+MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How frames reach the stack.
+
+    Attributes:
+        kind: `afxdp`.
+        mode: `auto` chooses between zerocopy and copy; `skb` is the kernel's generic XDP.
+        queues: receive queues of the interface, ascending; None: all that it has.
+        ring_size: descriptors of each of a queue's rings, a power of two.
+        frames: frames of packet memory, all queues together; None: `default_frames` of the queues in use.
+        frame_size: bytes of a frame, 2048 or 4096.
+    """
+
+    kind: Literal["afxdp"] = "afxdp"
+    mode: Mode = "auto"
+    queues: tuple[int, ...] | None = None
+    ring_size: int = 2048
+    frames: int | None = None
+    frame_size: int = 2048
+
+    def default_frames(self, queues: int) -> int:
+        """Frames for this many queues: each queue's fill and receive rings full, and as many to send."""
+        return self.frames if self.frames is not None else 4 * self.ring_size * queues
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that was checked. Rules are in file order, `flows[i].index == i`."""
+
+    version: int
+    interface: str
+    backend: Backend
+    flows: tuple[Rule, ...]
+    path: str
+
+    @cached_property
+    def compiled(self) -> CompiledRules:
+        """The rules as masks and keys, made once."""
+        return compile_rules(self.flows, self.path)
+
+    @cached_property
+    def _by_local_port(self) -> tuple[dict[int, list[Rule]], list[Rule]]:
+        """Rules by their one local port, and the others; each by descending rank."""
+        one: defaultdict[int, list[Rule]] = defaultdict(list)
+        others = []
+        for rule in sorted(self.flows, key=lambda r: (-r.rank, r.index)):
+            if rule.local_port is not None and rule.local_port.width == 1:
+                one[rule.local_port.first].append(rule)
+            else:
+                others.append(rule)
+        return dict(one), others
+
+    def grant(
+        self,
+        proto: int,
+        local_addr: Address | None,
+        local_port: int,
+        remote_addr: Address | None = None,
+        remote_port: int | None = None,
+    ) -> Rule | None:
+        """The rule by which a socket may take its flows off the interface.
+
+        A listener leaves `remote_addr` and `remote_port` out: a rule that is limited to some remotes grants it
+        all the same, and the steering program takes only what the rule allows.
+
+        Args:
+            proto: 6 (TCP) or 17 (UDP).
+            local_addr: None or the unspecified address: any local address.
+            local_port: 1..65535.
+            remote_addr, remote_port: of a connected socket.
+
+        Returns:
+            The `steer` rule of highest rank that shares a flow with the socket; None when there is none, or when
+            a `pass` or `drop` rule of higher rank matches everything that the socket could receive.
+        """
+        if any(a is not None and a.version == 6 for a in (local_addr, remote_addr)):
+            return None  # the steering program hands over IPv4 only
+        if local_addr is not None and local_addr.is_unspecified:
+            local_addr = None
+        one, others = self._by_local_port
+        # A single port ranks before every range, so the two lists follow each other in rank.
+        for rules in (one.get(local_port, ()), others):
+            for rule in rules:
+                if not _meets(rule, proto, local_addr, local_port, remote_addr, remote_port):
+                    continue
+                if rule.action == "steer":
+                    return rule
+                if _covers(rule, local_addr, remote_addr, remote_port):
+                    return None
+        return None
+
+
+def _meets(
+    rule: Rule,
+    proto: int,
+    local_addr: Address | None,
+    local_port: int,
+    remote_addr: Address | None,
+    remote_port: int | None,
+) -> bool:
+    """Some packet of the socket's matches the rule."""
+    return (
+        rule.proto in (None, proto)
+        and (rule.local_port is None or local_port in rule.local_port)
+        and (rule.local is None or local_addr is None or local_addr in rule.local)
+        and (rule.remote is None or remote_addr is None or remote_addr in rule.remote)
+        and (rule.remote_port is None or remote_port is None or remote_port in rule.remote_port)
+    )
+
+
+def _covers(
+    rule: Rule, local_addr: Address | None, remote_addr: Address | None, remote_port: int | None
+) -> bool:
+    """Every packet of the socket's matches the rule, given that some does."""
+    return (
+        rule.vlan is None
+        and (rule.local is None or local_addr is not None)
+        and (rule.remote is None or remote_addr is not None)
+        and (rule.remote_port is None or remote_port is not None)
+    )
+
+
+# ---- Reading --------------------------------------------------------------------------------------------
+
+
+def load_policy(path: str | os.PathLike[str]) -> Policy:
+    """Reads and checks a policy file.
+
+    Raises:
+        PolicyError: with every problem of the file; also when it cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PolicyError([Problem("", 0, 0, f"cannot be read: {error.strerror}")], name) from error
+    if len(raw) > MAX_FILE_BYTES:
+        hint = "use prefixes and port ranges in place of single addresses and ports"
+        raise PolicyError([Problem("", 0, 0, f"larger than {MAX_FILE_BYTES >> 20} MiB", "", hint)], name)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line = before.count(b"\n") + 1
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8-sig")) + 1
+        message = f"the byte 0x{raw[error.start]:02x} is not UTF-8"
+        raise PolicyError([Problem("", line, column, message, "", "save the file as UTF-8")], name) from error
+    return parse_policy(text, name)
+
+
+def parse_policy(text: str, path: str = "policy") -> Policy:
+    """Checks the text of a policy.
+
+    Args:
+        text: YAML.
+        path: a name for errors.
+
+    Raises:
+        PolicyError: with every problem found, in file order.
+    """
+    doc = read_yaml(text, "flows")
+    if doc.problems:
+        raise PolicyError(doc.problems, path)
+    check = _Check(doc)
+    policy = check.policy(path)
+    if policy is None:
+        raise PolicyError(check.problems(text), path)
+    assert policy.compiled  # raises when the rules need too many masks or entries
+    return policy
+
+
+@dataclass(slots=True)
+class _Wrong:
+    """A problem whose place is not known yet."""
+
+    path: Path
+    wrong: str  # follows the value as written; the whole message when `whole`
+    right: str = ""
+    whole: bool = False
+    at_key: bool = False  # it is the key that is wrong
+
+
+class _Check:
+    """Reads a document into a policy, and collects what is wrong with it."""
+
+    def __init__(self, doc: Document) -> None:
+        self.doc = doc
+        self.wrongs: list[_Wrong] = []
+        self.located: list[Problem] = list(doc.duplicates)
+
+    def policy(self, path: str) -> Policy | None:
+        """The policy, or None when something is wrong."""
+        data = self.doc.data
+        if not isinstance(data, dict):
+            message = "the document is empty" if data is None else "the document is not a mapping"
+            right = "the top level holds version, interface, backend and flows"
+            self.wrongs.append(_Wrong((), message, right, whole=True))
+            return None
+        head = self._head(data)
+        flows = data.get("flows")
+        with no_garbage_collection():
+            rules = self._flows(flows) if isinstance(flows, list) else []
+            self.located += check_conflicts(rules)
+        if head is None or self.wrongs or self.located:
+            return None
+        b = head.backend
+        backend = Backend(b.kind, b.mode, b.queues, b.ring_size, b.frames, b.frame_size)
+        return Policy(head.version, head.interface, backend, tuple(rules), path)
+
+    def _head(self, data: dict[str, Any]) -> HeadModel | None:
+        try:
+            head = HeadModel.model_validate(data)
+        except ValidationError as error:
+            self.wrongs += _field_errors(error, HeadModel, ())
+            return None
+        b = head.backend
+        least = 2 * b.ring_size * len(b.queues or (0,))
+        if b.frames is not None and b.frames < least:
+            self.wrongs.append(_Wrong(("backend", "frames"), "is too few for the rings", f"at least {least}"))
+        return head
+
+    def _flows(self, flows: list[Any]) -> list[Rule]:
+        """The flows that are right by themselves."""
+        names: dict[str, int] = {}
+        rules = []
+        for index, item in enumerate(flows):
+            at = ("flows", index)
+            try:
+                flow = FlowModel.model_validate(item)
+            except ValidationError as error:
+                errors = _field_errors(error, FlowModel, at)
+                self.wrongs += errors
+                self.wrongs += _what_else(at, item, {e.path[2:] for e in errors})
+                name = item.get("name") if isinstance(item, dict) else None
+            else:
+                name, match = flow.name, flow.match
+                bad = list(_across(at, match, flow.action))
+                self.wrongs += bad
+                if not bad:
+                    line, column = self.doc.item_marks[index]
+                    rules.append(_rule(index, flow, match, line, column))
+            if isinstance(name, str) and names.setdefault(name, index) != index:
+                first = self.doc.item_marks[names[name]][0]
+                wrong = f"is the name of the flow in line {first} already"
+                self.wrongs.append(_Wrong((*at, "name"), wrong, "each flow has a name of its own"))
+        return rules
+
+    def problems(self, text: str) -> list[Problem]:
+        """All problems with their places, in file order."""
+        wrongs = self.wrongs[:MAX_PROBLEMS]
+        wanted = {w.path[:n] for w in wrongs for n in range(len(w.path) + 1)}
+        places = read_yaml(text, "flows", wanted).places
+        problems = [_located(w, places, self.doc.data) for w in wrongs]
+        problems += self.located[: MAX_PROBLEMS - len(problems)]
+        problems.sort(key=lambda p: (p.line, p.column))
+        more = len(self.wrongs) + len(self.located) - len(problems)
+        if more:
+            problems.append(Problem("", 0, 0, f"{more} more problems"))
+        return problems
+
+
+def _rule(index: int, flow: FlowModel, match: MatchModel, line: int, column: int) -> Rule:
+    return Rule(
+        index,
+        flow.name,
+        match.proto,
+        match.local,
+        match.local_port,
+        match.remote,
+        match.remote_port,
+        match.vlan,
+        flow.action,
+        line,
+        column,
+    )
+
+
+def _across(at: Path, match: MatchModel, action: str | None, bad: Collection[Path] = ()) -> Iterator[_Wrong]:
+    """What is wrong between the fields of a flow. `bad`: fields that could not be read, seen from the flow."""
+    at_match = (*at, "match")
+    if not match.model_fields_set and not bad:
+        right = "name at least one of " + ", ".join(MatchModel.model_fields)
+        yield _Wrong(at_match, "an empty match takes every packet", right, whole=True)
+    if match.proto not in (TCP, UDP) and ("match", "proto") not in bad:
+        for name in ("local_port", "remote_port"):
+            if getattr(match, name) is not None:
+                yield _Wrong(
+                    (*at_match, name), "is a port, and only tcp and udp have ports", "say proto: tcp or udp"
+                )
+    if match.local is not None and match.remote is not None and match.local.version != match.remote.version:
+        wrong = f"is IPv{match.remote.version}, but local is IPv{match.local.version}"
+        yield _Wrong((*at_match, "remote"), wrong, "both of one family")
+    for family, proto, other in ((6, ICMP, "icmpv6"), (4, ICMPV6, "icmp")):
+        if match.proto == proto and any(
+            n is not None and n.version == family for n in (match.local, match.remote)
+        ):
+            yield _Wrong((*at_match, "proto"), f"is not spoken over IPv{family}", other)
+    if action == "steer":
+        yield from _not_steerable(at_match, match)
+
+
+def _not_steerable(at: Path, match: MatchModel) -> Iterator[_Wrong]:
+    """What the stack does not speak yet."""
+    if match.proto not in (None, TCP, UDP):
+        yield _Wrong(
+            (*at, "proto"), "cannot be steered", "steer takes tcp and udp; ICMP errors follow their flow"
+        )
+    for name in ("local", "remote"):
+        net = getattr(match, name)
+        if net is not None and net.version == 6:
+            right = "IPv6 passes to the kernel until the stack speaks it"
+            yield _Wrong((*at, name), "cannot be steered", right)
+    if match.vlan is not None:
+        right = "tagged frames pass to the kernel until the stack speaks 802.1Q"
+        yield _Wrong((*at, "vlan"), "cannot be steered", right)
+
+
+def _what_else(at: Path, item: object, bad: set[Path]) -> list[_Wrong]:
+    """Errors across the fields of a flow some of whose fields could not be read."""
+    match = item.get("match") if isinstance(item, dict) else None
+    if not isinstance(item, dict) or not isinstance(match, dict) or ("match",) in bad:
+        return []
+    rest = MatchModel.model_validate({k: v for k, v in match.items() if ("match", k) not in bad})
+    return list(_across(at, rest, None if ("action",) in bad else item.get("action"), bad))
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "": HeadModel,
+    "backend": BackendModel,
+    "flow": FlowModel,
+    "match": MatchModel,
+}
+_TEXT_FIELDS = {"interface", "kind", "mode", "name", "action", "proto", "local", "remote"}
+
+
+def _where(path: Path) -> tuple[str, str]:
+    """The mapping (a key of _MODELS) and field that a path leads to."""
+    if path[:1] == ("flows",) and len(path) > 1:
+        if path[2:3] == ("match",) and len(path) > 3:
+            return "match", str(path[3])
+        return "flow", str(path[2]) if len(path) > 2 else ""
+    if path[:1] == ("backend",) and len(path) > 1:
+        return "backend", str(path[1])
+    return "", str(path[0]) if path else ""
+
+
+def _field_errors(error: ValidationError, model: type[BaseModel], at: Path) -> list[_Wrong]:
+    """pydantic's errors in our words."""
+    wrongs = []
+    for detail in error.errors(include_url=False, include_input=False):
+        path = (*at, *detail["loc"])
+        mapping, name = _where(path)
+        text = TEXTS.get((mapping, name))
+        if detail["type"] == "extra_forbidden":
+            known = list(_MODELS[mapping].model_fields)
+            near = difflib.get_close_matches(name[:40], known, 1)
+            right = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
+            wrongs.append(_Wrong(path, "unknown key", right, whole=True, at_key=True))
+        elif text is None:
+            raise AssertionError(f"no text for the field {mapping}.{name}") from error
+        elif detail["type"] == "missing":
+            wrongs.append(_Wrong(path[:-1], f"{name} is missing", text.right, whole=True))
+        elif detail["type"] in ("too_short", "too_long"):
+            wrong = "is empty" if detail["type"] == "too_short" else f"has more than {MAX_RULES} items"
+            wrongs.append(_Wrong(path, f"the list {wrong}", text.right, whole=True))
+        else:
+            context = detail.get("ctx", {}) if detail["type"] == "policy" else {}
+            item = context.get("at")
+            where = path if item is None else (*path, item)
+            wrongs.append(
+                _Wrong(where, context.get("wrong") or text.wrong, context.get("right") or text.right)
+            )
+    return wrongs
+
+
+def _located(wrong: _Wrong, places: dict[Path, Place], data: Any) -> Problem:
+    path = wrong.path
+    known = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in places or n == 0)
+    place = places.get(known, Place(1, 1, None))
+    line, column = (place.key_line, place.key_column) if wrong.at_key else (place.line, place.column)
+    raw = shown(place.raw) if place.raw is not None else ""
+    if wrong.whole:
+        return Problem(path_text(path), line, column, wrong.wrong, raw, wrong.right)
+    value = _value_at(data, path)
+    message, right = f"{_described(value, raw)} {wrong.wrong}", wrong.right
+    odd = _odd_meaning(value)
+    if odd:
+        message = f"{raw} is {odd}"
+    if (odd or type(value) is int) and path[-1] in _TEXT_FIELDS and wrong.right == TEXTS[_where(path)].right:
+        right = f"put it in quotes if it is meant as text; {right}"
+    return Problem(path_text(path), line, column, message, raw, right)
+
+
+def _value_at(data: Any, path: Path) -> Any:
+    for step in path:
+        data = data[step]
+    return data
+
+
+def _described(value: Any, raw: str) -> str:
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return raw or ("an empty value" if value is None else "an empty text")
+
+
+def _odd_meaning(value: Any) -> str:
+    """What YAML takes a value for, where its author may not know it."""
+    if isinstance(value, Oddity):
+        return value.meaning
+    return "a boolean in YAML" if isinstance(value, bool) else ""

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of a policy: how each is read, what is said when it is wrong, and its JSON Schema.
+
+What lives here: one pydantic model for each mapping of the file, whose types read plain data into the types of
+`rules.py`, and the schema made from the same models. What does not: checks across fields (`policy.py`), places in
+the file (`policy_yaml.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from bypass.rules import PROTOCOLS, Action, Network, PortRange
+
+MAX_QUEUES = 256
+MAX_RULES = 1 << 20
+
+Mode = Literal["auto", "zerocopy", "copy", "skb"]
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_INTERFACE = r"[^\s/:\x00-\x1f\x7f]{1,15}"
+_PORT = r"(0|[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_V4 = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_V4_NET = rf"{_V4}(\.{_V4}){{3}}(/([0-9]|[12][0-9]|3[0-2]))?"
+_V6_NET = r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(/([0-9]|[1-9][0-9]|1[01][0-9]|12[0-8]))?"
+
+
+class _Text(NamedTuple):
+    """What an error says about a field: `VALUE {wrong}: {right}`."""
+
+    wrong: str
+    right: str
+
+
+TEXTS: dict[tuple[str, str], _Text] = {
+    ("", "version"): _Text("is not a version of the policy language", "1"),
+    ("", "interface"): _Text(
+        "is not an interface name", "1 to 15 characters without spaces, `/` and `:`, such as eth1"
+    ),
+    ("", "backend"): _Text("is not a backend", "a mapping such as {kind: afxdp, mode: auto, queues: all}"),
+    ("", "flows"): _Text("is not a list of flows", "a list, each with name, match and action"),
+    ("backend", "kind"): _Text("is not a backend", "afxdp"),
+    ("backend", "mode"): _Text("is not a mode", "auto, zerocopy, copy or skb"),
+    ("backend", "queues"): _Text("is not a choice of queues", "all, or a list of numbers such as [0, 1]"),
+    ("backend", "ring_size"): _Text("is not a ring size", "a power of two from 64 to 32768"),
+    ("backend", "frames"): _Text("is not a number of frames", "128 to 4194304"),
+    ("backend", "frame_size"): _Text("is not a frame size", "2048 or 4096"),
+    ("flow", ""): _Text("is not a flow", "a mapping with name, match and action"),
+    ("flow", "name"): _Text(
+        "is not a flow name", "1 to 64 letters, digits, `.`, `_` and `-`, starting with a letter or digit"
+    ),
+    ("flow", "match"): _Text(
+        "is not a match", "a mapping such as {proto: tcp, local: 192.0.2.10, local_port: 8080}"
+    ),
+    ("flow", "action"): _Text("is not an action", "steer, pass or drop"),
+    ("match", "proto"): _Text("is not a protocol", "tcp, udp, icmp, icmpv6, sctp, or a number from 0 to 255"),
+    ("match", "local"): _Text(
+        "is not an address or prefix", "such as 192.0.2.10, 192.0.2.0/24 or 2001:db8::/32"
+    ),
+    ("match", "remote"): _Text(
+        "is not an address or prefix", "such as 198.51.100.7, 198.51.100.0/24 or 2001:db8::/32"
+    ),
+    ("match", "local_port"): _Text("is not a port", "1 to 65535, or a range such as 8000-8080"),
+    ("match", "remote_port"): _Text("is not a port", "1 to 65535, or a range such as 8000-8080"),
+    ("match", "vlan"): _Text("is not a VLAN identifier", "1 to 4094"),
+}
+
+
+def _refuse(wrong: str = "", right: str = "", at: int | None = None) -> PydanticCustomError:
+    """An error of a field; empty texts: the field's own of TEXTS. `at`: the item of a list that is wrong."""
+    return PydanticCustomError("policy", "{wrong}: {right}", {"wrong": wrong, "right": right, "at": at})
+
+
+def _one_of(*choices: str | int) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if type(value) not in (str, int) or value not in choices:
+            near = (
+                difflib.get_close_matches(value, [str(c) for c in choices], 1) if type(value) is str else ()
+            )
+            raise _refuse(right=f"did you mean {near[0]}?") if near else _refuse()
+        return value
+
+    return check
+
+
+def _matching(pattern: str) -> Callable[[Any], str]:
+    full = re.compile(pattern)
+
+    def check(value: Any) -> str:
+        if type(value) is not str or not full.fullmatch(value):
+            raise _refuse()
+        return value
+
+    return check
+
+
+def _number(first: int, last: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or not first <= value <= last:
+            raise _refuse()
+        return value
+
+    return check
+
+
+def _interface(value: Any) -> str:
+    if type(value) is not str or not re.fullmatch(_INTERFACE, value) or value in (".", ".."):
+        raise _refuse()
+    if len(value.encode()) > 15:
+        raise _refuse("is longer than 15 bytes", "the kernel's names of interfaces are at most 15")
+    return value
+
+
+def _queues(value: Any) -> tuple[int, ...] | None:
+    if value == "all" and type(value) is str:
+        return None
+    if type(value) is not list:
+        raise _refuse()
+    if not value:
+        raise _refuse("is an empty list of queues")
+    for at, queue in enumerate(value):
+        if type(queue) is not int or not 0 <= queue < MAX_QUEUES:
+            raise _refuse("is not a queue", f"0 to {MAX_QUEUES - 1}", at)
+        if queue in value[:at]:
+            raise _refuse("is in the list twice", "each queue once", at)
+    return tuple(sorted(value))
+
+
+def _protocol(value: Any) -> int:
+    if type(value) is int and 0 <= value <= 255:
+        return value
+    if type(value) is not str:
+        raise _refuse()
+    if value not in PROTOCOLS:
+        near = difflib.get_close_matches(value.lower(), PROTOCOLS, 1)
+        raise _refuse(right=f"did you mean {near[0]}?") if near else _refuse()
+    return PROTOCOLS[value]
+
+
+@lru_cache(1 << 16)
+def _ports_text(value: str) -> PortRange:
+    found = re.fullmatch("([0-9]{1,6})-([0-9]{1,6})", value)
+    if found is None:
+        if re.fullmatch(_PORT, value) and value != "0":
+            raise _refuse("is text, not a number", "write the port without quotes")
+        raise _refuse()
+    first, last = int(found[1]), int(found[2])
+    if not (re.fullmatch(_PORT, found[1]) and re.fullmatch(_PORT, found[2]) and first >= 1 and last >= 1):
+        raise _refuse("is not a range of ports", "ports are 1 to 65535, as in 8000-8080")
+    if first > last:
+        raise _refuse("is a range that ends before it begins", f"{last}-{first}")
+    return PortRange(first, last)
+
+
+@lru_cache(1 << 16)
+def _port(value: int) -> PortRange:
+    return PortRange(value, value)
+
+
+def _ports(value: Any) -> PortRange:
+    if type(value) is str:
+        return _ports_text(value)
+    if type(value) is not int or not 1 <= value <= 65535:
+        raise _refuse()
+    return _port(value)
+
+
+@lru_cache(1 << 16)
+def _network_of(value: str) -> Network:
+    address, slash, length = value.partition("/")
+    if (slash and not re.fullmatch("0|[1-9][0-9]{0,2}", length)) or "%" in value:
+        raise _refuse()
+    try:
+        host = ipaddress.ip_address(address)
+        net = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise _refuse() from None
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
+        raise _refuse("is IPv4 inside IPv6", f"write {host.ipv4_mapped}")
+    if host.is_unspecified and net.prefixlen == net.max_prefixlen:
+        raise _refuse("is no address that a packet has", "leave the field out to match any address")
+    if host != net.network_address:
+        raise _refuse("has bits set behind its prefix", f"{net} for the prefix, {host} for the host alone")
+    return net
+
+
+def _network(value: Any) -> Network:
+    if type(value) is not str:
+        raise _refuse()
+    return _network_of(value)
+
+
+def _whole(pattern: str) -> str:
+    return f"^({pattern})$"
+
+
+_PORT_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1, "maximum": 65535},
+        {"type": "string", "pattern": _whole(f"{_PORT}-{_PORT}".replace("(0|", "("))},
+    ]
+}
+_NETWORK_SCHEMA = {"type": "string", "anyOf": [{"pattern": _whole(_V4_NET)}, {"pattern": _whole(_V6_NET)}]}
+
+_INTERFACE_SCHEMA = {"type": "string", "pattern": _whole(_INTERFACE), "not": {"enum": [".", ".."]}}
+_PROTOCOL_SCHEMA = {
+    "anyOf": [{"enum": sorted(PROTOCOLS)}, {"type": "integer", "minimum": 0, "maximum": 255}],
+}
+_QUEUE_SCHEMA = {"type": "integer", "minimum": 0, "maximum": MAX_QUEUES - 1}
+_QUEUES_SCHEMA = {
+    "anyOf": [
+        {"const": "all"},
+        {"type": "array", "items": _QUEUE_SCHEMA, "minItems": 1, "uniqueItems": True},
+    ],
+}
+
+Ports = Annotated[PortRange | None, PlainValidator(_ports), WithJsonSchema(_PORT_SCHEMA)]
+Prefix = Annotated[Network | None, PlainValidator(_network), WithJsonSchema(_NETWORK_SCHEMA)]
+Protocol = Annotated[int | None, PlainValidator(_protocol), WithJsonSchema(_PROTOCOL_SCHEMA)]
+Queues = Annotated[tuple[int, ...] | None, PlainValidator(_queues), WithJsonSchema(_QUEUES_SCHEMA)]
+
+
+def _choice(*choices: str | int) -> tuple[PlainValidator, WithJsonSchema]:
+    return PlainValidator(_one_of(*choices)), WithJsonSchema({"enum": list(choices)})
+
+
+def _count(first: int, last: int) -> tuple[PlainValidator, WithJsonSchema]:
+    schema = {"type": "integer", "minimum": first, "maximum": last}
+    return PlainValidator(_number(first, last)), WithJsonSchema(schema)
+
+
+def _text(pattern: str) -> tuple[PlainValidator, WithJsonSchema]:
+    return PlainValidator(_matching(pattern)), WithJsonSchema({"type": "string", "pattern": _whole(pattern)})
+
+
+_RING_SIZES = tuple(1 << n for n in range(6, 16))
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackendModel(_Model):
+    """How frames reach the stack."""
+
+    kind: Annotated[Literal["afxdp"], *_choice("afxdp")] = Field(
+        description="afxdp: AF_XDP sockets beside the kernel, which keeps the interface."
+    )
+    mode: Annotated[Mode, *_choice("auto", "zerocopy", "copy", "skb")] = Field(
+        "auto",
+        description="auto chooses zerocopy or copy; skb is the kernel's generic XDP, slow and everywhere.",
+    )
+    queues: Queues = Field(None, description="all, or the receive queues to bind. Default: all.")
+    ring_size: Annotated[int, *_choice(*_RING_SIZES)] = Field(
+        2048, description="Descriptors of each of a queue's rings, a power of two."
+    )
+    frames: Annotated[int | None, *_count(128, 1 << 22)] = Field(
+        None, description="Frames of packet memory, all queues together. Default: four for each descriptor."
+    )
+    frame_size: Annotated[int, *_choice(2048, 4096)] = Field(2048, description="Bytes of a frame.")
+
+
+class MatchModel(_Model):
+    """Which packets, as they arrive at this host. A field that is left out matches anything."""
+
+    proto: Protocol = Field(None, description="A protocol by name, or by its IP protocol number.")
+    local: Prefix = Field(None, description="This host's address, or a prefix of its addresses.")
+    local_port: Ports = Field(None, description="This host's port, or a range such as 8000-8080.")
+    remote: Prefix = Field(None, description="The peer's address, or a prefix such as 198.51.100.0/24.")
+    remote_port: Ports = Field(None, description="The peer's port, or a range such as 1024-65535.")
+    vlan: Annotated[int | None, *_count(1, 4094)] = Field(
+        None, description="VLAN of the outermost 802.1Q tag."
+    )
+
+
+class FlowModel(_Model):
+    """One rule."""
+
+    name: Annotated[str, *_text(_NAME)] = Field(description="Unique; appears in counters and errors.")
+    match: MatchModel
+    action: Annotated[Action, *_choice("steer", "pass", "drop")] = Field(
+        description="steer: applications may take these flows. pass: the kernel keeps them. drop: nobody sees them."
+    )
+
+
+class HeadModel(_Model):
+    """Which flows of an interface are served in user space, by which backend."""
+
+    version: Annotated[Literal[1], *_choice(1)] = Field(description="Of this language.")
+    interface: Annotated[str, PlainValidator(_interface), WithJsonSchema(_INTERFACE_SCHEMA)] = Field(
+        description="The network interface, as `ip link` names it."
+    )
+    backend: BackendModel
+    flows: list[Any] = Field(min_length=1, max_length=MAX_RULES)
+
+
+class PolicyModel(HeadModel):
+    """Which flows of an interface are served in user space, by which backend."""
+
+    flows: list[FlowModel] = Field(
+        min_length=1,
+        description="Rules. The most specific one that matches a packet decides, wherever it stands.",
+    )
+
+
+# What the models cannot say field by field. policy.py checks the same with better words.
+_PORTS_NEED = {
+    "required": ["proto"],
+    "properties": {"proto": {"enum": ["tcp", "udp", PROTOCOLS["tcp"], PROTOCOLS["udp"]]}},
+}
+_STEER_NEEDS = {
+    "properties": {
+        "match": {
+            "properties": {
+                "proto": {"enum": ["tcp", "udp", PROTOCOLS["tcp"], PROTOCOLS["udp"]]},
+                "local": {"not": {"pattern": ":"}},
+                "remote": {"not": {"pattern": ":"}},
+                "vlan": False,
+            }
+        }
+    }
+}
+
+
+def policy_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a policy file, for editors.
+
+    It refuses only what `parse_policy` refuses. It lets pass what a schema cannot see: host bits in a prefix, a
+    range that ends before it begins, equal names, rules that contradict each other, too many masks.
+    """
+    schema = PolicyModel.model_json_schema()
+    flow, match = schema["$defs"]["FlowModel"], schema["$defs"]["MatchModel"]
+    match["minProperties"] = 1
+    match["dependentSchemas"] = {"local_port": _PORTS_NEED, "remote_port": _PORTS_NEED}
+    flow["if"] = {"properties": {"action": {"const": "steer"}}, "required": ["action"]}
+    flow["then"] = _STEER_NEEDS
+    for part in (schema, *schema["$defs"].values()):
+        part.pop("title", None)
+        for field in part["properties"].values():
+            field.pop("title", None)
+            if "default" in field and field["default"] is None:
+                del field["default"]  # means "left out"; null itself is refused
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "bypass policy",
+        **schema,
+    }
