@@ -1,0 +1,630 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering: the XDP program on an interface, the maps under it, and who owns which flow.
+
+What lives here: loading and attaching, live endpoints, AF_XDP sockets by queue, local addresses, counters, and the
+exchange of the policy under traffic. What does not: the decision itself (`bpf/xdp_steer.c`), compiling
+(`bpf/build.py`), rules and ranks (`rules.py`), the sockets (`afxdp/`).
+
+    policy --compile--> rules, masks --+                     endpoints, sockets, addresses
+                                       v                       v  (outlive the policy)
+                          maps of the policy  <- program ->  maps of the interface
+                                                    |
+                                              bpf_link on the NIC: gone when this process is
+
+Nothing is pinned: when the process that holds a `Steering` ends in whatever way, the kernel detaches the programs
+and frees the maps, and the kernel has all traffic again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Literal, NamedTuple, Protocol, Self
+
+from bypass import libbpf
+from bypass.bpf import build
+from bypass.errors import BypassError, ForeignProgramError, GrantError, PrivilegeError, SteeringError
+from bypass.grants import Endpoint, grant
+from bypass.rules import TCP, UDP, CompiledRules
+
+MAX_QUEUES = 256
+"""Slots of one owner in the socket map; the steering program has the same number (bpf/steer.h)."""
+MAX_ENTRIES = 65536
+"""Live endpoints of an interface."""
+MAX_LOCALS = 4096
+"""Local addresses of each family, and joined group MAC addresses."""
+
+REASONS = build.reasons()
+"""Why packets were steered, passed or dropped, by number."""
+GUARD_KINDS = ("silenced", "kernel_socket", "draining", "other")
+"""What the reset guard saw: resets dropped; passed because a kernel socket of the port sent them, because the kernel
+holds a draining connection, because no live endpoint is concerned."""
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Mode = Literal["native", "skb", "auto"]
+
+_MAGIC = 0x42595053  # STEER_VERDICT_MAGIC of bpf/verdict.h
+_VERDICT = struct.Struct("=4I")  # struct steer_verdict
+_KEY4, _KEY6 = struct.Struct("=4s4s2s2sHBB"), struct.Struct("=16s16s2s2sHBB")  # struct rule_key
+_RULE = struct.Struct("=2I")  # struct rule_value
+_ENDPOINT_KEY, _ENDPOINT = struct.Struct("=4s4s2s2sI"), struct.Struct("=4I")
+_CONFIG = struct.Struct("=6sH")
+_COUNT = struct.Struct("=2Q")
+_PORT, _U32, _ZERO = struct.Struct(">H"), struct.Struct("=I"), bytes(4)
+_ACTIONS = {"steer": 0, "pass": 1, "drop": 2}
+_DRAIN = 1
+_EXACT, _LOCAL, _ANY = 1, 2, 4  # KIND_* of bpf/steer.h
+_XDP_ACTIONS = ("aborted", "drop", "pass", "tx", "redirect")
+_SIOCGIFHWADDR = 0x8927
+
+
+class HasRules(Protocol):
+    """A policy: something with compiled rules."""
+
+    @property
+    def rules(self) -> CompiledRules: ...
+
+
+class Count(NamedTuple):
+    """Packets, and bytes of their frames."""
+
+    packets: int
+    bytes: int
+
+    def __add__(self, other: object) -> Count:
+        if not isinstance(other, Count):
+            return NotImplemented
+        return Count(self.packets + other.packets, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Whether the kernel's resets of live flows are silenced, and if not, why."""
+
+    active: bool
+    reason: str
+
+
+class Verdict(NamedTuple):
+    """The metadata in front of a redirected frame (bpf/verdict.h)."""
+
+    entry: int
+    rule: int
+    hash: int
+
+
+class SteerResult(NamedTuple):
+    """What the program decided about one frame."""
+
+    action: str  # pass, drop, redirect
+    reason: str  # of REASONS; empty when other packets were counted at the same time
+    verdict: Verdict | None
+    data: bytes  # the frame afterwards
+    duration_ns: int
+
+
+class _Loaded:
+    """The programs of one policy and the maps that go with it."""
+
+    def __init__(self, policy: CompiledRules, shared: dict[str, libbpf.Map], text: str | None) -> None:
+        programs = build.compile_programs(build.defines(policy), text)
+        self.policy = policy
+        self.maps: dict[str, libbpf.Map] = {}
+        self.progs: dict[str, libbpf.Prog] = {}
+        try:
+            self.maps.update(_policy_maps(policy))
+            fds = {name: m.fd for name, m in (shared | self.maps).items()}
+            for name, kind, attach in (
+                (build.XDP, libbpf.PROG_XDP, libbpf.ATTACH_XDP),
+                (build.GUARD, libbpf.PROG_SCHED_CLS, 0),
+            ):
+                self.progs[name] = _load(programs[name], kind, attach, fds)
+        except BaseException:
+            self.close()
+            raise
+
+    def counts(self) -> list[Count]:
+        return list(_counts(self.maps["rule_count"]))[: len(self.policy.rules)]
+
+    def close(self) -> None:
+        for owned in (*self.progs.values(), *self.maps.values()):
+            owned.close()
+
+
+class Steering:
+    """The steering program on one interface of the current network namespace.
+
+    It takes the packets of live endpoints, as far as rules of the policy grant them; everything else stays the
+    kernel's. Until `set_locals` has named addresses, nothing is taken. Close it before the AF_XDP sockets.
+
+    Args:
+        policy: what may be taken.
+        ifname: the interface.
+        queues: receive queues that have AF_XDP sockets, 1..256.
+        owners: how many sets of sockets there are.
+        mode: `native` (in the driver), `skb` (generic, slower, every driver), `auto`: native, else skb.
+        attach: False only loads the programs, for `test_run`.
+        text: the programs' source in place of the installed one.
+
+    Attributes:
+        guard: whether the kernel's own resets of live flows are kept from the wire (kernel 6.6 and later).
+        mode: what it was attached as: native or skb.
+
+    Raises:
+        ForeignProgramError: an XDP program is on the interface already. It is left alone.
+        SteeringError: the interface is missing or cannot do the mode; the program is refused.
+        PrivilegeError: root is missing, or bcc.
+    """
+
+    def __init__(
+        self,
+        policy: CompiledRules | HasRules,
+        ifname: str,
+        *,
+        queues: int,
+        owners: int = 1,
+        mode: Mode = "native",
+        attach: bool = True,
+        text: str | None = None,
+    ) -> None:
+        if not 1 <= queues <= MAX_QUEUES:
+            raise SteeringError(
+                f"{ifname}: {queues} queues; steering serves 1 to {MAX_QUEUES} (`ethtool -L`)"
+            )
+        self.ifname, self.queues, self.owners = ifname, queues, owners
+        self.ifindex = _ifindex(ifname)
+        self.mode: Mode = mode
+        self.guard = Guard(False, "not attached")
+        self._text = text
+        self._links: dict[str, libbpf.Link] = {}
+        self._maps: dict[str, libbpf.Map] = {}
+        self._loaded: _Loaded | None = None
+        self._endpoints: dict[int, Endpoint] = {}
+        self._free: deque[int] = deque(range(MAX_ENTRIES))
+        self._mac = bytes(6)
+        self._kinds = 0
+        self._before: dict[str, Count] = {}  # counts of rules under policies that were swapped out
+        if attach:
+            _refuse_foreign(ifname, self.ifindex)
+        try:
+            for m in _interface_maps(owners):
+                self._maps[m.name] = m
+            self._loaded = _Loaded(_rules_of(policy), self._maps, text)
+            self.set_mac(_mac_of(ifname))
+            if attach:
+                self._attach(mode)
+        except BaseException as e:
+            self.close()
+            if isinstance(e, OSError) and not isinstance(e, BypassError):
+                raise _explained(e, ifname) from e
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detaches and frees everything; the kernel has all traffic at its return. Again: nothing."""
+        for link in reversed(self._links.values()):
+            link.close()
+        if self._loaded:
+            self._loaded.close()
+        for m in self._maps.values():
+            m.close()
+        self._links, self._maps, self._loaded = {}, {}, None
+        self._endpoints = {}
+        self.guard = Guard(False, "closed")
+
+    # ---- the policy -------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> CompiledRules:
+        """The rules in force."""
+        return self._current().policy
+
+    def prepare(self, policy: CompiledRules | HasRules) -> None:
+        """Does the slow part of `swap` ahead (half a second where the masks are new), also in another thread."""
+        build.compile_programs(build.defines(_rules_of(policy)), self._text)
+
+    def swap(self, policy: CompiledRules | HasRules) -> list[Endpoint]:
+        """Puts another policy in force. No packet goes unserved: each meets the old rules or the new ones.
+
+        Endpoints, sockets and all counters survive; those of a rule go on under its name.
+
+        Returns:
+            Endpoints that no rule grants any more. Their packets are the kernel's from now on; close them.
+
+        Raises:
+            SteeringError, PrivilegeError: as the constructor. The old policy stays in force.
+        """
+        old = self._current()
+        try:
+            new = _Loaded(_rules_of(policy), self._maps, self._text)
+        except OSError as e:
+            raise _explained(e, self.ifname) from e
+        done: list[str] = []
+        try:
+            for name, link in self._links.items():
+                link.update(new.progs[name])
+                done.append(name)
+        except OSError as e:
+            for name in done:
+                self._links[name].update(old.progs[name])
+            new.close()
+            raise _explained(e, self.ifname) from e
+        self._loaded = new
+        libbpf.wait_for_programs()
+        for rule, count in zip(old.policy.rules, old.counts(), strict=True):
+            self._before[rule.name] = self._before.get(rule.name, Count(0, 0)) + count
+        kept = {rule.name for rule in new.policy.rules}
+        self._before = {name: count for name, count in self._before.items() if name in kept}
+        old.close()
+        return [e for e in self._endpoints.values() if grant(new.policy.rules, e) is None]
+
+    # ---- live endpoints ---------------------------------------------------------------------------------------
+
+    def add_endpoint(
+        self,
+        proto: int,
+        laddr: str | ipaddress.IPv4Address | None,
+        lport: int,
+        raddr: str | ipaddress.IPv4Address | None = None,
+        rport: int | None = None,
+        *,
+        owner: int = 0,
+        drain: bool = False,
+    ) -> int:
+        """Makes flows live: from now on their packets go to the owner's sockets.
+
+        Args:
+            proto: socket.IPPROTO_TCP or IPPROTO_UDP.
+            laddr: local address; None: any.
+            lport: local port, 1..65535.
+            raddr, rport: the peer; both or none.
+            drain: TCP connections that the kernel holds at the moment stay with the kernel.
+
+        Returns:
+            The entry's number.
+
+        Raises:
+            GrantError: no rule of the policy grants any of these flows.
+            SteeringError: the entry exists already, or there are MAX_ENTRIES.
+        """
+        local = None if laddr is None else ipaddress.IPv4Address(laddr)
+        remote = None if raddr is None else ipaddress.IPv4Address(raddr)
+        if not self._free:
+            raise SteeringError(f"{self.ifname}: {MAX_ENTRIES} endpoints are live; close some")
+        endpoint = Endpoint(self._free[0], proto, local, lport, remote, rport, owner, drain)
+        self._check(endpoint)
+        try:
+            self._map("endpoints").put(_endpoint_key(endpoint), _endpoint_value(endpoint), libbpf.NOEXIST)
+        except FileExistsError as e:
+            raise SteeringError(f"{self.ifname}: {endpoint} is live already") from e
+        self._free.popleft()
+        self._endpoints[endpoint.entry] = endpoint
+        cpus = libbpf.possible_cpus()
+        self._map("entry_count").put(_U32.pack(endpoint.entry), bytes(_COUNT.size * cpus))
+        self._set_kinds(self._kinds | _endpoint_kind(endpoint))
+        return endpoint.entry
+
+    def _check(self, endpoint: Endpoint) -> None:
+        if endpoint.proto not in (TCP, UDP) or not 0 < endpoint.lport < 65536:
+            raise SteeringError(f"an endpoint is TCP or UDP with a local port of 1 to 65535, not {endpoint}")
+        if (endpoint.raddr is None) != (endpoint.rport is None) or (endpoint.raddr and not endpoint.laddr):
+            raise SteeringError(f"{endpoint}: a peer has address and port, and needs a local address")
+        if not 0 <= endpoint.owner < self.owners:
+            raise SteeringError(f"{endpoint}: owner {endpoint.owner} of {self.owners}")
+        if grant(self.policy.rules, endpoint) is None:
+            raise GrantError(f"no rule of the policy grants {endpoint} on {self.ifname}")
+
+    def remove_endpoint(self, entry: int) -> None:
+        """Ends it: its packets are the kernel's from now on. An unknown number: nothing."""
+        endpoint = self._endpoints.pop(entry, None)
+        if endpoint is None:
+            return
+        self._map("endpoints").delete(_endpoint_key(endpoint))
+        self._free.append(entry)
+        kinds = 0
+        for e in self._endpoints.values():
+            kinds |= _endpoint_kind(e)
+        self._set_kinds(kinds)
+
+    def set_drain(self, entry: int, drain: bool) -> None:
+        """Whether connections that the kernel holds stay with it. KeyError: no such entry."""
+        endpoint = replace(self._endpoints[entry], drain=drain)
+        self._map("endpoints").put(_endpoint_key(endpoint), _endpoint_value(endpoint), libbpf.EXIST)
+        self._endpoints[entry] = endpoint
+
+    def entries(self) -> dict[int, tuple[Endpoint, Count]]:
+        """Live entries with what was redirected for each since it began."""
+        return {n: (e, _count(self._map("entry_count"), n)) for n, e in self._endpoints.items()}
+
+    # ---- what the program compares with -----------------------------------------------------------------------
+
+    def set_socket(self, owner: int, queue: int, fd: int) -> None:
+        """The AF_XDP socket for an owner's packets of a queue. When it closes, the kernel empties the slot."""
+        self._map("xsks").put(self._slot(owner, queue), _U32.pack(fd))
+
+    def clear_socket(self, owner: int, queue: int) -> None:
+        """Takes the socket out: live TCP of that queue is dropped, UDP passes."""
+        self._map("xsks").delete(self._slot(owner, queue))
+
+    def _slot(self, owner: int, queue: int) -> bytes:
+        if not (0 <= owner < self.owners and 0 <= queue < MAX_QUEUES):
+            raise SteeringError(f"{self.ifname}: no slot for owner {owner}, queue {queue}")
+        return _U32.pack(owner * MAX_QUEUES + queue)
+
+    def set_locals(self, addresses: Iterable[str | Address]) -> None:
+        """The addresses of this host (IPv4 and IPv6): only what is sent to them is taken or dropped."""
+        wanted = {ipaddress.ip_address(a) for a in addresses}
+        _set_keys(self._map("locals4"), {a.packed for a in wanted if a.version == 4})
+        _set_keys(self._map("locals6"), {a.packed for a in wanted if a.version == 6})
+
+    def set_groups(self, macs: Iterable[bytes]) -> None:
+        """Group MAC addresses that are joined: UDP to them can be steered."""
+        _set_keys(self._map("groups"), {mac + bytes(2) for mac in macs})
+
+    def set_mac(self, mac: bytes) -> None:
+        """The interface's MAC address, when it changed (the constructor reads it)."""
+        self._mac = mac
+        self._set_kinds(self._kinds)
+
+    def _set_kinds(self, kinds: int) -> None:
+        self._kinds = kinds
+        self._map("config").put(_ZERO, _CONFIG.pack(self._mac, kinds))
+
+    # ---- counters ---------------------------------------------------------------------------------------------
+
+    def rules(self) -> dict[str, Count]:
+        """By rule name, in file order: packets that the rule decided, whatever its action."""
+        loaded = self._current()
+        zero = Count(0, 0)
+        pairs = zip(loaded.policy.rules, loaded.counts(), strict=True)
+        return {rule.name: self._before.get(rule.name, zero) + count for rule, count in pairs}
+
+    def reasons(self) -> dict[str, Count]:
+        """By reason, in the order of REASONS: every packet that the program saw is in exactly one."""
+        return dict(zip((r.name for r in REASONS), _counts(self._map("reason_count")), strict=True))
+
+    def guard_counts(self) -> dict[str, Count]:
+        """TCP resets that left through the interface's tc egress, by GUARD_KINDS."""
+        return dict(zip(GUARD_KINDS, _counts(self._map("guard_count")), strict=True))
+
+    # ---- tests ------------------------------------------------------------------------------------------------
+
+    def test_run(
+        self, frame: bytes, *, rx_queue: int = 0, meta: bytes = b"", ifindex: int = 0, repeat: int = 1
+    ) -> SteerResult:
+        """Runs the program on a frame without a packet on any wire (BPF_PROG_TEST_RUN).
+
+        Args:
+            frame: 14 bytes or more, from the destination MAC on.
+            rx_queue: the queue that it claims to come from; other than 0 only with `ifindex`.
+            meta: metadata of another program in front of it, a multiple of 4 bytes.
+            ifindex: interface that it claims to come from; 0: the loopback.
+        """
+        counters = self._map("reason_count")
+        before = [c.packets for c in _counts(counters)]
+        run = (
+            self._current()
+            .progs[build.XDP]
+            .run_xdp(frame, meta=meta, ifindex=ifindex, rx_queue=rx_queue, repeat=repeat)
+        )
+        rose = [i for i, c in enumerate(_counts(counters)) if c.packets != before[i]]
+        fields = _VERDICT.unpack(run.meta[: _VERDICT.size]) if len(run.meta) >= _VERDICT.size else (0,) * 4
+        return SteerResult(
+            _XDP_ACTIONS[run.result],
+            REASONS[rose[0]].name if len(rose) == 1 else "",
+            Verdict(*fields[1:]) if fields[0] == _MAGIC else None,
+            run.data,
+            run.duration_ns,
+        )
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _current(self) -> _Loaded:
+        if self._loaded is None:
+            raise SteeringError(f"{self.ifname}: steering is closed")
+        return self._loaded
+
+    def _map(self, name: str) -> libbpf.Map:
+        self._current()
+        return self._maps[name]
+
+    def _attach(self, mode: Mode) -> None:
+        progs = self._current().progs
+        try:
+            flags = libbpf.XDP_SKB_MODE if mode == "skb" else libbpf.XDP_DRV_MODE
+            self._links[build.XDP] = libbpf.Link(progs[build.XDP], self.ifindex, libbpf.ATTACH_XDP, flags)
+            self.mode = "skb" if mode == "skb" else "native"
+        except OSError as e:
+            if e.errno in (errno.EBUSY, errno.EEXIST):
+                _refuse_foreign(self.ifname, self.ifindex)
+            if mode != "auto" or e.errno != errno.EOPNOTSUPP:
+                raise
+            self._attach("skb")
+            return
+        try:
+            self._links[build.GUARD] = libbpf.Link(progs[build.GUARD], self.ifindex, libbpf.ATTACH_TCX_EGRESS)
+            self.guard = Guard(True, "tcx egress")
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            self.guard = Guard(
+                False,
+                f"kernel {os.uname().release} has no tcx (6.6 and later do): a reset that the kernel sends for a "
+                "stray packet of a live connection reaches the peer",
+            )
+
+
+def _endpoint_key(e: Endpoint) -> bytes:
+    return _ENDPOINT_KEY.pack(
+        e.laddr.packed if e.laddr else _ZERO,
+        e.raddr.packed if e.raddr else _ZERO,
+        _PORT.pack(e.lport),
+        _PORT.pack(e.rport or 0),
+        e.proto,
+    )
+
+
+def _endpoint_value(e: Endpoint) -> bytes:
+    return _ENDPOINT.pack(e.entry, e.owner, _DRAIN if e.drain else 0, 0)
+
+
+def _endpoint_kind(e: Endpoint) -> int:
+    return _EXACT if e.raddr else _LOCAL if e.laddr else _ANY
+
+
+def _rules_of(policy: CompiledRules | HasRules) -> CompiledRules:
+    return policy if isinstance(policy, CompiledRules) else policy.rules
+
+
+def _interface_maps(owners: int) -> Iterator[libbpf.Map]:
+    yield libbpf.Map(libbpf.MAP_HASH, "endpoints", _ENDPOINT_KEY.size, _ENDPOINT.size, MAX_ENTRIES)
+    yield libbpf.Map(libbpf.MAP_ARRAY, "config", 4, _CONFIG.size, 1)
+    yield libbpf.Map(libbpf.MAP_HASH, "locals4", 4, 1, MAX_LOCALS)
+    yield libbpf.Map(libbpf.MAP_HASH, "locals6", 16, 1, MAX_LOCALS)
+    yield libbpf.Map(libbpf.MAP_HASH, "groups", 8, 1, MAX_LOCALS)
+    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "entry_count", 4, _COUNT.size, MAX_ENTRIES)
+    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "reason_count", 4, _COUNT.size, len(REASONS))
+    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "guard_count", 4, _COUNT.size, len(GUARD_KINDS))
+    yield libbpf.Map(libbpf.MAP_XSKMAP, "xsks", 4, 4, owners * MAX_QUEUES)
+
+
+def _policy_maps(policy: CompiledRules) -> Iterator[tuple[str, libbpf.Map]]:
+    """The maps of a policy, filled."""
+    key = _KEY6 if policy.key_v6 else _KEY4
+    keys, values = _packed(policy, key)
+    rules = libbpf.Map(libbpf.MAP_HASH, "rules", key.size, _RULE.size, max(1, len(policy)))
+    yield "rules", rules
+    rules.put_all(keys, values)
+    highest = [m.max_rank for m in policy.masks]
+    ranks = libbpf.Map(libbpf.MAP_ARRAY, "ranks", 4, 64, 1)
+    yield "ranks", ranks
+    ranks.put(_ZERO, struct.pack("=16I", *highest, *[0] * (16 - len(highest))))
+    size = max(1, len(policy.rules))
+    yield "rule_count", libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "rule_count", 4, _COUNT.size, size)
+
+
+def _packed(policy: CompiledRules, key: struct.Struct) -> tuple[bytes, bytes]:
+    """Keys and values of the rule map."""
+    width = 16 if policy.key_v6 else 4
+    keys, values = bytearray(), bytearray()
+    for entry in policy.entries():
+        k = entry.key
+        keys += key.pack(
+            k.local.to_bytes(width, "big"),
+            k.remote.to_bytes(width, "big"),
+            k.local_port.to_bytes(2, "big"),
+            k.remote_port.to_bytes(2, "big"),
+            k.vlan,
+            k.proto,
+            k.family << 4 | entry.mask,
+        )
+        values += _RULE.pack(entry.rank, entry.rule << 2 | _ACTIONS[entry.action])
+    return bytes(keys), bytes(values)
+
+
+def _load(program: build.Program, kind: int, attach_type: int, fds: dict[str, int]) -> libbpf.Prog:
+    log: list[str] = []
+    try:
+        return libbpf.Prog(
+            kind, f"bypass_{program.name.split('_')[1]}", program.linked(fds), attach_type, log
+        )
+    except OSError as e:
+        if e.errno == errno.EPERM or not any(log):
+            raise
+        handle, path = tempfile.mkstemp(prefix="bypass-verifier-", suffix=".log")
+        with open(handle, "w") as f:
+            f.write("".join(log))
+        last = [line for line in "".join(log).splitlines() if line and not line.startswith("processed")][-1:]
+        raise SteeringError(
+            f"the kernel refuses {program.name}: {' '.join(last) or e.strerror}; the verifier's log is in {path}"
+        ) from e
+
+
+def _counts(m: libbpf.Map) -> Iterator[Count]:
+    """The values of a per-CPU array, CPUs added up."""
+    words = memoryview(m.all_values()).cast("Q")
+    cpus = libbpf.possible_cpus()
+    for i in range(m.entries):
+        base = i * 2 * cpus
+        yield Count(sum(words[base : base + 2 * cpus : 2]), sum(words[base + 1 : base + 2 * cpus : 2]))
+
+
+def _count(m: libbpf.Map, index: int) -> Count:
+    words = memoryview(m.get(_U32.pack(index)) or b"").cast("Q")
+    return Count(sum(words[::2]), sum(words[1::2]))
+
+
+def _set_keys(m: libbpf.Map, wanted: set[bytes]) -> None:
+    """Makes `wanted` the keys of a set-like map, adding before removing."""
+    present = set(m.keys())
+    for key in wanted - present:
+        m.put(key, b"\1")
+    for key in present - wanted:
+        m.delete(key)
+
+
+def _ifindex(ifname: str) -> int:
+    try:
+        return socket.if_nametoindex(ifname)
+    except OSError as e:
+        raise SteeringError(f"no interface {ifname} in this network namespace (`ip link`)") from e
+
+
+def _mac_of(ifname: str) -> bytes:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        answer: bytes = fcntl.ioctl(s, _SIOCGIFHWADDR, struct.pack("16s16x", ifname.encode()))
+    return answer[18:24]
+
+
+def _refuse_foreign(ifname: str, ifindex: int) -> None:
+    there = libbpf.xdp_attached(ifindex)
+    if there is None:
+        return
+    whose = ", ".join(f"{pid} ({_command(pid)})" for pid in there.pids)
+    whose = f"held by process {whose}" if whose else "held by no process: attached by netlink"
+    kind = "xdpgeneric" if there.mode == "skb" else "xdp"
+    undo = "end that process" if there.pids else f"`ip link set dev {ifname} {kind} off`"
+    raise ForeignProgramError(
+        f"{ifname} has an XDP program already: id {there.prog_id}, name {there.name}, {there.mode} mode, {whose}; "
+        f"bypass does not replace it. {undo} to remove it"
+    )
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as f:
+            return f.read().strip()
+    except OSError:
+        return "ended"
+
+
+def _explained(e: OSError, ifname: str) -> BypassError:
+    """A system call's failure in words."""
+    if e.errno == errno.EPERM:
+        return PrivilegeError(
+            f"{ifname}: {e.strerror}: steering needs root (CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW)"
+        )
+    hint = {
+        errno.EOPNOTSUPP: "the driver has no native XDP: use `mode: skb`",
+        errno.EBUSY: "another XDP program came first",
+        errno.EINVAL: "is the MTU larger than the driver allows with XDP? (`ip -d link`, `dmesg`)",
+        errno.ERANGE: "the MTU is larger than the driver allows with XDP (`ip link set ... mtu`)",
+        errno.ENOMEM: "not enough memory for the maps",
+    }.get(e.errno or 0, "")
+    return SteeringError(": ".join(part for part in (ifname, e.strerror or str(e), hint) if part))
