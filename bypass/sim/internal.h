@@ -160,7 +160,7 @@ struct fate {
     bool twice;
     uint16_t capture_flags;
     uint64_t arrival_ns[2];
-    uint32_t corrupt_at; /* offset of the word */
+    uint32_t corrupt_at;   /* offset of the word */
     uint16_t corrupt_mask; /* 0: intact; in memory order */
 };
 void fault_decide(struct port *from, const struct outgoing *out, uint64_t now_ns, struct fate *fate);

@@ -6,6 +6,7 @@
  * A frame of the pool is in exactly one place: the free pool, the receive queue (HOLD_RX), the stack
  * (HOLD_STACK), and, as a second hold on a transmitted frame, the completion ring (HOLD_DEV).
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>

@@ -52,7 +52,7 @@ struct sim_event {
     uint64_t user;
 };
 
-enum { /* why sim_run() came back */
+enum {                  /* why sim_run() came back */
        SIM_TIME = 0,    /* until_ns is reached */
        SIM_EVENTS = 1,  /* events were written */
        SIM_RAW = 2,     /* a raw port received a frame */
@@ -97,7 +97,7 @@ struct sim_port_config {
 /* Plugs a new port into the wire. NULL: no memory, or cfg makes no sense. */
 struct bypass_netdev *sim_port_create(struct sim_wire *wire, const struct sim_port_config *cfg);
 
-struct sim_faults {    /* what happens to the frames that one port sends; parts per million */
+struct sim_faults { /* what happens to the frames that one port sends; parts per million */
     uint32_t loss_ppm;
     uint32_t duplicate_ppm; /* delivered twice */
     uint32_t corrupt_ppm;   /* one to three bits flipped within one 16-bit word that a checksum covers;
@@ -124,29 +124,29 @@ enum { /* a fate in a script */
  * again. -ENOMEM. */
 int sim_port_script(struct bypass_netdev *port, const uint8_t *fates, uint32_t n);
 
-struct sim_device_faults {    /* what a bad day of the device itself looks like to its stack */
-    uint32_t alloc_fail_ppm;  /* alloc gives nothing, though frames are free */
-    uint32_t tx_short_ppm;    /* tx_burst takes only a part */
-    uint32_t kick_again_ppm;  /* kick gives -EAGAIN */
-    uint32_t down;            /* 1: no carrier; frames are lost, kick gives -ENETDOWN */
-    uint64_t complete_ns;     /* transmissions are completed so much later */
+struct sim_device_faults {   /* what a bad day of the device itself looks like to its stack */
+    uint32_t alloc_fail_ppm; /* alloc gives nothing, though frames are free */
+    uint32_t tx_short_ppm;   /* tx_burst takes only a part */
+    uint32_t kick_again_ppm; /* kick gives -EAGAIN */
+    uint32_t down;           /* 1: no carrier; frames are lost, kick gives -ENETDOWN */
+    uint64_t complete_ns;    /* transmissions are completed so much later */
 };
 void sim_port_device_faults(struct bypass_netdev *port, const struct sim_device_faults *faults);
 
 struct sim_port_stats {
-    uint64_t tx_frames, tx_bytes;       /* sent by this port, whatever became of them */
-    uint64_t rx_frames, rx_bytes;       /* handed to this port's receive queue */
+    uint64_t tx_frames, tx_bytes;                    /* sent by this port, whatever became of them */
+    uint64_t rx_frames, rx_bytes;                    /* handed to this port's receive queue */
     uint64_t lost, duplicated, corrupted, reordered; /* of frames sent by this port */
-    uint64_t queue_dropped;             /* did not fit the rate's queue */
-    uint64_t oversize;                  /* larger than the MTU */
-    uint64_t in_flight_dropped;         /* towards this port: too many frames on the wire */
-    uint64_t no_frame;                  /* towards this port: its packet memory was used up */
-    uint64_t down_dropped;              /* sent or arriving while the port was down */
-    uint64_t misuse; /* frames that were freed or sent without being held: an error in the stack */
-    uint32_t in_flight;                 /* on their way to this port now */
-    uint32_t rx_waiting;                /* received, not taken yet */
-    uint32_t unreaped;                  /* transmissions not reaped yet */
-    uint32_t held;                      /* frames neither free nor waiting nor unreaped: the stack's */
+    uint64_t queue_dropped;                          /* did not fit the rate's queue */
+    uint64_t oversize;                               /* larger than the MTU */
+    uint64_t in_flight_dropped;                      /* towards this port: too many frames on the wire */
+    uint64_t no_frame;                               /* towards this port: its packet memory was used up */
+    uint64_t down_dropped;                           /* sent or arriving while the port was down */
+    uint64_t misuse;     /* frames that were freed or sent without being held: an error in the stack */
+    uint32_t in_flight;  /* on their way to this port now */
+    uint32_t rx_waiting; /* received, not taken yet */
+    uint32_t unreaped;   /* transmissions not reaped yet */
+    uint32_t held;       /* frames neither free nor waiting nor unreaped: the stack's */
 };
 void sim_port_stats(const struct bypass_netdev *port, struct sim_port_stats *out);
 

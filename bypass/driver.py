@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Driver: what gives stacks time, packets and sleep. The core has none of these.
+
+One driver serves a simulated network with all its stacks (bypass.sim.Network), or one stack on a device
+(bypass.embedded). Blocking sockets wait through it, asyncio polls it.
+
+One lock a driver guards every call into the C core. `lock held` in a docstring: the caller holds it.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bypass.stack_api import Stack
+
+
+class Driver(ABC):
+    """Base of drivers.
+
+    Attributes:
+        lock: guards the stacks; not reentrant.
+        cond: notified whenever a waiting thread should look again.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.cond = threading.Condition(self.lock)
+
+    @abstractmethod
+    def now_ns(self) -> int:
+        """The clock that deadlines are of."""
+
+    @abstractmethod
+    def wait(self, deadline_ns: int) -> bool:
+        """Lock held, but released while asleep. Lets things happen until something may have changed for a socket
+        (True) or the deadline has passed (False). True promises nothing: the caller tries again."""
+
+    @abstractmethod
+    def poll(self) -> None:
+        """Lock held. Does what is due, without sleeping."""
+
+    @abstractmethod
+    def touched(self, stack: Stack) -> None:
+        """Lock held. A socket call may have produced output or an earlier deadline."""
+
+    @abstractmethod
+    def next_ns(self) -> int:
+        """Lock held. When poll() has to run next if no packet arrives; FOREVER: never."""
+
+    @abstractmethod
+    def seconds_until(self, time_ns: int) -> float:
+        """Real seconds until that time of the driver's clock, for a timer; may be negative."""
+
+    def fds(self) -> list[int]:
+        """Descriptors that become readable when poll() has work."""
+        return []
+
+    @abstractmethod
+    def remove(self, stack: Stack) -> None:
+        """Lock held. The stack is gone."""

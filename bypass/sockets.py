@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocking sockets on a bypass stack, shaped like socket.socket.
+
+A program written for `socket` finds the same methods, results and errors here. What differs:
+
+* There is no file descriptor: fileno() is -1, and select() or selectors cannot wait for these sockets. Use timeouts,
+  setblocking(False), or bypass.aio.
+* Addresses are IP addresses; names are not resolved.
+* On a simulated wire timeouts are of the virtual clock, and a call that blocks runs it.
+
+Threads may share a stack and its sockets: one lock a stack guards them, released while a call waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket as _socket
+import struct
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from bypass._core import lib
+from bypass.core import FOREVER, Address
+from bypass.stack_api import KINDS, Stack
+
+__all__ = ["Socket", "create_connection", "create_server"]
+
+T = TypeVar("T")
+
+RECV_FLAGS: dict[int, int] = {_socket.MSG_PEEK: lib.BYPASS_PEEK, _socket.MSG_TRUNC: lib.BYPASS_TRUNC}
+SEND_FLAGS: dict[int, int] = {_socket.MSG_MORE: lib.BYPASS_MORE, _socket.MSG_NOSIGNAL: 0}
+DONTWAIT, WAITALL = _socket.MSG_DONTWAIT, _socket.MSG_WAITALL
+
+SOL, TCP, IP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP, _socket.IPPROTO_IP
+OPTIONS: dict[tuple[int, int], int] = {
+    (SOL, _socket.SO_SNDBUF): lib.BYPASS_SO_SNDBUF,
+    (SOL, _socket.SO_RCVBUF): lib.BYPASS_SO_RCVBUF,
+    (SOL, _socket.SO_KEEPALIVE): lib.BYPASS_SO_KEEPALIVE,
+    (SOL, _socket.SO_REUSEADDR): lib.BYPASS_SO_REUSEADDR,
+    (SOL, _socket.SO_BROADCAST): lib.BYPASS_SO_BROADCAST,
+    (IP, _socket.IP_TTL): lib.BYPASS_IP_TTL,
+    (IP, _socket.IP_TOS): lib.BYPASS_IP_TOS,
+    (TCP, _socket.TCP_NODELAY): lib.BYPASS_TCP_NODELAY,
+    (TCP, _socket.TCP_MAXSEG): lib.BYPASS_TCP_MAXSEG,
+    (TCP, _socket.TCP_QUICKACK): lib.BYPASS_TCP_QUICKACK,
+    (TCP, _socket.TCP_CORK): lib.BYPASS_TCP_CORK,
+    (TCP, _socket.TCP_KEEPIDLE): lib.BYPASS_TCP_KEEPIDLE,
+    (TCP, _socket.TCP_KEEPINTVL): lib.BYPASS_TCP_KEEPINTVL,
+    (TCP, _socket.TCP_KEEPCNT): lib.BYPASS_TCP_KEEPCNT,
+    (TCP, _socket.TCP_USER_TIMEOUT): lib.BYPASS_TCP_USER_TIMEOUT,
+}
+LINGER = struct.Struct("ii")  # struct linger: on, seconds
+
+
+def raised(code: int) -> OSError:
+    """The exception for an errno."""
+    return OSError(code, os.strerror(code))
+
+
+def _translate(flags: int, table: dict[int, int]) -> int:
+    result = 0
+    for theirs, ours in table.items():
+        if flags & theirs:
+            result |= ours
+            flags &= ~theirs
+    if flags:
+        raise raised(errno.EOPNOTSUPP)
+    return result
+
+
+class Socket:
+    """A socket of a stack: SOCK_STREAM (TCP) or SOCK_DGRAM (UDP), with the methods of socket.socket.
+
+    Raises:
+        OSError: as socket.socket does; PermissionError when no rule of the policy grants the flow (the message names
+            the flow and the rule that would); TimeoutError after settimeout().
+    """
+
+    family = _socket.AF_INET
+
+    def __init__(self, stack: Stack, type: int = _socket.SOCK_STREAM, *, handle: int | None = None) -> None:
+        self._handle = -1
+        self._stack = stack
+        self._lock = stack.driver.lock
+        self._timeout: float | None = None
+        self._io_refs = 0
+        self._close_wanted = False
+        if type not in KINDS:
+            raise raised(errno.ESOCKTNOSUPPORT)
+        self.type = _socket.SocketKind(type)
+        self.proto = TCP if type == _socket.SOCK_STREAM else _socket.IPPROTO_UDP
+        if handle is None:
+            with self._lock:
+                handle = stack.open(KINDS[type])
+        self._handle = handle
+
+    # ---- waiting
+    def _h(self) -> int:
+        """The handle; EBADF when the socket or its stack is closed."""
+        if self._handle < 0 or self._stack.core.closed:
+            raise raised(errno.EBADF)
+        return self._handle
+
+    def _until(self, attempt: Callable[[int], T | None], *, nonblocking: bool = False) -> T:
+        """Lock held. attempt(handle) until it has a result; None means that it would block."""
+        deadline: int | None = None
+        while (result := attempt(self._h())) is None:
+            if nonblocking or self._timeout == 0:
+                raise raised(errno.EAGAIN)
+            driver = self._stack.driver
+            if deadline is None:
+                deadline = FOREVER if self._timeout is None else driver.now_ns() + round(self._timeout * 1e9)
+            if not driver.wait(deadline):
+                # What came at the last moment counts.
+                result = attempt(self._h())
+                if result is None:
+                    raise TimeoutError("timed out")
+                break
+        return result
+
+    @staticmethod
+    def _done(result: Any) -> Any:
+        """A result of the core: None for -EAGAIN, OSError for another -errno."""
+        if isinstance(result, int) and result < 0:
+            if result == -errno.EAGAIN:
+                return None
+            raise raised(-result)
+        return result
+
+    # ---- addresses and connections
+    def bind(self, address: Address) -> None:
+        with self._lock:
+            self._stack.bind(self._h(), address)
+
+    def listen(self, backlog: int = 128) -> None:
+        with self._lock:
+            self._stack.listen(self._h(), max(backlog, 0))
+
+    def accept(self) -> tuple[Socket, Address]:
+        """A connection and its peer. The new socket blocks, whatever the timeout of this one."""
+        with self._lock:
+            handle = self._until(lambda h: self._done(self._stack.accept(h)))
+            peer = self._stack.core.peer(handle)
+        return Socket(self._stack, _socket.SOCK_STREAM, handle=handle), peer
+
+    def connect(self, address: Address) -> None:
+        """Blocks until the connection is established (TCP) or the peer is set (UDP)."""
+        with self._lock:
+            result = self._stack.connect(self._h(), address)
+            if result == -errno.EINPROGRESS and self._timeout != 0:
+                result = self._until(self._connected)
+        if result < 0:
+            raise raised(-result)
+
+    def _connected(self, handle: int) -> int | None:
+        core = self._stack.core
+        if not core.ready(handle) & (lib.BYPASS_OUT | lib.BYPASS_ERR | lib.BYPASS_HUP):
+            return None
+        return -core.error(handle)
+
+    def connect_ex(self, address: Address) -> int:
+        """As connect(), but returns the errno."""
+        try:
+            self.connect(address)
+        except TimeoutError as e:
+            return e.errno or errno.EAGAIN
+        except PermissionError:
+            raise
+        except OSError as e:
+            if e.errno is None:
+                raise
+            return e.errno
+        return 0
+
+    def getsockname(self) -> Address:
+        with self._lock:
+            return self._stack.core.local(self._h())
+
+    def getpeername(self) -> Address:
+        with self._lock:
+            return self._stack.core.peer(self._h())
+
+    # ---- data
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Bytes taken, at least one: the rest has to be sent again. UDP: one datagram."""
+        ours = _translate(flags & ~DONTWAIT, SEND_FLAGS)
+        with self._lock:
+            return self._send(data, ours, bool(flags & DONTWAIT))
+
+    def _send(self, data: Any, ours: int, nonblocking: bool) -> int:
+        stack = self._stack
+        if self.type == _socket.SOCK_DGRAM:
+            sent: int = self._until(
+                lambda h: self._done(stack.sendto(h, data, None, ours)), nonblocking=nonblocking
+            )
+        else:
+            sent = self._until(lambda h: self._done(stack.core.send(h, data, ours)), nonblocking=nonblocking)
+            stack.touched()
+        return sent
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Sends everything. After an error nobody knows how much was sent."""
+        ours = _translate(flags & ~DONTWAIT, SEND_FLAGS)
+        with memoryview(data) as view, view.cast("B") as rest:
+            at = 0
+            while at < len(rest):
+                with self._lock, rest[at:] as part:
+                    at += self._send(part, ours, bool(flags & DONTWAIT))
+
+    def sendto(self, data: Any, *args: Any) -> int:
+        """sendto(data, address) or sendto(data, flags, address): one datagram."""
+        flags, address = (0, args[0]) if len(args) == 1 else args
+        if self.type == _socket.SOCK_STREAM:
+            return self.send(data, flags)
+        ours = _translate(flags & ~DONTWAIT, SEND_FLAGS)
+        with self._lock:
+            sent: int = self._until(
+                lambda h: self._done(self._stack.sendto(h, data, address, ours)),
+                nonblocking=bool(flags & DONTWAIT),
+            )
+            return sent
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        """At most bufsize bytes; b"" when the peer has closed its direction. MSG_PEEK, MSG_WAITALL, MSG_DONTWAIT."""
+        if self.type == _socket.SOCK_DGRAM:
+            return self.recvfrom(bufsize, flags)[0]
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recv")
+        if flags & WAITALL and not flags & _socket.MSG_PEEK:
+            buffer = bytearray(bufsize)
+            return bytes(buffer[: self.recv_into(buffer, 0, flags)])
+        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS)
+        with self._lock:
+            core = self._stack.core
+            data: bytes = self._until(
+                lambda h: self._done(core.recv(h, bufsize, ours)), nonblocking=bool(flags & DONTWAIT)
+            )
+            self._stack.touched()  # room in the receive window may have to be announced
+            return data
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """Bytes written to buffer; 0 when the peer has closed its direction."""
+        with memoryview(buffer) as view, view.cast("B")[: nbytes or None] as target:
+            if self.type == _socket.SOCK_DGRAM:
+                data = self.recvfrom(len(target), flags)[0]
+                target[: len(data)] = data
+                return len(data)
+            at = 0
+            while True:
+                with target[at:] as part:
+                    n = self._recv_part(part, flags)
+                at += n
+                if not flags & WAITALL or n == 0 or at == len(target):
+                    return at
+
+    def _recv_part(self, target: memoryview, flags: int) -> int:
+        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS)
+        with self._lock:
+            core = self._stack.core
+            n: int = self._until(
+                lambda h: self._done(core.recv_into(h, target, ours)), nonblocking=bool(flags & DONTWAIT)
+            )
+            self._stack.touched()
+            return n
+
+    def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, Address | None]:
+        """A datagram and its sender. TCP: (data, None)."""
+        if self.type == _socket.SOCK_STREAM:
+            return self.recv(bufsize, flags), None
+        ours = _translate(flags & ~DONTWAIT, RECV_FLAGS)
+        with self._lock:
+            core = self._stack.core
+            data, sender, _ = self._until(
+                lambda h: self._done(core.recvfrom(h, bufsize, ours)), nonblocking=bool(flags & DONTWAIT)
+            )
+        return data, sender
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Address | None]:
+        if self.type == _socket.SOCK_STREAM:
+            return self.recv_into(buffer, nbytes, flags), None
+        with memoryview(buffer) as view, view.cast("B")[: nbytes or None] as target:
+            data, sender = self.recvfrom(len(target), flags)
+            target[: len(data)] = data
+            return len(data), sender
+
+    def makefile(
+        self,
+        mode: str = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.IOBase:
+        """A file object over the socket, as socket.makefile(). The socket closes when both are closed."""
+        if not set(mode) <= {"r", "w", "b"}:
+            raise ValueError(f"invalid mode {mode!r} (only r, w, b allowed)")
+        writing, reading = "w" in mode, "r" in mode or "w" not in mode
+        raw = _socket.SocketIO(self, ("r" if reading else "") + ("w" if writing else ""))  # type: ignore[arg-type]
+        self._io_refs += 1
+        size = io.DEFAULT_BUFFER_SIZE if buffering is None or buffering < 0 else buffering
+        if size == 0:
+            if "b" not in mode:
+                raise ValueError("unbuffered streams must be binary")
+            return raw
+        buffer: Any
+        if reading and writing:
+            buffer = io.BufferedRWPair(raw, raw, size)
+        elif reading:
+            buffer = io.BufferedReader(raw, size)
+        else:
+            buffer = io.BufferedWriter(raw, size)
+        if "b" in mode:
+            return buffer  # type: ignore[no-any-return]
+        return io.TextIOWrapper(buffer, encoding, errors, newline)
+
+    # ---- end
+    def shutdown(self, how: int) -> None:
+        """SHUT_RD, SHUT_WR or SHUT_RDWR."""
+        with self._lock:
+            self._stack.core.shutdown(self._h(), how)
+            self._stack.touched()
+
+    def close(self) -> None:
+        """What was sent is still delivered, unless received data is unread or SO_LINGER says 0 seconds: then the peer
+        gets a reset. Files made by makefile() keep the socket open."""
+        self._close_wanted = True
+        if self._io_refs <= 0:
+            self._really_close()
+
+    def _really_close(self) -> None:
+        with self._lock:
+            handle, self._handle = self._handle, -1
+            if handle >= 0:
+                self._stack.close_handle(handle)
+            self._stack.driver.cond.notify_all()  # threads that wait in this socket get EBADF
+
+    def _decref_socketios(self) -> None:  # called by socket.SocketIO
+        self._io_refs -= 1
+        if self._close_wanted and self._io_refs <= 0:
+            self._really_close()
+
+    def __enter__(self) -> Socket:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", -1) >= 0 and not self._stack.core.closed:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            # The collector may run while this very thread holds the lock: nothing is closed here.
+            self._stack.orphan(self._handle)
+
+    # ---- options
+    def settimeout(self, value: float | None) -> None:
+        """Seconds that a call may block (of the virtual clock on a simulated wire); None: for ever; 0: not at all."""
+        if value is not None and value < 0:
+            raise ValueError("Timeout value out of range")
+        self._timeout = value
+
+    def gettimeout(self) -> float | None:
+        return self._timeout
+
+    @property
+    def timeout(self) -> float | None:
+        return self._timeout
+
+    def setblocking(self, flag: bool) -> None:
+        self._timeout = None if flag else 0.0
+
+    def getblocking(self) -> bool:
+        return self._timeout != 0
+
+    def setsockopt(self, level: int, optname: int, value: int | bytes) -> None:
+        """The options of SOL_SOCKET, IPPROTO_TCP and IPPROTO_IP that the stack has; ENOPROTOOPT for others."""
+        with self._lock:
+            core, handle = self._stack.core, self._h()
+            if (level, optname) == (SOL, _socket.SO_LINGER):
+                on, seconds = LINGER.unpack(value)  # type: ignore[arg-type]
+                core.setopt(handle, lib.BYPASS_SO_LINGER, seconds if on else -1)
+                return
+            option = OPTIONS.get((level, optname))
+            if option is None:
+                raise raised(errno.ENOPROTOOPT)
+            number = value if isinstance(value, int) else int.from_bytes(value, "little", signed=True)
+            core.setopt(handle, option, int(number))
+            self._stack.touched()
+
+    def getsockopt(self, level: int, optname: int, buflen: int = 0) -> int | bytes:
+        """As an int; with buflen as bytes. SO_ERROR clears it."""
+        with self._lock:
+            value = self._getopt(self._stack.core, self._h(), (level, optname))
+        if isinstance(value, bytes):
+            return value[:buflen]
+        return value.to_bytes(max(4, buflen), "little", signed=True)[:buflen] if buflen else value
+
+    def _getopt(self, core: Any, handle: int, key: tuple[int, int]) -> int | bytes:
+        if key == (SOL, _socket.SO_ERROR):
+            return int(core.error(handle))
+        if key == (SOL, _socket.SO_TYPE):
+            return int(self.type)
+        if key == (SOL, _socket.SO_LINGER):
+            seconds = core.getopt(handle, lib.BYPASS_SO_LINGER)
+            return LINGER.pack(seconds >= 0, max(seconds, 0))
+        option = OPTIONS.get(key)
+        if option is None:
+            raise raised(errno.ENOPROTOOPT)
+        return int(core.getopt(handle, option))
+
+    # ---- the rest of socket.socket
+    def fileno(self) -> int:
+        """-1: there is no descriptor."""
+        return -1
+
+    @property
+    def stack(self) -> Stack:
+        return self._stack
+
+    def __repr__(self) -> str:
+        state = "closed" if self._handle < 0 else f"handle {self._handle:#x}"
+        return f"<bypass.sockets.Socket {self.type.name} {state} on {self._stack.name}>"
+
+
+def create_server(stack: Stack, address: Address, *, backlog: int = 128) -> Socket:
+    """A listening TCP socket, as socket.create_server()."""
+    sock = Socket(stack)
+    try:
+        sock.setsockopt(SOL, _socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def create_connection(
+    stack: Stack, address: Address, timeout: float | None = None, source_address: Address | None = None
+) -> Socket:
+    """A connected TCP socket, as socket.create_connection(). timeout in seconds; it stays set."""
+    sock = Socket(stack)
+    try:
+        sock.settimeout(timeout)
+        if source_address is not None:
+            sock.bind(source_address)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stack: a TCP/IP stack for Python programs, on a network device (from a policy) or on a simulated wire.
+
+What lives here: the stack as one object: its sockets' life, its events, its end. What does not: the clock and the
+packets (bypass.driver and its two implementations), grants and steering (bypass.embedded), socket objects
+(bypass.sockets), asyncio (bypass.aio).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as _socket
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bypass._core import lib
+from bypass.core import FOREVER, Address, ConnInfo, CoreStack
+from bypass.driver import Driver
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bypass.policy import Policy
+    from bypass.sim import Port
+    from bypass.sockets import Socket
+
+__all__ = ["Control", "Stack"]
+
+STREAM: int = lib.BYPASS_STREAM
+DGRAM: int = lib.BYPASS_DGRAM
+KINDS: dict[int, int] = {_socket.SOCK_STREAM: STREAM, _socket.SOCK_DGRAM: DGRAM}
+
+# States in which nothing of the program is under way any more.
+SETTLED = frozenset({"TIME_WAIT", "CLOSED", "FIN_WAIT_2"})
+
+
+class Control(Protocol):
+    """What has to be asked outside the stack before a socket may use an address. All with the lock held."""
+
+    def reserve(self, kind: int, local: Address, remote: Address | None) -> Address:
+        """The local address to use (port 0 and wildcard resolved where needed), reserved. PermissionError: no rule
+        grants it; OSError EADDRINUSE: another program has it."""
+
+    def activate(self, kind: int, local: Address, remote: Address | None) -> None:
+        """From now on packets of this flow come to the stack."""
+
+    def release(self, kind: int, local: Address, remote: Address | None) -> None:
+        """A socket has let go of it; it stays as long as the stack has connections on that port."""
+
+
+class _Entry:
+    """A handle of the stack, and what control knows of it."""
+
+    __slots__ = ("handle", "handler", "kind", "listening", "local", "remote", "user")
+
+    def __init__(self, handle: int, kind: int, user: int) -> None:
+        self.handle = handle
+        self.kind = kind
+        self.user = user
+        self.listening = False
+        self.local: Address | None = None  # reserved with control
+        self.remote: Address | None = None
+        self.handler: Callable[[int], None] | None = None
+
+
+class Stack:
+    """A stack. Made by `Stack.from_policy` or by `bypass.sim.Network.stack`.
+
+    Attributes:
+        core: the C core, for what is not here (next hops, counters in detail). With `driver.lock` held only.
+        driver: its clock and its packets.
+        port: its port, on a simulated wire.
+    """
+
+    def __init__(
+        self,
+        core: CoreStack,
+        driver: Driver,
+        *,
+        name: str = "stack",
+        control: Control | None = None,
+        port: Port | None = None,
+    ) -> None:
+        self.core = core
+        self.driver = driver
+        self.name = name
+        self.port = port
+        self._control = control
+        self._entries: dict[int, _Entry] = {}  # by user value
+        self._by_handle: dict[int, _Entry] = {}
+        self._next_user = 1
+        self._orphans: deque[int] = deque()  # handles whose objects were forgotten unclosed
+
+    @classmethod
+    def from_policy(cls, policy: str | Path | Policy, **options: Any) -> Stack:
+        """Takes the flows of a policy off its interface, in this process (needs root).
+
+        Nothing is taken before a socket asks for it: rules grant, listening, binding and connecting make them live.
+
+        Args:
+            policy: a file's path, or a Policy.
+            options: those of bypass.embedded.open_stack().
+
+        Raises:
+            PolicyError, PrivilegeError, DeviceError, SteeringError, ForeignProgramError.
+        """
+        from bypass.embedded import open_stack
+
+        return open_stack(policy, **options)
+
+    # ---- sockets for programs
+    def socket(self, type: int = _socket.SOCK_STREAM) -> Socket:
+        """A blocking socket (bypass.sockets.Socket), SOCK_STREAM or SOCK_DGRAM."""
+        from bypass.sockets import Socket
+
+        return Socket(self, type)
+
+    def create_server(self, address: Address, *, backlog: int = 128) -> Socket:
+        """A listening socket, as socket.create_server()."""
+        from bypass.sockets import create_server
+
+        return create_server(self, address, backlog=backlog)
+
+    def create_connection(
+        self, address: Address, timeout: float | None = None, source_address: Address | None = None
+    ) -> Socket:
+        """A connected socket, as socket.create_connection(). timeout in seconds."""
+        from bypass.sockets import create_connection
+
+        return create_connection(self, address, timeout, source_address)
+
+    # ---- driving
+    def run(self, until: Callable[[], bool] | None = None, timeout: float | None = None) -> bool:
+        """Lets the stack work until `until` is true (it is asked after each event), or `timeout` seconds of its
+        clock have passed.
+
+        Returns:
+            Whether `until` came true; without it: False, after the timeout.
+        """
+        driver = self.driver
+        with driver.lock:
+            deadline = FOREVER if timeout is None else driver.now_ns() + round(timeout * 1e9)
+            while not (until is not None and until()):
+                if not driver.wait(deadline):
+                    return until is not None and until()
+        return True
+
+    # ---- handles, for socket objects. Lock held in all of them; OSError as the C call
+    def open(self, kind: int) -> int:
+        """A new handle. kind: STREAM or DGRAM."""
+        self._check_open()
+        while self._orphans:
+            self.close_handle(self._orphans.popleft())
+        return self._adopt(self.core.socket(kind), kind)
+
+    def _adopt(self, handle: int, kind: int) -> int:
+        user = self._next_user
+        self._next_user += 1
+        self.core.set_user(handle, user)
+        self._entries[user] = self._by_handle[handle] = _Entry(handle, kind, user)
+        return handle
+
+    def _check_open(self) -> None:
+        if self.core.closed:
+            raise OSError(errno.EBADF, "the stack is closed")
+
+    def bind(self, handle: int, address: Address) -> None:
+        entry = self._by_handle[handle]
+        if self._control is not None:
+            address = self._control.reserve(entry.kind, address, None)
+        try:
+            self.core.bind(handle, address)
+        except OSError:
+            if self._control is not None:
+                self._control.release(entry.kind, address, None)
+            raise
+        if self._control is not None:
+            entry.local = address
+            if entry.kind == DGRAM:
+                self._control.activate(DGRAM, address, None)
+
+    def listen(self, handle: int, backlog: int) -> None:
+        entry = self._by_handle[handle]
+        if self.core.local(handle)[1] == 0:
+            self.bind(handle, ("0.0.0.0", 0))
+        self.core.listen(handle, backlog)
+        entry.listening = True
+        if self._control is not None and entry.local is not None:
+            self._control.activate(STREAM, entry.local, None)
+        self.touched()
+
+    def connect(self, handle: int, address: Address) -> int:
+        """0, or -errno: -EINPROGRESS is no failure. PermissionError: no rule grants the flow."""
+        entry = self._by_handle[handle]
+        control = self._control
+        if control is not None and entry.remote is None:
+            local = control.reserve(entry.kind, entry.local or ("0.0.0.0", 0), address)
+            try:
+                if entry.local is None:
+                    self.core.bind(handle, local)
+                control.activate(entry.kind, local, address)
+            except OSError:
+                control.release(entry.kind, local, address)
+                raise
+            entry.local, entry.remote = local, address
+        result = self.core.connect(handle, address)
+        self.touched()
+        return result
+
+    def accept(self, handle: int) -> int:
+        """A handle, or -EAGAIN; other errors raise."""
+        got = int(lib.bypass_accept(self.core.c, handle))
+        if got < 0:
+            if got == -errno.EAGAIN:
+                return got
+            raise OSError(-got, os.strerror(-got))
+        return self._adopt(got, STREAM)
+
+    def close_handle(self, handle: int, *, abort: bool = False) -> None:
+        """Closes in order, or resets. Queued data is still delivered after a close in order."""
+        entry = self._by_handle.pop(handle, None)
+        if entry is None or self.core.closed:
+            return
+        del self._entries[entry.user]
+        if abort:
+            self.core.abort(handle)
+        else:
+            self.core.close_socket(handle)
+        if self._control is not None and entry.local is not None:
+            self._control.release(entry.kind, entry.local, entry.remote)
+        self.touched()
+
+    def sendto(self, handle: int, data: Any, address: Address | None, flags: int = 0) -> int:
+        """A datagram. Bytes, or -errno. A socket without address gets one first."""
+        entry = self._by_handle[handle]
+        if self._control is not None and entry.local is None:
+            self.bind(handle, self._control.reserve(DGRAM, ("0.0.0.0", 0), address))
+        sent = self.core.sendto(handle, data, address, flags)
+        self.touched()
+        return sent
+
+    def orphan(self, handle: int) -> None:
+        """The object of this handle was forgotten: it is closed at the next chance. Any thread, no lock."""
+        self._orphans.append(handle)
+
+    def set_handler(self, handle: int, handler: Callable[[int], None] | None) -> None:
+        """handler(mask) is called for each event of the handle, with the lock held: it only takes a note."""
+        self._by_handle[handle].handler = handler
+
+    def dispatch(self, user: int, mask: int) -> None:
+        """An event of the core."""
+        entry = self._entries.get(user)
+        if entry is not None and entry.handler is not None:
+            entry.handler(mask)
+
+    def touched(self) -> None:
+        """After calls that may send."""
+        self.driver.touched(self)
+
+    # ---- what it is doing
+    def stats(self) -> dict[str, int]:
+        """Counters by name (bypass/stack/counters.h)."""
+        with self.driver.lock:
+            return self.core.stats()
+
+    def conns(self) -> list[ConnInfo]:
+        """Connections in every state."""
+        with self.driver.lock:
+            return list(self.core.conns())
+
+    def audit(self) -> dict[str, int]:
+        """What is in use, by kind; all zero after an orderly end."""
+        with self.driver.lock:
+            return self.core.audit()
+
+    # ---- end
+    def close(self, linger: float = 1.0) -> None:
+        """Closes every socket in order, waits up to `linger` seconds of the stack's clock until what was sent has
+        been acknowledged, resets the rest, and lets go of device and steering. A second call does nothing."""
+        driver = self.driver
+        with driver.lock:
+            if self.core.closed:
+                return
+            try:
+                # Listeners first: nothing new comes in while the rest ends.
+                for entry in sorted(self._by_handle.values(), key=lambda e: not e.listening):
+                    self.close_handle(entry.handle)
+                deadline = driver.now_ns() + round(linger * 1e9)
+                while any(c.state not in SETTLED for c in self.core.conns()) and driver.wait(deadline):
+                    pass
+            finally:
+                self.destroy()
+
+    def destroy(self) -> None:
+        """Lock held. Ends at once: connections are reset."""
+        if not self.core.closed:
+            self._entries.clear()
+            self._by_handle.clear()
+            self.core.close()
+            self.driver.remove(self)
+            self.driver.cond.notify_all()
+
+    def __enter__(self) -> Stack:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<bypass.Stack {self.name}{' closed' if self.core.closed else ''}>"
