@@ -153,6 +153,7 @@ struct rx_info { /* of the packet being processed; filled by eth_in and ipv4_in 
     uint16_t l4_len;
     uint8_t proto, ttl, tos;
     bool multicast; /* sent to a group or broadcast, on either layer */
+    uint32_t flow_hash; /* of a TCP segment; set by tcp_prefetch */
 };
 /* 1: a TCP segment for a local address, unfragmented or reassembled, header checksum verified; ri is
  * filled and *p is the frame (a reassembled datagram may be another one). 0: consumed. */

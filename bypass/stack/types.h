@@ -3,6 +3,7 @@
 #ifndef BYPASS_STACK_TYPES_H
 #define BYPASS_STACK_TYPES_H
 
+#include <assert.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * poll.c - the one loop: completed transmissions, received frames in phases over a batch, timers, and the
+ * transmit queue. Everything the stack does happens inside bypass_poll() or a socket call.
+ */
+#include "core.h"
+#include "tcp.h"
+
+static void reap(struct bypass_stack *s)
+{
+    bypass_pkt done[RX_BATCH];
+    int n;
+    do /* frames that connections still hold stay theirs; the device has cleared its mark */
+        n = s->dev->ops->reap(s->dev, done, RX_BATCH);
+    while (n == RX_BATCH);
+}
+
+/* Parse all, then touch connections: the table and the connections of a batch are fetched together
+ * instead of one cache miss after the other. */
+static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
+{
+    struct rx_info infos[RX_BATCH];
+    int m = 0;
+    STAT_ADD(s, rx_frames, (uint64_t)n);
+    for (int i = 0; i < n; i++) {
+        STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[i])->len);
+        if (i + 1 < n)
+            __builtin_prefetch(pkt_data(s, pkts[i + 1]));
+        bypass_pkt p = pkts[i];
+        if (eth_in(s, &p, &infos[m]))
+            pkts[m++] = p;
+    }
+    tcp_prefetch(s, pkts, infos, m);
+    for (int i = 0; i < m; i++)
+        tcp_in(s, pkts[i], &infos[i]);
+}
+
+int bypass_poll(struct bypass_stack *s, uint64_t now_ns, int budget)
+{
+    bypass_pkt pkts[RX_BATCH];
+    int done = 0, n = 0;
+    bypass_now(s, now_ns);
+    reap(s);
+    while (done < budget) {
+        int want = budget - done < RX_BATCH ? budget - done : RX_BATCH;
+        n = s->dev->ops->rx_burst(s->dev, pkts, want);
+        if (n <= 0)
+            break;
+        rx_batch(s, pkts, n);
+        done += n;
+        if (n < want)
+            break;
+    }
+    tcp_timers(s);
+    net_timers(s);
+    tcp_output_pending(s);
+    int err = bypass_flush(s);
+    if (n < 0)
+        return n;
+    return err < 0 ? err : done;
+}
+
+uint64_t bypass_deadline(const struct bypass_stack *s)
+{
+    if (core(s)->txq_head != core(s)->txq_tail)
+        return 0; /* the ring was full: try again at once */
+    return min_u64(tcp_deadline(s), net_deadline(s));
+}
+
+/* ---- Transmit queue ------------------------------------------------------------------------------ */
+static bypass_pkt *txq_slot(struct bypass_stack *s, uint32_t i)
+{
+    struct core *c = core(s);
+    return (bypass_pkt *)at(s, c->txq_off) + (i & (c->txq_cap - 1));
+}
+
+void tx_queue(struct bypass_stack *s, bypass_pkt p)
+{
+    struct core *c = core(s);
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->seg_flags |= IN_TXQ;
+    STAT(s, tx_frames);
+    STAT_ADD(s, tx_bytes, m->len);
+    *txq_slot(s, c->txq_tail++) = p;
+}
+
+static void tx_done(struct bypass_stack *s, uint32_t n)
+{
+    struct core *c = core(s);
+    while (n-- > 0) {
+        bypass_pkt p = *txq_slot(s, c->txq_head++);
+        struct bypass_pkt_meta *m = pkt_meta(s, p);
+        m->seg_flags &= (uint16_t)~IN_TXQ;
+        if (!(m->seg_flags & IN_TCP))
+            pkt_free(s, p);
+    }
+}
+
+int bypass_flush(struct bypass_stack *s)
+{
+    struct core *c = core(s);
+    struct bypass_netdev *dev = s->dev;
+    bool sent = false;
+    while (c->txq_head != c->txq_tail) {
+        uint32_t n = min_u32(c->txq_tail - c->txq_head, c->txq_cap - (c->txq_head & (c->txq_cap - 1)));
+        n = min_u32(n, RX_BATCH);
+        int done = dev->ops->tx_burst(dev, txq_slot(s, c->txq_head), (int)n);
+        if (done > 0) {
+            tx_done(s, (uint32_t)done);
+            sent = true;
+        }
+        if (done < (int)n) {
+            STAT(s, tx_ring_full);
+            if (done < 0)
+                return done;
+            break;
+        }
+    }
+    int err = sent || c->txq_head != c->txq_tail ? dev->ops->kick(dev) : 0;
+    return err == -11 /* EAGAIN: the device goes on by itself at the next kick */ ? 0 : err;
+}
+
+void tx_drop_all(struct bypass_stack *s)
+{
+    tx_done(s, core(s)->txq_tail - core(s)->txq_head);
+}

@@ -1,0 +1,346 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp.h - a TCP connection's memory, and the seams between the tcp_*.c files:
+ *
+ *   tcp_in.c        a segment arrives: RFC 9293 3.10.7, in its order
+ *   tcp_opt.c       options, both ways
+ *   tcp_ack.c       what an acknowledgment does: RTT (RFC 6298), loss recovery (RFC 5681, 6582)
+ *   tcp_cc.c        congestion control, a table of algorithms
+ *   tcp_rcv.c       received bytes: in order, out of order, the window we offer
+ *   tcp_snd.c       written bytes: the send queue
+ *   tcp_out.c       which segment goes out now, and its header
+ *   tcp_timer.c     what time alone causes
+ *   tcp_conn.c      connections: table, open, close
+ *   tcp_listen.c    endpoints that are not connected: bind, listen, accept
+ *
+ * Hot state is four cache lines a connection, in a pool of its own; what only set-up, tear-down and
+ * introspection need lies in a second pool at the same index (struct tcp_cold).
+ */
+#ifndef BYPASS_STACK_TCP_H
+#define BYPASS_STACK_TCP_H
+
+#include "core.h"
+#include "wheel.h"
+
+enum { /* conn.flags */
+       TF_TS = 1 << 0,          /* timestamps agreed (RFC 7323) */
+       TF_WSCALE = 1 << 1,      /* window scaling agreed */
+       TF_NODELAY = 1 << 2,
+       TF_CORK = 1 << 3,
+       TF_FIN_QUEUED = 1 << 4,  /* the program closed its direction */
+       TF_FIN_SENT = 1 << 5,
+       TF_FIN_LOST = 1 << 6,    /* to be sent again */
+       TF_FIN_IN = 1 << 7,      /* the peer's FIN was taken in order */
+       TF_FIN_AHEAD = 1 << 8,   /* a FIN arrived ahead of missing data, at cold.fin_ahead */
+       TF_ACK_NOW = 1 << 9,
+       TF_ACK_LATER = 1 << 10,  /* delayed */
+       TF_RECOVERY = 1 << 11,   /* fast recovery (RFC 6582) until snd_una passes `recover` */
+       TF_LOSS = 1 << 12,       /* after a retransmission timeout, until snd_una passes `recover` */
+       TF_BLOCKED = 1 << 13,    /* in the list of those that wait for a frame or a next hop */
+       TF_WANT_OUT = 1 << 14,   /* the program was told there is no room */
+       TF_RCV_SHUT = 1 << 15,   /* the program wants no more data */
+       TF_PASSIVE = 1 << 16,    /* came from a listener */
+       TF_KEEPALIVE = 1 << 17,
+       TF_PUSH_ALL = 1 << 18,   /* send what is queued although it is less than a segment */
+       TF_DEAD = 1 << 19,       /* closed by an error; only the handle keeps it */
+       TF_PROBING = 1 << 20,    /* zero-window probes (RFC 9293 3.8.6.1) */
+       TF_ACCEPTABLE = 1 << 21, /* established, in its listener's queue */
+       TF_SYN_RTX = 1 << 22,    /* a SYN was repeated: its round trip is ambiguous (Karn) */
+       TF_MORE = 1 << 24,        /* MSG_MORE of the last send() */
+       TF_BLOCKED_DST = 1 << 23, /* ... and it is a next hop that it waits for */
+};
+
+struct tcp_conn {
+    /* line 0: who */
+    uint32_t link; /* free list of the pool */
+    uint32_t sock; /* handle entry, NO_INDEX: no program holds it */
+    addr_t laddr, raddr;
+    uint16_t lport, rport;
+    uint32_t hash;
+    struct dst_ref dst;
+    uint8_t state; /* BYPASS_ESTABLISHED ... */
+    uint8_t cc;    /* index of the congestion control */
+    uint16_t queue;
+    uint32_t flags;
+    /* line 1: receiving */
+    seq_t rcv_nxt;
+    seq_t rcv_adv; /* right edge that we offered; never moves left */
+    seq_t last_ack_sent;
+    uint32_t ts_recent;
+    uint32_t ts_recent_ms;
+    uint32_t rcvq_head, rcvq_tail; /* items in order */
+    uint32_t ooo_head;             /* items ahead of rcv_nxt, sorted */
+    uint32_t rcv_queued;           /* bytes to be read */
+    uint32_t rcv_charged;          /* memory that received items hold */
+    uint32_t rcvbuf;
+    uint16_t rcv_mss;    /* largest segment seen: the unit of delayed ACK */
+    uint8_t quick_acks;  /* so many more ACKs without delay */
+    uint8_t snd_wscale;
+    uint8_t rcv_wscale;
+    uint8_t rtx_count; /* timeouts in a row */
+    uint8_t probes;    /* unanswered probes: window or keepalive */
+    uint16_t snd_mss;  /* payload bytes a segment, options subtracted */
+    uint16_t syn_mss;  /* what the peer's MSS option allowed */
+    /* line 2: sending */
+    seq_t snd_una, snd_nxt, snd_wl1, snd_wl2;
+    uint32_t snd_wnd, snd_wnd_max;
+    uint32_t cwnd, ssthresh; /* bytes */
+    uint32_t sndq_head;      /* first unacknowledged frame */
+    uint32_t sndq_next;      /* first frame that was never sent */
+    uint32_t sndq_tail;
+    uint32_t rtx_next; /* no frame before it is marked lost */
+    uint32_t snd_queued; /* bytes written and not acknowledged */
+    uint32_t sndbuf;
+    uint32_t lost_bytes;  /* marked lost, not sent again yet */
+    uint16_t dupacks, path_mtu;
+    uint32_t acked_rest;  /* congestion avoidance: bytes towards the next increase */
+    seq_t recover;
+    /* line 3: time */
+    struct wheel_node timer;
+    uint64_t rtx_at;  /* retransmission, window probe, TIME_WAIT or FIN_WAIT_2 end; 0: off */
+    uint64_t ack_at;  /* delayed ACK; 0: off */
+    uint64_t keep_at; /* keepalive; 0: off */
+    uint32_t srtt_us, rttvar_us, rto_us;
+    uint32_t blocked_next;
+};
+static_assert(sizeof(struct tcp_conn) == 256, "hot state: four cache lines");
+static_assert(offsetof(struct tcp_conn, rcv_nxt) == 64, "line 1");
+
+struct tcp_cold {
+    uint32_t link;
+    seq_t iss, irs, fin_ahead;
+    uint32_t ts_offset;
+    uint32_t retransmits;
+    uint32_t listener, listener_gen;
+    uint32_t accept_next;
+    uint32_t tw_next, tw_prev; /* list of TIME_WAIT, oldest first */
+    int32_t error;             /* positive errno for the program */
+    int32_t soft_error;        /* last ICMP error, the reason if the connection times out */
+    int32_t linger_s;
+    uint32_t keep_idle_s, keep_intvl_s, keep_cnt;
+    uint32_t user_timeout_ms;
+    uint64_t unacked_since; /* when the oldest data in flight began to wait; user timeout */
+    uint64_t last_in;       /* when the last segment came */
+    uint64_t challenge_ns;  /* when the last challenge ACK went */
+    uint64_t syn_sent_ns;
+    uint64_t cc_state[2]; /* the congestion control's own */
+    uint16_t maxseg;
+    uint8_t ttl, tos;
+    uint32_t gen; /* counts uses of this slot: tells the program's handle from a reused one */
+};
+
+/* An endpoint that is not connected: fresh, bound, or listening. */
+struct tcp_endpoint {
+    uint32_t link;
+    uint32_t sock;
+    addr_t addr;
+    uint16_t port; /* 0: not bound */
+    uint8_t listening, reuse_addr;
+    uint32_t gen;
+    uint32_t hash_next;
+    uint32_t backlog, accept_count, syn_count;
+    uint32_t accept_head, accept_tail;
+    /* options that connections inherit */
+    uint32_t sndbuf, rcvbuf, flags;
+    int32_t linger_s;
+    uint32_t keep_idle_s, keep_intvl_s, keep_cnt, user_timeout_ms;
+    uint16_t maxseg;
+    uint8_t ttl, tos;
+    uint8_t used;
+    uint8_t pad[3];
+};
+
+enum { TCP_PORT_BUCKETS = 256 };
+
+struct tcp { /* in core.tcp_state's place: the protocol's own head */
+    uint64_t table_off; /* flow table: struct flow_slot[table_mask + 1] */
+    uint32_t table_mask;
+    uint32_t blocked_head[2]; /* waiting for a frame or the device; for a next hop */
+    uint32_t tw_head, tw_tail, tw_count;
+    uint32_t challenge_tokens;
+    uint32_t resume_all; /* a next hop was answered */
+    uint64_t challenge_ns;
+    uint64_t port_clock; /* RFC 6056: table of counters, folded into one word */
+    uint32_t ports[TCP_PORT_BUCKETS];
+    struct wheel wheel;
+};
+struct flow_slot {
+    uint32_t hash, idx; /* idx NO_INDEX+1 == 0 means empty: stored as index + 1 */
+};
+
+struct tcp *tcp_head(const struct bypass_stack *s);
+static inline struct tcp_conn *conn_at(const struct bypass_stack *s, uint32_t i)
+{
+    return pool_at(s, &core(s)->conns, i);
+}
+static inline struct tcp_cold *cold_at(const struct bypass_stack *s, uint32_t i)
+{
+    return pool_at(s, &core(s)->colds, i);
+}
+static inline uint32_t conn_index(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    const struct pool *p = &core(s)->conns;
+    return (uint32_t)(((const uint8_t *)c - (const uint8_t *)at(s, p->off)) / p->size);
+}
+static inline struct tcp_cold *conn_cold(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return cold_at(s, conn_index(s, c));
+}
+static inline struct tcp_endpoint *endpoint_at(const struct bypass_stack *s, uint32_t i)
+{
+    return pool_at(s, &core(s)->listeners, i);
+}
+static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return (uint32_t)(now_ns(s) / MSEC_NS); }
+
+/* ---- A segment, parsed (host order) --------------------------------------------------------------- */
+enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG = 32 };
+enum { TCP_HDR = 20, TCP_TS_BYTES = 12, TCP_MIN_MSS = 48, TCP_DEFAULT_MSS = 536 };
+
+struct tcp_opts {
+    uint16_t mss; /* 0: absent */
+    uint8_t wscale;
+    bool has_wscale, has_ts;
+    uint32_t ts_val, ts_ecr;
+};
+struct segment {
+    const struct rx_info *ri;
+    bypass_pkt pkt; /* BYPASS_PKT_NONE once it was kept or freed */
+    uint16_t src_port, dst_port;
+    seq_t seq, ack;
+    uint32_t wnd; /* as on the wire, not scaled */
+    uint32_t len; /* payload bytes */
+    uint16_t data_off; /* from meta.off */
+    uint8_t flags;
+    uint32_t hash;
+    struct tcp_opts opt;
+};
+/* Sequence space it takes: payload, SYN, FIN. */
+static inline uint32_t seg_len(const struct segment *g)
+{
+    return g->len + !!(g->flags & TCP_SYN) + !!(g->flags & TCP_FIN);
+}
+
+/* tcp_opt.c. false: malformed. */
+bool tcp_opt_parse(const uint8_t *p, uint32_t len, struct tcp_opts *out);
+bool tcp_opt_parse_ts(const uint8_t *p, uint32_t len, struct tcp_opts *out); /* the common layout only */
+uint32_t tcp_opt_write_syn(uint8_t *p, uint16_t mss, bool wscale, uint8_t shift, bool ts, uint32_t val, uint32_t ecr);
+uint32_t tcp_opt_write_ts(uint8_t *p, uint32_t val, uint32_t ecr);
+
+/* tcp_conn.c */
+void tcp_init(struct bypass_stack *s);
+void tcp_destroy(struct bypass_stack *s);
+void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a);
+void tcp_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_info *infos, int n); /* fills flow_hash */
+uint32_t flow_hash(const struct bypass_stack *s, const addr_t *laddr, const addr_t *raddr, uint16_t lport,
+                   uint16_t rport);
+struct tcp_conn *conn_find(const struct bypass_stack *s, uint32_t hash, const addr_t *laddr, const addr_t *raddr,
+                           uint16_t lport, uint16_t rport);
+/* A connection in CLOSED, in the flow table, with the endpoint's options; NULL when the pool is empty
+ * even after the oldest TIME_WAIT made room. */
+struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep, const addr_t *laddr, uint16_t lport,
+                          const addr_t *raddr, uint16_t rport);
+void conn_set_state(struct bypass_stack *s, struct tcp_conn *c, int state);
+void conn_established(struct bypass_stack *s, struct tcp_conn *c);
+/* Frees queues and timers, leaves table and pool unless a handle still holds it (then it stays DEAD). */
+void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err);
+void conn_reset(struct bypass_stack *s, struct tcp_conn *c, int err); /* sends RST, then drops */
+void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c);
+void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask);
+/* Tries again at the next poll (no frame, device busy) or when a next hop was answered. */
+void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop);
+void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu);
+uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c);
+
+/* tcp_listen.c */
+struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port);
+void tcp_take_syn(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* peer's SYN: names, options */
+void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g);
+bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c); /* the handshake ended; false: queue full */
+void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c); /* c dies before it was accepted */
+
+/* tcp_ack.c */
+bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
+void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
+void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
+uint32_t tcp_pipe(const struct tcp_conn *c); /* bytes thought to be in the network */
+
+/* tcp_cc.c */
+struct tcp_cc {
+    const char *name;
+    void (*init)(struct tcp_conn *c);
+    void (*acked)(struct tcp_conn *c, uint32_t bytes); /* outside recovery, when cwnd-limited */
+    uint32_t (*ssthresh)(const struct tcp_conn *c, uint32_t flight);
+};
+const struct tcp_cc *tcp_cc(const struct tcp_conn *c);
+
+/* tcp_rcv.c */
+void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
+uint32_t tcp_rcv_window(struct tcp_conn *c); /* bytes to offer; never less than was offered */
+int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
+void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c); /* what waits to be read */
+void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c);
+
+/* tcp_snd.c */
+int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags);
+void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames);
+bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
+void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
+static inline uint32_t tcp_snd_room(const struct tcp_conn *c)
+{
+    return c->snd_queued < c->sndbuf ? c->sndbuf - c->snd_queued : 0;
+}
+enum { /* meta.seg_flags beyond core.h's */
+       SEG_LOST = 16, /* counts in lost_bytes; to be sent again */
+       SEG_RTX = 32,  /* was sent more than once: no round trip from it (Karn) */
+       SEG_PSH = 64,
+};
+
+/* tcp_out.c */
+void tcp_output(struct bypass_stack *s, struct tcp_conn *c); /* all that may go now */
+void tcp_resume(struct bypass_stack *s, struct tcp_conn *c); /* after conn_blocked() */
+void tcp_retransmit_head(struct bypass_stack *s, struct tcp_conn *c); /* at once, whatever cwnd says */
+void tcp_send_ack(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c); /* SYN or SYN-ACK by state */
+void tcp_send_rst(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_send_probe(struct bypass_stack *s, struct tcp_conn *c); /* one old sequence number: draws an ACK */
+void tcp_reply_rst(struct bypass_stack *s, const struct segment *g); /* to a segment of no connection */
+void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c); /* RFC 5961, rate-limited */
+
+/* tcp_timer.c */
+void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c); /* after any deadline was set */
+void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c);
+
+enum {
+    RTO_MIN_US = 200000,      /* as Linux; RFC 6298 2.4 says one second, which no one keeps */
+    RTO_MAX_US = 120000000,
+    RTO_INIT_US = 1000000,    /* RFC 6298 2.1 */
+    DELACK_MS = 40,
+    TIME_WAIT_S = 60,
+    SYN_RETRIES = 6,
+    SYNACK_RETRIES = 5,
+    DATA_RETRIES = 15,
+    ORPHAN_RETRIES = 8,
+    QUICK_ACKS = 16,
+    CHALLENGE_PER_S = 1000,
+};
+
+/* Public calls on a TCP object by sock.c */
+int tcp_create(struct bypass_stack *s, uint32_t *idx);
+int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local);
+int tcp_listen(struct bypass_stack *s, uint32_t idx, int backlog);
+int64_t tcp_accept(struct bypass_stack *s, uint32_t idx); /* connection index or -errno */
+int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *peer);
+int tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how);
+void tcp_close(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx);
+int tcp_conn_ready(const struct tcp_conn *c, const struct tcp_cold *k);
+int tcp_listen_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
+int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
+void tcp_fill_info(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out);
+
+/* sock.c, poll.c */
+void sock_destroy(struct bypass_stack *s);
+void tx_drop_all(struct bypass_stack *s);
+
+#endif

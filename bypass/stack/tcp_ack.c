@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_ack.c - what an acknowledgment does: the send window, round-trip time (RFC 6298), congestion window,
+ * and loss recovery (RFC 5681, NewReno RFC 6582, limited transmit RFC 3042).
+ *
+ * What is in the network is estimated as `pipe`: bytes sent and not acknowledged, less those marked lost,
+ * less one segment for each duplicate ACK, since each tells that a segment has left the network. Sending
+ * compares pipe to cwnd, so cwnd needs no inflation in recovery. A frame is marked SEG_LOST until it is
+ * sent again.
+ */
+#include "tcp.h"
+
+uint32_t tcp_pipe(const struct tcp_conn *c)
+{
+    uint32_t out = c->snd_nxt.v - c->snd_una.v - c->lost_bytes;
+    uint32_t left = (uint32_t)c->dupacks * c->snd_mss;
+    return out > left ? out - left : 0;
+}
+
+/* RFC 6298 2.2, 2.3; G is a microsecond. */
+void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us)
+{
+    uint32_t r = (uint32_t)min_u64(rtt_us, RTO_MAX_US);
+    if (c->srtt_us == 0) {
+        c->srtt_us = max_u32(r, 1);
+        c->rttvar_us = r / 2;
+    } else {
+        uint32_t err = r > c->srtt_us ? r - c->srtt_us : c->srtt_us - r;
+        c->rttvar_us = c->rttvar_us - c->rttvar_us / 4 + err / 4;
+        c->srtt_us = max_u32(c->srtt_us - c->srtt_us / 8 + r / 8, 1);
+    }
+    c->rto_us = min_u32(c->srtt_us + max_u32(4 * c->rttvar_us, RTO_MIN_US), RTO_MAX_US);
+}
+
+/* ---- Loss ------------------------------------------------------------------------------------------------ */
+static void mark_lost(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    if (m->seg_flags & SEG_LOST)
+        return;
+    m->seg_flags |= SEG_LOST;
+    c->lost_bytes += m->data_len;
+}
+
+/* RFC 6298 5.4 to 5.7 and RFC 5681 3.1: all that is out counts as lost, sending starts over from one
+ * segment. A second timeout of the same data does not lower ssthresh again. */
+void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (!(c->flags & TF_LOSS) || seq_geq(c->snd_una, c->recover))
+        c->ssthresh = tcp_cc(c)->ssthresh(c, c->snd_nxt.v - c->snd_una.v);
+    c->flags = (c->flags & ~(uint32_t)TF_RECOVERY) | TF_LOSS;
+    c->recover = c->snd_nxt;
+    c->cwnd = c->snd_mss;
+    c->dupacks = 0;
+    c->acked_rest = 0;
+    for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
+        mark_lost(s, c, p);
+    c->rtx_next = c->sndq_head;
+    if (c->flags & TF_FIN_SENT)
+        c->flags |= TF_FIN_LOST;
+}
+
+static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
+{
+    STAT(s, tcp_fast_retransmits);
+    c->ssthresh = tcp_cc(c)->ssthresh(c, c->snd_nxt.v - c->snd_una.v);
+    c->cwnd = c->ssthresh;
+    c->recover = c->snd_nxt;
+    c->flags |= TF_RECOVERY;
+    tcp_retransmit_head(s, c);
+}
+
+/* RFC 5681 2: a duplicate acknowledges nothing new, carries nothing, and changes no window. */
+static void duplicate_ack(struct bypass_stack *s, struct tcp_conn *c)
+{
+    STAT(s, tcp_dup_acks);
+    if (c->dupacks < UINT16_MAX && (uint32_t)c->dupacks * c->snd_mss < c->snd_nxt.v - c->snd_una.v)
+        c->dupacks++;
+    if (c->flags & (TF_RECOVERY | TF_LOSS))
+        return;
+    /* RFC 6582 3.2 step 2: not for data that an earlier recovery already covered */
+    if (c->dupacks == 3 && seq_geq(c->snd_una, c->recover))
+        enter_recovery(s, c);
+}
+
+static void leave_recovery(struct tcp_conn *c)
+{
+    uint32_t flight = c->snd_nxt.v - c->snd_una.v;
+    if (c->flags & TF_RECOVERY) /* RFC 6582 3.2 step 3, the form that does not burst */
+        c->cwnd = min_u32(c->ssthresh, max_u32(flight, c->snd_mss) + c->snd_mss);
+    c->flags &= ~(uint32_t)(TF_RECOVERY | TF_LOSS);
+    c->dupacks = 0;
+}
+
+/* RFC 6582 3.2 step 3, partial: the next hole starts at snd_una. `frames` left the network with this ACK;
+ * all but the one that filled the hole had been counted by a duplicate. */
+static void partial_ack(struct bypass_stack *s, struct tcp_conn *c, uint32_t frames)
+{
+    STAT(s, tcp_partial_acks);
+    uint32_t counted = frames > 0 ? frames - 1 : 0;
+    c->dupacks = (uint16_t)(c->dupacks > counted ? c->dupacks - counted : 0);
+    tcp_retransmit_head(s, c);
+}
+
+/* ---- Progress ----------------------------------------------------------------------------------------------- */
+static void take_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, uint64_t rtt_us)
+{
+    if (rtt_us == 0 && (c->flags & TF_TS) && g->opt.has_ts && g->opt.ts_ecr != 0) {
+        uint32_t ms = tcp_ts_now(s, c) - g->opt.ts_ecr; /* tells which transmission it was, RFC 7323 4 */
+        if (ms < RTO_MAX_US / 1000)
+            rtt_us = max_u64(ms * 1000ull, 1);
+    }
+    if (rtt_us != 0)
+        tcp_rtt_sample(c, rtt_us);
+}
+
+static void grow_cwnd(struct tcp_conn *c, uint32_t acked, uint32_t flight_before)
+{
+    if (c->flags & TF_RECOVERY)
+        return;
+    /* only a window that was used says that the network bears more (RFC 7661 1) */
+    bool limited = flight_before + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * flight_before);
+    if (limited || (c->flags & TF_LOSS))
+        tcp_cc(c)->acked(c, acked);
+}
+
+static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if ((c->flags & TF_WANT_OUT) && tcp_snd_room(c) >= c->sndbuf / 3) {
+        c->flags &= ~(uint32_t)TF_WANT_OUT;
+        conn_event(s, c, BYPASS_OUT);
+    }
+}
+
+static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    uint32_t acked = g->ack.v - c->snd_una.v, flight = c->snd_nxt.v - c->snd_una.v, frames;
+    uint64_t rtt_us;
+    tcp_snd_ack(s, c, g->ack, &rtt_us, &frames);
+    c->snd_una = g->ack;
+    c->rtx_count = 0;
+    c->probes = 0;
+    if (acked > 0 && (c->flags & TF_FIN_SENT) && seq_eq(c->snd_una, c->snd_nxt))
+        c->flags &= ~(uint32_t)TF_FIN_LOST;
+    take_rtt(s, c, g, rtt_us);
+    if (c->flags & (TF_RECOVERY | TF_LOSS)) {
+        if (seq_geq(c->snd_una, c->recover))
+            leave_recovery(c);
+        else if (c->flags & TF_RECOVERY)
+            partial_ack(s, c, frames);
+    } else {
+        c->dupacks = 0;
+    }
+    grow_cwnd(c, acked, flight);
+    conn_cold(s, c)->unacked_since = now_ns(s);
+    if (c->snd_una.v == c->snd_nxt.v) {
+        c->rtx_at = 0; /* RFC 6298 5.2 */
+        if (c->sndq_head == BYPASS_PKT_NONE)
+            c->recover = c->snd_una; /* keeps it near: comparisons are modulo 2^32 */
+    } else {
+        tcp_rtx_restart(s, c); /* 5.3 */
+    }
+    wake_writer(s, c);
+}
+
+/* RFC 9293 3.10.7.4: the newest segment tells the window. */
+static void update_window(struct tcp_conn *c, const struct segment *g)
+{
+    if (seq_lt(c->snd_wl1, g->seq) || (seq_eq(c->snd_wl1, g->seq) && seq_leq(c->snd_wl2, g->ack))) {
+        c->snd_wnd = g->wnd << c->snd_wscale;
+        c->snd_wnd_max = max_u32(c->snd_wnd_max, c->snd_wnd);
+        c->snd_wl1 = g->seq;
+        c->snd_wl2 = g->ack;
+    }
+}
+
+/* Fifth check, the ACK field, in the synchronised states. */
+bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    if (seq_gt(g->ack, c->snd_nxt)) { /* something never sent */
+        STAT(s, tcp_in_bad_ack);
+        tcp_send_ack(s, c);
+        return false;
+    }
+    uint32_t oldest = max_u32(c->snd_wnd_max, 65535);
+    if (seq_lt(seq_add(g->ack, oldest), c->snd_una)) { /* RFC 5961 5.2: too old to be a delayed one */
+        STAT(s, tcp_in_bad_ack);
+        tcp_challenge(s, c);
+        return false;
+    }
+    uint32_t old_wnd = c->snd_wnd;
+    bool advances = seq_gt(g->ack, c->snd_una);
+    bool current = seq_eq(g->ack, c->snd_una);
+    if (advances || current)
+        update_window(c, g);
+    c->probes = 0;
+    if (advances)
+        new_ack(s, c, g);
+    else if (current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd &&
+             c->snd_nxt.v != c->snd_una.v && !(c->flags & TF_PROBING))
+        duplicate_ack(s, c);
+    if (c->snd_wnd > 0 && (c->flags & TF_PROBING)) {
+        c->flags &= ~(uint32_t)TF_PROBING;
+        c->rtx_at = 0;
+    }
+    return true;
+}

@@ -1,0 +1,576 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_conn.c - connections: the keyed flow table, creation and end, initial sequence numbers (RFC 6528),
+ * active open, close (RFC 9293 3.6, 3.10.4), TIME_WAIT.
+ */
+#include <errno.h>
+
+#include "tcp.h"
+
+struct tcp *tcp_head(const struct bypass_stack *s) { return at(s, core(s)->tcp_state[0]); }
+
+static uint32_t *port_counts(const struct bypass_stack *s) { return at(s, core(s)->tcp_state[1]); }
+
+void tcp_layout(struct layout *l, struct core *c)
+{
+    uint32_t slots = 64;
+    while (slots < 2 * c->cfg.max_conns)
+        slots *= 2;
+    c->tcp_state[0] = layout_bytes(l, sizeof(struct tcp));
+    c->tcp_state[1] = layout_bytes(l, 65536 * sizeof(uint32_t));
+    c->tcp_state[2] = layout_bytes(l, (uint64_t)slots * sizeof(struct flow_slot));
+    c->tcp_state[3] = slots - 1;
+    layout_pool(l, &c->conns, sizeof(struct tcp_conn), c->cfg.max_conns);
+    layout_pool(l, &c->colds, sizeof(struct tcp_cold), c->cfg.max_conns);
+    layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), c->cfg.max_socks);
+}
+
+void tcp_init(struct bypass_stack *s)
+{
+    struct tcp *t = tcp_head(s);
+    t->table_off = core(s)->tcp_state[2];
+    t->table_mask = (uint32_t)core(s)->tcp_state[3];
+    t->tw_head = t->tw_tail = NO_INDEX;
+    for (int i = 0; i < 2; i++)
+        t->blocked_head[i] = NO_INDEX;
+    memset(t->ports, 0xff, sizeof t->ports);
+    wheel_init(&t->wheel, now_ns(s));
+}
+
+/* ---- Flow table: open addressing, linear probing, no tombstones -------------------------------------- */
+uint32_t flow_hash(const struct bypass_stack *s, const addr_t *laddr, const addr_t *raddr, uint16_t lport,
+                   uint16_t rport)
+{
+    struct {
+        uint8_t b[32];
+        uint16_t lport, rport;
+    } key;
+    if (likely(addr_is_v4(raddr))) { /* a third of the bytes: an IPv4 flow hashes in five rounds */
+        struct {
+            uint8_t l[4], r[4];
+            uint16_t lport, rport;
+        } k4 = {.lport = lport, .rport = rport};
+        memcpy(k4.l, addr_v4(laddr), 4);
+        memcpy(k4.r, addr_v4(raddr), 4);
+        return (uint32_t)siphash13(core(s)->hash_key, &k4, sizeof k4);
+    }
+    memcpy(key.b, laddr, 16);
+    memcpy(key.b + 16, raddr, 16);
+    key.lport = lport;
+    key.rport = rport;
+    return (uint32_t)siphash13(core(s)->hash_key, &key, sizeof key);
+}
+
+static struct flow_slot *flow_table(const struct bypass_stack *s) { return at(s, tcp_head(s)->table_off); }
+
+struct tcp_conn *conn_find(const struct bypass_stack *s, uint32_t hash, const addr_t *laddr, const addr_t *raddr,
+                           uint16_t lport, uint16_t rport)
+{
+    const struct flow_slot *table = flow_table(s);
+    uint32_t mask = tcp_head(s)->table_mask;
+    for (uint32_t i = hash & mask; table[i].idx != 0; i = (i + 1) & mask) {
+        if (table[i].hash != hash)
+            continue;
+        struct tcp_conn *c = conn_at(s, table[i].idx - 1);
+        if (c->lport == lport && c->rport == rport && addr_eq(&c->raddr, raddr) && addr_eq(&c->laddr, laddr))
+            return c;
+    }
+    return NULL;
+}
+
+static void flow_insert(struct bypass_stack *s, const struct tcp_conn *c)
+{
+    struct flow_slot *table = flow_table(s);
+    uint32_t mask = tcp_head(s)->table_mask, i = c->hash & mask;
+    while (table[i].idx != 0)
+        i = (i + 1) & mask;
+    table[i] = (struct flow_slot){.hash = c->hash, .idx = conn_index(s, c) + 1};
+    port_counts(s)[c->lport]++;
+}
+
+static void flow_remove(struct bypass_stack *s, const struct tcp_conn *c)
+{
+    struct flow_slot *table = flow_table(s);
+    uint32_t mask = tcp_head(s)->table_mask, i = c->hash & mask, self = conn_index(s, c) + 1;
+    while (table[i].idx != self)
+        i = (i + 1) & mask;
+    for (uint32_t j = (i + 1) & mask; table[j].idx != 0; j = (j + 1) & mask) {
+        uint32_t home = table[j].hash & mask;
+        if (((j - home) & mask) < ((j - i) & mask))
+            continue; /* it may not move in front of its home */
+        table[i] = table[j];
+        i = j;
+    }
+    table[i] = (struct flow_slot){0};
+    port_counts(s)[c->lport]--;
+}
+
+/* Two passes over a batch: the table's lines are fetched together, then the connections'. */
+void tcp_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_info *infos, int n)
+{
+    const struct flow_slot *table = flow_table(s);
+    uint32_t mask = tcp_head(s)->table_mask;
+    for (int i = 0; i < n; i++) {
+        struct rx_info *ri = &infos[i];
+        if (ri->l4_len < 4)
+            continue; /* tcp_in refuses it */
+        const uint8_t *h = pkt_data(s, pkts[i]) + ri->l4_off;
+        ri->flow_hash = flow_hash(s, &ri->dst, &ri->src, rd16(h + 2), rd16(h));
+        __builtin_prefetch(&table[ri->flow_hash & mask]);
+    }
+    if (n == 1)
+        return;
+    for (int i = 0; i < n; i++) {
+        uint32_t idx = infos[i].l4_len < 4 ? 0 : table[infos[i].flow_hash & mask].idx;
+        if (idx == 0)
+            continue;
+        const uint8_t *c = (const uint8_t *)conn_at(s, idx - 1);
+        for (uint32_t off = 0; off < sizeof(struct tcp_conn); off += 64)
+            __builtin_prefetch(c + off);
+    }
+}
+
+/* ---- Creation --------------------------------------------------------------------------------------- */
+/* RFC 6528 3: a clock plus a keyed hash of the connection's names. */
+static void choose_isn(struct bypass_stack *s, struct tcp_conn *c, struct tcp_cold *k)
+{
+    struct {
+        addr_t laddr, raddr;
+        uint16_t lport, rport;
+    } id = {c->laddr, c->raddr, c->lport, c->rport};
+    uint64_t f = siphash13(core(s)->isn_key, &id, sizeof id);
+    k->iss = seq((uint32_t)f + (uint32_t)(now_ns(s) >> 6)); /* a tick of 64 ns: wraps in 275 s, over 2 MSL */
+    k->ts_offset = (uint32_t)(f >> 32);
+}
+
+static struct tcp_conn *conn_alloc(struct bypass_stack *s)
+{
+    struct core *co = core(s);
+    uint32_t i = pool_alloc(s, &co->conns);
+    if (i == NO_INDEX && tcp_head(s)->tw_head != NO_INDEX) {
+        STAT(s, tcp_time_wait_reused);
+        conn_drop(s, conn_at(s, tcp_head(s)->tw_head), 0);
+        i = pool_alloc(s, &co->conns);
+    }
+    if (i == NO_INDEX) {
+        STAT(s, tcp_no_conn);
+        return NULL;
+    }
+    uint32_t gen = cold_at(s, i)->gen + 1;
+    *conn_at(s, i) = (struct tcp_conn){.link = NO_INDEX, .sock = NO_INDEX};
+    *cold_at(s, i) = (struct tcp_cold){.link = NO_INDEX, .gen = gen, .listener = NO_INDEX};
+    return conn_at(s, i);
+}
+
+static void inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tcp_endpoint *ep)
+{
+    c->flags = ep->flags & (TF_NODELAY | TF_CORK | TF_KEEPALIVE);
+    c->sndbuf = ep->sndbuf;
+    c->rcvbuf = ep->rcvbuf;
+    k->linger_s = ep->linger_s;
+    k->keep_idle_s = ep->keep_idle_s;
+    k->keep_intvl_s = ep->keep_intvl_s;
+    k->keep_cnt = ep->keep_cnt;
+    k->user_timeout_ms = ep->user_timeout_ms;
+    k->maxseg = ep->maxseg;
+    k->ttl = ep->ttl;
+    k->tos = ep->tos;
+}
+
+struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep, const addr_t *laddr, uint16_t lport,
+                          const addr_t *raddr, uint16_t rport)
+{
+    struct tcp_conn *c = conn_alloc(s);
+    if (!c)
+        return NULL;
+    struct tcp_cold *k = conn_cold(s, c);
+    inherit(c, k, ep);
+    c->laddr = *laddr;
+    c->raddr = *raddr;
+    c->lport = lport;
+    c->rport = rport;
+    c->state = BYPASS_CLOSED;
+    c->timer.slot = WHEEL_OFF;
+    c->rcvq_head = c->rcvq_tail = c->ooo_head = NO_INDEX;
+    c->sndq_head = c->sndq_next = c->sndq_tail = c->rtx_next = BYPASS_PKT_NONE;
+    c->rto_us = RTO_INIT_US;
+    c->quick_acks = QUICK_ACKS;
+    c->syn_mss = TCP_DEFAULT_MSS;
+    while (c->rcvbuf >> c->rcv_wscale > 65535 && c->rcv_wscale < 14)
+        c->rcv_wscale++;
+    k->last_in = now_ns(s);
+    choose_isn(s, c, k);
+    c->snd_una = c->snd_nxt = c->recover = k->iss;
+    c->hash = flow_hash(s, laddr, raddr, lport, rport);
+    flow_insert(s, c);
+    return c;
+}
+
+uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return conn_now_ms(s) + conn_cold(s, c)->ts_offset;
+}
+
+/* Payload bytes a segment may carry: the peer's MSS, the path's MTU, the program's limit, a frame. */
+void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu)
+{
+    uint32_t headers = 20 + TCP_HDR, frame = s->dev->stride - s->dev->headroom;
+    uint32_t mss = min_u32(c->syn_mss, (mtu ? mtu : s->dev->mtu) - headers);
+    uint16_t maxseg = conn_cold(s, c)->maxseg;
+    mss = min_u32(mss, frame);
+    if (maxseg)
+        mss = min_u32(mss, maxseg);
+    if (c->flags & TF_TS)
+        mss -= TCP_TS_BYTES;
+    c->snd_mss = (uint16_t)max_u32(mss, TCP_MIN_MSS);
+}
+
+void conn_set_state(struct bypass_stack *s, struct tcp_conn *c, int state)
+{
+    (void)s;
+    c->state = (uint8_t)state;
+}
+
+void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask) { sock_event(s, c->sock, mask); }
+
+void conn_established(struct bypass_stack *s, struct tcp_conn *c)
+{
+    conn_set_state(s, c, BYPASS_ESTABLISHED);
+    c->rtx_at = 0;
+    c->rtx_count = 0;
+    c->recover = c->snd_una;
+    struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    conn_update_mss(s, c, d ? d->mtu : 0);
+    tcp_cc(c)->init(c);
+    if (c->flags & TF_SYN_RTX)
+        c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */
+    if (c->flags & TF_KEEPALIVE)
+        c->keep_at = now_ns(s) + conn_cold(s, c)->keep_idle_s * SEC_NS;
+    tcp_timer_update(s, c);
+    STAT(s, tcp_established);
+    conn_event(s, c, BYPASS_OUT);
+}
+
+/* ---- Waiting for a frame (list 0) or a next hop (list 1) ------------------------------------------------ */
+void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop)
+{
+    struct tcp *t = tcp_head(s);
+    if (c->flags & TF_BLOCKED)
+        return;
+    STAT(s, tcp_blocked);
+    c->flags |= TF_BLOCKED | (next_hop ? TF_BLOCKED_DST : 0);
+    c->blocked_next = t->blocked_head[next_hop];
+    t->blocked_head[next_hop] = conn_index(s, c);
+}
+
+static void unblock(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (!(c->flags & TF_BLOCKED))
+        return;
+    uint32_t *link = &tcp_head(s)->blocked_head[(c->flags & TF_BLOCKED_DST) != 0], self = conn_index(s, c);
+    while (*link != self)
+        link = &conn_at(s, *link)->blocked_next;
+    *link = c->blocked_next;
+    c->flags &= ~(uint32_t)(TF_BLOCKED | TF_BLOCKED_DST);
+}
+
+void tcp_dst_changed(struct bypass_stack *s) { tcp_head(s)->resume_all = 1; }
+
+static void resume_list(struct bypass_stack *s, int list)
+{
+    struct tcp *t = tcp_head(s);
+    uint32_t i = t->blocked_head[list];
+    t->blocked_head[list] = NO_INDEX;
+    uint32_t reversed = NO_INDEX; /* first blocked, first served */
+    while (i != NO_INDEX) {
+        struct tcp_conn *c = conn_at(s, i);
+        uint32_t next = c->blocked_next;
+        c->blocked_next = reversed;
+        reversed = i;
+        i = next;
+    }
+    while (reversed != NO_INDEX) { /* tcp_resume frees no connection but may block this one again */
+        struct tcp_conn *c = conn_at(s, reversed);
+        reversed = c->blocked_next;
+        c->flags &= ~(uint32_t)(TF_BLOCKED | TF_BLOCKED_DST);
+        tcp_resume(s, c);
+    }
+}
+
+void tcp_output_pending(struct bypass_stack *s)
+{
+    struct tcp *t = tcp_head(s);
+    if (t->blocked_head[0] != NO_INDEX)
+        resume_list(s, 0);
+    if (t->resume_all) {
+        t->resume_all = 0;
+        resume_list(s, 1);
+    }
+}
+
+/* ---- End ------------------------------------------------------------------------------------------------- */
+static void tw_unlink(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp *t = tcp_head(s);
+    struct tcp_cold *k = conn_cold(s, c);
+    *(k->tw_prev != NO_INDEX ? &cold_at(s, k->tw_prev)->tw_next : &t->tw_head) = k->tw_next;
+    *(k->tw_next != NO_INDEX ? &cold_at(s, k->tw_next)->tw_prev : &t->tw_tail) = k->tw_prev;
+    t->tw_count--;
+}
+
+void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp *t = tcp_head(s);
+    struct tcp_cold *k = conn_cold(s, c);
+    uint32_t self = conn_index(s, c);
+    STAT(s, tcp_time_wait);
+    tcp_snd_clear(s, c);
+    conn_set_state(s, c, BYPASS_TIME_WAIT);
+    k->tw_prev = t->tw_tail;
+    k->tw_next = NO_INDEX;
+    *(t->tw_tail != NO_INDEX ? &cold_at(s, t->tw_tail)->tw_next : &t->tw_head) = self;
+    t->tw_tail = self;
+    t->tw_count++;
+    c->keep_at = 0;
+    c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS;
+    tcp_timer_update(s, c);
+    conn_event(s, c, BYPASS_HUP);
+}
+
+static void conn_free(struct bypass_stack *s, struct tcp_conn *c)
+{
+    tcp_rcv_clear(s, c);
+    pool_free(s, &core(s)->conns, conn_index(s, c));
+}
+
+void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    unblock(s, c);
+    wheel_disarm(s, &tcp_head(s)->wheel, conn_index(s, c));
+    c->rtx_at = c->ack_at = c->keep_at = 0;
+    if (c->state == BYPASS_TIME_WAIT)
+        tw_unlink(s, c);
+    tcp_listen_forget(s, c);
+    tcp_snd_clear(s, c);
+    flow_remove(s, c);
+    conn_set_state(s, c, BYPASS_CLOSED);
+    c->flags |= TF_DEAD;
+    if (c->sock == NO_INDEX) {
+        conn_free(s, c);
+        return;
+    }
+    /* the handle stays valid; data that arrived before stays readable */
+    if (err)
+        k->error = err;
+    conn_event(s, c, BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP | (err ? BYPASS_ERR : 0));
+}
+
+void conn_reset(struct bypass_stack *s, struct tcp_conn *c, int err)
+{
+    STAT(s, tcp_aborted);
+    if (c->state != BYPASS_SYN_SENT && c->state != BYPASS_TIME_WAIT)
+        tcp_send_rst(s, c);
+    conn_drop(s, c, err);
+}
+
+static void queue_fin(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->flags |= TF_FIN_QUEUED;
+    conn_set_state(s, c, c->state == BYPASS_CLOSE_WAIT ? BYPASS_LAST_ACK : BYPASS_FIN_WAIT_1);
+    tcp_output(s, c);
+}
+
+int tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how)
+{
+    if ((c->flags & TF_DEAD) || c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+        return -ENOTCONN;
+    if (how != BYPASS_SHUT_WR) {
+        c->flags |= TF_RCV_SHUT;
+        conn_event(s, c, BYPASS_IN | BYPASS_RDHUP);
+    }
+    if (how != BYPASS_SHUT_RD && !(c->flags & TF_FIN_QUEUED))
+        queue_fin(s, c);
+    return 0;
+}
+
+/* RFC 9293 3.10.4; unread data makes it a reset (RFC 2525 2.17), so does a linger time of zero. */
+void tcp_close(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->flags & TF_DEAD) {
+        conn_free(s, c);
+        return;
+    }
+    if (c->state == BYPASS_SYN_SENT) {
+        conn_drop(s, c, 0);
+        return;
+    }
+    if (c->rcv_queued > 0 || conn_cold(s, c)->linger_s == 0 || c->state == BYPASS_SYN_RECEIVED) {
+        conn_reset(s, c, 0);
+        return;
+    }
+    c->keep_at = 0;
+    if (c->state == BYPASS_FIN_WAIT_2) { /* shut down before: now nobody waits for the peer's data */
+        c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS;
+        tcp_timer_update(s, c);
+    } else if (!(c->flags & TF_FIN_QUEUED)) {
+        queue_fin(s, c);
+    }
+}
+
+void tcp_destroy(struct bypass_stack *s)
+{
+    struct core *co = core(s);
+    for (uint32_t i = 0; i < co->socks.bump; i++) { /* handles first: then no connection outlives its drop */
+        struct sock *k = sock_at(s, i);
+        if (k->type == SOCK_TCP) {
+            struct tcp_conn *c = conn_at(s, k->idx);
+            c->sock = NO_INDEX;
+            if (c->flags & TF_DEAD)
+                conn_free(s, c);
+            sock_free(s, i);
+        } else if (k->type == SOCK_LISTEN) {
+            uint32_t ep = k->idx;
+            sock_free(s, i);
+            tcp_endpoint_close(s, ep);
+        }
+    }
+    struct flow_slot *table = flow_table(s);
+    uint32_t mask = tcp_head(s)->table_mask;
+    for (uint32_t i = 0; i <= mask; i++)
+        while (table[i].idx != 0)
+            conn_reset(s, conn_at(s, table[i].idx - 1), 0);
+}
+
+/* ---- Active open (RFC 9293 3.10.1) ---------------------------------------------------------------------- */
+enum { PORT_FIRST = 32768, PORT_LAST = 60999 };
+
+/* RFC 6056 3.3.3: a keyed hash of the peer gives the offset, a counter walks on from there. */
+static uint16_t choose_port(struct bypass_stack *s, const addr_t *laddr, const struct bypass_endpoint *peer)
+{
+    struct {
+        addr_t laddr, raddr;
+        uint32_t rport;
+    } id = {*laddr, peer->addr, peer->port};
+    uint32_t range = PORT_LAST - PORT_FIRST + 1;
+    uint32_t offset = (uint32_t)siphash13(core(s)->port_key, &id, sizeof id);
+    for (uint32_t i = 0; i < range; i++) {
+        uint16_t port = (uint16_t)(PORT_FIRST + (offset + tcp_head(s)->port_clock++) % range);
+        uint32_t hash = flow_hash(s, laddr, &peer->addr, port, peer->port);
+        if (!conn_find(s, hash, laddr, &peer->addr, port, peer->port) && !endpoint_find(s, laddr, port))
+            return port;
+    }
+    return 0;
+}
+
+int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *peer)
+{
+    struct tcp_endpoint *ep = endpoint_at(s, idx);
+    addr_t local = ep->addr;
+    if (ep->listening)
+        return -EISCONN;
+    if (!addr_is_v4(&peer->addr))
+        return -EAFNOSUPPORT;
+    if (peer->port == 0 || addr_is_any(&peer->addr))
+        return -ECONNREFUSED;
+    if (addr_is_any(&local) && !addr_for(s, &peer->addr, &local))
+        return -ENETUNREACH;
+    uint16_t port = ep->port ? ep->port : choose_port(s, &local, peer);
+    uint32_t hash = flow_hash(s, &local, &peer->addr, port, peer->port);
+    struct tcp_conn *old = port ? conn_find(s, hash, &local, &peer->addr, port, peer->port) : NULL;
+    if (old && old->state == BYPASS_TIME_WAIT && old->sock == NO_INDEX && (old->flags & TF_TS)) {
+        conn_drop(s, old, 0); /* RFC 6191: our clock and sequence numbers have moved on */
+        old = NULL;
+    }
+    if (port == 0 || old)
+        return -EADDRNOTAVAIL;
+    struct tcp_conn *c = conn_new(s, ep, &local, port, &peer->addr, peer->port);
+    if (!c)
+        return -ENOBUFS;
+    c->flags |= TF_TS | TF_WSCALE; /* offered; the answer decides */
+    conn_set_state(s, c, BYPASS_SYN_SENT);
+    STAT(s, tcp_active_opens);
+    return conn_index(s, c);
+}
+
+/* ---- Introspection -------------------------------------------------------------------------------------------- */
+int tcp_conn_ready(const struct tcp_conn *c, const struct tcp_cold *k)
+{
+    int mask = 0;
+    if (c->flags & TF_DEAD)
+        return BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP | (k->error ? BYPASS_ERR : 0);
+    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+        return k->error ? BYPASS_ERR : 0;
+    if (c->rcv_queued > 0 || (c->flags & (TF_FIN_IN | TF_RCV_SHUT)))
+        mask |= BYPASS_IN;
+    if (c->flags & (TF_FIN_IN | TF_RCV_SHUT))
+        mask |= BYPASS_RDHUP;
+    if ((c->flags & TF_FIN_QUEUED) || tcp_snd_room(c) > 0)
+        mask |= BYPASS_OUT;
+    if ((c->flags & TF_FIN_QUEUED) && (c->flags & TF_FIN_IN))
+        mask |= BYPASS_HUP;
+    return mask | (k->error ? BYPASS_ERR : 0);
+}
+
+void tcp_fill_info(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
+{
+    const struct tcp_cold *k = conn_cold(s, c);
+    *out = (struct bypass_tcp_info){
+        .local = {.addr = c->laddr, .port = c->lport},
+        .peer = {.addr = c->raddr, .port = c->rport},
+        .state = c->state,
+        .snd_una = c->snd_una.v,
+        .snd_nxt = c->snd_nxt.v,
+        .rcv_nxt = c->rcv_nxt.v,
+        .snd_wnd = c->snd_wnd,
+        .rcv_wnd = c->rcv_adv.v - c->rcv_nxt.v,
+        .cwnd = c->cwnd,
+        .ssthresh = c->ssthresh,
+        .snd_mss = c->snd_mss,
+        .snd_queued = c->snd_queued,
+        .rcv_queued = c->rcv_queued,
+        .srtt_us = c->srtt_us,
+        .rttvar_us = c->rttvar_us,
+        .rto_us = c->rto_us,
+        .retransmits = k->retransmits,
+        .flags = (c->flags & TF_TS ? 1u : 0) | (c->flags & TF_WSCALE ? 2u : 0),
+        .snd_wscale = c->snd_wscale,
+        .rcv_wscale = c->rcv_wscale,
+    };
+}
+
+int bypass_conn_next(struct bypass_stack *s, uint32_t *cursor, struct bypass_tcp_info *out)
+{
+    const struct flow_slot *table = flow_table(s);
+    for (; *cursor <= tcp_head(s)->table_mask; (*cursor)++) {
+        if (table[*cursor].idx == 0)
+            continue;
+        tcp_fill_info(s, conn_at(s, table[*cursor].idx - 1), out);
+        (*cursor)++;
+        return 1;
+    }
+    return 0;
+}
+
+int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)
+{
+    int n = tcp_listen_users(s, addr, port);
+    uint32_t left = port_counts(s)[port];
+    if (!addr)
+        return n + (int)left;
+    for (uint32_t i = 0; left > 0 && i <= tcp_head(s)->table_mask; i++) {
+        uint32_t idx = flow_table(s)[i].idx;
+        if (idx == 0 || conn_at(s, idx - 1)->lport != port)
+            continue;
+        left--;
+        n += addr_eq(&conn_at(s, idx - 1)->laddr, addr);
+    }
+    return n;
+}
+
+void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a)
+{
+    a->conns = core(s)->conns.used;
+    a->listeners = core(s)->listeners.used;
+    a->timers = tcp_head(s)->wheel.armed;
+}

@@ -1,0 +1,299 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_listen.c - endpoints that are not connected: fresh, bound, listening; the passive open
+ * (RFC 9293 3.10.2, 3.10.7.2) and the queue of connections to accept.
+ */
+#include <errno.h>
+
+#include "tcp.h"
+
+static uint32_t *bucket(const struct bypass_stack *s, uint16_t port)
+{
+    return &tcp_head(s)->ports[port % TCP_PORT_BUCKETS];
+}
+
+static uint32_t endpoint_index(const struct bypass_stack *s, const struct tcp_endpoint *ep)
+{
+    return (uint32_t)(ep - endpoint_at(s, 0));
+}
+
+int tcp_create(struct bypass_stack *s, uint32_t *idx)
+{
+    const struct bypass_config *cfg = &core(s)->cfg;
+    *idx = pool_alloc(s, &core(s)->listeners);
+    if (*idx == NO_INDEX)
+        return -ENFILE;
+    struct tcp_endpoint *ep = endpoint_at(s, *idx);
+    *ep = (struct tcp_endpoint){
+        .link = NO_INDEX,
+        .sock = NO_INDEX,
+        .gen = ep->gen + 1,
+        .addr = {{[10] = 0xff, [11] = 0xff}},
+        .accept_head = NO_INDEX,
+        .accept_tail = NO_INDEX,
+        .sndbuf = cfg->sndbuf,
+        .rcvbuf = cfg->rcvbuf,
+        .linger_s = -1,
+        .keep_idle_s = 7200, /* RFC 9293 3.8.4 */
+        .keep_intvl_s = 75,
+        .keep_cnt = 9,
+        .ttl = 64,
+        .used = 1,
+    };
+    return 0;
+}
+
+/* ---- Names ------------------------------------------------------------------------------------------ */
+static bool addr_overlaps(const addr_t *a, const addr_t *b)
+{
+    return addr_is_any(a) || addr_is_any(b) || addr_eq(a, b);
+}
+
+static bool port_taken(const struct bypass_stack *s, const struct tcp_endpoint *self, const addr_t *addr, uint16_t port)
+{
+    for (uint32_t i = *bucket(s, port); i != NO_INDEX; i = endpoint_at(s, i)->hash_next) {
+        const struct tcp_endpoint *ep = endpoint_at(s, i);
+        if (ep == self || ep->port != port || !addr_overlaps(&ep->addr, addr))
+            continue;
+        if (ep->listening || !ep->reuse_addr || !self->reuse_addr)
+            return true;
+    }
+    return false;
+}
+
+static void endpoint_bind(struct bypass_stack *s, struct tcp_endpoint *ep, const addr_t *addr, uint16_t port)
+{
+    ep->addr = *addr;
+    ep->port = port;
+    ep->hash_next = *bucket(s, port);
+    *bucket(s, port) = endpoint_index(s, ep);
+}
+
+int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local)
+{
+    struct tcp_endpoint *ep = endpoint_at(s, idx);
+    uint16_t port = local->port;
+    addr_t addr = local->addr;
+    if (addr_is_any(&addr))
+        addr = (addr_t){{[10] = 0xff, [11] = 0xff}};
+    if (ep->port != 0)
+        return -EINVAL;
+    if (!addr_is_v4(&addr))
+        return -EAFNOSUPPORT;
+    if (!addr_is_any(&addr) && !addr_is_local(s, &addr))
+        return -EADDRNOTAVAIL;
+    for (int tries = 0; port == 0 && tries < 1024; tries++) {
+        uint16_t p = (uint16_t)(32768 + core_random(s) % 28232); /* 32768 to 60999 */
+        if (!port_taken(s, ep, &addr, p) && tcp_port_users(s, NULL, p) == 0)
+            port = p;
+    }
+    if (port == 0 || port_taken(s, ep, &addr, port))
+        return -EADDRINUSE;
+    endpoint_bind(s, ep, &addr, port);
+    return 0;
+}
+
+int tcp_listen(struct bypass_stack *s, uint32_t idx, int backlog)
+{
+    struct tcp_endpoint *ep = endpoint_at(s, idx);
+    if (ep->port == 0) {
+        const struct bypass_endpoint any = {.port = 0};
+        int err = tcp_bind(s, idx, &any);
+        if (err < 0)
+            return err;
+    }
+    if (!ep->listening && port_taken(s, ep, &ep->addr, ep->port))
+        return -EADDRINUSE;
+    ep->listening = 1;
+    ep->backlog = backlog < 1 ? 1 : min_u32((uint32_t)backlog, 65535);
+    return 0;
+}
+
+struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port)
+{
+    struct tcp_endpoint *any = NULL;
+    for (uint32_t i = *bucket(s, port); i != NO_INDEX; i = endpoint_at(s, i)->hash_next) {
+        struct tcp_endpoint *ep = endpoint_at(s, i);
+        if (ep->port != port || !ep->listening)
+            continue;
+        if (addr_eq(&ep->addr, addr))
+            return ep;
+        if (addr_is_any(&ep->addr))
+            any = ep;
+    }
+    return any;
+}
+
+int tcp_listen_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)
+{
+    int n = 0;
+    for (uint32_t i = *bucket(s, port); i != NO_INDEX; i = endpoint_at(s, i)->hash_next) {
+        const struct tcp_endpoint *ep = endpoint_at(s, i);
+        n += ep->port == port && ep->listening && (!addr || addr_overlaps(&ep->addr, addr));
+    }
+    return n;
+}
+
+/* ---- Passive open -------------------------------------------------------------------------------------- */
+/* Our SYN-ACK offers only what the SYN offered. */
+static void take_syn_options(struct tcp_conn *c, const struct segment *g)
+{
+    const struct tcp_opts *o = &g->opt;
+    c->syn_mss = o->mss ? (uint16_t)max_u32(o->mss, TCP_MIN_MSS + TCP_TS_BYTES) : TCP_DEFAULT_MSS;
+    c->flags &= ~(uint32_t)(TF_TS | TF_WSCALE);
+    if (o->has_ts)
+        c->flags |= TF_TS;
+    if (o->has_wscale) {
+        c->flags |= TF_WSCALE;
+        c->snd_wscale = o->wscale;
+    } else {
+        c->snd_wscale = c->rcv_wscale = 0;
+    }
+}
+
+void tcp_take_syn(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    take_syn_options(c, g);
+    if (g->opt.has_ts) {
+        c->ts_recent = g->opt.ts_val;
+        c->ts_recent_ms = conn_now_ms(s);
+    }
+    conn_cold(s, c)->irs = g->seq;
+    c->rcv_nxt = c->last_ack_sent = c->rcv_adv = seq_add(g->seq, 1);
+    c->snd_wnd = c->snd_wnd_max = g->wnd; /* the window of a SYN is never scaled, RFC 7323 2.2 */
+    c->snd_wl1 = g->seq;
+    c->snd_wl2 = g->ack;
+    c->queue = pkt_meta(s, g->pkt)->queue;
+    conn_update_mss(s, c, 0);
+}
+
+void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g)
+{
+    if (g->flags & TCP_RST)
+        return;
+    if (g->flags & TCP_ACK) {
+        tcp_reply_rst(s, g);
+        return;
+    }
+    if (!(g->flags & TCP_SYN) || (g->flags & TCP_FIN))
+        return;
+    if (ep->accept_count >= ep->backlog) {
+        STAT(s, tcp_listen_overflow);
+        return;
+    }
+    if (ep->syn_count >= max_u32(ep->backlog, 128)) {
+        STAT(s, tcp_syn_overflow);
+        return;
+    }
+    struct tcp_conn *c = conn_new(s, ep, &g->ri->dst, g->dst_port, &g->ri->src, g->src_port);
+    if (!c)
+        return;
+    struct tcp_cold *k = conn_cold(s, c);
+    k->listener = endpoint_index(s, ep);
+    k->listener_gen = ep->gen;
+    ep->syn_count++;
+    c->flags |= TF_PASSIVE;
+    tcp_take_syn(s, c, g);
+    conn_set_state(s, c, BYPASS_SYN_RECEIVED);
+    STAT(s, tcp_passive_opens);
+    tcp_send_syn(s, c);
+}
+
+static struct tcp_endpoint *listener_of(const struct bypass_stack *s, const struct tcp_cold *k)
+{
+    if (k->listener == NO_INDEX)
+        return NULL;
+    struct tcp_endpoint *ep = endpoint_at(s, k->listener);
+    return ep->used && ep->gen == k->listener_gen ? ep : NULL;
+}
+
+bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    struct tcp_endpoint *ep = listener_of(s, k);
+    if (!ep)
+        return false;
+    if (ep->accept_count >= ep->backlog) {
+        STAT(s, tcp_listen_overflow);
+        return false;
+    }
+    uint32_t self = conn_index(s, c);
+    k->accept_next = NO_INDEX;
+    if (ep->accept_tail != NO_INDEX)
+        cold_at(s, ep->accept_tail)->accept_next = self;
+    else
+        ep->accept_head = self;
+    ep->accept_tail = self;
+    ep->accept_count++;
+    ep->syn_count--;
+    c->flags |= TF_ACCEPTABLE;
+    sock_event(s, ep->sock, BYPASS_IN);
+    return true;
+}
+
+static void accept_unlink(struct bypass_stack *s, struct tcp_endpoint *ep, struct tcp_conn *c)
+{
+    uint32_t self = conn_index(s, c), prev = NO_INDEX;
+    for (uint32_t i = ep->accept_head; i != self; i = cold_at(s, i)->accept_next)
+        prev = i;
+    uint32_t next = cold_at(s, self)->accept_next;
+    *(prev != NO_INDEX ? &cold_at(s, prev)->accept_next : &ep->accept_head) = next;
+    if (ep->accept_tail == self)
+        ep->accept_tail = prev;
+    ep->accept_count--;
+    c->flags &= ~(uint32_t)TF_ACCEPTABLE;
+}
+
+void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    struct tcp_endpoint *ep = listener_of(s, k);
+    if (ep && (c->flags & TF_ACCEPTABLE))
+        accept_unlink(s, ep, c);
+    else if (ep && c->state == BYPASS_SYN_RECEIVED)
+        ep->syn_count--;
+    k->listener = NO_INDEX;
+}
+
+int64_t tcp_accept(struct bypass_stack *s, uint32_t idx)
+{
+    struct tcp_endpoint *ep = endpoint_at(s, idx);
+    if (!ep->listening)
+        return -EINVAL;
+    if (ep->accept_head == NO_INDEX)
+        return -EAGAIN;
+    uint32_t i = ep->accept_head;
+    accept_unlink(s, ep, conn_at(s, i));
+    cold_at(s, i)->listener = NO_INDEX;
+    STAT(s, tcp_accepted);
+    return i;
+}
+
+/* Connections that wait in either queue are reset (RFC 9293 3.10.4: nobody will ever accept them). */
+static void reset_children(struct bypass_stack *s, struct tcp_endpoint *ep)
+{
+    while (ep->accept_head != NO_INDEX)
+        conn_reset(s, conn_at(s, ep->accept_head), 0);
+    const struct pool *p = &core(s)->conns;
+    for (uint32_t i = 0; ep->syn_count > 0 && i < p->bump; i++) {
+        struct tcp_conn *c = conn_at(s, i);
+        if (c->state == BYPASS_SYN_RECEIVED && listener_of(s, cold_at(s, i)) == ep)
+            conn_reset(s, c, 0);
+    }
+}
+
+void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx)
+{
+    struct tcp_endpoint *ep = endpoint_at(s, idx);
+    reset_children(s, ep);
+    if (ep->port != 0) {
+        uint32_t *link = bucket(s, ep->port);
+        while (*link != idx)
+            link = &endpoint_at(s, *link)->hash_next;
+        *link = ep->hash_next;
+    }
+    ep->used = 0;
+    ep->listening = 0;
+    ep->port = 0;
+    pool_free(s, &core(s)->listeners, idx);
+}

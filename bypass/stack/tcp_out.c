@@ -1,0 +1,389 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_out.c - which segment goes out now (RFC 9293 3.8.6: windows, silly-window avoidance, Nagle), and
+ * how its header looks. Retransmissions go first, then new data, then the FIN, then a bare ACK if
+ * nothing carried one.
+ */
+#include "csum.h"
+#include "tcp.h"
+
+/* ---- Building a segment ---------------------------------------------------------------------------- */
+struct header {
+    seq_t seq, ack;
+    uint8_t flags;
+    uint16_t wnd;
+    uint16_t src_port, dst_port;
+    const uint8_t *opts;
+    uint32_t opts_len;
+};
+
+/* Writes the TCP header in front of meta.off and the checksum over it and the payload, whose partial sum
+ * the caller knows. */
+static void push_header(struct bypass_stack *s, bypass_pkt p, const struct header *h, const addr_t *src,
+                        const addr_t *dst, uint32_t payload_sum)
+{
+    uint32_t payload = pkt_meta(s, p)->len, len = TCP_HDR + h->opts_len;
+    uint8_t *b = pkt_push(s, p, (uint16_t)len);
+    wr16(b, h->src_port);
+    wr16(b + 2, h->dst_port);
+    wr32(b + 4, h->seq.v);
+    wr32(b + 8, h->ack.v);
+    b[12] = (uint8_t)(len << 2);
+    b[13] = h->flags;
+    wr16(b + 14, h->wnd);
+    memset(b + 16, 0, 4);
+    memcpy(b + TCP_HDR, h->opts, h->opts_len);
+    uint32_t sum = csum_pseudo(src, dst, 6, len + payload);
+    sum = csum_bytes(b, len, csum_add(sum, payload_sum));
+    uint16_t check = csum_fold(sum);
+    memcpy(b + 16, &check, 2);
+    STAT(s, tcp_out);
+}
+
+/* The connection's own half of a header: ACK, window, timestamps. It counts as an acknowledgment. */
+static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t *opts, uint8_t flags)
+{
+    h->src_port = c->lport;
+    h->dst_port = c->rport;
+    h->ack = c->rcv_nxt;
+    h->flags = flags | TCP_ACK;
+    h->wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
+    h->opts = opts;
+    h->opts_len = c->flags & TF_TS ? tcp_opt_write_ts(opts, tcp_ts_now(s, c), c->ts_recent) : 0;
+    c->last_ack_sent = c->rcv_nxt;
+    c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER);
+    c->ack_at = 0;
+}
+
+static struct ip_tx conn_ip(const struct bypass_stack *s, struct tcp_conn *c)
+{
+    const struct tcp_cold *k = conn_cold(s, c);
+    return (struct ip_tx){.src = &c->laddr, .dst = &c->raddr, .ref = &c->dst, .proto = 6, .ttl = k->ttl,
+                          .tos = k->tos, .df = true};
+}
+
+/* The next hop, or NULL: then the connection waits for it and tries again. */
+static struct dst *conn_dst(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    if (likely(d && d->state == DST_OK))
+        return d;
+    conn_blocked(s, c, d && d->state == DST_PENDING);
+    return NULL;
+}
+
+/* A segment without payload in a frame of its own. false: no frame, or no next hop yet. */
+static bool send_bare(struct bypass_stack *s, struct tcp_conn *c, seq_t at, uint8_t flags)
+{
+    struct dst *d = conn_dst(s, c);
+    if (!d)
+        return false;
+    bypass_pkt p = pkt_alloc(s);
+    if (p == BYPASS_PKT_NONE) {
+        conn_blocked(s, c, false);
+        return false;
+    }
+    uint8_t opts[TCP_TS_BYTES];
+    struct header h = {.seq = at};
+    conn_header(s, c, &h, opts, flags);
+    push_header(s, p, &h, &c->laddr, &c->raddr, 0);
+    pkt_meta(s, p)->queue = c->queue;
+    struct ip_tx tx = conn_ip(s, c);
+    ip_out_ready(s, p, &tx, d);
+    return true;
+}
+
+void tcp_send_ack(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->flags |= TF_ACK_NOW; /* stays set when there is no frame: sent when there is one */
+    if (send_bare(s, c, c->snd_nxt, 0))
+        STAT(s, tcp_out_acks);
+}
+
+void tcp_send_probe(struct bypass_stack *s, struct tcp_conn *c)
+{
+    (void)send_bare(s, c, seq_add(c->snd_una, (uint32_t)-1), 0);
+}
+
+void tcp_send_rst(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    if (d && d->state == DST_OK && send_bare(s, c, c->snd_nxt, TCP_RST))
+        STAT(s, tcp_out_resets);
+}
+
+void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    struct dst *d = conn_dst(s, c);
+    bool answer = c->state == BYPASS_SYN_RECEIVED;
+    uint8_t opts[40];
+    tcp_rtx_restart(s, c);
+    c->snd_nxt = seq_add(k->iss, 1);
+    if (!d)
+        return;
+    bypass_pkt p = pkt_alloc(s);
+    if (p == BYPASS_PKT_NONE) {
+        conn_blocked(s, c, false);
+        return;
+    }
+    uint32_t mss = min_u32((d->mtu ? d->mtu : s->dev->mtu) - 40u, k->maxseg ? k->maxseg : UINT32_MAX);
+    struct header h = {.seq = k->iss, .src_port = c->lport, .dst_port = c->rport, .opts = opts};
+    h.flags = answer ? TCP_SYN | TCP_ACK : TCP_SYN;
+    h.ack = answer ? c->rcv_nxt : seq(0);
+    h.wnd = (uint16_t)min_u32(c->rcvbuf, 65535); /* never scaled, RFC 7323 2.2 */
+    h.opts_len = tcp_opt_write_syn(opts, (uint16_t)mss, (c->flags & TF_WSCALE) != 0, c->rcv_wscale,
+                                   (c->flags & TF_TS) != 0, tcp_ts_now(s, c), answer ? c->ts_recent : 0);
+    c->rcv_adv = seq_add(c->rcv_nxt, h.wnd);
+    k->syn_sent_ns = now_ns(s);
+    push_header(s, p, &h, &c->laddr, &c->raddr, 0);
+    pkt_meta(s, p)->queue = c->queue;
+    struct ip_tx tx = conn_ip(s, c);
+    ip_out_ready(s, p, &tx, d);
+}
+
+/* RFC 9293 3.10.7.1: a reset that the sender of the segment will believe. */
+void tcp_reply_rst(struct bypass_stack *s, const struct segment *g)
+{
+    if ((g->flags & TCP_RST) || g->ri->multicast || !(core(s)->cfg.flags & BYPASS_F_RST))
+        return;
+    bypass_pkt p = pkt_alloc(s);
+    if (p == BYPASS_PKT_NONE)
+        return;
+    struct header h = {.src_port = g->dst_port, .dst_port = g->src_port};
+    if (g->flags & TCP_ACK) {
+        h.seq = g->ack;
+        h.flags = TCP_RST;
+    } else {
+        h.ack = seq_add(g->seq, seg_len(g));
+        h.flags = TCP_RST | TCP_ACK;
+    }
+    push_header(s, p, &h, &g->ri->dst, &g->ri->src, 0);
+    if (g->pkt != BYPASS_PKT_NONE)
+        pkt_meta(s, p)->queue = pkt_meta(s, g->pkt)->queue;
+    STAT(s, tcp_out_resets);
+    struct ip_tx tx = {.src = &g->ri->dst, .dst = &g->ri->src, .proto = 6, .ttl = 64, .df = true};
+    (void)ip_out(s, p, &tx);
+}
+
+/* RFC 5961 7: an ACK that a blind attacker cannot use, and cannot draw without limit. */
+void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp *t = tcp_head(s);
+    struct tcp_cold *k = conn_cold(s, c);
+    if (now_ns(s) - t->challenge_ns >= SEC_NS) {
+        t->challenge_ns = now_ns(s);
+        /* not a constant: a counter others can watch would be a side channel (CVE-2016-5696) */
+        t->challenge_tokens = CHALLENGE_PER_S / 2 + (uint32_t)(core_random(s) % CHALLENGE_PER_S);
+    }
+    bool soon = k->challenge_ns != 0 && now_ns(s) - k->challenge_ns < SEC_NS / 2;
+    if (soon || t->challenge_tokens == 0) {
+        STAT(s, tcp_out_challenge_limited);
+        return;
+    }
+    t->challenge_tokens--;
+    k->challenge_ns = now_ns(s);
+    STAT(s, tcp_out_challenge_acks);
+    tcp_send_ack(s, c);
+}
+
+/* ---- Payload ------------------------------------------------------------------------------------------- */
+enum sent { SENT, BUSY };
+
+/* Sends one frame of the send queue. BUSY: the device still holds it from last time. */
+static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, struct dst *d, bool fin)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    if ((m->holders & BYPASS_HOLD_DEV) || (m->seg_flags & IN_TXQ))
+        return BUSY;
+    uint8_t opts[TCP_TS_BYTES];
+    struct header h = {.seq = seq(m->seq)};
+    conn_header(s, c, &h, opts, (uint8_t)((m->seg_flags & SEG_PSH ? TCP_PSH : 0) | (fin ? TCP_FIN : 0)));
+    m->off = m->data_off;
+    m->len = m->data_len;
+    m->queue = c->queue;
+    m->time_ns = now_ns(s);
+    push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
+    struct ip_tx tx = conn_ip(s, c);
+    ip_out_ready(s, p, &tx, d);
+    STAT(s, tcp_out_data_segments);
+    return SENT;
+}
+
+static bool fin_goes_with(const struct tcp_conn *c, bypass_pkt p)
+{
+    return p == c->sndq_tail && (c->flags & TF_FIN_QUEUED) && !(c->flags & TF_CORK);
+}
+
+static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, struct dst *d)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    if ((m->holders & BYPASS_HOLD_DEV) || (m->seg_flags & IN_TXQ))
+        return BUSY;
+    if (m->data_len > c->snd_mss && !tcp_snd_split(s, c, p, c->snd_mss))
+        return BUSY; /* the path's MTU shrank and no frame is left to split into */
+    bool fin = p == c->sndq_tail && (c->flags & TF_FIN_SENT);
+    if (m->seg_flags & SEG_LOST)
+        c->lost_bytes -= m->data_len;
+    m->seg_flags = (uint16_t)((m->seg_flags & ~SEG_LOST) | SEG_RTX);
+    if (fin)
+        c->flags &= ~(uint32_t)TF_FIN_LOST;
+    STAT(s, tcp_out_retransmits);
+    conn_cold(s, c)->retransmits++;
+    return send_frame(s, c, p, d, fin);
+}
+
+/* What is marked lost, oldest first, as far as the congestion window goes. */
+static bool output_lost(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
+{
+    while (c->lost_bytes > 0 && c->rtx_next != BYPASS_PKT_NONE && c->rtx_next != c->sndq_next) {
+        bypass_pkt p = c->rtx_next;
+        if (!(pkt_meta(s, p)->seg_flags & SEG_LOST)) {
+            c->rtx_next = pkt_meta(s, p)->next;
+            continue;
+        }
+        if (tcp_pipe(c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(c) > 0)
+            return false;
+        if (retransmit(s, c, p, d) != SENT) {
+            conn_blocked(s, c, false);
+            return false;
+        }
+        c->rtx_next = pkt_meta(s, p)->next;
+    }
+    if ((c->flags & TF_FIN_LOST) && c->sndq_head == BYPASS_PKT_NONE &&
+        send_bare(s, c, seq_add(c->snd_nxt, (uint32_t)-1), TCP_FIN)) {
+        STAT(s, tcp_out_retransmits);
+        c->flags &= ~(uint32_t)TF_FIN_LOST;
+    }
+    return true;
+}
+
+void tcp_retransmit_head(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct dst *d = conn_dst(s, c);
+    if (!d)
+        return;
+    if (c->sndq_head == BYPASS_PKT_NONE || c->sndq_head == c->sndq_next) {
+        (void)output_lost(s, c, d); /* only the FIN is left */
+        return;
+    }
+    if (retransmit(s, c, c->sndq_head, d) != SENT)
+        conn_blocked(s, c, false);
+    tcp_rtx_restart(s, c);
+}
+
+/* May this never-sent frame go? *len: how much of it. RFC 9293 3.8.6.2.1 (sender's silly-window
+ * avoidance) and 3.7.4 (Nagle). */
+static bool may_send(const struct tcp_conn *c, bypass_pkt p, uint32_t frame_len, uint32_t usable, uint32_t *len)
+{
+    bool last = p == c->sndq_tail;
+    bool flight = c->snd_nxt.v != c->snd_una.v;
+    *len = min_u32(min_u32(frame_len, c->snd_mss), usable);
+    if (*len == 0)
+        return false;
+    if (*len == c->snd_mss || (*len == frame_len && !last))
+        return true;
+    if (*len == frame_len) { /* all that is written, less than a segment */
+        if (c->flags & (TF_FIN_QUEUED | TF_PUSH_ALL))
+            return true;
+        if (c->flags & (TF_CORK | TF_MORE))
+            return false;
+        return !flight || (c->flags & TF_NODELAY);
+    }
+    return *len >= c->snd_wnd_max / 2 || (*len == c->snd_mss);
+}
+
+static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
+{
+    while (c->sndq_next != BYPASS_PKT_NONE) {
+        bypass_pkt p = c->sndq_next;
+        uint32_t frame_len = pkt_meta(s, p)->data_len, len;
+        int32_t usable = seq_diff(seq_add(c->snd_una, c->snd_wnd), c->snd_nxt);
+        if (usable <= 0 || !may_send(c, p, frame_len, (uint32_t)usable, &len))
+            return;
+        if (tcp_pipe(c) + len > c->cwnd && tcp_pipe(c) > 0)
+            return;
+        if (len < frame_len && !tcp_snd_split(s, c, p, len)) {
+            conn_blocked(s, c, false);
+            return;
+        }
+        bool fin = fin_goes_with(c, p) && (uint32_t)usable > len;
+        if (send_frame(s, c, p, d, fin) != SENT) {
+            conn_blocked(s, c, false);
+            return;
+        }
+        if (c->snd_nxt.v == c->snd_una.v)
+            conn_cold(s, c)->unacked_since = now_ns(s);
+        c->sndq_next = pkt_meta(s, p)->next;
+        if (c->rtx_next == BYPASS_PKT_NONE)
+            c->rtx_next = p;
+        c->snd_nxt = seq_add(c->snd_nxt, len + fin);
+        if (fin)
+            c->flags |= TF_FIN_SENT;
+    }
+    c->flags &= ~(uint32_t)TF_PUSH_ALL;
+}
+
+static void output_fin(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (!(c->flags & TF_FIN_QUEUED) || (c->flags & TF_FIN_SENT) || c->sndq_next != BYPASS_PKT_NONE)
+        return;
+    if (!send_bare(s, c, c->snd_nxt, TCP_FIN))
+        return;
+    c->flags |= TF_FIN_SENT;
+    c->snd_nxt = seq_add(c->snd_nxt, 1);
+}
+
+static bool state_sends_data(uint8_t state)
+{
+    static const uint16_t mask = 1u << BYPASS_ESTABLISHED | 1u << BYPASS_CLOSE_WAIT | 1u << BYPASS_FIN_WAIT_1 |
+                                 1u << BYPASS_CLOSING | 1u << BYPASS_LAST_ACK;
+    return mask >> state & 1;
+}
+
+/* A timer runs while something is in flight; while nothing is but data waits, it probes the window
+ * (RFC 9293 3.8.6.1). Data that waits for the program (cork, MSG_MORE) goes after 200 ms, as on Linux. */
+static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->snd_nxt.v != c->snd_una.v) {
+        if (c->rtx_at == 0 || (c->flags & TF_PROBING)) {
+            c->flags &= ~(uint32_t)TF_PROBING;
+            tcp_rtx_restart(s, c);
+        }
+    } else if (c->sndq_next != BYPASS_PKT_NONE && c->rtx_at == 0) {
+        c->flags |= TF_PROBING;
+        c->rtx_at = now_ns(s) + max_u32(c->rto_us, RTO_MIN_US) * 1000ull;
+        tcp_timer_update(s, c);
+    }
+}
+
+void tcp_output(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (state_sends_data(c->state) &&
+        (c->sndq_next != BYPASS_PKT_NONE || c->lost_bytes > 0 || (c->flags & (TF_FIN_QUEUED | TF_FIN_LOST)))) {
+        struct dst *d = conn_dst(s, c);
+        if (d && d->mtu && c->path_mtu != d->mtu) {
+            c->path_mtu = d->mtu;
+            conn_update_mss(s, c, d->mtu);
+        }
+        if (d && output_lost(s, c, d)) {
+            output_new(s, c, d);
+            output_fin(s, c);
+        }
+        arm_after_output(s, c);
+    }
+    if (c->flags & TF_ACK_NOW)
+        tcp_send_ack(s, c);
+}
+
+void tcp_resume(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+        tcp_send_syn(s, c);
+    else
+        tcp_output(s, c);
+    if ((c->flags & TF_WANT_OUT) && tcp_snd_room(c) > 0 && !(c->flags & TF_BLOCKED)) {
+        c->flags &= ~(uint32_t)TF_WANT_OUT;
+        conn_event(s, c, BYPASS_OUT);
+    }
+}

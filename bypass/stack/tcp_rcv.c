@@ -1,0 +1,370 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_rcv.c - received bytes: the queue in order, the list ahead of it, the window that we offer
+ * (RFC 9293 3.8.6.2), recv(). Received data is a list of items, each a frame (kept without copying) or
+ * an arena chunk (small payloads, and all of them when frames are short or the reader is slow).
+ */
+#include <errno.h>
+
+#include "tcp.h"
+
+/* An item is a frame number, or a chunk's index with the top bit set. NO_INDEX ends a list. */
+enum { ITEM_CHUNK = 0x80000000 };
+
+struct item_view {
+    uint32_t *next;
+    uint16_t *off, *len; /* off: from the frame's start, or in chunk.data */
+    uint32_t *seq;
+    const uint8_t *data;
+    uint32_t charge;
+};
+
+static inline struct item_view item_view(struct bypass_stack *s, uint32_t item)
+{
+    if (item & ITEM_CHUNK) {
+        struct chunk *k = chunk_at(s, item & ~(uint32_t)ITEM_CHUNK);
+        return (struct item_view){&k->next, &k->off, &k->len, &k->owner[0], k->data + k->off, CHUNK_SIZE};
+    }
+    struct bypass_pkt_meta *m = pkt_meta(s, item);
+    return (struct item_view){&m->next, &m->data_off, &m->data_len, &m->seq, pkt_frame(s, item) + m->data_off,
+                              s->dev->stride};
+}
+
+static void item_free(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
+{
+    if (item & ITEM_CHUNK) {
+        chunk_free(s, item & ~(uint32_t)ITEM_CHUNK);
+        c->rcv_charged -= CHUNK_SIZE;
+    } else {
+        pkt_free(s, item);
+        c->rcv_charged -= s->dev->stride;
+    }
+}
+
+static void item_trim_front(struct item_view *v, uint32_t n)
+{
+    *v->off = (uint16_t)(*v->off + n);
+    *v->len = (uint16_t)(*v->len - n);
+    *v->seq += n;
+}
+
+/* ---- Storing --------------------------------------------------------------------------------------- */
+static void append(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
+{
+    struct item_view v = item_view(s, item);
+    *v.next = NO_INDEX;
+    if (c->rcvq_tail != NO_INDEX)
+        *item_view(s, c->rcvq_tail).next = item;
+    else
+        c->rcvq_head = item;
+    c->rcvq_tail = item;
+    c->rcv_queued += *v.len;
+}
+
+/* Links an item into the list ahead of rcv_nxt by its sequence number; what others already cover is cut
+ * off or thrown away. */
+static void insert_ahead(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
+{
+    struct item_view v = item_view(s, item);
+    uint32_t *link = &c->ooo_head;
+    while (*link != NO_INDEX) {
+        struct item_view w = item_view(s, *link);
+        seq_t end = seq(*w.seq + *w.len);
+        if (seq_lt(seq(*v.seq), seq(*w.seq)))
+            break;
+        if (seq_lt(seq(*v.seq), end)) { /* its front is here already */
+            uint32_t have = (uint32_t)seq_diff(end, seq(*v.seq));
+            if (have >= *v.len) {
+                STAT(s, tcp_in_duplicate);
+                item_free(s, c, item);
+                return;
+            }
+            item_trim_front(&v, have);
+        }
+        link = w.next;
+    }
+    while (*link != NO_INDEX) { /* followers that it covers */
+        uint32_t next = *link;
+        struct item_view w = item_view(s, next);
+        seq_t end = seq(*v.seq + *v.len);
+        if (seq_leq(end, seq(*w.seq)))
+            break;
+        if (seq_lt(end, seq(*w.seq + *w.len))) { /* keep the old bytes, cut the new one's tail */
+            *v.len = (uint16_t)(*w.seq - *v.seq);
+            break;
+        }
+        *link = *w.next;
+        item_free(s, c, next);
+    }
+    *v.next = *link;
+    *link = item;
+}
+
+/* In order and small: into the room left in the last chunk, so that many small segments of a slow reader
+ * do not take a chunk each. */
+static uint32_t fill_last_chunk(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len)
+{
+    if (c->rcvq_tail == NO_INDEX || !(c->rcvq_tail & ITEM_CHUNK))
+        return 0;
+    struct chunk *k = chunk_at(s, c->rcvq_tail & ~(uint32_t)ITEM_CHUNK);
+    uint32_t end = (uint32_t)k->off + k->len, n = min_u32(len, CHUNK_DATA - end);
+    memcpy(k->data + end, data, n);
+    k->len = (uint16_t)(k->len + n);
+    c->rcv_queued += n;
+    return n;
+}
+
+/* Copies payload into chunks. Returns the bytes stored: fewer than len when chunks ran out. */
+static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len, seq_t at,
+                             bool in_order)
+{
+    uint32_t done = in_order ? fill_last_chunk(s, c, data, len) : 0;
+    while (done < len) {
+        uint32_t i = chunk_alloc(s);
+        if (i == NO_INDEX)
+            return done;
+        struct chunk *k = chunk_at(s, i);
+        k->len = (uint16_t)min_u32(len - done, CHUNK_DATA);
+        k->owner[0] = at.v + done;
+        memcpy(k->data, data + done, k->len);
+        c->rcv_charged += CHUNK_SIZE;
+        done += k->len;
+        if (in_order)
+            append(s, c, i | ITEM_CHUNK);
+        else
+            insert_ahead(s, c, i | ITEM_CHUNK);
+    }
+    return done;
+}
+
+/* Stores `len` bytes of the segment that start at `skip`; returns how many were kept. */
+static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint32_t skip, uint32_t len,
+                      bool in_order)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, g->pkt);
+    uint16_t off = (uint16_t)(m->off + g->data_off + skip);
+    seq_t at = seq_add(g->seq, skip);
+    /* a reader that lets twice its buffer pile up in frames gets copies instead */
+    if (pkt_should_copy(s, len) || c->rcv_charged > 2 * c->rcvbuf) {
+        uint32_t kept = store_copied(s, c, pkt_frame(s, g->pkt) + off, len, at, in_order);
+        if (kept < len)
+            STAT(s, tcp_in_no_memory);
+        return kept;
+    }
+    m->data_off = off;
+    m->data_len = (uint16_t)len;
+    m->seq = at.v;
+    c->rcv_charged += s->dev->stride;
+    uint32_t item = g->pkt;
+    g->pkt = BYPASS_PKT_NONE;
+    if (in_order)
+        append(s, c, item);
+    else
+        insert_ahead(s, c, item);
+    return len;
+}
+
+/* Moves what has become in order. Returns true when a hole was filled. */
+static bool collect(struct bypass_stack *s, struct tcp_conn *c)
+{
+    bool any = false;
+    while (c->ooo_head != NO_INDEX) {
+        uint32_t item = c->ooo_head;
+        struct item_view v = item_view(s, item);
+        if (seq_gt(seq(*v.seq), c->rcv_nxt))
+            break;
+        c->ooo_head = *v.next;
+        any = true;
+        uint32_t have = c->rcv_nxt.v - *v.seq;
+        if (have >= *v.len) {
+            item_free(s, c, item);
+            continue;
+        }
+        item_trim_front(&v, have);
+        c->rcv_nxt = seq_add(c->rcv_nxt, *v.len);
+        append(s, c, item);
+    }
+    return any;
+}
+
+/* ---- Acknowledging (RFC 9293 3.8.6.3, RFC 5681 4.2) ---------------------------------------------------- */
+static void ack_data(struct bypass_stack *s, struct tcp_conn *c, uint32_t len, bool hole)
+{
+    if (len > c->rcv_mss)
+        c->rcv_mss = (uint16_t)min_u32(len, 65535);
+    uint32_t waiting = c->rcv_nxt.v - c->last_ack_sent.v;
+    /* at least every second full segment, and at once around holes */
+    if (hole || c->ooo_head != NO_INDEX || waiting >= 2u * c->rcv_mss) {
+        c->flags |= TF_ACK_NOW;
+    } else if (c->quick_acks > 0 && len >= c->rcv_mss && len >= TCP_DEFAULT_MSS) {
+        c->quick_acks--; /* the peer is in slow start: feed its clock */
+        c->flags |= TF_ACK_NOW;
+    } else {
+        tcp_ack_delayed(s, c);
+    }
+}
+
+static void fin_in(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->rcv_nxt = seq_add(c->rcv_nxt, 1);
+    c->flags = (c->flags & ~(uint32_t)TF_FIN_AHEAD) | TF_FIN_IN | TF_ACK_NOW;
+    if (c->state == BYPASS_ESTABLISHED)
+        conn_set_state(s, c, BYPASS_CLOSE_WAIT);
+    else if (c->state == BYPASS_FIN_WAIT_1)
+        conn_set_state(s, c, BYPASS_CLOSING); /* our FIN is not acknowledged: tcp_ack_in saw to that first */
+    else if (c->state == BYPASS_FIN_WAIT_2)
+        conn_time_wait(s, c);
+    conn_event(s, c, BYPASS_IN | BYPASS_RDHUP);
+}
+
+static void take_in_order(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint32_t skip, uint32_t len)
+{
+    if (c->flags & TF_RCV_SHUT) { /* the program wants none: acknowledge and forget, as Linux does */
+        c->rcv_nxt = seq_add(c->rcv_nxt, len);
+        (void)collect(s, c);
+        tcp_rcv_discard(s, c);
+        ack_data(s, c, len, false);
+        return;
+    }
+    uint32_t kept = store(s, c, g, skip, len, true);
+    c->rcv_nxt = seq_add(c->rcv_nxt, kept);
+    bool hole = c->ooo_head != NO_INDEX && collect(s, c);
+    ack_data(s, c, len, hole || kept < len);
+    if (kept > 0)
+        conn_event(s, c, BYPASS_IN);
+}
+
+/* RFC 9293 3.10.7.4, seventh and eighth: the segment's text, then its FIN. */
+void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
+{
+    seq_t end = seq_add(g->seq, g->len); /* of the data; a FIN stands there */
+    uint32_t skip = seq_lt(g->seq, c->rcv_nxt) ? (uint32_t)seq_diff(c->rcv_nxt, g->seq) : 0;
+    uint32_t len = g->len > skip ? g->len - skip : 0;
+    uint32_t room = c->rcv_adv.v - seq_add(g->seq, skip).v; /* to the right edge we offered */
+    bool fin = (g->flags & TCP_FIN) && !(c->flags & TF_FIN_IN);
+    if (g->len > 0) {
+        STAT(s, tcp_in_data_segments);
+        if ((int32_t)room < 0)
+            room = 0;
+        if (len > room) {
+            len = room;
+            fin = false;
+            c->flags |= TF_ACK_NOW;
+        }
+        if (len == 0) {
+            STAT(s, tcp_in_duplicate);
+            c->flags |= TF_ACK_NOW; /* a repeated segment: our ACK was lost, or a window probe */
+        } else if (seq_leq(g->seq, c->rcv_nxt)) {
+            take_in_order(s, c, g, skip, len);
+        } else {
+            STAT(s, tcp_in_out_of_order);
+            c->flags |= TF_ACK_NOW;
+            (void)store(s, c, g, skip, len, false);
+        }
+    }
+    if (fin && seq_gt(end, c->rcv_nxt)) { /* its time comes when the hole is filled */
+        c->flags |= TF_FIN_AHEAD | TF_ACK_NOW;
+        conn_cold(s, c)->fin_ahead = end;
+    } else if (fin || ((c->flags & TF_FIN_AHEAD) && seq_eq(conn_cold(s, c)->fin_ahead, c->rcv_nxt))) {
+        if (seq_eq(end, c->rcv_nxt) || !fin)
+            fin_in(s, c);
+    }
+}
+
+/* ---- The window ------------------------------------------------------------------------------------------ */
+/* Never shrinks (RFC 9293 3.8.6); grows only by a worthwhile step (receiver's silly window avoidance,
+ * RFC 1122 4.2.3.3), so that a slow reader does not draw tiny segments. */
+uint32_t tcp_rcv_window(struct tcp_conn *c)
+{
+    uint32_t offered = seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
+    uint32_t room = c->rcvbuf > c->rcv_queued ? c->rcvbuf - c->rcv_queued : 0;
+    uint32_t step = min_u32(c->rcvbuf / 2, max_u32(c->rcv_mss, TCP_DEFAULT_MSS));
+    room = min_u32(room, 65535u << c->rcv_wscale);
+    if (room < offered + step)
+        return offered;
+    c->rcv_adv = seq_add(c->rcv_nxt, room);
+    return room;
+}
+
+/* After the program has read: tell the peer when the window opens by two segments or half the buffer. */
+static void window_update(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t offered = seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
+    uint32_t room = c->rcvbuf > c->rcv_queued ? c->rcvbuf - c->rcv_queued : 0;
+    room = min_u32(room, 65535u << c->rcv_wscale);
+    if (c->state > BYPASS_FIN_WAIT_2 || (c->flags & (TF_DEAD | TF_FIN_IN)) || c->state == BYPASS_SYN_SENT)
+        return;
+    if (room >= offered + min_u32(c->rcvbuf / 2, 2u * max_u32(c->rcv_mss, TCP_DEFAULT_MSS)) &&
+        (offered < c->rcvbuf / 2 || room >= 2 * offered))
+        tcp_send_ack(s, c);
+}
+
+/* ---- recv() ---------------------------------------------------------------------------------------------- */
+static size_t copy_out(struct bypass_stack *s, struct tcp_conn *c, uint8_t *buf, size_t n, bool peek)
+{
+    size_t done = 0;
+    uint32_t item = c->rcvq_head;
+    while (done < n && item != NO_INDEX) {
+        struct item_view v = item_view(s, item);
+        uint32_t next = *v.next, take = min_u32(*v.len, (uint32_t)(n - done < 65535 ? n - done : 65535));
+        memcpy(buf + done, v.data, take);
+        done += take;
+        if (!peek) {
+            c->rcv_queued -= take;
+            if (take < *v.len) {
+                item_trim_front(&v, take);
+            } else {
+                c->rcvq_head = next;
+                if (next == NO_INDEX)
+                    c->rcvq_tail = NO_INDEX;
+                item_free(s, c, item);
+            }
+        }
+        item = next;
+    }
+    return done;
+}
+
+int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    if (c->rcv_queued == 0) {
+        if (k->error) { /* reported once, as SO_ERROR is */
+            int err = k->error;
+            k->error = 0;
+            return -err;
+        }
+        if (c->flags & (TF_FIN_IN | TF_RCV_SHUT | TF_DEAD))
+            return 0;
+        if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+            return -EAGAIN;
+        return n == 0 ? 0 : -EAGAIN;
+    }
+    size_t done = copy_out(s, c, buf, n, (flags & BYPASS_PEEK) != 0);
+    if (!(flags & BYPASS_PEEK) && !(c->flags & TF_DEAD))
+        window_update(s, c);
+    return (int64_t)done;
+}
+
+static void free_list(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
+{
+    while (item != NO_INDEX) {
+        uint32_t next = *item_view(s, item).next;
+        item_free(s, c, item);
+        item = next;
+    }
+}
+
+void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)
+{
+    free_list(s, c, c->rcvq_head);
+    c->rcvq_head = c->rcvq_tail = NO_INDEX;
+    c->rcv_queued = 0;
+}
+
+void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c)
+{
+    tcp_rcv_discard(s, c);
+    free_list(s, c, c->ooo_head);
+    c->ooo_head = NO_INDEX;
+}

@@ -1,0 +1,208 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_snd.c - written bytes: the send queue, a list of frames that hold payload at a fixed offset, their
+ * headers to be written in front of it at each transmission.
+ *
+ *     sndq_head .. (sent, not acknowledged) .. sndq_next .. (never sent) .. sndq_tail
+ *
+ * Payload is copied and summed in one pass; the sum stays in the frame's metadata, so that sending again
+ * does not read the payload. A frame stays here (IN_TCP) until its last byte is acknowledged.
+ */
+#include <errno.h>
+
+#include "csum.h"
+#include "tcp.h"
+
+static uint16_t payload_off(const struct bypass_stack *s) { return s->dev->headroom; }
+
+static uint32_t swap_bytes(uint32_t sum) /* a sum that starts at an odd byte, RFC 1071 2(B) */
+{
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (sum & 0xff) << 8 | sum >> 8;
+}
+
+/* Adds bytes behind what the frame holds, up to `limit` payload bytes in all. */
+static uint32_t fill_frame(struct bypass_stack *s, bypass_pkt p, const uint8_t *buf, size_t n, uint32_t limit)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    uint32_t have = m->data_len;
+    if (have >= limit)
+        return 0;
+    uint32_t len = (uint32_t)(n < limit - have ? n : limit - have);
+    uint32_t sum = csum_copy(pkt_frame(s, p) + m->data_off + have, buf, len, 0);
+    m->csum = csum_add(m->csum, have & 1 ? swap_bytes(sum) : sum);
+    m->data_len = (uint16_t)(have + len);
+    return len;
+}
+
+static bypass_pkt new_frame(struct bypass_stack *s, seq_t at)
+{
+    bypass_pkt p = pkt_alloc(s);
+    if (p == BYPASS_PKT_NONE)
+        return p;
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->seq = at.v;
+    m->csum = 0;
+    m->data_off = payload_off(s);
+    m->data_len = 0;
+    m->seg_flags = IN_TCP;
+    m->next = BYPASS_PKT_NONE;
+    return p;
+}
+
+static void link_behind(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt after, bypass_pkt p)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    if (after == BYPASS_PKT_NONE) {
+        m->next = c->sndq_head;
+        c->sndq_head = p;
+    } else {
+        m->next = pkt_meta(s, after)->next;
+        pkt_meta(s, after)->next = p;
+    }
+    if (c->sndq_tail == after)
+        c->sndq_tail = p;
+}
+
+/* ---- send() ----------------------------------------------------------------------------------------- */
+static int send_allowed(struct tcp_conn *c, struct tcp_cold *k)
+{
+    if (k->error) {
+        int err = k->error;
+        k->error = 0;
+        return -err;
+    }
+    if (c->flags & (TF_DEAD | TF_FIN_QUEUED))
+        return -EPIPE;
+    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+        return -EAGAIN;
+    return 0;
+}
+
+/* Puts bytes into the last frame if it was never sent, then into new ones. Returns how many fitted. */
+static size_t queue_bytes(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *buf, size_t n)
+{
+    size_t done = 0;
+    uint32_t limit = c->snd_mss;
+    if (c->sndq_next != BYPASS_PKT_NONE)
+        done = fill_frame(s, c->sndq_tail, buf, n, limit);
+    while (done < n) {
+        seq_t at = seq_add(c->snd_una, c->snd_queued + (uint32_t)done);
+        bypass_pkt p = new_frame(s, at);
+        if (p == BYPASS_PKT_NONE)
+            break;
+        link_behind(s, c, c->sndq_tail, p);
+        if (c->sndq_next == BYPASS_PKT_NONE)
+            c->sndq_next = p;
+        done += fill_frame(s, p, buf + done, n - done, limit);
+    }
+    if (done > 0)
+        pkt_meta(s, c->sndq_tail)->seg_flags |= SEG_PSH;
+    c->snd_queued += (uint32_t)done;
+    return done;
+}
+
+int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags)
+{
+    int err = send_allowed(c, conn_cold(s, c));
+    if (err == -EAGAIN)
+        c->flags |= TF_WANT_OUT;
+    if (err < 0 || n == 0)
+        return err;
+    uint32_t room = tcp_snd_room(c);
+    size_t done = room == 0 ? 0 : queue_bytes(s, c, buf, n < room ? n : room);
+    if (done < n)
+        c->flags |= TF_WANT_OUT;
+    if (done == 0 && room > 0)
+        conn_blocked(s, c, false); /* no frame: say when there is one again */
+    if (flags & BYPASS_MORE)
+        c->flags |= TF_MORE;
+    else
+        c->flags &= ~(uint32_t)TF_MORE;
+    tcp_output(s, c);
+    return done > 0 ? (int64_t)done : -EAGAIN;
+}
+
+/* ---- Acknowledgment ------------------------------------------------------------------------------------ */
+static void frame_release(struct bypass_stack *s, bypass_pkt p)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->seg_flags &= (uint16_t) ~(IN_TCP | SEG_LOST | SEG_RTX | SEG_PSH);
+    if (!(m->seg_flags & IN_TXQ))
+        pkt_free(s, p);
+}
+
+static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t n)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    if (m->seg_flags & SEG_LOST)
+        c->lost_bytes -= n;
+    m->seq += n;
+    m->data_off = (uint16_t)(m->data_off + n);
+    m->data_len = (uint16_t)(m->data_len - n);
+    m->csum = csum_bytes(pkt_frame(s, p) + m->data_off, m->data_len, 0);
+}
+
+/* Frees what una covers. *rtt_us: round trip of the newest frame that was sent once (0: none, Karn);
+ * *frames: how many frames were freed. */
+void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames)
+{
+    *rtt_us = 0;
+    *frames = 0;
+    while (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
+        bypass_pkt p = c->sndq_head;
+        struct bypass_pkt_meta *m = pkt_meta(s, p);
+        int32_t covered = seq_diff(una, seq(m->seq));
+        if (covered <= 0)
+            break;
+        if (covered < m->data_len) {
+            trim_front(s, c, p, (uint32_t)covered);
+            c->snd_queued -= (uint32_t)covered;
+            break;
+        }
+        if (m->seg_flags & SEG_LOST)
+            c->lost_bytes -= m->data_len;
+        if (!(m->seg_flags & SEG_RTX))
+            *rtt_us = max_u64((now_ns(s) - m->time_ns) / 1000, 1);
+        c->snd_queued -= m->data_len;
+        c->sndq_head = m->next;
+        if (c->rtx_next == p)
+            c->rtx_next = m->next;
+        if (c->sndq_tail == p)
+            c->sndq_tail = BYPASS_PKT_NONE;
+        (*frames)++;
+        frame_release(s, p);
+    }
+}
+
+/* Cuts a frame to `len` payload bytes; the rest goes into a new frame behind it. For a window or a path
+ * MTU smaller than the frame. false: no frame to be had. */
+bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    bypass_pkt rest = new_frame(s, seq(m->seq + len));
+    if (rest == BYPASS_PKT_NONE)
+        return false;
+    struct bypass_pkt_meta *r = pkt_meta(s, rest);
+    uint8_t *data = pkt_frame(s, p) + m->data_off;
+    (void)fill_frame(s, rest, data + len, m->data_len - len, UINT16_MAX);
+    r->seg_flags |= m->seg_flags & (SEG_LOST | SEG_RTX | SEG_PSH);
+    r->time_ns = m->time_ns;
+    m->data_len = (uint16_t)len;
+    m->csum = csum_bytes(data, len, 0);
+    m->seg_flags &= (uint16_t)~SEG_PSH;
+    link_behind(s, c, p, rest);
+    return true;
+}
+
+void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c)
+{
+    while (c->sndq_head != BYPASS_PKT_NONE) {
+        bypass_pkt p = c->sndq_head;
+        c->sndq_head = pkt_meta(s, p)->next;
+        frame_release(s, p);
+    }
+    c->sndq_next = c->sndq_tail = c->rtx_next = BYPASS_PKT_NONE;
+    c->snd_queued = c->lost_bytes = 0;
+}

@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_timer.c - what time alone causes: retransmission (RFC 6298 5), window probes (RFC 9293 3.8.6.1),
+ * delayed ACK, keepalive (3.8.4), user timeout (RFC 5482), the end of TIME_WAIT and FIN_WAIT_2.
+ */
+#include <errno.h>
+
+#include "tcp.h"
+
+void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint64_t at = NO_DEADLINE;
+    if (c->rtx_at)
+        at = c->rtx_at;
+    if (c->ack_at)
+        at = min_u64(at, c->ack_at);
+    if (c->keep_at)
+        at = min_u64(at, c->keep_at);
+    if (at != NO_DEADLINE)
+        wheel_arm(s, &tcp_head(s)->wheel, conn_index(s, c), at);
+}
+
+static uint64_t backed_off_ns(const struct tcp_conn *c, uint32_t times)
+{
+    uint64_t us = (uint64_t)c->rto_us << min_u32(times, 16);
+    return min_u64(us, RTO_MAX_US) * 1000;
+}
+
+void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->rtx_at = now_ns(s) + backed_off_ns(c, c->rtx_count);
+    tcp_timer_update(s, c);
+}
+
+void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->flags & TF_ACK_LATER)
+        return;
+    c->flags |= TF_ACK_LATER;
+    c->ack_at = now_ns(s) + DELACK_MS * MSEC_NS;
+    tcp_timer_update(s, c);
+}
+
+/* ---- Each deadline ------------------------------------------------------------------------------------ */
+static void give_up(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    STAT(s, tcp_timed_out);
+    conn_drop(s, c, k->soft_error ? k->soft_error : ETIMEDOUT);
+}
+
+static bool user_timeout_over(struct bypass_stack *s, struct tcp_conn *c)
+{
+    const struct tcp_cold *k = conn_cold(s, c);
+    return k->user_timeout_ms != 0 && now_ns(s) - k->unacked_since >= k->user_timeout_ms * MSEC_NS;
+}
+
+static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t most = c->state == BYPASS_SYN_SENT ? SYN_RETRIES : SYNACK_RETRIES;
+    if (c->rtx_count >= most) {
+        give_up(s, c);
+        return;
+    }
+    c->rtx_count++;
+    c->flags |= TF_SYN_RTX;
+    STAT(s, tcp_out_retransmits);
+    tcp_send_syn(s, c);
+}
+
+static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t most = c->sock == NO_INDEX && !(c->flags & TF_ACCEPTABLE) ? ORPHAN_RETRIES : DATA_RETRIES;
+    if (c->rtx_count >= most || user_timeout_over(s, c)) {
+        give_up(s, c);
+        return;
+    }
+    STAT(s, tcp_timeouts);
+    c->rtx_count++;
+    tcp_enter_loss(s, c);
+    tcp_rtx_restart(s, c);
+    tcp_output(s, c);
+}
+
+/* The window is closed, or a partial segment waits for more that never came. */
+static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t most = c->sock == NO_INDEX && !(c->flags & TF_ACCEPTABLE) ? ORPHAN_RETRIES : DATA_RETRIES;
+    c->flags &= ~(uint32_t)TF_PROBING;
+    if (c->snd_wnd > 0) {
+        c->flags = (c->flags & ~(uint32_t)TF_MORE) | TF_PUSH_ALL;
+        tcp_output(s, c);
+        if (c->snd_nxt.v != c->snd_una.v)
+            return;
+    }
+    if (c->probes >= most || user_timeout_over(s, c)) {
+        give_up(s, c);
+        return;
+    }
+    c->flags |= TF_PROBING;
+    c->rtx_at = now_ns(s) + max_u64(backed_off_ns(c, c->probes), RTO_MIN_US * 1000ull);
+    c->probes++;
+    STAT(s, tcp_out_probes);
+    tcp_send_probe(s, c);
+}
+
+static void rtx_due(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->rtx_at = 0;
+    switch (c->state) {
+    case BYPASS_SYN_SENT:
+    case BYPASS_SYN_RECEIVED:
+        syn_timeout(s, c);
+        break;
+    case BYPASS_TIME_WAIT:
+        conn_drop(s, c, 0);
+        break;
+    case BYPASS_FIN_WAIT_2:
+        conn_drop(s, c, 0); /* the peer never closed; only without a program is this timer set */
+        break;
+    default:
+        if (c->flags & TF_PROBING)
+            probe_timeout(s, c);
+        else if (c->snd_nxt.v != c->snd_una.v)
+            data_timeout(s, c);
+    }
+}
+
+static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
+{
+    const struct tcp_cold *k = conn_cold(s, c);
+    uint64_t idle_end = k->last_in + k->keep_idle_s * SEC_NS;
+    c->keep_at = 0;
+    if (!(c->flags & TF_KEEPALIVE) || c->state == BYPASS_TIME_WAIT)
+        return;
+    if (idle_end > now_ns(s) || c->snd_nxt.v != c->snd_una.v) {
+        c->keep_at = max_u64(idle_end, now_ns(s) + SEC_NS);
+        return;
+    }
+    if (c->probes >= k->keep_cnt) {
+        STAT(s, tcp_keepalive_timeouts);
+        conn_reset(s, c, ETIMEDOUT);
+        return;
+    }
+    c->probes++;
+    c->keep_at = now_ns(s) + k->keep_intvl_s * SEC_NS;
+    STAT(s, tcp_out_keepalives);
+    tcp_send_probe(s, c);
+}
+
+/* The connection may be gone afterwards; its slot's generation tells. */
+static void conn_due(struct bypass_stack *s, uint32_t i)
+{
+    struct tcp_conn *c = conn_at(s, i);
+    const uint32_t gen = cold_at(s, i)->gen;
+    if (c->ack_at && c->ack_at <= now_ns(s)) {
+        c->ack_at = 0;
+        c->flags &= ~(uint32_t)TF_ACK_LATER;
+        tcp_send_ack(s, c);
+    }
+    if (c->rtx_at && c->rtx_at <= now_ns(s))
+        rtx_due(s, c);
+    if (cold_at(s, i)->gen != gen || c->state == BYPASS_CLOSED)
+        return;
+    if (c->keep_at && c->keep_at <= now_ns(s))
+        keepalive_due(s, c);
+    if (c->state != BYPASS_CLOSED)
+        tcp_timer_update(s, c);
+}
+
+void tcp_timers(struct bypass_stack *s)
+{
+    struct wheel *w = &tcp_head(s)->wheel;
+    uint32_t i;
+    while ((i = wheel_expire(s, w, now_ns(s))) != NO_INDEX)
+        conn_due(s, i);
+}
+
+uint64_t tcp_deadline(const struct bypass_stack *s)
+{
+    uint64_t at = wheel_next(&tcp_head(s)->wheel);
+    if (tcp_head(s)->resume_all)
+        return 0;
+    if (tcp_head(s)->blocked_head[0] != NO_INDEX) /* the device completes soon, but says so to nobody */
+        at = min_u64(at, now_ns(s) + MSEC_NS / 20);
+    return at;
+}
