@@ -25,65 +25,58 @@ import socket
 import struct
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from bypass import libbpf
 from bypass.bpf import build
 from bypass.errors import BypassError, ForeignProgramError, GrantError, PrivilegeError, SteeringError
-from bypass.grants import Endpoint, grant
-from bypass.rules import TCP, UDP, CompiledRules
+from bypass.rules import TCP, UDP
+from bypass.steer_maps import (
+    CONFIG,
+    COUNT,
+    GUARD_KINDS,
+    MAX_ENTRIES,
+    MAX_QUEUES,
+    REASONS,
+    U32,
+    ZERO,
+    Count,
+    Endpoint,
+    count_of,
+    counts_of,
+    endpoint_key,
+    endpoint_kind,
+    endpoint_value,
+    interface_maps,
+    policy_maps,
+    set_keys,
+)
 
-MAX_QUEUES = 256
-"""Slots of one owner in the socket map; the steering program has the same number (bpf/steer.h)."""
-MAX_ENTRIES = 65536
-"""Live endpoints of an interface."""
-MAX_LOCALS = 4096
-"""Local addresses of each family, and joined group MAC addresses."""
+if TYPE_CHECKING:
+    from bypass.policy import Policy
 
-REASONS = build.reasons()
-"""Why packets were steered, passed or dropped, by number."""
-GUARD_KINDS = ("silenced", "kernel_socket", "draining", "other")
-"""What the reset guard saw: resets dropped; passed because a kernel socket of the port sent them, because the kernel
-holds a draining connection, because no live endpoint is concerned."""
+__all__ = [
+    "GUARD_KINDS",
+    "MAX_ENTRIES",
+    "MAX_QUEUES",
+    "REASONS",
+    "Count",
+    "Endpoint",
+    "Guard",
+    "Steering",
+    "Verdict",
+]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Mode = Literal["native", "skb", "auto"]
 
 _MAGIC = 0x42595053  # STEER_VERDICT_MAGIC of bpf/verdict.h
 _VERDICT = struct.Struct("=4I")  # struct steer_verdict
-_KEY4, _KEY6 = struct.Struct("=4s4s2s2sHBB"), struct.Struct("=16s16s2s2sHBB")  # struct rule_key
-_RULE = struct.Struct("=2I")  # struct rule_value
-_ENDPOINT_KEY, _ENDPOINT = struct.Struct("=4s4s2s2sI"), struct.Struct("=4I")
-_CONFIG = struct.Struct("=6sH")
-_COUNT = struct.Struct("=2Q")
-_PORT, _U32, _ZERO = struct.Struct(">H"), struct.Struct("=I"), bytes(4)
-_ACTIONS = {"steer": 0, "pass": 1, "drop": 2}
-_DRAIN = 1
-_EXACT, _LOCAL, _ANY = 1, 2, 4  # KIND_* of bpf/steer.h
 _XDP_ACTIONS = ("aborted", "drop", "pass", "tx", "redirect")
 _SIOCGIFHWADDR = 0x8927
-
-
-class HasRules(Protocol):
-    """A policy: something with compiled rules."""
-
-    @property
-    def rules(self) -> CompiledRules: ...
-
-
-class Count(NamedTuple):
-    """Packets, and bytes of their frames."""
-
-    packets: int
-    bytes: int
-
-    def __add__(self, other: object) -> Count:
-        if not isinstance(other, Count):
-            return NotImplemented
-        return Count(self.packets + other.packets, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +108,13 @@ class SteerResult(NamedTuple):
 class _Loaded:
     """The programs of one policy and the maps that go with it."""
 
-    def __init__(self, policy: CompiledRules, shared: dict[str, libbpf.Map], text: str | None) -> None:
-        programs = build.compile_programs(build.defines(policy), text)
+    def __init__(self, policy: Policy, shared: dict[str, libbpf.Map], text: str | None) -> None:
+        programs = build.compile_programs(build.defines(policy.compiled), text)
         self.policy = policy
         self.maps: dict[str, libbpf.Map] = {}
         self.progs: dict[str, libbpf.Prog] = {}
         try:
-            self.maps.update(_policy_maps(policy))
+            self.maps.update(policy_maps(policy.compiled))
             fds = {name: m.fd for name, m in (shared | self.maps).items()}
             for name, kind, attach in (
                 (build.XDP, libbpf.PROG_XDP, libbpf.ATTACH_XDP),
@@ -133,7 +126,7 @@ class _Loaded:
             raise
 
     def counts(self) -> list[Count]:
-        return list(_counts(self.maps["rule_count"]))[: len(self.policy.rules)]
+        return list(counts_of(self.maps["rule_count"]))[: len(self.policy.flows)]
 
     def close(self) -> None:
         for owned in (*self.progs.values(), *self.maps.values()):
@@ -167,7 +160,7 @@ class Steering:
 
     def __init__(
         self,
-        policy: CompiledRules | HasRules,
+        policy: Policy,
         ifname: str,
         *,
         queues: int,
@@ -196,9 +189,9 @@ class Steering:
         if attach:
             _refuse_foreign(ifname, self.ifindex)
         try:
-            for m in _interface_maps(owners):
+            for m in interface_maps(owners):
                 self._maps[m.name] = m
-            self._loaded = _Loaded(_rules_of(policy), self._maps, text)
+            self._loaded = _Loaded(policy, self._maps, text)
             self.set_mac(_mac_of(ifname))
             if attach:
                 self._attach(mode)
@@ -231,15 +224,15 @@ class Steering:
     # ---- the policy -------------------------------------------------------------------------------------------
 
     @property
-    def policy(self) -> CompiledRules:
+    def policy(self) -> Policy:
         """The rules in force."""
         return self._current().policy
 
-    def prepare(self, policy: CompiledRules | HasRules) -> None:
+    def prepare(self, policy: Policy) -> None:
         """Does the slow part of `swap` ahead (half a second where the masks are new), also in another thread."""
-        build.compile_programs(build.defines(_rules_of(policy)), self._text)
+        build.compile_programs(build.defines(policy.compiled), self._text)
 
-    def swap(self, policy: CompiledRules | HasRules) -> list[Endpoint]:
+    def swap(self, policy: Policy) -> list[Endpoint]:
         """Puts another policy in force. No packet goes unserved: each meets the old rules or the new ones.
 
         Endpoints, sockets and all counters survive; those of a rule go on under its name.
@@ -252,7 +245,7 @@ class Steering:
         """
         old = self._current()
         try:
-            new = _Loaded(_rules_of(policy), self._maps, self._text)
+            new = _Loaded(policy, self._maps, self._text)
         except OSError as e:
             raise _explained(e, self.ifname) from e
         done: list[str] = []
@@ -267,12 +260,12 @@ class Steering:
             raise _explained(e, self.ifname) from e
         self._loaded = new
         libbpf.wait_for_programs()
-        for rule, count in zip(old.policy.rules, old.counts(), strict=True):
+        for rule, count in zip(old.policy.flows, old.counts(), strict=True):
             self._before[rule.name] = self._before.get(rule.name, Count(0, 0)) + count
-        kept = {rule.name for rule in new.policy.rules}
+        kept = {rule.name for rule in new.policy.flows}
         self._before = {name: count for name, count in self._before.items() if name in kept}
         old.close()
-        return [e for e in self._endpoints.values() if grant(new.policy.rules, e) is None]
+        return [e for e in self._endpoints.values() if not _granted(new.policy, e)]
 
     # ---- live endpoints ---------------------------------------------------------------------------------------
 
@@ -310,14 +303,14 @@ class Steering:
         endpoint = Endpoint(self._free[0], proto, local, lport, remote, rport, owner, drain)
         self._check(endpoint)
         try:
-            self._map("endpoints").put(_endpoint_key(endpoint), _endpoint_value(endpoint), libbpf.NOEXIST)
+            self._map("endpoints").put(endpoint_key(endpoint), endpoint_value(endpoint), libbpf.NOEXIST)
         except FileExistsError as e:
             raise SteeringError(f"{self.ifname}: {endpoint} is live already") from e
         self._free.popleft()
         self._endpoints[endpoint.entry] = endpoint
         cpus = libbpf.possible_cpus()
-        self._map("entry_count").put(_U32.pack(endpoint.entry), bytes(_COUNT.size * cpus))
-        self._set_kinds(self._kinds | _endpoint_kind(endpoint))
+        self._map("entry_count").put(U32.pack(endpoint.entry), bytes(COUNT.size * cpus))
+        self._set_kinds(self._kinds | endpoint_kind(endpoint))
         return endpoint.entry
 
     def _check(self, endpoint: Endpoint) -> None:
@@ -327,7 +320,7 @@ class Steering:
             raise SteeringError(f"{endpoint}: a peer has address and port, and needs a local address")
         if not 0 <= endpoint.owner < self.owners:
             raise SteeringError(f"{endpoint}: owner {endpoint.owner} of {self.owners}")
-        if grant(self.policy.rules, endpoint) is None:
+        if not _granted(self.policy, endpoint):
             raise GrantError(f"no rule of the policy grants {endpoint} on {self.ifname}")
 
     def remove_endpoint(self, entry: int) -> None:
@@ -335,28 +328,28 @@ class Steering:
         endpoint = self._endpoints.pop(entry, None)
         if endpoint is None:
             return
-        self._map("endpoints").delete(_endpoint_key(endpoint))
+        self._map("endpoints").delete(endpoint_key(endpoint))
         self._free.append(entry)
         kinds = 0
         for e in self._endpoints.values():
-            kinds |= _endpoint_kind(e)
+            kinds |= endpoint_kind(e)
         self._set_kinds(kinds)
 
     def set_drain(self, entry: int, drain: bool) -> None:
         """Whether connections that the kernel holds stay with it. KeyError: no such entry."""
         endpoint = replace(self._endpoints[entry], drain=drain)
-        self._map("endpoints").put(_endpoint_key(endpoint), _endpoint_value(endpoint), libbpf.EXIST)
+        self._map("endpoints").put(endpoint_key(endpoint), endpoint_value(endpoint), libbpf.EXIST)
         self._endpoints[entry] = endpoint
 
     def entries(self) -> dict[int, tuple[Endpoint, Count]]:
         """Live entries with what was redirected for each since it began."""
-        return {n: (e, _count(self._map("entry_count"), n)) for n, e in self._endpoints.items()}
+        return {n: (e, count_of(self._map("entry_count"), n)) for n, e in self._endpoints.items()}
 
     # ---- what the program compares with -----------------------------------------------------------------------
 
     def set_socket(self, owner: int, queue: int, fd: int) -> None:
         """The AF_XDP socket for an owner's packets of a queue. When it closes, the kernel empties the slot."""
-        self._map("xsks").put(self._slot(owner, queue), _U32.pack(fd))
+        self._map("xsks").put(self._slot(owner, queue), U32.pack(fd))
 
     def clear_socket(self, owner: int, queue: int) -> None:
         """Takes the socket out: live TCP of that queue is dropped, UDP passes."""
@@ -365,17 +358,17 @@ class Steering:
     def _slot(self, owner: int, queue: int) -> bytes:
         if not (0 <= owner < self.owners and 0 <= queue < MAX_QUEUES):
             raise SteeringError(f"{self.ifname}: no slot for owner {owner}, queue {queue}")
-        return _U32.pack(owner * MAX_QUEUES + queue)
+        return U32.pack(owner * MAX_QUEUES + queue)
 
     def set_locals(self, addresses: Iterable[str | Address]) -> None:
         """The addresses of this host (IPv4 and IPv6): only what is sent to them is taken or dropped."""
         wanted = {ipaddress.ip_address(a) for a in addresses}
-        _set_keys(self._map("locals4"), {a.packed for a in wanted if a.version == 4})
-        _set_keys(self._map("locals6"), {a.packed for a in wanted if a.version == 6})
+        set_keys(self._map("locals4"), {a.packed for a in wanted if a.version == 4})
+        set_keys(self._map("locals6"), {a.packed for a in wanted if a.version == 6})
 
     def set_groups(self, macs: Iterable[bytes]) -> None:
         """Group MAC addresses that are joined: UDP to them can be steered."""
-        _set_keys(self._map("groups"), {mac + bytes(2) for mac in macs})
+        set_keys(self._map("groups"), {mac + bytes(2) for mac in macs})
 
     def set_mac(self, mac: bytes) -> None:
         """The interface's MAC address, when it changed (the constructor reads it)."""
@@ -384,7 +377,7 @@ class Steering:
 
     def _set_kinds(self, kinds: int) -> None:
         self._kinds = kinds
-        self._map("config").put(_ZERO, _CONFIG.pack(self._mac, kinds))
+        self._map("config").put(ZERO, CONFIG.pack(self._mac, kinds))
 
     # ---- counters ---------------------------------------------------------------------------------------------
 
@@ -392,16 +385,16 @@ class Steering:
         """By rule name, in file order: packets that the rule decided, whatever its action."""
         loaded = self._current()
         zero = Count(0, 0)
-        pairs = zip(loaded.policy.rules, loaded.counts(), strict=True)
+        pairs = zip(loaded.policy.flows, loaded.counts(), strict=True)
         return {rule.name: self._before.get(rule.name, zero) + count for rule, count in pairs}
 
     def reasons(self) -> dict[str, Count]:
         """By reason, in the order of REASONS: every packet that the program saw is in exactly one."""
-        return dict(zip((r.name for r in REASONS), _counts(self._map("reason_count")), strict=True))
+        return dict(zip((r.name for r in REASONS), counts_of(self._map("reason_count")), strict=True))
 
     def guard_counts(self) -> dict[str, Count]:
         """TCP resets that left through the interface's tc egress, by GUARD_KINDS."""
-        return dict(zip(GUARD_KINDS, _counts(self._map("guard_count")), strict=True))
+        return dict(zip(GUARD_KINDS, counts_of(self._map("guard_count")), strict=True))
 
     # ---- tests ------------------------------------------------------------------------------------------------
 
@@ -417,13 +410,13 @@ class Steering:
             ifindex: interface that it claims to come from; 0: the loopback.
         """
         counters = self._map("reason_count")
-        before = [c.packets for c in _counts(counters)]
+        before = [c.packets for c in counts_of(counters)]
         run = (
             self._current()
             .progs[build.XDP]
             .run_xdp(frame, meta=meta, ifindex=ifindex, rx_queue=rx_queue, repeat=repeat)
         )
-        rose = [i for i, c in enumerate(_counts(counters)) if c.packets != before[i]]
+        rose = [i for i, c in enumerate(counts_of(counters)) if c.packets != before[i]]
         fields = _VERDICT.unpack(run.meta[: _VERDICT.size]) if len(run.meta) >= _VERDICT.size else (0,) * 4
         return SteerResult(
             _XDP_ACTIONS[run.result],
@@ -470,72 +463,8 @@ class Steering:
             )
 
 
-def _endpoint_key(e: Endpoint) -> bytes:
-    return _ENDPOINT_KEY.pack(
-        e.laddr.packed if e.laddr else _ZERO,
-        e.raddr.packed if e.raddr else _ZERO,
-        _PORT.pack(e.lport),
-        _PORT.pack(e.rport or 0),
-        e.proto,
-    )
-
-
-def _endpoint_value(e: Endpoint) -> bytes:
-    return _ENDPOINT.pack(e.entry, e.owner, _DRAIN if e.drain else 0, 0)
-
-
-def _endpoint_kind(e: Endpoint) -> int:
-    return _EXACT if e.raddr else _LOCAL if e.laddr else _ANY
-
-
-def _rules_of(policy: CompiledRules | HasRules) -> CompiledRules:
-    return policy if isinstance(policy, CompiledRules) else policy.rules
-
-
-def _interface_maps(owners: int) -> Iterator[libbpf.Map]:
-    yield libbpf.Map(libbpf.MAP_HASH, "endpoints", _ENDPOINT_KEY.size, _ENDPOINT.size, MAX_ENTRIES)
-    yield libbpf.Map(libbpf.MAP_ARRAY, "config", 4, _CONFIG.size, 1)
-    yield libbpf.Map(libbpf.MAP_HASH, "locals4", 4, 1, MAX_LOCALS)
-    yield libbpf.Map(libbpf.MAP_HASH, "locals6", 16, 1, MAX_LOCALS)
-    yield libbpf.Map(libbpf.MAP_HASH, "groups", 8, 1, MAX_LOCALS)
-    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "entry_count", 4, _COUNT.size, MAX_ENTRIES)
-    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "reason_count", 4, _COUNT.size, len(REASONS))
-    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "guard_count", 4, _COUNT.size, len(GUARD_KINDS))
-    yield libbpf.Map(libbpf.MAP_XSKMAP, "xsks", 4, 4, owners * MAX_QUEUES)
-
-
-def _policy_maps(policy: CompiledRules) -> Iterator[tuple[str, libbpf.Map]]:
-    """The maps of a policy, filled."""
-    key = _KEY6 if policy.key_v6 else _KEY4
-    keys, values = _packed(policy, key)
-    rules = libbpf.Map(libbpf.MAP_HASH, "rules", key.size, _RULE.size, max(1, len(policy)))
-    yield "rules", rules
-    rules.put_all(keys, values)
-    highest = [m.max_rank for m in policy.masks]
-    ranks = libbpf.Map(libbpf.MAP_ARRAY, "ranks", 4, 64, 1)
-    yield "ranks", ranks
-    ranks.put(_ZERO, struct.pack("=16I", *highest, *[0] * (16 - len(highest))))
-    size = max(1, len(policy.rules))
-    yield "rule_count", libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "rule_count", 4, _COUNT.size, size)
-
-
-def _packed(policy: CompiledRules, key: struct.Struct) -> tuple[bytes, bytes]:
-    """Keys and values of the rule map."""
-    width = 16 if policy.key_v6 else 4
-    keys, values = bytearray(), bytearray()
-    for entry in policy.entries():
-        k = entry.key
-        keys += key.pack(
-            k.local.to_bytes(width, "big"),
-            k.remote.to_bytes(width, "big"),
-            k.local_port.to_bytes(2, "big"),
-            k.remote_port.to_bytes(2, "big"),
-            k.vlan,
-            k.proto,
-            k.family << 4 | entry.mask,
-        )
-        values += _RULE.pack(entry.rank, entry.rule << 2 | _ACTIONS[entry.action])
-    return bytes(keys), bytes(values)
+def _granted(policy: Policy, e: Endpoint) -> bool:
+    return policy.grant(e.proto, e.laddr, e.lport, e.raddr, e.rport) is not None
 
 
 def _load(program: build.Program, kind: int, attach_type: int, fds: dict[str, int]) -> libbpf.Prog:
@@ -554,29 +483,6 @@ def _load(program: build.Program, kind: int, attach_type: int, fds: dict[str, in
         raise SteeringError(
             f"the kernel refuses {program.name}: {' '.join(last) or e.strerror}; the verifier's log is in {path}"
         ) from e
-
-
-def _counts(m: libbpf.Map) -> Iterator[Count]:
-    """The values of a per-CPU array, CPUs added up."""
-    words = memoryview(m.all_values()).cast("Q")
-    cpus = libbpf.possible_cpus()
-    for i in range(m.entries):
-        base = i * 2 * cpus
-        yield Count(sum(words[base : base + 2 * cpus : 2]), sum(words[base + 1 : base + 2 * cpus : 2]))
-
-
-def _count(m: libbpf.Map, index: int) -> Count:
-    words = memoryview(m.get(_U32.pack(index)) or b"").cast("Q")
-    return Count(sum(words[::2]), sum(words[1::2]))
-
-
-def _set_keys(m: libbpf.Map, wanted: set[bytes]) -> None:
-    """Makes `wanted` the keys of a set-like map, adding before removing."""
-    present = set(m.keys())
-    for key in wanted - present:
-        m.put(key, b"\1")
-    for key in present - wanted:
-        m.delete(key)
 
 
 def _ifindex(ifname: str) -> int:

@@ -182,7 +182,7 @@ static inline int skip_ext_header(struct xdp_md *ctx, struct packet *p)
     }
     p->l4 += length;
     p->flow.proto = ext->next;
-    return length < sizeof(*ext) || p->l4 > p->end ? REASON_MALFORMED : GO_ON;
+    return p->l4 > p->end ? REASON_MALFORMED : GO_ON;
 }
 
 static inline int parse_ipv6(struct xdp_md *ctx, struct packet *p)
