@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw access: batches of whole Ethernet frames in and out of a netdev, for those who bring their own protocol.
+
+    with bypass.raw.open("policy.yaml", [("udp", "192.0.2.10", 5000)]) as port:
+        for frame in port.recv():
+            port.send([answer(frame.data)], queue=frame.queue)
+
+What lives here: `RawPort` over any netdev (AF_XDP or simulated), and `open()`, which steers flows of a policy into
+one. Frames are copied, a batch at a time in C (bypass/afxdp/raw.c). A netdev has one user: not a RawPort and a stack.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from bypass._core import ffi, lib
+from bypass.errors import DeviceError
+
+__all__ = ["Frame", "RawPort"]
+
+MAX_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A received Ethernet frame.
+
+    Attributes:
+        data: from the destination MAC address on, without checksum (FCS).
+        queue: index of the queue it came by; an answer is best sent by the same.
+        entry, rule: live entry and policy rule (in file order, from 0) that steered it; None: steered by none.
+        hash: of its flow, as the steering program computed it (not keyed); 0 without a verdict.
+    """
+
+    data: bytes
+    queue: int
+    entry: int | None
+    rule: int | None
+    hash: int
+
+
+class RawPort:
+    """Sends and receives frames on a netdev. A context manager; not thread-safe.
+
+    Args:
+        device: an object with `.netdev` (`bypass.afxdp.AfxdpDevice`, a simulated port), or a cffi
+            `struct bypass_netdev *`.
+        on_close: called once by `close()`, for what the port stands on.
+    """
+
+    def __init__(self, device: Any, *, on_close: Callable[[], object] | None = None) -> None:
+        self._device = device  # keeps the owner of the memory alive
+        self._netdev: Any = getattr(device, "netdev", device)
+        self._on_close = on_close
+        self._buffer = ffi.new("uint8_t[]", MAX_BATCH * self._netdev.stride)
+        self._frames = ffi.new("struct rawport_frame[]", MAX_BATCH)
+
+    # ---- Receiving ---------------------------------------------------------------------------------------------
+    def recv(self, max_frames: int = 64, timeout: float | None = None) -> list[Frame]:
+        """Receives what is there, in order per queue.
+
+        Args:
+            max_frames: at most this many, 1..1024.
+            timeout: seconds to wait for the first frame; None: forever; 0: do not wait.
+
+        Returns:
+            At least one frame, or none when the timeout passed.
+
+        Raises:
+            DeviceError: the interface is gone.
+            OSError: ENOTSUP, a device that cannot be waited for (a simulated one) and a timeout that is not 0.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            n = int(
+                lib.rawport_recv(
+                    self._live(),
+                    self._buffer,
+                    len(self._buffer),
+                    self._frames,
+                    max(1, min(max_frames, MAX_BATCH)),
+                )
+            )
+            if n > 0:
+                return [self._frame(self._frames[i]) for i in range(n)]
+            if n < 0:
+                self._fail(-n)
+            if timeout == 0 or not self._wait(deadline):
+                return []
+
+    def _frame(self, info: Any) -> Frame:
+        data = bytes(ffi.buffer(self._buffer + info.off, info.len))
+        if info.flags & lib.BYPASS_RX_VERDICT:
+            return Frame(data, info.queue, info.entry, info.rule, info.hash)
+        return Frame(data, info.queue, None, None, 0)
+
+    def _wait(self, deadline: float | None) -> bool:
+        """Sleeps until frames arrive or the deadline (False) has passed."""
+        fd = self.fileno()
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return bool(select.select([fd], [], [], left)[0])
+
+    # ---- Sending -----------------------------------------------------------------------------------------------
+    def send(self, frames: Sequence[bytes], queue: int = 0, timeout: float | None = None) -> int:
+        """Sends Ethernet frames in order, by one queue (modulo the device's number of queues).
+
+        Args:
+            frames: each from the destination MAC address on, complete with checksums, 14 bytes to MTU + 18.
+            queue: index of the queue.
+            timeout: seconds to go on while the rings are full; None: forever; 0: take what fits now.
+
+        Returns:
+            How many were handed to the device. Fewer than given only when the timeout passed.
+
+        Raises:
+            DeviceError: the interface is gone.
+            OSError: ENETDOWN (down at the moment), EMSGSIZE or EINVAL (the length of a frame). Frames before the
+                one at fault have been sent.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        sent, pause = 0, 0.00005
+        while sent < len(frames):
+            n = self._send_batch(frames[sent : sent + MAX_BATCH], queue)
+            sent += n
+            if n:
+                pause = 0.00005
+                continue
+            left = 1.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                break
+            time.sleep(min(pause, left))  # completions announce themselves by no descriptor
+            pause = min(2 * pause, 0.005)
+        return sent
+
+    def _send_batch(self, frames: Sequence[bytes], queue: int) -> int:
+        data = b"".join(frames)
+        lengths = ffi.new("uint32_t[]", [len(f) for f in frames])
+        n = int(lib.rawport_send(self._live(), ffi.from_buffer(data), lengths, len(frames), queue))
+        if n < 0:
+            self._fail(-n)
+        return n
+
+    # ---- The port ----------------------------------------------------------------------------------------------
+    def _live(self) -> Any:
+        if self._netdev is None:
+            raise DeviceError("this raw port is closed")
+        return self._netdev
+
+    def _fail(self, err: int) -> None:
+        if err == errno.ENXIO:
+            raise DeviceError("the interface is gone")
+        raise OSError(err, os.strerror(err))
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when frames wait, for selectors and event loops.
+
+        Raises:
+            OSError: ENOTSUP, the device has none (a simulated one).
+        """
+        fd = int(self._live().ops.wait_fd(self._netdev))
+        if fd < 0:
+            self._fail(-fd)
+        return fd
+
+    @property
+    def mac(self) -> bytes:
+        """The device's MAC address, 6 bytes."""
+        return bytes(ffi.buffer(self._live().mac))
+
+    @property
+    def mtu(self) -> int:
+        """The largest IP packet, bytes."""
+        return int(self._live().mtu)
+
+    @property
+    def queues(self) -> int:
+        return int(self._live().queues)
+
+    def close(self) -> None:
+        """Ends the port and what `open()` made for it. Idempotent."""
+        if self._netdev is None:
+            return
+        self._netdev = None
+        if self._on_close is not None:
+            self._on_close()
+
+    def __enter__(self) -> RawPort:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the AF_XDP tests share: an XDP program that follows no policy, and the lab's two ends in Python."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from bypass import libbpf
+
+VERDICT_MAGIC = 0x42595053
+XDP_PASS = 2
+PORT = 9000
+
+Insn = tuple[str | None, int, int, int, int | str, int]  # label, code, dst, src, offset or label, immediate
+
+
+def _assemble(insns: Sequence[Insn]) -> bytes:
+    """struct bpf_insn of linux/bpf.h; jumps name the label of their target. LD_IMM64 is written with its second
+    half."""
+    at = {insn[0]: n for n, insn in enumerate(insns) if insn[0]}
+    code = b""
+    for n, (_, op, dst, src, off, imm) in enumerate(insns):
+        distance = at[off] - n - 1 if isinstance(off, str) else off
+        code += struct.pack("=BBhi", op, src << 4 | dst, distance, imm)
+    return code
+
+
+def redirect_program(xsks_fd: int, verdict: tuple[int, int, int] | None) -> bytes:
+    """XDP: IPv4 UDP and TCP go to the socket of its queue in the map, with a verdict (entry, rule, hash) in front of it if
+    given; everything else passes."""
+    mov, mov_r, add, ldw, ldh, ldb, stw = 0xB7, 0xBF, 0x07, 0x61, 0x69, 0x71, 0x62
+    jne, jeq, jgt_r, call, leave, ld64 = 0x55, 0x15, 0x2D, 0x85, 0x95, 0x18
+    code: list[Insn] = [
+        (None, mov_r, 6, 1, 0, 0),  # r6 = ctx
+        (None, ldw, 2, 6, 0, 0),  # r2 = data
+        (None, ldw, 3, 6, 4, 0),  # r3 = data_end
+        (None, mov_r, 4, 2, 0, 0),
+        (None, add, 4, 0, 0, 34),
+        (None, jgt_r, 4, 3, "pass", 0),
+        (None, ldh, 4, 2, 12, 0),
+        (None, jne, 4, 0, "pass", socket.htons(0x0800)),
+        (None, ldb, 4, 2, 23, 0),
+        (None, jeq, 4, 0, "take", socket.IPPROTO_UDP),
+        (None, jne, 4, 0, "pass", socket.IPPROTO_TCP),
+        ("take", mov, 0, 0, 0, 0),
+    ]
+    if verdict:
+        code += [
+            (None, mov_r, 1, 6, 0, 0),
+            (None, mov, 2, 0, 0, -16),
+            (None, call, 0, 0, 0, 54),  # bpf_xdp_adjust_meta
+            (None, jne, 0, 0, "pass", 0),
+            (None, ldw, 2, 6, 8, 0),  # data_meta
+            (None, ldw, 3, 6, 0, 0),
+            (None, mov_r, 4, 2, 0, 0),
+            (None, add, 4, 0, 0, 16),
+            (None, jgt_r, 4, 3, "pass", 0),
+        ]
+        for offset, value in zip((0, 4, 8, 12), (VERDICT_MAGIC, *verdict), strict=True):
+            code.append((None, stw, 2, 0, offset, value))
+    code += [
+        (None, ld64, 1, 1, 0, xsks_fd),
+        (None, 0, 0, 0, 0, 0),
+        (None, ldw, 2, 6, 16, 0),  # rx_queue_index
+        (None, mov, 3, 0, 0, XDP_PASS),
+        (None, call, 0, 0, 0, 51),  # bpf_redirect_map
+        (None, leave, 0, 0, 0, 0),
+        ("pass", mov, 0, 0, 0, XDP_PASS),
+        (None, leave, 0, 0, 0, 0),
+    ]
+    return _assemble(code)
+
+
+class Redirect:
+    """Attaches redirect_program() to an interface of this network namespace, for sockets by queue."""
+
+    def __init__(
+        self,
+        ifname: str,
+        fds: dict[int, int],
+        *,
+        verdict: tuple[int, int, int] | None = None,
+        skb: bool = False,
+    ) -> None:
+        self.map = libbpf.Map(libbpf.MAP_XSKMAP, "xsks", 4, 4, 64)
+        self.prog: Any = None
+        self.link: Any = None
+        log: list[str] = []
+        try:
+            for queue, fd in fds.items():
+                self.map.put(struct.pack("=I", queue), struct.pack("=I", fd))
+            code = redirect_program(self.map.fd, verdict)
+            self.prog = libbpf.Prog(libbpf.PROG_XDP, "redirect_all", code, libbpf.ATTACH_XDP, log)
+            flags = libbpf.XDP_SKB_MODE if skb else libbpf.XDP_DRV_MODE
+            self.link = libbpf.Link(self.prog, socket.if_nametoindex(ifname), libbpf.ATTACH_XDP, flags)
+        except OSError as e:
+            self.close()
+            raise AssertionError(f"{e}: {''.join(log)}") from e
+
+    def close(self) -> None:
+        for owned in (self.link, self.prog, self.map):
+            if owned is not None:
+                owned.close()
+
+    def __enter__(self) -> Redirect:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
