@@ -128,6 +128,21 @@ def try_program_load() -> str | None:
     return None
 
 
+def is_jited() -> bool | None:
+    """Whether the kernel compiled the program that it was given to machine code; None: it takes none from us."""
+    try:
+        fd = load_pass_program()
+    except OSError:
+        return None
+    try:
+        return (
+            re.search(r"^prog_jited:\s*1$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+            is not None
+        )
+    finally:
+        os.close(fd)
+
+
 def try_xsk() -> str | None:
     try:
         socket.socket(AF_XDP, socket.SOCK_RAW, 0).close()
@@ -184,7 +199,7 @@ def missing_for_xdp() -> list[str]:
     missing = [c for c in ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_NET_RAW") if c not in caps]
     if "CAP_BPF" not in caps and "CAP_SYS_ADMIN" not in caps:
         missing.append("CAP_BPF")
-    for attempt in (try_bcc, try_core, try_xsk):
+    for attempt in (try_bcc, try_xsk):
         problem = attempt()
         if problem:
             missing.append(problem)

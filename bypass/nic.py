@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The facts of one network interface that decide what can be done with it, read once: driver, queues, offloads,
+what is attached, what depends on it. For events and for addresses see bypass.netlink.
+
+Sources: rtnetlink(7); Documentation/netlink/specs/netdev.yaml (XDP features, kernel 6.3); ethtool's ioctls.
+Everything is read in the network namespace of the calling thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bypass import netns, probe
+from bypass.errors import DeviceError
+
+# linux/netdev.h: bits of xdp-features
+XDP_BASIC, XDP_REDIRECT, XDP_ZEROCOPY, XDP_RX_SG = 1, 2, 8, 32
+NETDEV_CMD_DEV_GET = 1
+SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 0x3
+IFNAME_MAX = 15
+# The names that the kernel knows our programs by (15 characters of the C function's name).
+OUR_PROGRAMS = ("xdp_steer", "bypass_probe")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One offload. `changeable`: somebody may switch it."""
+
+    active: bool
+    changeable: bool
+
+
+@dataclass(frozen=True)
+class XdpProgram:
+    """An XDP program on an interface. `mode`: native, generic or hardware. `holders`: processes, pid -> name, that
+    hold the program or its link; none is known without root."""
+
+    prog_id: int
+    name: str
+    mode: str
+    holders: dict[int, str]
+
+    @property
+    def ours(self) -> bool:
+        return self.name in OUR_PROGRAMS
+
+    def whose(self) -> str:
+        """For messages: name, number and holders."""
+        holders = ", ".join(f"{name} ({pid})" for pid, name in sorted(self.holders.items()))
+        held = f"held by {holders}" if holders else "held by no process that is visible (netlink, or pinned)"
+        return f"{self.name or 'without a name'} (program {self.prog_id}, {self.mode}), {held}"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The other end of a veth. `namespace`: "" is this one, None: not among the named ones."""
+
+    name: str
+    namespace: str | None
+    features: dict[str, Feature]
+    tx_queues: int
+
+
+@dataclass(frozen=True)
+class Nic:
+    """Facts of an interface. Queue counts are those in use; `max_queues` is None where the driver cannot say.
+    `xdp_features` is None on kernels before 6.3."""
+
+    name: str
+    index: int
+    kind: str
+    driver: str
+    mac: str
+    mtu: int
+    state: str
+    rx_queues: int
+    tx_queues: int
+    max_queues: int | None
+    features: dict[str, Feature]
+    xdp_features: int | None
+    programs: tuple[XdpProgram, ...]
+    default_route: bool
+    login: str
+    rps: tuple[str, ...] | None = field(default=None)
+    peer: Peer | None = field(default=None)
+
+    def is_active(self, feature: str) -> bool:
+        return feature in self.features and self.features[feature].active
+
+
+def names() -> list[str]:
+    """The interfaces of this namespace."""
+    return sorted(name for _, name in socket.if_nameindex())
+
+
+def read(ifname: str) -> Nic:
+    """Reads the facts of `ifname`.
+
+    Raises:
+        DeviceError: there is no such interface; the message lists those that there are.
+    """
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ip:
+        found = ip.link_lookup(ifname=ifname) if 0 < len(ifname) <= IFNAME_MAX else ()
+        if not found:
+            raise DeviceError(f"no interface {ifname!r} here; there are: {', '.join(names())}")
+        index = int(found[0])
+        link = ip.link("get", index=index)[0]
+        kind = link.get(("linkinfo", "kind")) or ("loopback" if link["ifi_type"] == 772 else "device")
+        rx, tx, most = _queues(ifname, link)
+        return Nic(
+            name=ifname,
+            index=index,
+            kind=kind,
+            driver=_driver(ifname),
+            mac=link.get("address") or "",
+            mtu=link.get("mtu"),
+            state=(link.get("operstate") or "unknown").lower(),
+            rx_queues=rx,
+            tx_queues=tx,
+            max_queues=most,
+            features=_features(ifname),
+            xdp_features=xdp_features(index),
+            programs=_programs(link),
+            default_route=index in _carriers(ip, _default_route_devices(ip)),
+            login=_login(ip, index),
+            rps=_rps(ifname, link),
+            peer=_peer(ip, link) if kind == "veth" else None,
+        )
+
+
+# ---- Driver, queues, offloads --------------------------------------------------------------------------------------
+def _driver(ifname: str) -> str:
+    """What ethtool calls the driver; "" where there is none (loopback)."""
+    info = ctypes.create_string_buffer(196)  # struct ethtool_drvinfo
+    struct.pack_into("=I", info, 0, ETHTOOL_GDRVINFO)
+    request = struct.pack("16sP16x", ifname.encode(), ctypes.addressof(info))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            fcntl.ioctl(s, SIOCETHTOOL, request)
+        except OSError as e:
+            if e.errno in (errno.EOPNOTSUPP, errno.EPERM):
+                return ""
+            raise
+    return info.raw[4:36].split(b"\0")[0].decode()
+
+
+def _queues(ifname: str, link: Any) -> tuple[int, int, int | None]:
+    """(receive, transmit, most that can be set). From the channels; without them all that the device has is used."""
+    from pyroute2.ethtool.ioctl import IoctlEthtool, NotSupportedError
+
+    ethtool = IoctlEthtool(ifname)
+    try:
+        c = dict(ethtool.get_channels().items())
+    except (NotSupportedError, OSError):
+        return link.get("num_rx_queues"), link.get("num_tx_queues"), None
+    finally:
+        ethtool.close()
+    combined = c["combined_count"]
+    return c["rx_count"] + combined, c["tx_count"] + combined, max(c["max_combined"], c["max_rx"])
+
+
+def _features(ifname: str) -> dict[str, Feature]:
+    from pyroute2.ethtool.ioctl import IoctlEthtool, NotSupportedError
+
+    ethtool = IoctlEthtool(ifname)
+    try:
+        f = ethtool.get_features()
+        return {
+            name: Feature(
+                bool(f.is_active(name)), bool(f.is_available(name)) and not f.is_never_changed(name)
+            )
+            for name in f.keys()  # noqa: SIM118 - iterating it gives tuples
+            if name
+        }
+    except NotSupportedError:
+        return {}
+    finally:
+        ethtool.close()
+
+
+def xdp_features(index: int) -> int | None:
+    """The XDP_* bits of the interface, asked of the netdev family; None before kernel 6.3, which cannot say."""
+    from pyroute2.netlink import NLM_F_REQUEST, genlmsg
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.generic import GenericNetlinkSocket
+
+    class dev_msg(genlmsg):  # type: ignore[misc]
+        nla_map = (
+            ("NETDEV_A_DEV_UNSPEC", "none"),
+            ("NETDEV_A_DEV_IFINDEX", "uint32"),
+            ("NETDEV_A_DEV_PAD", "none"),
+            ("NETDEV_A_DEV_XDP_FEATURES", "uint64"),
+        )
+
+    with GenericNetlinkSocket() as genl:
+        try:
+            genl.bind("netdev", dev_msg)
+            msg = dev_msg()
+            msg["cmd"], msg["version"] = NETDEV_CMD_DEV_GET, 1
+            msg["attrs"] = [("NETDEV_A_DEV_IFINDEX", index)]
+            answer = genl.nlm_request(msg, msg_type=genl.prid, msg_flags=NLM_F_REQUEST)
+            bits = next(iter(answer)).get_attr("NETDEV_A_DEV_XDP_FEATURES")
+        except NetlinkError as e:
+            if e.code == errno.ENOENT:  # no such family
+                return None
+            raise
+    return None if bits is None else int(bits)
+
+
+def _rps(ifname: str, link: Any) -> tuple[str, ...] | None:
+    """The CPU masks of receive packet steering, one a queue. None: this mount namespace's /sys shows other devices."""
+    folder = Path("/sys/class/net") / ifname
+    try:
+        if (folder / "address").read_text().strip() != link.get("address"):
+            return None
+        return tuple(
+            q.read_text().strip()
+            for q in sorted(folder.glob("queues/rx-*/rps_cpus"), key=lambda p: (len(str(p)), p))
+        )
+    except OSError:
+        return None
+
+
+# ---- What is attached ----------------------------------------------------------------------------------------------
+def _programs(link: Any) -> tuple[XdpProgram, ...]:
+    xdp = link.get_attr("IFLA_XDP")
+    modes = {"DRV": "native", "SKB": "generic", "HW": "hardware"}
+    ids = {mode: xdp.get_attr(f"IFLA_XDP_{key}_PROG_ID") for key, mode in modes.items()} if xdp else {}
+    return tuple(
+        XdpProgram(prog_id, program_name(prog_id), mode, program_holders(prog_id))
+        for mode, prog_id in ids.items()
+        if prog_id
+    )
+
+
+def program_name(prog_id: int) -> str:
+    """The name that a BPF program was loaded under; "" when it is gone, has none, or is not ours to see."""
+    info = ctypes.create_string_buffer(256)  # struct bpf_prog_info
+    try:
+        fd = probe.bpf(probe.BPF_PROG_GET_FD_BY_ID, struct.pack("=III", prog_id, 0, 0))
+        try:
+            probe.bpf(
+                probe.BPF_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), ctypes.addressof(info))
+            )
+        finally:
+            os.close(fd)
+    except OSError:
+        return ""
+    return info.raw[64:80].split(b"\0")[0].decode(errors="replace")
+
+
+def program_holders(prog_id: int) -> dict[int, str]:
+    """Processes with a descriptor of the program or of a link to it: pid -> name. Others' need root."""
+    wanted = re.compile(rf"^prog_id:\s*{prog_id}$", re.MULTILINE)
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            for fd in (process / "fd").iterdir():
+                if not re.match(r"anon_inode:\[?bpf[-_](?:prog|link)", os.readlink(fd)):
+                    continue
+                if wanted.search((process / "fdinfo" / fd.name).read_text()):
+                    found[int(process.name)] = (process / "comm").read_text().strip()
+                    break
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended meanwhile, or is not ours to see
+    return found
+
+
+# ---- What depends on it --------------------------------------------------------------------------------------------
+def _default_route_devices(ip: Any) -> set[int]:
+    devices: set[int] = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for route in ip.get_routes(family=family, table=254):
+            if route["dst_len"] == 0 and route.get("dst") is None:
+                if route.get("oif"):
+                    devices.add(route.get("oif"))
+                devices |= {hop["oif"] for hop in route.get("multipath") or ()}
+    return devices
+
+
+def _carriers(ip: Any, devices: set[int]) -> set[int]:
+    """`devices` and what lies below them: members of a bond or bridge, the device below a VLAN or macvlan."""
+    links = {link["index"]: link for link in ip.get_links()}
+    found: set[int] = set()
+    todo = [d for d in devices if d in links]
+    while todo:
+        index = todo.pop()
+        if index in found:
+            continue
+        found.add(index)
+        todo += [i for i, link in links.items() if link.get("master") == index]
+        lower, link = links[index].get("link"), links[index]
+        if lower in links and link.get("link_netnsid") is None and link.get(("linkinfo", "kind")) != "veth":
+            todo.append(lower)
+    return found
+
+
+def _login(ip: Any, index: int) -> str:
+    """The address from which somebody is logged in through this interface, "" when nobody is known to be."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    client = ssh_client()
+    if not client:
+        return ""
+    try:
+        oif = ip.route("get", dst=client)[0].get("oif")
+    except NetlinkError:
+        return ""  # no route from this namespace
+    return client if index in _carriers(ip, {oif}) else ""
+
+
+def ssh_client() -> str:
+    """The peer's address of the ssh session that this process belongs to, "" without one.
+
+    sudo takes SSH_CONNECTION away, so the parents' environments are asked too.
+    """
+    text = os.environ.get("SSH_CONNECTION", "")
+    pid = os.getppid()
+    while not text and pid > 1:
+        with suppress(OSError):
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(b"SSH_CONNECTION="):
+                    text = entry.partition(b"=")[2].decode(errors="replace")
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+    return text.split()[0].partition("%")[0] if text.strip() else ""
+
+
+# ---- The other end of a veth ---------------------------------------------------------------------------------------
+def _peer(ip: Any, link: Any) -> Peer | None:
+    """None: it is in a namespace without a name, or we may not look."""
+    nsid, index = link.get("link_netnsid"), link.get("link")
+    if nsid is None:
+        return _peer_here("", index)
+    for name in netns.names():
+        try:
+            fd = os.open(netns.RUN_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if ip.get_netnsid(fd=fd)["nsid"] == nsid:
+                return netns.run(name, _peer_here, name, index)
+        except OSError:
+            return None  # entering it needs CAP_SYS_ADMIN
+        finally:
+            os.close(fd)
+    return None
+
+
+def _peer_here(namespace: str, index: int) -> Peer | None:
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ip:
+        links = ip.link("get", index=index)
+        if not links:
+            return None
+        name = links[0].get("ifname")
+        return Peer(name, namespace, _features(name), _queues(name, links[0])[1])
