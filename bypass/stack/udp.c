@@ -1,0 +1,313 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * udp.c - UDP sockets (RFC 768, RFC 1122 4.1): creation, names, options. Datagrams in: udp_in.c, out: udp_out.c.
+ */
+#include <errno.h>
+
+#include "udp.h"
+
+enum { EPHEMERAL_FIRST = 32768, EPHEMERAL_LAST = 60999 }; /* as Linux' ip_local_port_range */
+
+void udp_layout(struct layout *l, struct core *c)
+{
+    uint32_t buckets = 64;
+    while (buckets < c->cfg.max_socks && buckets < 65536) {
+        buckets *= 2;
+    }
+    layout_pool(l, &c->udps, sizeof(struct udp), c->cfg.max_socks);
+    c->udp_state[0] = layout_bytes(l, buckets * sizeof(uint32_t));
+    c->udp_state[1] = buckets - 1;
+}
+
+uint32_t *udp_bucket(const struct bypass_stack *s, uint16_t port)
+{
+    return (uint32_t *)at(s, core(s)->udp_state[0]) + (port & core(s)->udp_state[1]);
+}
+
+int udp_create(struct bypass_stack *s, uint32_t *idx)
+{
+    *idx = pool_alloc(s, &core(s)->udps);
+    if (*idx == NO_INDEX) {
+        return -ENFILE;
+    }
+    *udp_at(s, *idx) = (struct udp){
+        .flags = UDP_IN_USE,
+        .sock = NO_INDEX,
+        .rcvbuf = core(s)->cfg.rcvbuf,
+        .sndbuf = core(s)->cfg.sndbuf,
+        .q_head = UDP_Q_NONE,
+        .q_tail = UDP_Q_NONE,
+    };
+    return 0;
+}
+
+void udp_set_sock(struct bypass_stack *s, uint32_t idx, uint32_t si) { udp_at(s, idx)->sock = si; }
+
+void udp_close(struct bypass_stack *s, uint32_t idx)
+{
+    struct udp *u = udp_at(s, idx);
+    udp_queue_free(s, u);
+    udp_unblock(s, idx);
+    if (u->local_port != 0) {
+        uint32_t *link = udp_bucket(s, u->local_port);
+        while (*link != idx + 1) {
+            link = &udp_at(s, *link - 1)->hash_next;
+        }
+        *link = u->hash_next;
+    }
+    u->flags = 0;
+    pool_free(s, &core(s)->udps, idx);
+}
+
+/* ---- Names -------------------------------------------------------------------------------------- */
+
+static bool port_taken(const struct bypass_stack *s, const struct udp *u, const addr_t *addr, uint16_t port)
+{
+    for (uint32_t link = *udp_bucket(s, port); link != 0;) {
+        const struct udp *o = udp_at(s, link - 1);
+        bool overlap = addr_is_any(addr) || !udp_has_addr(o) || addr_eq(&o->local, addr);
+        if (o->local_port == port && overlap && !(o->flags & u->flags & UDP_REUSE)) {
+            return true;
+        }
+        link = o->hash_next;
+    }
+    return false;
+}
+
+static int port_choose(struct bypass_stack *s, const struct udp *u, const addr_t *addr)
+{
+    uint32_t range = EPHEMERAL_LAST - EPHEMERAL_FIRST + 1, start = (uint32_t)(core_random(s) % range);
+    for (uint32_t i = 0; i < range; i++) { /* RFC 6056 3.3.2 */
+        int port = EPHEMERAL_FIRST + (int)((start + i) % range);
+        if (!port_taken(s, u, addr, (uint16_t)port)) {
+            return port;
+        }
+    }
+    return -EADDRINUSE;
+}
+
+int udp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local)
+{
+    struct udp *u = udp_at(s, idx);
+    bool any = addr_is_any(&local->addr);
+    int port = local->port;
+    if (u->local_port != 0) {
+        return -EINVAL;
+    }
+    if (!any && !addr_is_local(s, &local->addr)) {
+        return -EADDRNOTAVAIL;
+    }
+    if (port != 0 && port_taken(s, u, &local->addr, local->port)) {
+        return -EADDRINUSE;
+    }
+    if (port == 0 && (port = port_choose(s, u, &local->addr)) < 0) {
+        return port;
+    }
+    u->local = any ? (addr_t){{0}} : local->addr;
+    u->local_port = (uint16_t)port;
+    u->hash_next = *udp_bucket(s, u->local_port);
+    *udp_bucket(s, u->local_port) = idx + 1;
+    return 0;
+}
+
+int udp_bind_any(struct bypass_stack *s, uint32_t idx)
+{
+    struct bypass_endpoint any = {.port = 0};
+    return udp_at(s, idx)->local_port != 0 ? 0 : udp_bind(s, idx, &any);
+}
+
+static void disconnect(struct udp *u)
+{
+    if (u->flags & UDP_ADDR_AUTO) {
+        u->local = (addr_t){{0}};
+    }
+    u->flags &= ~(uint32_t)(UDP_CONNECTED | UDP_ADDR_AUTO);
+    u->peer = (addr_t){{0}};
+    u->peer_port = 0;
+}
+
+/* Again and again allowed; any address with port 0 dissolves it (POSIX connect(): a null address). */
+int udp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *peer)
+{
+    struct udp *u = udp_at(s, idx);
+    addr_t from;
+    if (addr_is_any(&peer->addr) && peer->port == 0) {
+        disconnect(u);
+        return 0;
+    }
+    if (!addr_is_v4(&peer->addr)) {
+        return -EAFNOSUPPORT;
+    }
+    enum addr_kind kind = addr_kind(s, addr_v4(&peer->addr));
+    if (peer->port == 0 || kind == ADDR_INVALID) {
+        return -EINVAL;
+    }
+    if (kind == ADDR_BROADCAST && !(u->flags & UDP_BROADCAST)) {
+        return -EACCES;
+    }
+    if (!addr_for(s, &peer->addr, &from)) {
+        return -ENETUNREACH;
+    }
+    int err = udp_bind_any(s, idx);
+    if (err < 0) {
+        return err;
+    }
+    disconnect(u);
+    if (!udp_has_addr(u)) {
+        u->local = from;
+        u->flags |= UDP_ADDR_AUTO;
+    }
+    u->peer = peer->addr;
+    u->peer_port = peer->port;
+    u->flags |= UDP_CONNECTED;
+    return 0;
+}
+
+int udp_shutdown(struct bypass_stack *s, uint32_t idx, int how)
+{
+    struct udp *u = udp_at(s, idx);
+    if (!(u->flags & UDP_CONNECTED)) {
+        return -ENOTCONN;
+    }
+    if (how == BYPASS_SHUT_RD || how == BYPASS_SHUT_RDWR) {
+        u->flags |= UDP_SHUT_RD;
+        sock_event(s, u->sock, BYPASS_IN | BYPASS_RDHUP);
+    }
+    if (how == BYPASS_SHUT_WR || how == BYPASS_SHUT_RDWR) {
+        u->flags |= UDP_SHUT_WR;
+        sock_event(s, u->sock, BYPASS_OUT);
+    }
+    return 0;
+}
+
+int udp_local(struct bypass_stack *s, uint32_t idx, struct bypass_endpoint *out)
+{
+    const struct udp *u = udp_at(s, idx);
+    *out = (struct bypass_endpoint){.addr = u->local, .port = u->local_port};
+    return 0;
+}
+
+int udp_peer(struct bypass_stack *s, uint32_t idx, struct bypass_endpoint *out)
+{
+    const struct udp *u = udp_at(s, idx);
+    if (!(u->flags & UDP_CONNECTED)) {
+        return -ENOTCONN;
+    }
+    *out = (struct bypass_endpoint){.addr = u->peer, .port = u->peer_port};
+    return 0;
+}
+
+/* ---- Options and state -------------------------------------------------------------------------- */
+
+enum { BUF_MIN = 4096, BUF_MAX = 1 << 30 };
+
+static uint32_t clamp_buf(int64_t value)
+{
+    return (uint32_t)(value < BUF_MIN ? BUF_MIN : value > BUF_MAX ? BUF_MAX : value);
+}
+
+static int set_byte(uint8_t *field, int64_t value, int64_t min)
+{
+    if (value < min || value > 255) {
+        return -EINVAL;
+    }
+    *field = (uint8_t)value;
+    return 0;
+}
+
+static int set_flag(struct udp *u, uint32_t flag, int64_t value)
+{
+    u->flags = value != 0 ? u->flags | flag : u->flags & ~flag;
+    return 0;
+}
+
+int udp_setopt(struct bypass_stack *s, uint32_t idx, int opt, int64_t value)
+{
+    struct udp *u = udp_at(s, idx);
+    switch (opt) {
+    case BYPASS_SO_SNDBUF:
+        u->sndbuf = clamp_buf(value);
+        return 0;
+    case BYPASS_SO_RCVBUF:
+        u->rcvbuf = clamp_buf(value);
+        return 0;
+    case BYPASS_SO_REUSEADDR:
+        return set_flag(u, UDP_REUSE, value);
+    case BYPASS_SO_BROADCAST:
+        return set_flag(u, UDP_BROADCAST, value);
+    case BYPASS_IP_TTL:
+        return set_byte(&u->ttl, value, 1);
+    case BYPASS_IP_TOS:
+        return set_byte(&u->tos, value, 0);
+    default:
+        return -ENOPROTOOPT;
+    }
+}
+
+int64_t udp_getopt(struct bypass_stack *s, uint32_t idx, int opt)
+{
+    const struct udp *u = udp_at(s, idx);
+    switch (opt) {
+    case BYPASS_SO_SNDBUF:
+        return u->sndbuf;
+    case BYPASS_SO_RCVBUF:
+        return u->rcvbuf;
+    case BYPASS_SO_REUSEADDR:
+        return (u->flags & UDP_REUSE) != 0;
+    case BYPASS_SO_BROADCAST:
+        return (u->flags & UDP_BROADCAST) != 0;
+    case BYPASS_IP_TTL:
+        return u->ttl != 0 ? u->ttl : IP4_TTL_DEFAULT;
+    case BYPASS_IP_TOS:
+        return u->tos;
+    default:
+        return -ENOPROTOOPT;
+    }
+}
+
+int udp_error(struct bypass_stack *s, uint32_t idx)
+{
+    struct udp *u = udp_at(s, idx);
+    int err = u->err;
+    u->err = 0;
+    return err;
+}
+
+int udp_ready(struct bypass_stack *s, uint32_t idx)
+{
+    const struct udp *u = udp_at(s, idx);
+    int mask = u->err != 0 ? BYPASS_ERR : 0;
+    if (u->q_head != UDP_Q_NONE || (u->flags & UDP_SHUT_RD)) {
+        mask |= BYPASS_IN;
+    }
+    if (u->flags & UDP_SHUT_RD) {
+        mask |= BYPASS_RDHUP;
+    }
+    if (udp_may_send(s) || (u->flags & UDP_SHUT_WR)) {
+        mask |= BYPASS_OUT;
+    }
+    return (u->flags & (UDP_SHUT_RD | UDP_SHUT_WR)) == (UDP_SHUT_RD | UDP_SHUT_WR) ? mask | BYPASS_HUP : mask;
+}
+
+int udp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)
+{
+    int count = 0;
+    for (uint32_t link = *udp_bucket(s, port); link != 0;) {
+        const struct udp *u = udp_at(s, link - 1);
+        bool match = addr == NULL || addr_is_any(addr) || !udp_has_addr(u) || addr_eq(&u->local, addr);
+        count += u->local_port == port && match;
+        link = u->hash_next;
+    }
+    return count;
+}
+
+void udp_destroy(struct bypass_stack *s)
+{
+    for (uint32_t i = 0; i < core(s)->udps.bump; i++) {
+        if (udp_at(s, i)->flags & UDP_IN_USE) {
+            udp_close(s, i);
+        }
+    }
+}
+
+void udp_audit(const struct bypass_stack *s, struct bypass_audit *a) { a->udp_socks = core(s)->udps.used; }
