@@ -53,13 +53,9 @@ def make_builder() -> cffi.FFI:
     ffi = cffi.FFI()
     ffi.cdef(declarations())
     ffi.cdef(CALLBACKS)
-    names = [
-        d.removeprefix("function ") for d in vars(ffi)["_parser"]._declarations if d.startswith("function ")
-    ]
-    weak = "".join(f"#pragma weak {n}\n" for n in names)  # until every declared function exists
     ffi.set_source(
         "bypass._core",
-        includes() + weak,
+        includes(),
         sources=sorted(os.path.relpath(p, ROOT) for pattern in SOURCES for p in PACKAGE.glob(pattern)),
         include_dirs=[os.path.relpath(PACKAGE / d, ROOT) for d in INCLUDE_DIRS],
         extra_compile_args=["-std=c11", "-O2", "-g", "-fvisibility=hidden"],

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What set-up and build promise: one repetition costs nothing, the library exports its contract and no more."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SAN = "san" in os.environ.get("BYPASS_BUILD", "")
+LIB = ROOT / ("build/san" if SAN else "build") / "libbypass.so"
+
+
+def make(*args: str, **env: str) -> str:
+    """make's output. The variant of the running tests does not leak in through the environment."""
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "SAN", "LD_PRELOAD")
+    }
+    done = subprocess.run(
+        ["make", "-C", ROOT, "--no-print-directory", *args], env=clean | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def declared() -> set[str]:
+    """The functions that the public header declares."""
+    text = (ROOT / "bypass/include/bypass.h").read_text()
+    return set(re.findall(r"^BYPASS_API [^;(]*?\*?(bypass_\w+)\(", text, re.MULTILINE))
+
+
+def symbols(path: Path, *options: str) -> list[list[str]]:
+    done = subprocess.run(["nm", "--dynamic", *options, path], capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_help_names_every_target() -> None:
+    listed = set(re.findall(r"^  make (\w+) ", make("help"), re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert listed == set(phony.group(1).split())
+
+
+def test_a_second_set_up_has_nothing_to_do() -> None:
+    make("setup")
+    again = make("setup")
+    assert "setup:" not in again
+    assert "gcc" not in again
+
+
+def test_the_library_exports_its_contract_and_nothing_else() -> None:
+    exported = {s[-1] for s in symbols(LIB, "--defined-only", "--extern-only")}
+    assert len(declared()) > 30
+    assert exported == declared()
+
+
+@pytest.mark.skipif(SAN, reason="the sanitizers bring their own")
+def test_the_library_needs_memory_and_string_functions_only() -> None:
+    """No allocation, clock, thread or system call: the core is without I/O."""
+    harmless = (
+        r"(memcpy|memset|memmove|memcmp|strlen|v?snprintf|__v?snprintf_chk|__mem\w+_chk|__stack_chk_fail)"
+    )
+    weak = r"(__cxa_finalize|__gmon_start__|_ITM_\w+)"
+    needed = {s[-1].partition("@")[0] for s in symbols(LIB, "--undefined-only")}
+    assert {n for n in needed if not re.fullmatch(f"{harmless}|{weak}", n)} == set()
+
+
+def test_every_declared_function_is_there_for_python() -> None:
+    from bypass import _core
+
+    assert {n for n in declared() if not hasattr(_core.lib, n)} == set()
+    assert _core.lib.BYPASS_ABI >= 1
+
+
+def test_the_clock_is_pythons_and_secrets_differ() -> None:
+    from bypass._core import ffi, lib
+
+    before = time.monotonic_ns()
+    now = lib.host_now_ns()
+    assert before <= now <= time.monotonic_ns()
+    a, b = ffi.new("uint8_t[1000]"), ffi.new("uint8_t[1000]")
+    assert lib.host_random(ffi.NULL, a, 1000) == 0
+    assert lib.host_random(ffi.NULL, b, 1000) == 0
+    assert bytes(a) != bytes(b)
+    assert bytes(a)[990:] != bytes(10)
+
+
+def test_import_is_lazy_and_complete() -> None:
+    """`import bypass` and the command load neither the core nor netlink nor bcc; the names are there."""
+    script = (
+        "import sys, bypass; from bypass.cli import cli\n"
+        "heavy = {'pyroute2', 'bcc', 'cffi', '_cffi_backend', 'bypass._core', 'pydantic', 'yaml', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "print([n for n in bypass.__all__ if not hasattr(bypass, n)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec("from bypass import nonsense")
+
+
+def test_every_command_has_help_and_an_example() -> None:
+    from click.testing import CliRunner
+
+    from bypass.cli import COMMANDS, cli
+
+    for name in COMMANDS:
+        result = CliRunner().invoke(cli, [name, "--help"])
+        assert result.exit_code == 0, result.output
+        assert "Example" in result.output, name
+
+
+def test_bad_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    from bypass.cli import main
+
+    assert main(["nonsense"]) == 2
+    assert "No such command 'nonsense'" in capsys.readouterr().err
+    assert main(["lab", "up", "--queues", "zero"]) == 2
+
+
+@pytest.mark.skipif(SAN, reason="gcc under a preloaded sanitizer is not what is tested")
+def test_the_sources_of_every_variant_are_the_same() -> None:
+    """A dry run of each variant compiles the same files: nothing is left out of the sanitizers' build."""
+    compiled = {}
+    for variant in ("release", "san", "debug"):
+        options = {"san": ["SAN=1"], "debug": ["BYPASS_DEBUG=1"]}.get(variant, [])
+        out = make("-n", "-B", "-o", ".venv/.stamp", "build", *options)
+        compiled[variant] = set(re.findall(r"-c (bypass/\S+\.c) ", out))
+    assert compiled["release"] == compiled["san"] == compiled["debug"]
+    assert "bypass/host.c" in compiled["release"]
+    assert len(compiled["release"]) > 20
+
+
+def test_set_up_names_what_is_missing_where_it_cannot_install(tmp_path: Path) -> None:
+    """Not root on Debian: the command to run, exit code 2, and nothing is made."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, body in {
+        "id": "echo 1000",
+        "apt-get": "echo apt-get was called >&2; exit 1",
+        "dpkg-query": 'case "$*" in *valgrind*) exit 1;; esac; echo installed',
+    }.items():
+        (bin_dir / name).write_text(f"#!/bin/sh\n{body}\n")
+        (bin_dir / name).chmod(0o755)
+    copy = tmp_path / "repo"
+    (copy / "scripts").mkdir(parents=True)
+    (copy / "scripts/setup").write_text((ROOT / "scripts/setup").read_text())
+    env = {**os.environ, "PATH": f"{bin_dir}:/usr/bin:/bin"}
+    done = subprocess.run(["sh", copy / "scripts/setup"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Debian packages to install: valgrind" in done.stdout
+    assert "sudo apt-get install" in done.stderr
+    assert "apt-get was called" not in done.stderr
+    assert not (copy / ".venv").exists()
+
+
+def test_requirements_are_pinned_and_no_line_is_twice() -> None:
+    seen: dict[str, str] = {}
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            if not line or line.startswith("#"):
+                continue
+            m = re.fullmatch(r"([A-Za-z0-9_.-]+)==([0-9][0-9A-Za-z.]*)", line)
+            assert m is not None, line
+            assert m.group(1).lower() not in seen
+            seen[m.group(1).lower()] = m.group(2)
+    from importlib.metadata import version
+
+    assert {name: version(name) for name in seen} == seen
