@@ -292,7 +292,8 @@ int ip_out(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx)
         return -EAGAIN; /* a connection sends again when tcp_dst_changed() tells; it cannot lend its links */
     }
     m->next = BYPASS_PKT_NONE;
-    header_put(pkt_push(s, p, IP4_LEN), tx, m->len, tx->df ? 0 : next_id(s, tx), tx->df ? IP4_DF : 0);
+    uint8_t *ip = pkt_push(s, p, IP4_LEN); /* before m->len is read: it grows */
+    header_put(ip, tx, m->len, tx->df ? 0 : next_id(s, tx), tx->df ? IP4_DF : 0);
     dst_wait(s, d, p, 1);
     return 0;
 }

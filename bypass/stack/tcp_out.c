@@ -32,7 +32,8 @@ static void push_header(struct bypass_stack *s, bypass_pkt p, const struct heade
     b[13] = h->flags;
     wr16(b + 14, h->wnd);
     memset(b + 16, 0, 4);
-    memcpy(b + TCP_HDR, h->opts, h->opts_len);
+    if (h->opts_len > 0)
+        memcpy(b + TCP_HDR, h->opts, h->opts_len);
     uint32_t sum = csum_pseudo(src, dst, 6, len + payload);
     sum = csum_bytes(b, len, csum_add(sum, payload_sum));
     uint16_t check = csum_fold(sum);
