@@ -11,11 +11,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 VARIANT := $(if $(SAN),san,$(if $(BYPASS_DEBUG),debug,release))
 OUT := build/$(VARIANT)
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc)
+endif
+Q := $(if $(V),,@)# V=1 shows the commands
 
 CC := gcc
 CFLAGS_release := -O2 -g
 CFLAGS_debug := -O1 -g -DBYPASS_DEBUG
+comma := ,
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 CFLAGS_san := -O1 -g -DBYPASS_DEBUG -fno-omit-frame-pointer $(SANITIZE)
 CFLAGS := -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror $(CFLAGS_$(VARIANT))
@@ -43,7 +47,7 @@ help: ## This list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
 		printf '  make %-7s %s\n' "$$t" "$$d"; done
 	@echo
-	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers).'
+	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers), V=1 (commands).'
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
@@ -78,29 +82,35 @@ INC_rest := -Ibypass/include -Ibypass
 
 $(OUT)/bypass/stack/%.o: bypass/stack/%.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(INC_stack) -MMD -MP -c $< -o $@
+	@echo '  CC   $(OUT): $<'
+	$(Q)$(CC) $(CFLAGS) $(INC_stack) -MMD -MP -c $< -o $@
 
 $(OUT)/bypass/%.o: bypass/%.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(INC_rest) -MMD -MP -c $< -o $@
+	@echo '  CC   $(OUT): $<'
+	$(Q)$(CC) $(CFLAGS) $(INC_rest) -MMD -MP -c $< -o $@
 
 # The Python module's own C file is generated from the public headers.
 $(OUT)/_core.c: bypass/_build_core.py $(PUBLIC_H) | $(VENV)/.stamp
 	@mkdir -p $(@D)
-	$(PY) bypass/_build_core.py $@
+	@echo '  GEN  $@'
+	$(Q)rm -f $@ && $(PY) bypass/_build_core.py $@ > /dev/null
 
 $(OUT)/_core.o: $(OUT)/_core.c
-	$(CC) $(CFLAGS) -Wno-unused-parameter -Wno-missing-field-initializers $(INC_rest) \
+	@echo '  CC   $(OUT): $<'
+	$(Q)$(CC) $(CFLAGS) -Wno-unused-parameter -Wno-missing-field-initializers $(INC_rest) \
 		-I$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))') -MMD -MP -c $< -o $@
 
 $(EXT): $(OUT)/_core.o $(STACK_OBJ) $(OTHER_OBJ) $(OUT)/sources
 	@mkdir -p $(@D)
-	$(CC) -shared $(LDFLAGS) $(filter %.o,$^) -o $@.tmp
+	@echo '  LINK $@'
+	$(Q)$(CC) -shared $(LDFLAGS) $(filter %.o,$^) -o $@.tmp
 	@mv $@.tmp $@
 
 $(LIB): $(STACK_OBJ) $(OUT)/sources scripts/libbypass.map
 	@mkdir -p $(@D)
-	$(CC) -shared $(LDFLAGS) -Wl,--version-script=scripts/libbypass.map $(STACK_OBJ) -o $@
+	@echo '  LINK $@'
+	$(Q)$(CC) -shared $(LDFLAGS) $(if $(SAN),,-Wl$(comma)-z$(comma)defs) -Wl,--version-script=scripts/libbypass.map $(STACK_OBJ) -o $@
 
 # A removed or added source file has to link anew too: the list is a file that changes only with the list.
 $(OUT)/sources: FORCE
