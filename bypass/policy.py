@@ -46,6 +46,7 @@ from bypass.policy_yaml import (
     no_garbage_collection,
     path_text,
     read_yaml,
+    scalar_text,
     shown,
 )
 from bypass.rules import (
@@ -449,11 +450,16 @@ def _located(wrong: _Wrong, places: dict[Path, Place], data: Any) -> Problem:
     path = wrong.path
     known = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in places or n == 0)
     place = places.get(known, Place(1, 1, None))
-    line, column = (place.key_line, place.key_column) if wrong.at_key else (place.line, place.column)
-    raw = shown(place.raw) if place.raw is not None else ""
+    line, column = (
+        (place.key_line, place.key_column) if wrong.at_key and known == path else (place.line, place.column)
+    )
+    value = None if wrong.whole else _value_at(data, path)
+    raw = place.raw
+    if known != path and not isinstance(value, list | dict):
+        raw = scalar_text(value)  # it came by an alias: the place is that of the alias
+    raw = shown(raw) if raw is not None else ""
     if wrong.whole:
         return Problem(path_text(path), line, column, wrong.wrong, raw, wrong.right)
-    value = _value_at(data, path)
     message, right = f"{_described(value, raw)} {wrong.wrong}", wrong.right
     odd = _odd_meaning(value)
     if odd:

@@ -200,7 +200,7 @@ class _Reader:
         if self.stack and self.stack[-1].key is None:
             raise _Refused(event.start_mark, f"the alias *{event.anchor} as a key", "keys are plain text")
         self.nodes += size - 1
-        self._add(event, value, None if isinstance(value, dict | list) else _scalar_text(value))
+        self._add(event, value, None if isinstance(value, dict | list) else scalar_text(value))
 
     def _key(self, event: Any, name: str) -> None:
         top = self.stack[-1]
@@ -301,7 +301,8 @@ def _short_tag(tag: str) -> str:
     return shown(tag.replace("tag:yaml.org,2002:", "!!", 1))
 
 
-def _scalar_text(value: Any) -> str:
+def scalar_text(value: Any) -> str:
+    """A scalar as it may have been written."""
     if isinstance(value, Oddity):
         return value.raw
     if value is None:
