@@ -12,7 +12,7 @@
 
 uint32_t tcp_pipe(const struct tcp_conn *c)
 {
-    uint32_t out = c->snd_nxt.v - c->snd_una.v - c->lost_bytes;
+    uint32_t out = c->snd_nxt.v - c->snd_una.v - c->lost_bytes - !!(c->flags & TF_FIN_LOST);
     uint32_t left = (uint32_t)c->dupacks * c->snd_mss;
     return out > left ? out - left : 0;
 }
