@@ -74,18 +74,19 @@ clean: ## Removes what was built; .venv stays (remove it by hand for a fresh sta
 
 # ---- Set-up: redone when a file that names dependencies has changed --------------------------------------------
 $(VENV)/.stamp: scripts/setup requirements.txt requirements-dev.txt pyproject.toml
-	scripts/setup
+	@scripts/setup
 
 # ---- The C core ------------------------------------------------------------------------------------------------
 INC_stack := -Ibypass/include -Ibypass/stack
 INC_rest := -Ibypass/include -Ibypass
 
-$(OUT)/bypass/stack/%.o: bypass/stack/%.c
+# (The compiler is one of the things that set-up installs.)
+$(OUT)/bypass/stack/%.o: bypass/stack/%.c | $(VENV)/.stamp
 	@mkdir -p $(@D)
 	@echo '  CC   $(OUT): $<'
 	$(Q)$(CC) $(CFLAGS) $(INC_stack) -MMD -MP -c $< -o $@
 
-$(OUT)/bypass/%.o: bypass/%.c
+$(OUT)/bypass/%.o: bypass/%.c | $(VENV)/.stamp
 	@mkdir -p $(@D)
 	@echo '  CC   $(OUT): $<'
 	$(Q)$(CC) $(CFLAGS) $(INC_rest) -MMD -MP -c $< -o $@
