@@ -70,7 +70,7 @@ static bool choose_corruption(struct prng *g, const struct outgoing *out, struct
     return true;
 }
 
-/* The random decisions. At most one of them, in this order, unless a script says otherwise. */
+/* One draw decides, so that each probability is that of all frames; unless a script says otherwise. */
 static uint8_t draw(struct port *from)
 {
     const struct sim_faults *f = &from->faults;
@@ -80,16 +80,23 @@ static uint8_t draw(struct port *from)
             return fate;
         }
     }
-    if (prng_hit(&from->prng, f->loss_ppm)) {
-        return SIM_FATE_LOSE;
+    const uint32_t ppm[] = {
+        [SIM_FATE_LOSE] = f->loss_ppm,
+        [SIM_FATE_DUPLICATE] = f->duplicate_ppm,
+        [SIM_FATE_CORRUPT] = f->corrupt_ppm,
+        [SIM_FATE_REORDER] = f->reorder_ppm,
+    };
+    if (!(f->loss_ppm | f->duplicate_ppm | f->corrupt_ppm | f->reorder_ppm)) {
+        return SIM_FATE_PASS;
     }
-    if (prng_hit(&from->prng, f->corrupt_ppm)) {
-        return SIM_FATE_CORRUPT;
+    uint64_t at = prng_below(&from->prng, PPM);
+    for (uint8_t fate = SIM_FATE_LOSE; fate <= SIM_FATE_REORDER; fate++) {
+        if (at < ppm[fate]) {
+            return fate;
+        }
+        at -= ppm[fate];
     }
-    if (prng_hit(&from->prng, f->reorder_ppm)) {
-        return SIM_FATE_REORDER;
-    }
-    return prng_hit(&from->prng, f->duplicate_ppm) ? SIM_FATE_DUPLICATE : SIM_FATE_PASS;
+    return SIM_FATE_PASS;
 }
 
 /* When the last bit has left, behind what waits for the rate. UINT64_MAX: the queue is full. */

@@ -45,7 +45,7 @@ class Faults:
     """What happens to the frames that one port sends. The default is a perfect wire without delay.
 
     Attributes:
-        loss, duplicate, corrupt, reorder: probabilities, 0..1. Corrupted: one to three bits flipped within one
+        loss, duplicate, corrupt, reorder: probabilities, 0..1; a frame meets at most one of them. Corrupted: one to three bits flipped within one
             16-bit word that a checksum covers (RFC 1071); frames without any checksum (ARP) are lost instead.
         reorder_ns: a reordered frame is held back for up to so long, so that later ones overtake it.
         delay_ns: of every frame; jitter_ns: added, uniform in 0..jitter_ns, order is kept.
@@ -72,6 +72,10 @@ class Faults:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability, 0..1, not {value}")
             setattr(f, f"{name}_ppm", round(value * PPM))
+        if self.loss + self.duplicate + self.corrupt + self.reorder > 1:
+            raise ValueError(
+                "loss, duplicate, corrupt and reorder exclude each other: their sum is at most 1"
+            )
         for name in ("reorder_ns", "delay_ns", "jitter_ns", "rate_bps", "queue_bytes", "mtu"):
             setattr(f, name, getattr(self, name))
         return f
@@ -401,11 +405,11 @@ class Network(Driver):
             limit = min(limit, self.now_ns() + duration_ns)
         with self.lock:
             while not (until is not None and until()):
-                if self._advance(limit) in (lib.SIM_TIME, lib.SIM_IDLE):
+                if self.advance(limit) in (lib.SIM_TIME, lib.SIM_IDLE):
                     return until is None or until()
         return True
 
-    def _advance(self, limit_ns: int) -> int:
+    def advance(self, limit_ns: int) -> int:
         """Lock held. Runs until something happened for Python, or the limit; the reason, lib.SIM_*."""
         r = self._result
         err = lib.sim_run(self.c, limit_ns, self._events, self.EVENTS, r)
@@ -433,7 +437,7 @@ class Network(Driver):
     # ---- Driver
     def wait(self, deadline_ns: int) -> bool:
         limit = deadline_ns if self.pace == "virtual" else min(deadline_ns, self._real_now_ns())
-        if self._advance(limit) not in (lib.SIM_TIME, lib.SIM_IDLE):
+        if self.advance(limit) not in (lib.SIM_TIME, lib.SIM_IDLE):
             return True
         if self.now_ns() >= deadline_ns:
             return False
@@ -454,7 +458,7 @@ class Network(Driver):
     def poll(self) -> None:
         """What is due now, without moving a virtual clock; a clock of pace "real" goes to the present."""
         limit = self._real_now_ns() if self.pace == "real" else self.now_ns()
-        while self._advance(limit) not in (lib.SIM_TIME, lib.SIM_IDLE):
+        while self.advance(limit) not in (lib.SIM_TIME, lib.SIM_IDLE):
             pass
 
     def next_ns(self) -> int:

@@ -97,7 +97,7 @@ struct sim_port_config {
 /* Plugs a new port into the wire. NULL: no memory, or cfg makes no sense. */
 struct bypass_netdev *sim_port_create(struct sim_wire *wire, const struct sim_port_config *cfg);
 
-struct sim_faults { /* what happens to the frames that one port sends; parts per million */
+struct sim_faults { /* what happens to the frames that one port sends; at most one of four, parts per million */
     uint32_t loss_ppm;
     uint32_t duplicate_ppm; /* delivered twice */
     uint32_t corrupt_ppm;   /* one to three bits flipped within one 16-bit word that a checksum covers;
