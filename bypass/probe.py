@@ -30,6 +30,7 @@ CAPABILITIES = {
     "CAP_PERFMON": 38,
     "CAP_BPF": 39,
 }
+KERNEL_NEEDED = (6, 6)  # tcx links: the guard against kernel resets
 AF_XDP = 44
 XDP_FLAGS_DRV_MODE = 1 << 2  # linux/if_link.h
 BPF_PROG_LOAD, BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_LINK_CREATE = 5, 13, 15, 28  # linux/bpf.h
@@ -199,6 +200,8 @@ def missing_for_xdp() -> list[str]:
     missing = [c for c in ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_NET_RAW") if c not in caps]
     if "CAP_BPF" not in caps and "CAP_SYS_ADMIN" not in caps:
         missing.append("CAP_BPF")
+    if kernel_version() < KERNEL_NEEDED:
+        missing.append(f"kernel {KERNEL_NEEDED[0]}.{KERNEL_NEEDED[1]} or later (this is {platform.release()})")
     for attempt in (try_bcc, try_xsk):
         problem = attempt()
         if problem:

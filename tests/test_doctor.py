@@ -317,3 +317,9 @@ def test_without_root_nothing_is_tried_that_needs_it(monkeypatch: pytest.MonkeyP
     checks = {c.name: c for c in doctor.check_machine()}
     assert checks["native XDP"].verdict == "warn"
     assert checks["native XDP"].fix == "sudo bypass doctor"
+
+
+def test_an_old_kernel_is_missing_for_xdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(probe, "kernel_version", lambda: (6, 1))
+    assert any(m.startswith("kernel 6.6 or later") for m in probe.missing_for_xdp())
