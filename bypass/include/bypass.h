@@ -240,10 +240,10 @@ enum {
     BYPASS_DGRAM = 2,  /* UDP */
 
     /* readiness, in the spirit of poll(2) */
-    BYPASS_IN = 1,   /* data, a connection to accept, or end of stream */
-    BYPASS_OUT = 2,  /* room to send, or connected */
-    BYPASS_ERR = 4,  /* bypass_error() has something */
-    BYPASS_HUP = 8,  /* both directions are closed */
+    BYPASS_IN = 1,     /* data, a connection to accept, or end of stream */
+    BYPASS_OUT = 2,    /* room to send, or connected */
+    BYPASS_ERR = 4,    /* bypass_error() has something */
+    BYPASS_HUP = 8,    /* both directions are closed */
     BYPASS_RDHUP = 16, /* the peer closed its direction */
 
     /* bypass_shutdown() */
@@ -345,8 +345,8 @@ struct bypass_tcp_info {
     uint32_t snd_mss;
     uint32_t snd_queued, rcv_queued; /* bytes: written and unacknowledged; received and unread */
     uint32_t srtt_us, rttvar_us, rto_us;
-    uint32_t retransmits;     /* segments, since the connection began */
-    uint32_t flags;           /* 1 timestamps, 2 window scaling */
+    uint32_t retransmits; /* segments, since the connection began */
+    uint32_t flags;       /* 1 timestamps, 2 window scaling */
     uint8_t snd_wscale, rcv_wscale;
     uint8_t reserved[6];
 };

@@ -30,10 +30,7 @@ void layout_pool(struct layout *l, struct pool *p, uint32_t entry_size, uint32_t
     p->off = layout_bytes(l, (uint64_t)entry_size * cap);
 }
 
-static uint32_t round_up_pow2(uint32_t v)
-{
-    return v <= 1 ? 1 : 1u << (32 - __builtin_clz(v - 1));
-}
+static uint32_t round_up_pow2(uint32_t v) { return v <= 1 ? 1 : 1u << (32 - __builtin_clz(v - 1)); }
 
 enum { TXQ_MAX = 1 << 18 }; /* frames a device may have */
 

@@ -48,9 +48,9 @@ struct core {
     uint64_t size;
     struct bypass_config cfg;
     uint64_t now_ns;
-    uint64_t hash_key[2];  /* SipHash key of all flow tables */
-    uint64_t isn_key[2];   /* RFC 6528 secret */
-    uint64_t port_key[2];  /* RFC 6056 secret */
+    uint64_t hash_key[2];   /* SipHash key of all flow tables */
+    uint64_t isn_key[2];    /* RFC 6528 secret */
+    uint64_t port_key[2];   /* RFC 6056 secret */
     uint64_t rand_state[4]; /* expanded from env->random at creation */
     uint64_t stats[ST_COUNT];
 
@@ -152,7 +152,7 @@ struct rx_info { /* of the packet being processed; filled by eth_in and ipv4_in 
     uint16_t l4_off; /* from meta.off */
     uint16_t l4_len;
     uint8_t proto, ttl, tos;
-    bool multicast; /* sent to a group or broadcast, on either layer */
+    bool multicast;     /* sent to a group or broadcast, on either layer */
     uint32_t flow_hash; /* of a TCP segment; set by tcp_prefetch */
 };
 /* 1: a TCP segment for a local address, unfragmented or reassembled, header checksum verified; ri is

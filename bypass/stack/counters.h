@@ -6,7 +6,8 @@
 #define STATS(X)                                                                                                       \
     /* frames */                                                                                                       \
     X(rx_frames)                                                                                                       \
-    X(rx_bytes) X(tx_frames) X(tx_bytes) X(tx_ring_full) X(no_frame) X(no_chunk) /* ethernet and arp */                \
+    X(rx_bytes)                                                                                                        \
+    X(tx_frames) X(tx_bytes) X(tx_ring_full) X(no_frame) X(no_chunk) /* ethernet and arp */                            \
         X(eth_in_short) X(eth_in_not_us) X(eth_in_unknown_type) X(arp_in_bad) X(arp_in_ignored) X(arp_in_conflict)     \
             X(arp_in_request) X(arp_in_reply) X(arp_out_request) X(arp_out_reply)      /* next hops */                 \
         X(dst_miss) X(dst_evicted) X(dst_table_full) X(dst_failed) X(dst_wait_dropped) /* ipv4 */                      \

@@ -3,6 +3,8 @@
  * poll.c - the one loop: completed transmissions, received frames in phases over a batch, timers, and the
  * transmit queue. Everything the stack does happens inside bypass_poll() or a socket call.
  */
+#include <errno.h>
+
 #include "core.h"
 #include "tcp.h"
 
@@ -117,10 +119,7 @@ int bypass_flush(struct bypass_stack *s)
         }
     }
     int err = sent || c->txq_head != c->txq_tail ? dev->ops->kick(dev) : 0;
-    return err == -11 /* EAGAIN: the device goes on by itself at the next kick */ ? 0 : err;
+    return err == -EAGAIN ? 0 : err; /* the device goes on at the next kick */
 }
 
-void tx_drop_all(struct bypass_stack *s)
-{
-    tx_done(s, core(s)->txq_tail - core(s)->txq_head);
-}
+void tx_drop_all(struct bypass_stack *s) { tx_done(s, core(s)->txq_tail - core(s)->txq_head); }

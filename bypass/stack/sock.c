@@ -9,10 +9,7 @@
 #include "tcp.h"
 
 /* ---- Handles: generation (31 bits) above index (32 bits) ------------------------------------------ */
-void sock_layout(struct layout *l, struct core *c)
-{
-    layout_pool(l, &c->socks, sizeof(struct sock), c->cfg.max_socks);
-}
+void sock_layout(struct layout *l, struct core *c) { layout_pool(l, &c->socks, sizeof(struct sock), c->cfg.max_socks); }
 
 uint32_t sock_alloc(struct bypass_stack *s, int type, uint32_t idx)
 {
@@ -51,10 +48,7 @@ static struct sock *sock_get(const struct bypass_stack *s, bypass_sock h)
     return k->type != SOCK_FREE && k->gen == gen ? k : NULL;
 }
 
-static uint32_t sock_index(const struct bypass_stack *s, const struct sock *k)
-{
-    return (uint32_t)(k - sock_at(s, 0));
-}
+static uint32_t sock_index(const struct bypass_stack *s, const struct sock *k) { return (uint32_t)(k - sock_at(s, 0)); }
 
 void sock_destroy(struct bypass_stack *s)
 {
@@ -365,20 +359,47 @@ static bool opt_find(struct bypass_stack *s, const struct sock *k, int opt, stru
     uint32_t *flags = conn ? &c->flags : &ep->flags;
 #define FIELD(cold, name) (conn ? &(cold)->name : &ep->name)
     switch (opt) {
-    case BYPASS_SO_SNDBUF: *r = (struct opt_ref){.u32 = FIELD(c, sndbuf), .min = 4096, .max = 1 << 30}; break;
-    case BYPASS_SO_RCVBUF: *r = (struct opt_ref){.u32 = FIELD(c, rcvbuf), .min = 4096, .max = 1 << 30}; break;
-    case BYPASS_SO_KEEPALIVE: *r = (struct opt_ref){.u32 = flags, .flag = TF_KEEPALIVE, .max = 1}; break;
-    case BYPASS_TCP_NODELAY: *r = (struct opt_ref){.u32 = flags, .flag = TF_NODELAY, .max = 1}; break;
-    case BYPASS_TCP_CORK: *r = (struct opt_ref){.u32 = flags, .flag = TF_CORK, .max = 1}; break;
-    case BYPASS_SO_LINGER: *r = (struct opt_ref){.i32 = FIELD(d, linger_s), .min = -1, .max = 32767}; break;
-    case BYPASS_IP_TTL: *r = (struct opt_ref){.u8 = FIELD(d, ttl), .min = 1, .max = 255}; break;
-    case BYPASS_IP_TOS: *r = (struct opt_ref){.u8 = FIELD(d, tos), .max = 255}; break;
-    case BYPASS_TCP_MAXSEG: *r = (struct opt_ref){.u16 = FIELD(d, maxseg), .min = 88, .max = 32767}; break;
-    case BYPASS_TCP_KEEPIDLE: *r = (struct opt_ref){.u32 = FIELD(d, keep_idle_s), .min = 1, .max = 32767}; break;
-    case BYPASS_TCP_KEEPINTVL: *r = (struct opt_ref){.u32 = FIELD(d, keep_intvl_s), .min = 1, .max = 32767}; break;
-    case BYPASS_TCP_KEEPCNT: *r = (struct opt_ref){.u32 = FIELD(d, keep_cnt), .min = 1, .max = 127}; break;
-    case BYPASS_TCP_USER_TIMEOUT: *r = (struct opt_ref){.u32 = FIELD(d, user_timeout_ms), .max = INT32_MAX}; break;
-    default: return false;
+    case BYPASS_SO_SNDBUF:
+        *r = (struct opt_ref){.u32 = FIELD(c, sndbuf), .min = 4096, .max = 1 << 30};
+        break;
+    case BYPASS_SO_RCVBUF:
+        *r = (struct opt_ref){.u32 = FIELD(c, rcvbuf), .min = 4096, .max = 1 << 30};
+        break;
+    case BYPASS_SO_KEEPALIVE:
+        *r = (struct opt_ref){.u32 = flags, .flag = TF_KEEPALIVE, .max = 1};
+        break;
+    case BYPASS_TCP_NODELAY:
+        *r = (struct opt_ref){.u32 = flags, .flag = TF_NODELAY, .max = 1};
+        break;
+    case BYPASS_TCP_CORK:
+        *r = (struct opt_ref){.u32 = flags, .flag = TF_CORK, .max = 1};
+        break;
+    case BYPASS_SO_LINGER:
+        *r = (struct opt_ref){.i32 = FIELD(d, linger_s), .min = -1, .max = 32767};
+        break;
+    case BYPASS_IP_TTL:
+        *r = (struct opt_ref){.u8 = FIELD(d, ttl), .min = 1, .max = 255};
+        break;
+    case BYPASS_IP_TOS:
+        *r = (struct opt_ref){.u8 = FIELD(d, tos), .max = 255};
+        break;
+    case BYPASS_TCP_MAXSEG:
+        *r = (struct opt_ref){.u16 = FIELD(d, maxseg), .min = 88, .max = 32767};
+        break;
+    case BYPASS_TCP_KEEPIDLE:
+        *r = (struct opt_ref){.u32 = FIELD(d, keep_idle_s), .min = 1, .max = 32767};
+        break;
+    case BYPASS_TCP_KEEPINTVL:
+        *r = (struct opt_ref){.u32 = FIELD(d, keep_intvl_s), .min = 1, .max = 32767};
+        break;
+    case BYPASS_TCP_KEEPCNT:
+        *r = (struct opt_ref){.u32 = FIELD(d, keep_cnt), .min = 1, .max = 127};
+        break;
+    case BYPASS_TCP_USER_TIMEOUT:
+        *r = (struct opt_ref){.u32 = FIELD(d, user_timeout_ms), .max = INT32_MAX};
+        break;
+    default:
+        return false;
     }
 #undef FIELD
     return true;

@@ -22,30 +22,30 @@
 #include "core.h"
 #include "wheel.h"
 
-enum { /* conn.flags */
-       TF_TS = 1 << 0,          /* timestamps agreed (RFC 7323) */
-       TF_WSCALE = 1 << 1,      /* window scaling agreed */
+enum {                     /* conn.flags */
+       TF_TS = 1 << 0,     /* timestamps agreed (RFC 7323) */
+       TF_WSCALE = 1 << 1, /* window scaling agreed */
        TF_NODELAY = 1 << 2,
        TF_CORK = 1 << 3,
-       TF_FIN_QUEUED = 1 << 4,  /* the program closed its direction */
+       TF_FIN_QUEUED = 1 << 4, /* the program closed its direction */
        TF_FIN_SENT = 1 << 5,
-       TF_FIN_LOST = 1 << 6,    /* to be sent again */
-       TF_FIN_IN = 1 << 7,      /* the peer's FIN was taken in order */
-       TF_FIN_AHEAD = 1 << 8,   /* a FIN arrived ahead of missing data, at cold.fin_ahead */
+       TF_FIN_LOST = 1 << 6,  /* to be sent again */
+       TF_FIN_IN = 1 << 7,    /* the peer's FIN was taken in order */
+       TF_FIN_AHEAD = 1 << 8, /* a FIN arrived ahead of missing data, at cold.fin_ahead */
        TF_ACK_NOW = 1 << 9,
-       TF_ACK_LATER = 1 << 10,  /* delayed */
-       TF_RECOVERY = 1 << 11,   /* fast recovery (RFC 6582) until snd_una passes `recover` */
-       TF_LOSS = 1 << 12,       /* after a retransmission timeout, until snd_una passes `recover` */
-       TF_BLOCKED = 1 << 13,    /* in the list of those that wait for a frame or a next hop */
-       TF_WANT_OUT = 1 << 14,   /* the program was told there is no room */
-       TF_RCV_SHUT = 1 << 15,   /* the program wants no more data */
-       TF_PASSIVE = 1 << 16,    /* came from a listener */
+       TF_ACK_LATER = 1 << 10, /* delayed */
+       TF_RECOVERY = 1 << 11,  /* fast recovery (RFC 6582) until snd_una passes `recover` */
+       TF_LOSS = 1 << 12,      /* after a retransmission timeout, until snd_una passes `recover` */
+       TF_BLOCKED = 1 << 13,   /* in the list of those that wait for a frame or a next hop */
+       TF_WANT_OUT = 1 << 14,  /* the program was told there is no room */
+       TF_RCV_SHUT = 1 << 15,  /* the program wants no more data */
+       TF_PASSIVE = 1 << 16,   /* came from a listener */
        TF_KEEPALIVE = 1 << 17,
-       TF_PUSH_ALL = 1 << 18,   /* send what is queued although it is less than a segment */
-       TF_DEAD = 1 << 19,       /* closed by an error; only the handle keeps it */
-       TF_PROBING = 1 << 20,    /* zero-window probes (RFC 9293 3.8.6.1) */
-       TF_ACCEPTABLE = 1 << 21, /* established, in its listener's queue */
-       TF_SYN_RTX = 1 << 22,    /* a SYN was repeated: its round trip is ambiguous (Karn) */
+       TF_PUSH_ALL = 1 << 18,    /* send what is queued although it is less than a segment */
+       TF_DEAD = 1 << 19,        /* closed by an error; only the handle keeps it */
+       TF_PROBING = 1 << 20,     /* zero-window probes (RFC 9293 3.8.6.1) */
+       TF_ACCEPTABLE = 1 << 21,  /* established, in its listener's queue */
+       TF_SYN_RTX = 1 << 22,     /* a SYN was repeated: its round trip is ambiguous (Karn) */
        TF_MORE = 1 << 24,        /* MSG_MORE of the last send() */
        TF_BLOCKED_DST = 1 << 23, /* ... and it is a next hop that it waits for */
 };
@@ -73,8 +73,8 @@ struct tcp_conn {
     uint32_t rcv_queued;           /* bytes to be read */
     uint32_t rcv_charged;          /* memory that received items hold */
     uint32_t rcvbuf;
-    uint16_t rcv_mss;    /* largest segment seen: the unit of delayed ACK */
-    uint8_t quick_acks;  /* so many more ACKs without delay */
+    uint16_t rcv_mss;   /* largest segment seen: the unit of delayed ACK */
+    uint8_t quick_acks; /* so many more ACKs without delay */
     uint8_t snd_wscale;
     uint8_t rcv_wscale;
     uint8_t rtx_count; /* timeouts in a row */
@@ -88,12 +88,12 @@ struct tcp_conn {
     uint32_t sndq_head;      /* first unacknowledged frame */
     uint32_t sndq_next;      /* first frame that was never sent */
     uint32_t sndq_tail;
-    uint32_t rtx_next; /* no frame before it is marked lost */
+    uint32_t rtx_next;   /* no frame before it is marked lost */
     uint32_t snd_queued; /* bytes written and not acknowledged */
     uint32_t sndbuf;
-    uint32_t lost_bytes;  /* marked lost, not sent again yet */
+    uint32_t lost_bytes; /* marked lost, not sent again yet */
     uint16_t dupacks, path_mtu;
-    uint32_t acked_rest;  /* congestion avoidance: bytes towards the next increase */
+    uint32_t acked_rest; /* congestion avoidance: bytes towards the next increase */
     seq_t recover;
     /* line 3: time */
     struct wheel_node timer;
@@ -152,7 +152,7 @@ struct tcp_endpoint {
 
 enum { TCP_PORT_BUCKETS = 256 };
 
-struct tcp { /* in core.tcp_state's place: the protocol's own head */
+struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint64_t table_off; /* flow table: struct flow_slot[table_mask + 1] */
     uint32_t table_mask;
     uint32_t blocked_head[2]; /* waiting for a frame or the device; for a next hop */
@@ -207,8 +207,8 @@ struct segment {
     bypass_pkt pkt; /* BYPASS_PKT_NONE once it was kept or freed */
     uint16_t src_port, dst_port;
     seq_t seq, ack;
-    uint32_t wnd; /* as on the wire, not scaled */
-    uint32_t len; /* payload bytes */
+    uint32_t wnd;      /* as on the wire, not scaled */
+    uint32_t len;      /* payload bytes */
     uint16_t data_off; /* from meta.off */
     uint8_t flags;
     uint32_t hash;
@@ -255,7 +255,7 @@ uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c);
 struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port);
 void tcp_take_syn(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* peer's SYN: names, options */
 void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g);
-bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c); /* the handshake ended; false: queue full */
+bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c);  /* the handshake ended; false: queue full */
 void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c); /* c dies before it was accepted */
 
 /* tcp_ack.c */
@@ -289,22 +289,22 @@ static inline uint32_t tcp_snd_room(const struct tcp_conn *c)
 {
     return c->snd_queued < c->sndbuf ? c->sndbuf - c->snd_queued : 0;
 }
-enum { /* meta.seg_flags beyond core.h's */
+enum {                /* meta.seg_flags beyond core.h's */
        SEG_LOST = 16, /* counts in lost_bytes; to be sent again */
        SEG_RTX = 32,  /* was sent more than once: no round trip from it (Karn) */
        SEG_PSH = 64,
 };
 
 /* tcp_out.c */
-void tcp_output(struct bypass_stack *s, struct tcp_conn *c); /* all that may go now */
-void tcp_resume(struct bypass_stack *s, struct tcp_conn *c); /* after conn_blocked() */
+void tcp_output(struct bypass_stack *s, struct tcp_conn *c);          /* all that may go now */
+void tcp_resume(struct bypass_stack *s, struct tcp_conn *c);          /* after conn_blocked() */
 void tcp_retransmit_head(struct bypass_stack *s, struct tcp_conn *c); /* at once, whatever cwnd says */
 void tcp_send_ack(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c); /* SYN or SYN-ACK by state */
 void tcp_send_rst(struct bypass_stack *s, struct tcp_conn *c);
-void tcp_send_probe(struct bypass_stack *s, struct tcp_conn *c); /* one old sequence number: draws an ACK */
+void tcp_send_probe(struct bypass_stack *s, struct tcp_conn *c);     /* one old sequence number: draws an ACK */
 void tcp_reply_rst(struct bypass_stack *s, const struct segment *g); /* to a segment of no connection */
-void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c); /* RFC 5961, rate-limited */
+void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c);      /* RFC 5961, rate-limited */
 
 /* tcp_timer.c */
 void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c); /* after any deadline was set */
@@ -312,9 +312,9 @@ void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c);
 
 enum {
-    RTO_MIN_US = 200000,      /* as Linux; RFC 6298 2.4 says one second, which no one keeps */
+    RTO_MIN_US = 200000, /* as Linux; RFC 6298 2.4 says one second, which no one keeps */
     RTO_MAX_US = 120000000,
-    RTO_INIT_US = 1000000,    /* RFC 6298 2.1 */
+    RTO_INIT_US = 1000000, /* RFC 6298 2.1 */
     DELACK_MS = 40,
     TIME_WAIT_S = 60,
     SYN_RETRIES = 6,

@@ -196,8 +196,8 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
     c->probes = 0;
     if (advances)
         new_ack(s, c, g);
-    else if (current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd &&
-             c->snd_nxt.v != c->snd_una.v && !(c->flags & TF_PROBING))
+    else if (current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd && c->snd_nxt.v != c->snd_una.v &&
+             !(c->flags & TF_PROBING))
         duplicate_ack(s, c);
     if (c->snd_wnd > 0 && (c->flags & TF_PROBING)) {
         c->flags &= ~(uint32_t)TF_PROBING;

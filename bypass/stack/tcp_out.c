@@ -59,8 +59,8 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
 static struct ip_tx conn_ip(const struct bypass_stack *s, struct tcp_conn *c)
 {
     const struct tcp_cold *k = conn_cold(s, c);
-    return (struct ip_tx){.src = &c->laddr, .dst = &c->raddr, .ref = &c->dst, .proto = 6, .ttl = k->ttl,
-                          .tos = k->tos, .df = true};
+    return (struct ip_tx){
+        .src = &c->laddr, .dst = &c->raddr, .ref = &c->dst, .proto = 6, .ttl = k->ttl, .tos = k->tos, .df = true};
 }
 
 /* The next hop, or NULL: then the connection waits for it and tries again. */

@@ -26,7 +26,7 @@ static inline struct item_view item_view(struct bypass_stack *s, uint32_t item)
         return (struct item_view){&k->next, &k->off, &k->len, &k->owner[0], k->data + k->off, CHUNK_SIZE};
     }
     struct bypass_pkt_meta *m = pkt_meta(s, item);
-    return (struct item_view){&m->next, &m->data_off, &m->data_len, &m->seq, pkt_frame(s, item) + m->data_off,
+    return (struct item_view){&m->next,      &m->data_off, &m->data_len, &m->seq, pkt_frame(s, item) + m->data_off,
                               s->dev->stride};
 }
 

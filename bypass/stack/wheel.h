@@ -11,7 +11,7 @@
 
 enum { WHEEL_LEVELS = 4, WHEEL_BITS = 6, WHEEL_SLOTS = 64, WHEEL_TICK_SHIFT = 20, WHEEL_OFF = 0xffff };
 
-struct wheel { /* in the arena */
+struct wheel {    /* in the arena */
     uint64_t cur; /* last tick that was run */
     uint64_t pending[WHEEL_LEVELS];
     uint32_t armed;
@@ -20,7 +20,7 @@ struct wheel { /* in the arena */
 };
 
 struct wheel_node { /* in the connection */
-    uint64_t tick; /* where it stands; its true deadline may be later */
+    uint64_t tick;  /* where it stands; its true deadline may be later */
     uint32_t next, prev;
     uint16_t slot; /* level * 64 + slot, WHEEL_OFF: not armed */
     uint16_t pad[3];
