@@ -30,8 +30,8 @@ def _assemble(insns: Sequence[Insn]) -> bytes:
 
 
 def redirect_program(xsks_fd: int, verdict: tuple[int, int, int] | None) -> bytes:
-    """XDP: IPv4 UDP and TCP go to the socket of its queue in the map, with a verdict (entry, rule, hash) in front of it if
-    given; everything else passes."""
+    """XDP: IPv4 UDP and TCP go to the socket of their queue in the map, with a verdict (entry, rule, hash) in front if
+    one is given; everything else passes."""
     mov, mov_r, add, ldw, ldh, ldb, stw = 0xB7, 0xBF, 0x07, 0x61, 0x69, 0x71, 0x62
     jne, jeq, jgt_r, call, leave, ld64 = 0x55, 0x15, 0x2D, 0x85, 0x95, 0x18
     code: list[Insn] = [

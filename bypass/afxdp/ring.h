@@ -71,12 +71,12 @@ static inline bool ring_needs_wakeup(const struct ring *r)
 
 /* ---- Consumer (rx, completion) ---------------------------------------------------------------------- */
 
-/* Filled entries, at most max, looking at the producer only when the cached ones are used up. */
+/* Filled entries, at most max, looking at the producer only when fewer than that seem filled. */
 static inline uint32_t ring_avail(const struct ring *r, struct ring_pos *pos, uint32_t max)
 {
     uint32_t n = pos->prod - pos->cons;
 
-    if (n == 0) {
+    if (n < max) {
         uint32_t prod = __atomic_load_n(r->producer, __ATOMIC_ACQUIRE); /* B */
 
         if (prod - pos->cons <= r->size) { /* else nonsense from the other end: nothing to read */

@@ -1,0 +1,591 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AF_XDP device on a real kernel: every queue of a veth in copy mode, what goes wrong with rings, links and
+devices, and how it recovers. The program that redirects follows no policy (afxdp_support)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from afxdp_support import PORT, Redirect
+
+from bypass import libbpf, netns
+from bypass.afxdp import AfxdpDevice, interface_queues
+from bypass.errors import DeviceError, PrivilegeError
+from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, SERVER_IP, Lab, wait_for
+from bypass.raw import Frame, RawPort
+
+pytestmark = pytest.mark.netns
+
+SOL_XDP, XDP_OPTIONS, XDP_MAX_TX_SKB_BUDGET = 283, 8, 9
+TESTS = Path(__file__).parent
+
+
+@contextmanager
+def attached(
+    lab: Lab, *, verdict: tuple[int, int, int] | None = None, skb: bool = False, **options: Any
+) -> Iterator[tuple[AfxdpDevice, RawPort]]:
+    """The server's interface open, all its IPv4 UDP and TCP steered into it."""
+    settings = {"ring_size": 256, "frames": 4096} | options
+    with ExitStack() as stack:
+        with netns.entered(lab.server_ns):
+            dev = stack.enter_context(AfxdpDevice(SERVER_IFNAME, **settings))
+            stack.enter_context(Redirect(SERVER_IFNAME, dev.fds, verdict=verdict, skb=skb))
+        yield dev, stack.enter_context(RawPort(dev))
+
+
+@pytest.fixture
+def client(lab: Lab) -> Iterator[Callable[[], socket.socket]]:
+    """Makes UDP sockets of the client, connected to the server."""
+    with ExitStack() as stack:
+
+        def make() -> socket.socket:
+            with netns.entered(lab.client_ns):
+                s = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            s.settimeout(5)
+            s.connect((SERVER_IP, PORT))
+            return s
+
+        yield make
+
+
+def xdp_socket(fd: int) -> socket.socket:
+    """The device's socket once more, for its options."""
+    return socket.socket(44, socket.SOCK_RAW, 0, fileno=os.dup(fd))
+
+
+def answer(frame: bytes) -> bytes:
+    """UDP or TCP over IPv4 with both ends swapped; no checksum changes by it."""
+    return b"".join(
+        frame[a:b] for a, b in ((6, 12), (0, 6), (12, 26), (30, 34), (26, 30), (36, 38), (34, 36), (38, None))
+    )
+
+
+def _sum16(data: bytes) -> int:
+    """The Internet checksum's sum (RFC 1071), not complemented."""
+    data += bytes(len(data) % 2)
+    n = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while n >> 16:
+        n = (n & 0xFFFF) + (n >> 16)
+    return n
+
+
+def with_data(frame: bytes, data: bytes) -> bytes:
+    """A UDP frame with other data, and no UDP checksum."""
+    ip = frame[14:16] + (28 + len(data)).to_bytes(2, "big") + frame[18:24] + b"\0\0" + frame[26:34]
+    ip = ip[:10] + (~_sum16(ip) & 0xFFFF).to_bytes(2, "big") + ip[12:]
+    return frame[:14] + ip + frame[34:38] + (8 + len(data)).to_bytes(2, "big") + b"\0\0" + data
+
+
+def payload(frame: Frame | bytes) -> bytes:
+    data = frame.data if isinstance(frame, Frame) else frame
+    return data[42 : 14 + int.from_bytes(data[16:18], "big")]
+
+
+def receive(port: RawPort, count: int) -> list[Frame]:
+    """Exactly that many frames, or fewer when none comes for 2 s."""
+    got: list[Frame] = []
+    while len(got) < count:
+        more = port.recv(min(64, count - len(got)), timeout=2)
+        if not more:
+            break
+        got += more
+    return got
+
+
+def link(ns: str, ifname: str, **what: Any) -> None:
+    from pyroute2 import IPRoute
+
+    with IPRoute(netns=ns) as ip:
+        ip.link("set", index=ip.link_lookup(ifname=ifname)[0], **what)
+
+
+def total(dev: AfxdpDevice, name: str) -> int:
+    return sum(q[name] for q in dev.statistics().values())
+
+
+# ---- What it becomes ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", ["auto", "copy", "skb"])
+def test_the_mode_reported_is_the_mode_read_back(lab: Lab, mode: Any) -> None:
+    with attached(lab, mode=mode, skb=mode == "skb") as (dev, _):
+        assert dev.mode == "copy"
+        for fd in dev.fds.values():
+            with xdp_socket(fd) as s:
+                flags = struct.unpack("=I", s.getsockopt(SOL_XDP, XDP_OPTIONS, 4))[0]
+            assert flags & 1 == 0
+        assert dev.mode_reason
+
+
+def test_zerocopy_on_a_veth_fails_with_the_reason(lab: Lab) -> None:
+    with (
+        netns.entered(lab.server_ns),
+        pytest.raises(DeviceError, match="no zero-copy AF_XDP on this queue: use mode"),
+    ):
+        AfxdpDevice(SERVER_IFNAME, mode="zerocopy")
+
+
+def test_address_mtu_and_queues_are_the_interfaces(lab: Lab) -> None:
+    sides = lab.sides()
+    assert sides is not None
+    with attached(lab) as (dev, port):
+        assert dev.mac == sides[0].mac == port.mac.hex(":")
+        assert dev.mtu == port.mtu == 1500
+        assert dev.queue_numbers == (0, 1)
+        assert len(set(dev.fds.values())) == 2
+        assert netns.run(lab.server_ns, dev.queues_now) == 2
+
+
+def test_all_six_kernel_statistics_are_exported(lab: Lab) -> None:
+    kernel = [
+        "rx_dropped",
+        "rx_invalid_descs",
+        "tx_invalid_descs",
+        "rx_ring_full",
+        "rx_fill_ring_empty_descs",
+        "tx_ring_empty_descs",
+    ]
+    with attached(lab) as (dev, _):
+        for queue in dev.statistics().values():
+            assert [name for name in queue if name in kernel] == kernel
+
+
+# ---- Packets --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lab", [{"queues": 1}, {"queues": 4}], indirect=True)
+@pytest.mark.parametrize("skb", [False, True])
+def test_flows_of_every_queue_arrive_and_are_answered(
+    lab: Lab, client: Callable[[], socket.socket], skb: bool
+) -> None:
+    """Each with the verdict that the program wrote in front of it, in generic XDP too."""
+    with attached(lab, verdict=(7, 3, 0x1234), skb=skb, mode="skb" if skb else "auto") as (dev, port):
+        socks = [client() for _ in range(64)]
+        for i, s in enumerate(socks):
+            s.send(b"%d" % i * 20)
+        got = receive(port, 64)
+        assert sorted(payload(f) for f in got) == sorted(b"%d" % i * 20 for i in range(64))
+        assert {(f.entry, f.rule, f.hash) for f in got} == {(7, 3, 0x1234)}
+        by_queue = Counter(f.queue for f in got)
+        # in generic XDP a veth takes the transmit queue for the receive queue's number plus one
+        assert sorted(by_queue) == list(range(max(1, lab.queues - skb)))
+        for f in got:
+            assert port.send([answer(f.data)], queue=f.queue, timeout=5) == 1
+        for i, s in enumerate(socks):
+            assert s.recv(2000) == b"%d" % i * 20
+        for queue, stats in dev.statistics().items():
+            assert stats["rx_packets"] == stats["tx_packets"] == by_queue[queue]
+        audit = dev.audit()
+        assert audit.conserved
+        assert audit.stack == audit.misplaced == audit.bad_free == 0
+
+
+def test_some_queues_can_be_taken_alone(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    """The others' packets have no socket in the map, so the kernel gets them."""
+    with netns.entered(lab.server_ns):
+        kernel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        kernel.bind((SERVER_IP, PORT))
+    with kernel, attached(lab, queues=[1]) as (dev, port):
+        socks = [client() for _ in range(32)]
+        for s in socks:
+            s.send(b"x")
+        mine: list[Frame] = []
+        others: list[bytes] = []
+
+        def all_came() -> bool:
+            mine.extend(port.recv(timeout=0))
+            while select.select([kernel], [], [], 0)[0]:
+                others.append(kernel.recv(10))
+            return len(mine) + len(others) == 32
+
+        wait_for(all_came, 5, "32 packets")
+        assert dev.queue_numbers == (1,)
+        assert {f.queue for f in mine} == {0}  # an index into the queues that were opened
+        assert mine
+        assert others
+
+
+def test_without_a_verdict_none_is_reported(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    with attached(lab) as (_, port):
+        client().send(b"x")
+        frame = receive(port, 1)[0]
+        assert (frame.entry, frame.rule, frame.hash) == (None, None, 0)
+
+
+def test_thousands_of_packets_lose_nothing_though_a_kick_takes_32(
+    lab: Lab, client: Callable[[], socket.socket]
+) -> None:
+    s = client()
+    with netns.entered(lab.client_ns):
+        s.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+    with attached(lab) as (dev, port):
+        for fd in dev.fds.values():
+            with xdp_socket(fd) as x, suppress(OSError):  # kernels before 6.17 have no option to set back
+                x.setsockopt(SOL_XDP, XDP_MAX_TX_SKB_BUDGET, 32)
+        s.send(b"?")
+        back = answer(receive(port, 1)[0].data)
+        for start in range(0, 4000, 500):  # a veth's receiver without NAPI keeps 1000 packets
+            numbers = range(start, start + 500)
+            assert port.send([with_data(back, b"%d" % i) for i in numbers], timeout=20) == 500
+            assert [int(s.recv(100)) for _ in numbers] == list(numbers)
+        assert total(dev, "kick_again") > 0
+        assert total(dev, "kick_busy") == 0
+        assert total(dev, "tx_full") > 0  # backpressure was felt
+
+
+# ---- Rings ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lab", [{"queues": 1}], indirect=True)
+def test_fill_starvation_is_counted_and_traffic_resumes(
+    lab: Lab, client: Callable[[], socket.socket]
+) -> None:
+    from bypass._core import ffi
+
+    with attached(lab, ring_size=64, frames=128, fill_target=64) as (dev, port):
+        nd = dev.netdev
+        pkts = ffi.new("bypass_pkt[]", 128)
+        s = client()
+        spare = nd.ops.alloc(nd, pkts, 128)
+        assert spare == 64
+        held, kept = [], ffi.new("bypass_pkt[]", 64)
+        for i in range(80):
+            s.send(b"%d" % i)
+        for _ in range(64):  # keeps everything; veth delivers in its own time
+            wait_for(lambda: nd.ops.rx_burst(nd, kept, 1) == 1, 5, "a packet")
+            held.append(kept[0])
+        assert nd.free_frames == 0
+        wait_for(
+            lambda: total(dev, "rx_fill_ring_empty_descs") == 16, 5, "the kernel to count 16 lost packets"
+        )
+        assert total(dev, "fill_starved") > 0
+        nd.ops.free(nd, ffi.new("bypass_pkt[]", held), 64)
+        s.send(b"again")
+        assert payload(receive(port, 1)[0]) == b"again"
+        nd.ops.free(nd, pkts, spare)
+        audit = dev.audit()
+        assert audit.conserved
+        assert (audit.rx, audit.free) == (64, 64)
+
+
+@pytest.mark.parametrize("lab", [{"queues": 1}], indirect=True)
+def test_a_full_rx_ring_is_counted_and_traffic_resumes(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    with attached(lab, ring_size=32, fill_size=128, fill_target=128, frames=512) as (dev, port):
+        s = client()
+        for i in range(50):
+            s.send(b"%d" % i)
+        wait_for(lambda: total(dev, "rx_ring_full") == 18, 5, "the kernel to count 18 lost packets")
+        assert [payload(f) for f in receive(port, 32)] == [b"%d" % i for i in range(32)]
+        s.send(b"again")
+        assert payload(receive(port, 1)[0]) == b"again"
+        assert dev.audit().conserved
+
+
+@pytest.mark.parametrize("lab", [{"queues": 1, "mtu": 3000}], indirect=True)
+def test_packets_larger_than_a_frame_are_dropped_and_counted(
+    lab: Lab, client: Callable[[], socket.socket]
+) -> None:
+    s = client()
+    with attached(lab) as (dev, port):
+        assert dev.mtu == 2048 - 256 - 14
+        for size in (1750, 1751, 2500):
+            s.send(b"x" * size)
+        s.send(b"small")
+        assert [len(payload(f)) for f in receive(port, 2)] == [1750, 5]
+        assert total(dev, "rx_dropped") == 2
+    with attached(lab, frame_size=4096) as (dev, port):
+        assert dev.mtu == 3000
+        s.send(b"x" * 2972)
+        frame = receive(port, 1)[0]
+        assert len(payload(frame)) == 2972
+        assert port.send([answer(frame.data)]) == 1
+        assert s.recv(4000) == b"x" * 2972
+
+
+# ---- Links and devices ----------------------------------------------------------------------------------------------
+def test_a_link_flap_recovers_unattended(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    s = client()
+    with attached(lab) as (dev, port):
+        s.send(b"before")
+        back = answer(receive(port, 1)[0].data)
+        link(lab.server_ns, SERVER_IFNAME, state="down")
+        assert dev.health() == errno.ENETDOWN
+        assert port.send([back], timeout=0) == 1  # the ring keeps it
+        assert total(dev, "kick_down") > 0
+        link(lab.server_ns, SERVER_IFNAME, state="up")
+        wait_for(lambda: dev.health() == 0, 5, "the link to be usable")
+        port.send([with_data(back, b"after")])
+        assert {s.recv(100), s.recv(100)} == {b"before", b"after"}  # also the one that waited
+        s.send(b"and on")
+        assert payload(receive(port, 1)[0]) == b"and on"
+        assert dev.audit().conserved
+
+
+def test_packets_the_kernel_drops_are_counted_and_never_sent_again(
+    lab: Lab, client: Callable[[], socket.socket]
+) -> None:
+    """No carrier: each is taken, dropped and completed, and the call says EBUSY."""
+    s = client()
+    with attached(lab) as (dev, port):
+        s.send(b"x")
+        back = answer(receive(port, 1)[0].data)
+        link(lab.client_ns, CLIENT_IFNAME, state="down")
+        assert port.send([back] * 5, timeout=5) == 5
+        assert total(dev, "kick_busy") == 5
+        link(lab.client_ns, CLIENT_IFNAME, state="up")
+        port.send([with_data(back, b"y")], timeout=5)
+        assert s.recv(100) == b"y"
+        s.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            s.recv(100)
+        assert port.recv(timeout=0) == []
+        assert dev.audit().tx == 0
+
+
+def test_deletion_of_the_interface_is_reported_though_poll_stays_silent(
+    lab: Lab, client: Callable[[], socket.socket]
+) -> None:
+    from pyroute2 import IPRoute
+
+    with netns.entered(lab.server_ns):
+        dev = AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096)
+    with dev, RawPort(dev) as port:
+        link(lab.server_ns, SERVER_IFNAME, state="down")
+        assert port.send([bytes(60)] * 5, timeout=0) == 5
+        assert dev.audit().tx == 5
+        with IPRoute(netns=lab.server_ns) as ip:
+            ip.link("del", index=ip.link_lookup(ifname=SERVER_IFNAME)[0])
+        assert select.select([port.fileno()], [], [], 0)[0] == []
+        wait_for(lambda: dev.health() == errno.ENXIO, 5, "the device to be gone")
+        for action in (lambda: port.recv(timeout=1), lambda: port.send([bytes(60)], timeout=1)):
+            with pytest.raises(DeviceError, match="gone"):
+                action()
+        audit = dev.audit()
+        assert audit.conserved
+        assert audit.tx == 0
+        assert total(dev, "tx_abandoned") == 5
+
+
+def test_closing_is_bounded_when_completions_never_come(lab: Lab) -> None:
+    with netns.entered(lab.server_ns):
+        dev = AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096)
+    link(lab.server_ns, SERVER_IFNAME, state="down")
+    assert RawPort(dev).send([bytes(60)] * 7, timeout=0) == 7
+    assert dev.close(wait_s=0.05) == 7
+    assert dev.close() == 0
+    with pytest.raises(DeviceError, match="closed"):
+        dev.audit()
+
+
+# ---- Queues in use --------------------------------------------------------------------------------------------------
+HOLD = f"""
+import sys, time
+sys.path.insert(0, {str(TESTS)!r})
+from afxdp_support import Redirect
+from bypass.afxdp import AfxdpDevice
+dev = AfxdpDevice("{SERVER_IFNAME}", ring_size=256, frames=4096)
+redirect = Redirect("{SERVER_IFNAME}", dev.fds)
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(lab: Lab) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the server's queues."""
+    with netns.entered(lab.server_ns):
+        p = subprocess.Popen(
+            [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    try:
+        assert p.stdout is not None
+        assert p.stdout.readline() == "open\n"
+        yield p
+    finally:
+        p.kill()
+        p.communicate()
+
+
+def test_a_busy_queue_says_who_has_it(lab: Lab) -> None:
+    with holder(lab) as p, netns.entered(lab.server_ns), pytest.raises(DeviceError) as caught:
+        AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096, bind_wait_s=0.05)
+    assert re.search(rf"queue 0: binding failed: .* busy.*\({p.pid}\)", str(caught.value))
+
+
+def test_a_busy_queue_is_waited_for(lab: Lab) -> None:
+    """The kernel closes AF_XDP sockets asynchronously: whoever comes next has to wait."""
+    with netns.entered(lab.server_ns):
+        for _ in range(4):
+            with AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096, bind_wait_s=30):
+                pass
+        dev = AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096, bind_wait_s=30)
+        timer = threading.Timer(0.1, dev.close)
+        timer.start()
+        with AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096, bind_wait_s=30) as after:
+            assert after.mode == "copy"
+        timer.join()
+
+
+def test_nothing_is_left_of_a_killed_process(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    with netns.entered(lab.server_ns):
+        kernel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        kernel.bind((SERVER_IP, PORT))
+        kernel.setblocking(False)
+        ifindex = socket.if_nametoindex(SERVER_IFNAME)
+    s = client()
+    with kernel, holder(lab) as p:
+        s.send(b"taken")
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+
+        def kernel_gets_it() -> bool:
+            s.send(b"kernel's")
+            return bool(select.select([kernel], [], [], 0.01)[0]) and kernel.recv(100) == b"kernel's"
+
+        wait_for(kernel_gets_it, 5, "the kernel to receive what the dead process did")
+        with netns.entered(lab.server_ns):
+            assert libbpf.xdp_attached(ifindex) is None
+            with AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096) as dev:
+                assert dev.audit().conserved
+
+
+# ---- Checksums ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("trust", [False, True])
+def test_checksums_are_trusted_only_where_that_is_asked_for(
+    lab: Lab, client: Callable[[], socket.socket], trust: bool
+) -> None:
+    """A veth peer with transmit checksum offload sends the pseudo-header's sum only."""
+    from bypass._core import ffi, lib
+    from pyroute2.ethtool.ioctl import IoctlEthtool
+
+    with netns.entered(lab.client_ns):
+        ethtool = IoctlEthtool(CLIENT_IFNAME)
+        features = ethtool.get_features()
+        features["tx-checksum-ip-generic"] = True
+        ethtool.set_features(features)
+        ethtool.close()
+    with attached(lab, rx_csum_trust=trust) as (dev, _):
+        client().send(b"partial checksum")
+        nd, pkts = dev.netdev, ffi.new("bypass_pkt[]", 1)
+        wait_for(lambda: nd.ops.rx_burst(nd, pkts, 1) == 1, 5, "a packet")
+        m = ffi.cast("struct bypass_pkt_meta *", ffi.cast("char *", nd.meta) + pkts[0] * nd.meta_stride)
+        frame = bytes(ffi.buffer(nd.mem + pkts[0] * nd.stride + m.off, m.len))
+        assert not _udp_checksum_right(frame)
+        assert bool(m.flags & lib.BYPASS_RX_CSUM_OK) is trust
+        assert bool(nd.caps & lib.BYPASS_CAP_RX_CSUM) is trust
+        nd.ops.free(nd, pkts, 1)
+
+
+def _udp_checksum_right(frame: bytes) -> bool:
+    udp = frame[34 : 14 + int.from_bytes(frame[16:18], "big")]
+    return _sum16(frame[26:34] + struct.pack(">HH", 17, len(udp)) + udp) == 0xFFFF
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+def test_wrong_arguments_are_refused_clearly(lab: Lab) -> None:
+    with netns.entered(lab.server_ns):
+        for options, text in (
+            ({"queues": [0, 2]}, "has no queue 2: it has queues 0 to 1"),
+            ({"queues": []}, "at least one"),
+            ({"queues": [0, 0]}, "each only once"),
+            ({"ring_size": 100}, "powers of two"),
+            ({"frame_size": 1024}, "2048 or 4096"),
+            ({"mode": "fast"}, "mode 'fast': it is one of auto, copy, zerocopy, skb"),
+        ):
+            with pytest.raises(DeviceError, match=text):
+                AfxdpDevice(SERVER_IFNAME, **options)  # type: ignore[arg-type]
+        with pytest.raises(DeviceError, match=f"no interface 'nope'.*{SERVER_IFNAME}"):
+            AfxdpDevice("nope")
+        assert interface_queues(SERVER_IFNAME) == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        (["--bounding-set", "-net_raw"], "creating an AF_XDP socket failed: .*with CAP_NET_RAW"),
+        (
+            ["--bounding-set", "-ipc_lock,-sys_resource"],
+            "8192 KiB have to be locked and the limit is 64 KiB: ulimit -l",
+        ),
+    ],
+)
+def test_missing_privilege_is_named(lab: Lab, limits: list[str], text: str) -> None:
+    code = f"from bypass.afxdp import AfxdpDevice; AfxdpDevice('{SERVER_IFNAME}', ring_size=512)"
+    command = ["prlimit", "--memlock=65536", "setpriv", *limits, sys.executable, "-c", code]
+    with netns.entered(lab.server_ns):
+        result = subprocess.run(command, capture_output=True, text=True)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{PrivilegeError.__module__}.PrivilegeError:"), result.stderr
+    assert re.search(text, last)
+
+
+# ---- The bare echo --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("spin", [False, True])
+def test_the_bare_echo_answers_udp_and_tcp(lab: Lab, client: Callable[[], socket.socket], spin: bool) -> None:
+    with attached(lab) as (dev, _):
+        stop, out = threading.Event(), Counter[str]()
+
+        def run() -> None:
+            while not stop.is_set():
+                out.update(dev.echo(0.02, port=PORT, spin=spin))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            s = client()
+            for i in range(200):
+                s.send(b"%d" % i * 16)
+                assert s.recv(2000) == b"%d" % i * 16
+            with netns.entered(lab.client_ns):
+                t = socket.create_connection((SERVER_IP, PORT), timeout=5)
+            with t:
+                for i in range(200):
+                    t.sendall(b"%064d" % i)
+                    assert t.recv(2000) == b"%064d" % i
+                t.shutdown(socket.SHUT_WR)
+                assert t.recv(10) == b""
+        finally:
+            stop.set()
+            thread.join()
+        assert out["packets"] == 200 + 202  # SYN-ACK, data, FIN-ACK
+        assert (out["polls"] == 0) is spin
+        audit = dev.audit()
+        assert audit.conserved
+        assert (audit.tx, audit.stack) == (0, 0)
+        s.send(b"to the device")
+        with RawPort(dev) as port:  # goes on as a device afterwards
+            assert payload(receive(port, 1)[0]) == b"to the device"
+
+
+# ---- Raw ports ------------------------------------------------------------------------------------------------------
+def test_a_raw_port_does_not_wait_when_told_so(lab: Lab) -> None:
+    with attached(lab) as (dev, port):
+        assert port.recv(timeout=0) == []
+        assert port.recv(timeout=0.01) == []
+        assert port.send([], timeout=0) == 0
+        assert select.select([port], [], [], 0)[0] == []
+        assert port.queues == 2
+        port.close()
+        port.close()
+        with pytest.raises(DeviceError, match="closed"):
+            port.recv(timeout=0)
+        assert dev.audit().stack == 0
+
+
+@pytest.mark.parametrize(("length", "err"), [(13, errno.EINVAL), (1519, errno.EMSGSIZE)])
+def test_a_frame_of_wrong_length_is_refused_after_those_before_it(lab: Lab, length: int, err: int) -> None:
+    with attached(lab) as (dev, port):
+        with pytest.raises(OSError, match=os.strerror(err)) as caught:
+            port.send([bytes(60), bytes(1518), bytes(length), bytes(60)])
+        assert caught.value.errno == err
+        assert total(dev, "tx_packets") == 2
+        assert dev.audit().stack == 0
