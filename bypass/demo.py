@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration (`make demo`): one address, two servers, and nobody notices.
+
+In a lab of two network namespaces an ordinary curl fetches a large file from the bypass stack at port 8080 and from
+the kernel at port 8081 of the same address, while ping never stops answering. Then the bypass server is killed
+(SIGKILL), and the kernel answers for its port at once. Without root or XDP the same server runs on the simulated
+wire. What was seen is written to build/demo.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from bypass import lab, probe
+from bypass.errors import BypassError
+from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICY = ROOT / "config" / "web.yaml"
+BYPASS_PORT, KERNEL_PORT = 8080, 8081
+START_S = 20.0
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class DemoError(BypassError):
+    """Something that the demonstration promises did not hold."""
+
+
+def say(text: str) -> None:
+    console.print(f"[bold cyan]·[/] {text}")
+
+
+def check(facts: dict[str, Any], name: str, value: Any, ok: bool, text: str) -> None:
+    """Keeps a fact, prints it, and ends the demonstration if it is not as it should be."""
+    facts[name] = value
+    console.print(f"  {'[green]✓[/]' if ok else '[red]✗[/]'} {text}")
+    if not ok:
+        raise DemoError(f"{name}: {text}")
+
+
+def make_body(path: Path, size: int) -> str:
+    """Writes `size` unpredictable bytes; their SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as f:
+        for start in range(0, size, 1 << 20):
+            piece = os.urandom(min(1 << 20, size - start))
+            digest.update(piece)
+            f.write(piece)
+    return digest.hexdigest()
+
+
+# ---- On a real interface -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(argv: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(argv, text=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def server_pid(shell: subprocess.Popen[str]) -> int:
+    """`ip netns exec` replaces itself by the shell and that by the program: one process, one pid."""
+    return shell.pid
+
+
+def fetch(place: Lab, port: int) -> tuple[str, float]:
+    """The file from SERVER_IP:port by curl in the client's namespace: SHA-256 and seconds."""
+    url = f"http://{SERVER_IP}:{port}/body.bin"
+    argv = place.command("client", ["curl", "--silent", "--show-error", "--fail", "--max-time", "60", url])
+    digest = hashlib.sha256()
+    start = time.monotonic()
+    with running(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as curl:
+        assert curl.stdout is not None and curl.stderr is not None
+        while piece := curl.stdout.buffer.read(1 << 20):
+            digest.update(piece)
+        if curl.wait() != 0:
+            raise DemoError(f"curl {url}: {curl.stderr.read().strip()}")
+    return digest.hexdigest(), time.monotonic() - start
+
+
+def wait_open(place: Lab, port: int, server: subprocess.Popen[str]) -> None:
+    """Until curl gets an answer from the port."""
+    url = f"http://{SERVER_IP}:{port}/none"
+    argv = place.command("client", ["curl", "--silent", "--output", "/dev/null", "--max-time", "2", url])
+    deadline = time.monotonic() + START_S
+    while subprocess.run(argv, check=False).returncode != 0:
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise DemoError(f"the server at port {port} did not come up")
+        time.sleep(0.05)
+
+
+def kernel_segments(place: Lab) -> int:
+    """TCP segments that the server's kernel has received (RFC 1213 tcpInSegs)."""
+    argv = place.command("server", ["cat", "/proc/net/snmp"])
+    lines = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(values[names.index("InSegs")])
+
+
+def flows(place: Lab) -> dict[str, Any]:
+    argv = place.command("server", [sys.executable, "-m", "bypass", "flows", "--json"])
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise DemoError(f"bypass flows: {done.stderr.strip()}")
+    loaded: dict[str, Any] = json.loads(done.stdout)
+    return loaded
+
+
+# What tries the port from the client's side: one line an attempt, "<monotonic seconds> <result>".
+PROBE = """
+import errno, socket, sys, time
+end = time.monotonic() + float(sys.argv[3])
+while time.monotonic() < end:
+    s = socket.socket()
+    s.settimeout(0.05)
+    e = s.connect_ex((sys.argv[1], int(sys.argv[2])))
+    print(time.monotonic(), "silence" if e == errno.EAGAIN else errno.errorcode.get(e, "open"), flush=True)
+    s.close()
+    time.sleep(0.002)
+"""
+
+
+def kill_and_watch(place: Lab, server: subprocess.Popen[str]) -> tuple[float, list[str]]:
+    """SIGKILL; milliseconds until the kernel refuses the port, and what each attempt from then on gave."""
+    argv = place.command("client", [sys.executable, "-c", PROBE, SERVER_IP, str(BYPASS_PORT), "2"])
+    with running(argv, stdout=subprocess.PIPE) as prober:
+        assert prober.stdout is not None
+        first = prober.stdout.readline().split()
+        if first[1] != "open":
+            raise DemoError(f"port {BYPASS_PORT} gave {first[1]} before the kill")
+        killed = time.monotonic()
+        os.kill(server_pid(server), signal.SIGKILL)
+        server.wait()
+        attempts = [(float(t), what) for t, what in (line.split() for line in prober.stdout)]
+    refused = [t for t, what in attempts if what == "ECONNREFUSED"]
+    if not refused:
+        raise DemoError("after the kill the port never answered")
+    return (refused[0] - killed) * 1e3, [what for t, what in attempts if t >= refused[0]]
+
+
+def left_over(place: Lab) -> list[str]:
+    """What is still attached to the interface, by the kernel's own word."""
+    link = subprocess.run(
+        place.command("server", ["ip", "-d", "link", "show", SERVER_IFNAME]),
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    index = link.split(":", 1)[0]
+    found = re.findall(r"prog/xdp id \d+|xdp\w* ", link)
+    listed = subprocess.run(["bpftool", "-j", "link"], check=True, capture_output=True, text=True).stdout
+    for entry in json.loads(listed or "[]"):
+        text = json.dumps(entry)
+        if entry.get("type") in ("xdp", "tcx") and re.search(
+            rf'"(ifindex|devname)": "?({index}|{SERVER_IFNAME})\b', text
+        ):
+            found.append(text)
+    return found
+
+
+def ping_summary(output: str) -> tuple[int, int]:
+    """Packets sent and received, of ping's last lines."""
+    match = re.search(r"(\d+) packets transmitted, (\d+) received", output)
+    if match is None:
+        raise DemoError(f"ping said nothing of its packets: {output[-200:]!r}")
+    return int(match[1]), int(match[2])
+
+
+def tell_who_served(place: Lab, facts: dict[str, Any], before: int) -> None:
+    table = Table(title="Who served what")
+    for column in ("rule", "action", "packets", "bytes"):
+        table.add_column(column, justify="right" if column in ("packets", "bytes") else "left")
+    status = flows(place)
+    for rule in status["rules"]:
+        table.add_row(rule["name"], rule["action"], f"{rule['packets']:,}", f"{rule['bytes']:,}")
+    console.print(table)
+    facts["flows"] = status
+    steered = sum(rule["packets"] for rule in status["rules"] if rule["action"] == "steer")
+    segments = kernel_segments(place) - before
+    facts["kernel_tcp_segments"] = segments
+    check(facts, "steered_packets", steered, steered > 0,
+          f"port {BYPASS_PORT}: {steered:,} packets went to the user-space stack")  # fmt: skip
+    check(facts, "kernel_saw_bypass_connections", 0, segments > 0,
+          f"port {KERNEL_PORT}: the kernel's TCP received {segments:,} segments, all of its own server")  # fmt: skip
+
+
+def on_interface(size: int, facts: dict[str, Any]) -> None:
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="bypass-demo-")))
+        say(f"a file of {size / 1e6:.0f} MB, and a lab: two hosts in network namespaces, joined by a veth")
+        expected = make_body(folder / "body.bin", size)
+        place = undo.enter_context(Lab("demo"))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        http = [
+            sys.executable,
+            "-m",
+            "http.server",
+            str(KERNEL_PORT),
+            "--bind",
+            SERVER_IP,
+            "--directory",
+            str(folder),
+        ]
+        kernel = undo.enter_context(running(place.command("server", http), **quiet))
+        ping = undo.enter_context(
+            running(place.command("client", ["ping", "-i", "0.05", SERVER_IP]), stdout=subprocess.PIPE)
+        )
+        wait_open(place, KERNEL_PORT, kernel)
+        own = [sys.executable, "-m", "bypass.webserver", "--policy", str(POLICY), "--directory", str(folder)]
+        before = kernel_segments(place)
+        server = undo.enter_context(running(place.command("server", [*own, f"{SERVER_IP}:{BYPASS_PORT}"])))
+        wait_open(place, BYPASS_PORT, server)
+        say(
+            f"{SERVER_IP}:{BYPASS_PORT} is served by bypass, {SERVER_IP}:{KERNEL_PORT} by the kernel; curl fetches both"
+        )
+        for name, port in (("bypass", BYPASS_PORT), ("kernel", KERNEL_PORT)):
+            got, seconds = fetch(place, port)
+            facts[f"{name}_seconds"] = round(seconds, 3)
+            check(facts, f"{name}_sha256_equal", got == expected, got == expected,
+                  f"{name:6} {size / 1e6:.0f} MB in {seconds:.2f} s, SHA-256 equal")  # fmt: skip
+        tell_who_served(place, facts, before)
+        say("SIGKILL to the bypass server")
+        ms, after = kill_and_watch(place, server)
+        check(facts, "refused_after_kill_ms", round(ms, 1), ms < 100,
+              f"the kernel refuses port {BYPASS_PORT} after {ms:.0f} ms")  # fmt: skip
+        check(facts, "answers_after", sorted(set(after)), set(after) == {"ECONNREFUSED"},
+              f"all {len(after)} later attempts are refused, none meets silence")  # fmt: skip
+        remains = left_over(place)
+        check(
+            facts, "left_attached", remains, not remains, f"nothing is attached to {SERVER_IFNAME} any more"
+        )
+        ping.send_signal(signal.SIGINT)
+        sent, received = ping_summary(ping.communicate(timeout=10)[0])
+        check(facts, "ping", {"sent": sent, "received": received}, 0 < sent == received,
+              f"ping went on all the time: {received} answers to {sent}")  # fmt: skip
+    say("the lab is taken down")
+    gone = not any(
+        name in ("bypass-demo-server", "bypass-demo-client") for l in lab.labs() for name in l.namespaces
+    )
+    check(facts, "lab_removed", gone, gone, "no namespace is left")
+
+
+# ---- On the simulated wire ---------------------------------------------------------------------------------------
+
+
+def on_simulated_wire(size: int, facts: dict[str, Any]) -> None:
+    from bypass import aio
+    from bypass.sim import Faults, Network
+    from bypass.webserver import WebServer
+
+    with tempfile.TemporaryDirectory(prefix="bypass-demo-") as name, Network(seed=1) as network:
+        expected = make_body(Path(name) / "body.bin", size)
+        network.wire(faults=Faults(delay_ns=100_000, loss=0.0001, reorder=0.001))
+        server = network.stack("192.0.2.10/24", name="server")
+        client = network.stack("192.0.2.20/24", name="client")
+
+        async def exchange() -> str:
+            web = await aio.start_server(server, WebServer(Path(name)).handle, SERVER_IP, BYPASS_PORT)
+            reader, writer = await aio.open_connection(client, SERVER_IP, BYPASS_PORT)
+            writer.write(b"GET /body.bin HTTP/1.1\r\nConnection: close\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            digest = hashlib.sha256()
+            while piece := await reader.read(1 << 20):
+                digest.update(piece)
+            writer.close()
+            web.close()
+            return digest.hexdigest()
+
+        say(
+            "the same server on a simulated wire: 100 us delay, 0.01 % loss, 0.1 % reordering, a virtual clock"
+        )
+        start, virtual = time.monotonic(), network.now_ns()
+        got = aio.run(exchange(), network)
+        seconds = time.monotonic() - start
+        facts |= {
+            "seconds": round(seconds, 3),
+            "virtual_seconds": round((network.now_ns() - virtual) / 1e9, 3),
+        }
+        check(facts, "bypass_sha256_equal", got == expected, got == expected,
+              f"{size / 1e6:.0f} MB in {seconds:.2f} s ({facts['virtual_seconds']} s of virtual time), SHA-256 equal")  # fmt: skip
+        retransmits = server.stats()["tcp_out_retransmits"]
+        facts["retransmits"] = retransmits
+        console.print(f"    {retransmits} segments were sent again on the way")
+
+
+# ---- Command -----------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option(
+    "--simulate", is_flag=True, help="On the simulated wire, even where a real interface could be used."
+)
+@click.option(
+    "--megabytes", default=100, show_default=True, type=click.IntRange(1, 4000), help="Size of the file."
+)
+@click.option("--json", "path", default="build/demo.json", show_default=True, type=click.Path(path_type=Path))
+def main(simulate: bool, megabytes: int, path: Path) -> None:
+    """One address, two servers: bypass and the kernel side by side, then the bypass server is killed."""
+    facts: dict[str, Any] = {"mode": "interface", "megabytes": megabytes}
+    started = time.monotonic()
+    reason = "asked for" if simulate else ", ".join(probe.missing_for_xdp())
+    try:
+        if reason:
+            facts |= {"mode": "simulated", "reason": reason}
+            say(f"on the simulated wire: {'' if simulate else 'this machine lacks '}{reason}")
+            on_simulated_wire(megabytes * 1_000_000, facts)
+        else:
+            on_interface(megabytes * 1_000_000, facts)
+        facts["ok"] = True
+    except BypassError as e:
+        facts |= {"ok": False, "error": str(e)}
+        print(f"demo: {e}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, DemoError) else e.exit_code)
+    finally:
+        facts["total_seconds"] = round(time.monotonic() - started, 2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=2) + "\n")
+    say(f"done in {facts['total_seconds']} s; the facts are in {path}")
+
+
+if __name__ == "__main__":
+    main()
