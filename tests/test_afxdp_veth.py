@@ -127,7 +127,20 @@ def test_the_mode_reported_is_the_mode_read_back(lab: Lab, mode: Any) -> None:
             with xdp_socket(fd) as s:
                 flags = struct.unpack("=I", s.getsockopt(SOL_XDP, XDP_OPTIONS, 4))[0]
             assert flags & 1 == 0
-        assert dev.mode_reason
+        assert dev.mode_reason == (
+            "the driver (veth) offers no zero-copy" if mode == "auto" else "as asked for"
+        )
+        assert dev.xdp_mode == ("skb" if mode == "skb" else "native")
+
+
+def test_a_driver_that_offers_zerocopy_and_refuses_it_is_served_by_copies(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bind says nothing of it, the mode read back has to."""
+    monkeypatch.setattr("bypass.doctor.choose_mode", lambda *_: ("zerocopy", "the driver offers it"))
+    with netns.entered(lab.server_ns), AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096) as dev:
+        assert dev.mode == "copy"
+        assert dev.mode_reason == "the driver offers zero-copy and refused it: the kernel fell back to copies"
 
 
 def test_zerocopy_on_a_veth_fails_with_the_reason(lab: Lab) -> None:

@@ -31,7 +31,6 @@ Mode = Literal["auto", "copy", "zerocopy", "skb"]
 KERNEL_HEADROOM = 256  # bytes in front of a received packet (XDP_PACKET_HEADROOM)
 ETH_HEADER = 14
 MODES: dict[str, int] = {
-    "auto": lib.AFXDP_AUTO,
     "copy": lib.AFXDP_COPY,
     "zerocopy": lib.AFXDP_ZEROCOPY,
     "skb": lib.AFXDP_COPY,  # generic XDP hands out copies whatever the socket says
@@ -113,11 +112,17 @@ class AfxdpDevice:
     Sockets are made in the network namespace of the calling thread. Nothing arrives before the sockets are in the
     XSKMAP of an attached XDP program (`bypass.steering`); detach that program before closing.
 
+    Attributes:
+        mode: 'copy' or 'zerocopy', as the kernel says. `mode_reason` says why, in words.
+        xdp_mode: how the XDP program has to be attached, 'native' or 'skb'.
+        queue_numbers: the queues, in the order of their indices.
+        fds: queue number -> AF_XDP socket.
+
     Args:
         ifname: the interface.
         queues: 'all', or queue numbers. meta.queue of a frame is an index into `queue_numbers`.
-        mode: 'zerocopy' fails where the driver cannot; 'auto' takes what `bypass.doctor` advises and tells by
-            `mode` what it became; 'skb' is copy mode below a generic XDP program.
+        mode: 'zerocopy' fails where the driver cannot; 'skb' is copy mode below a generic XDP program; 'auto' takes
+            what `bypass.doctor` advises.
         ring_size: entries of each ring of a queue, a power of two.
         frames: frames of packet memory, all queues together; None: 4 * ring_size for each queue.
         frame_size: bytes of a frame, 2048 or 4096. What does not fit (frame_size - 256 bytes with the Ethernet
@@ -156,11 +161,10 @@ class AfxdpDevice:
     ) -> None:
         self._dev: Any = None
         self._mem: Any = None
-        if mode not in MODES:
-            raise DeviceError(f"mode {mode!r}: it is one of {', '.join(MODES)}")
+        if mode not in ("auto", *MODES):
+            raise DeviceError(f"mode {mode!r}: it is one of auto, {', '.join(MODES)}")
         self.ifname = ifname
         self.requested_mode: Mode = mode
-        self.mode_reason = ""
         available = interface_queues(ifname)
         self.queue_numbers: tuple[int, ...] = self._queue_numbers(queues, available)
         frames = frames if frames is not None else 4 * ring_size * len(self.queue_numbers)
@@ -185,7 +189,7 @@ class AfxdpDevice:
         self._size = int(lib.afxdp_mem_size(self._config))
         if self._size == 0:
             raise DeviceError(self._config_problem())
-        self._open(self._choose_mode(mode))
+        self._open()
 
     def _queue_numbers(self, queues: Literal["all"] | Sequence[int], available: int) -> tuple[int, ...]:
         numbers = tuple(range(available)) if queues == "all" else tuple(int(q) for q in queues)
@@ -204,32 +208,29 @@ class AfxdpDevice:
         return numbers
 
     # ---- Opening -----------------------------------------------------------------------------------------------
-    def _choose_mode(self, mode: Mode) -> Mode:
-        """What to try first when the choice is ours."""
-        if mode != "auto":
-            self.mode_reason = "as asked for"
-            return mode
-        return mode
+    def _open(self) -> None:
+        """Opens in the mode that was asked for, or that the doctor advises, and reads back what it became."""
+        from bypass.doctor import (
+            choose_mode,
+        )  # knows all of the machine; most programs need no more than this
 
-    def _open(self, mode: Mode) -> None:
-        error = self._try(MODES[mode])
-        if (
-            error is not None
-            and mode == "auto"
-            and error.err in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOMEM)
-        ):
-            # The first queue went zero-copy and another could not: sockets of one UMEM share its mode.
-            self.mode_reason = f"zero-copy failed ({os.strerror(error.err)})"
+        wanted, self.mode_reason = choose_mode(self.ifname, self.requested_mode)
+        self.xdp_mode: Literal["native", "skb"] = "skb" if wanted == "skb" else "native"
+        optional = self.requested_mode == "auto" and wanted == "zerocopy"
+        error = self._try(lib.AFXDP_AUTO if optional else MODES[wanted])
+        if error is not None and optional and error.err != errno.EBUSY:
+            # Sockets of one UMEM share its mode: the first queue went zero-copy, and another could not.
+            self.mode_reason = f"zero-copy failed on queue {error.queue} ({os.strerror(error.err)})"
             error = self._try(lib.AFXDP_COPY)
         if error is not None:
-            raise self._explain(error, mode)
+            raise self._explain(error)
         zerocopy = int(lib.afxdp_zerocopy(self._dev))
         if zerocopy < 0:
             self.close()
             raise DeviceError(f"{self.ifname}: the mode cannot be read back: {os.strerror(-zerocopy)}")
         self.mode: Literal["copy", "zerocopy"] = "zerocopy" if zerocopy else "copy"
-        if not self.mode_reason:
-            self.mode_reason = "the driver does zero-copy" if zerocopy else "the driver has no zero-copy"
+        if optional and not zerocopy and "failed" not in self.mode_reason:
+            self.mode_reason = "the driver offers zero-copy and refused it: the kernel fell back to copies"
         self.fds: dict[int, int] = {
             number: int(lib.afxdp_fd(self._dev, index)) for index, number in enumerate(self.queue_numbers)
         }
@@ -262,7 +263,7 @@ class AfxdpDevice:
             f"try frames={4 * c.ring_size * c.queue_count}"
         )
 
-    def _explain(self, error: Any, mode: Mode) -> BypassError:
+    def _explain(self, error: Any) -> BypassError:
         """The exception for a failure to open."""
         err, step = int(error.err), int(error.step)
         what = f"{self.ifname}, queue {error.queue}" if error.queue >= 0 else self.ifname
@@ -275,7 +276,7 @@ class AfxdpDevice:
         if step == lib.AFXDP_STEP_UMEM and err in (errno.ENOBUFS, errno.ENOMEM):
             return self._explain_memory(text)
         if step == lib.AFXDP_STEP_BIND:
-            return self._explain_bind(text, err, int(error.queue), mode)
+            return self._explain_bind(text, err, int(error.queue))
         if step in (lib.AFXDP_STEP_INTERFACE, lib.AFXDP_STEP_CONFIG):
             return DeviceError(f"{self.ifname}: {os.strerror(err)}")
         return DeviceError(text)
@@ -289,10 +290,10 @@ class AfxdpDevice:
             f"CAP_IPC_LOCK, or fewer frames"
         )
 
-    def _explain_bind(self, text: str, err: int, queue: int, mode: Mode) -> BypassError:
+    def _explain_bind(self, text: str, err: int, queue: int) -> BypassError:
         if err == errno.EBUSY:
             return DeviceError(f"{text}: {self._busy_with(queue)}")
-        if err == errno.EOPNOTSUPP and mode == "zerocopy":
+        if err == errno.EOPNOTSUPP and self.requested_mode == "zerocopy":
             return DeviceError(
                 f"{text}: the driver of {self.ifname} has no zero-copy AF_XDP on this queue: use mode 'auto' or 'copy'"
             )
