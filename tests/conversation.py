@@ -72,7 +72,9 @@ class Conversation:
             self.stack.nexthop_set(address, PEER_MAC)
         self._stats = self.stack.stats()
 
-    def _port(self, wire: Any, mac: bytes, *, flags: int = 0, frames: int = 0, mtu: int = 0, caps: int = 0) -> Any:
+    def _port(
+        self, wire: Any, mac: bytes, *, flags: int = 0, frames: int = 0, mtu: int = 0, caps: int = 0
+    ) -> Any:
         cfg = ffi.new("struct sim_port_config *")
         cfg.flags, cfg.frames, cfg.mtu, cfg.caps = flags, frames, mtu, caps
         cfg.mac = mac
@@ -96,7 +98,9 @@ class Conversation:
             self._drain()
             if self._result.reason == lib.SIM_TIME:
                 return
-            assert self._result.reason != lib.SIM_IDLE or until == lib.sim_now(self.sim), "the clock must move"
+            assert self._result.reason != lib.SIM_IDLE or until == lib.sim_now(self.sim), (
+                "the clock must move"
+            )
 
     def _drain(self) -> None:
         when = ffi.new("uint64_t *")
@@ -184,7 +188,11 @@ class Conversation:
         moved = Counter(stats)
         moved.subtract(self._stats)
         self._stats = stats
-        return {k: v for k, v in moved.items() if v and k not in ("rx_frames", "rx_bytes", "tx_frames", "tx_bytes")}
+        return {
+            k: v
+            for k, v in moved.items()
+            if v and k not in ("rx_frames", "rx_bytes", "tx_frames", "tx_bytes")
+        }
 
     def held(self) -> int:
         """Frames that the stack holds."""
