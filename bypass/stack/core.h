@@ -198,7 +198,7 @@ struct dst {
     uint64_t pmtu_until_ns;
     uint16_t link_mtu; /* before ICMP said otherwise */
     uint8_t ask_list, tries;
-    uint32_t pad;
+    uint32_t fixed; /* the embedder said so: ARP has no say */
 };
 struct dst_ref { /* what a connection keeps; zero is none */
     uint32_t idx, gen;

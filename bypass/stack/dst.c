@@ -232,7 +232,7 @@ static void enter_all(struct bypass_stack *s, struct dst *d, int state, const ui
 
 void dst_answer(struct bypass_stack *s, struct dst *d, const uint8_t *mac)
 {
-    if (d->via != NO_INDEX || addr_kind(s, addr_v4(&d->addr)) != ADDR_UNICAST) {
+    if (d->fixed || d->via != NO_INDEX || addr_kind(s, addr_v4(&d->addr)) != ADDR_UNICAST) {
         return;
     }
     ask_unlink(s, d);
@@ -269,9 +269,10 @@ static void dst_check(struct bypass_stack *s, struct dst *d)
             dst_check(s, gateway);
         }
         enter(s, d, gateway->state, gateway->mac);
-    } else if (d->state == DST_FAILED || (d->state == DST_OK && by_arp(s) && d->ask_list == ASK_NONE)) {
+    } else if (d->state == DST_FAILED || (d->state == DST_OK && by_arp(s) && !d->fixed && d->ask_list == ASK_NONE)) {
         if (d->state == DST_FAILED) {
             enter_all(s, d, DST_PENDING, NULL);
+            d->fixed = 0;
         }
         d->tries = 0;
         ask(s, d);
@@ -470,6 +471,7 @@ int bypass_nexthop_set(struct bypass_stack *s, const struct bypass_addr *dst, co
     ask_unlink(s, d);
     d->tries = 0;
     d->via = NO_INDEX;
+    d->fixed = 1;
     enter_all(s, d, mac != NULL ? DST_OK : DST_FAILED, mac);
     if (mac != NULL) {
         d->check_ns = d->pmtu_until_ns; /* believed until told otherwise */
