@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AF_XDP device over a fake kernel (tests/c/afxdp_fake.c), compiled with the debug checks, for Python."""
+"""The AF_XDP device compiled together with a C file of the tests, and the one over a fake kernel
+(tests/c/afxdp_fake.c, with the debug checks) for Python."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ import cffi
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDES = ["-I", str(ROOT / "bypass/include"), "-I", str(ROOT / "bypass")]
 CC = ["gcc", "-std=c11", "-g", "-Wall", "-Wextra", "-Werror", *INCLUDES]
+DEBUG = ["-DBYPASS_DEBUG", "-DAFXDP_VIOLATION=afxdp_fake_violation"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(folder: Path) -> tuple[cffi.FFI, Any]:
-    """Compiles the device and the fake kernel into `folder`. (ffi, lib) of both."""
-    header = ROOT / "tests/c/afxdp_fake.h"
-    sources = [*sorted(map(str, (ROOT / "bypass/afxdp").glob("*.c"))), str(ROOT / "tests/c/afxdp_fake.c")]
-    so = folder / "afxdp_fake.so"
-    debug = ["-DBYPASS_DEBUG", "-DAFXDP_VIOLATION=afxdp_fake_violation"]
+def build(folder: Path, name: str, *flags: str) -> tuple[cffi.FFI, Any]:
+    """Compiles the device and tests/c/NAME.c into `folder`. (ffi, lib) of both."""
+    header = ROOT / f"tests/c/{name}.h"
+    sources = [*sorted(map(str, (ROOT / "bypass/afxdp").glob("*.c"))), str(header.with_suffix(".c"))]
+    so = folder / f"{name}.so"
     sanitize = SANITIZE if "san" in os.environ.get("BYPASS_BUILD", "") else []
-    subprocess.run([*CC, "-O1", "-shared", "-fPIC", *debug, *sanitize, *sources, "-o", str(so)], check=True)
+    subprocess.run([*CC, "-O1", "-shared", "-fPIC", *flags, *sanitize, *sources, "-o", str(so)], check=True)
     text = subprocess.run(
         ["gcc", "-E", "-P", "-DBYPASS_CDEF", *INCLUDES, str(header)],
         check=True,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from afxdp_fake import FakeDevice, build
+from afxdp_fake import DEBUG, FakeDevice, build
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -29,7 +29,7 @@ _built: Any = None
 def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     global _built
     if _built is None:
-        _built = build(tmp_path_factory.mktemp("afxdp"))
+        _built = build(tmp_path_factory.mktemp("afxdp"), "afxdp_fake", *DEBUG)
     return _built
 
 
@@ -233,7 +233,7 @@ class Frames(RuleBasedStateMachine):
 
 
 class TestFrames(Frames.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(max_examples=examples(60), stateful_step_count=60)
+    settings = settings(max_examples=examples(150), stateful_step_count=60)
 
     @pytest.fixture(autouse=True)
     def device(self, built: Any) -> None:

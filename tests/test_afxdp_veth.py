@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from afxdp_fake import build
 from afxdp_support import PORT, Redirect
 
 from bypass import libbpf, netns
@@ -32,6 +33,7 @@ from bypass.raw import Frame, RawPort
 pytestmark = pytest.mark.netns
 
 SOL_XDP, XDP_OPTIONS, XDP_MAX_TX_SKB_BUDGET = 283, 8, 9
+XDP_SHARED_UMEM, XDP_COPY, XDP_USE_NEED_WAKEUP = 1, 2, 8
 TESTS = Path(__file__).parent
 
 
@@ -149,6 +151,34 @@ def test_zerocopy_on_a_veth_fails_with_the_reason(lab: Lab) -> None:
         pytest.raises(DeviceError, match="no zero-copy AF_XDP on this queue: use mode"),
     ):
         AfxdpDevice(SERVER_IFNAME, mode="zerocopy")
+
+
+def test_fill_rings_are_populated_before_bind(lab: Lab, tmp_path: Path) -> None:
+    """A driver may take frames at once. The sockets after the first inherit the mode and may not ask for one."""
+    ffi, lib = build(tmp_path, "afxdp_order", "-Wl,--wrap=bind,--wrap=mmap")
+    config = ffi.new(
+        "struct afxdp_config *",
+        {
+            "ifname": SERVER_IFNAME.encode(),
+            "mode": 1,
+            "queue_count": 2,
+            "queues": [0, 1],
+            "frames": 1024,
+            "frame_size": 2048,
+            "ring_size": 128,
+        },
+    )
+    size, fd, error = lib.afxdp_mem_size(config), ffi.new("int *"), ffi.new("struct afxdp_error *")
+    mem = lib.afxdp_mem_map(size, fd)
+    dev = netns.run(lab.server_ns, lib.afxdp_open, config, mem, size, error)
+    assert dev != ffi.NULL, (error.err, error.step)
+    try:
+        assert lib.order_binds() == 2
+        assert [lib.order_filled(i) for i in range(2)] == [128, 128]
+        assert [lib.order_flags(i) for i in range(2)] == [XDP_COPY | XDP_USE_NEED_WAKEUP, XDP_SHARED_UMEM]
+    finally:
+        lib.afxdp_close(dev, 0)
+        lib.afxdp_mem_unmap(mem, size, fd[0])
 
 
 def test_address_mtu_and_queues_are_the_interfaces(lab: Lab) -> None:
@@ -403,6 +433,7 @@ def test_closing_is_bounded_when_completions_never_come(lab: Lab) -> None:
 HOLD = f"""
 import sys, time
 sys.path.insert(0, {str(TESTS)!r})
+from afxdp_fake import build
 from afxdp_support import Redirect
 from bypass.afxdp import AfxdpDevice
 dev = AfxdpDevice("{SERVER_IFNAME}", ring_size=256, frames=4096)
