@@ -211,7 +211,7 @@ def check_jit(jited: bool | None) -> Check:
 
 # ---- An interface ----------------------------------------------------------------------------------------------
 def check_interface(facts: nic.Nic) -> Iterator[Check]:
-    for check in (check_link, check_driver, check_zerocopy, check_queues, check_mtu, check_programs):
+    for check in (check_link, check_driver, check_zerocopy, check_queues, check_mtu, check_program):
         yield check(facts)
     yield from check_offloads(facts)
     if facts.kind == "veth":
@@ -263,15 +263,15 @@ def check_mtu(facts: nic.Nic) -> Check:
     return _check("MTU", "warn", found, f"ip link set dev {facts.name} mtu 1500")
 
 
-def check_programs(facts: nic.Nic) -> Check:
-    foreign = [p for p in facts.programs if not p.ours]
-    if foreign:
-        found = f"somebody else's: {'; '.join(p.whose() for p in foreign)}"
-        fix = f"stop its owner, or: ip link set dev {facts.name} xdp off"
-        return _check("XDP programs", "fail", found, fix)
-    if facts.programs:
-        return _check("XDP programs", "ok", f"bypass's own: {'; '.join(p.whose() for p in facts.programs)}")
-    return _check("XDP programs", "ok", "none")
+def check_program(facts: nic.Nic) -> Check:
+    program = facts.program
+    if program is None:
+        return _check("XDP program", "ok", "none")
+    if program.ours:
+        return _check("XDP program", "ok", f"bypass's own: {program.whose()}")
+    kind = "xdpgeneric" if program.mode == "skb" else "xdp"
+    fix = f"stop its owner, or: ip link set dev {facts.name} {kind} off"
+    return _check("XDP program", "fail", f"somebody else's: {program.whose()}", fix)
 
 
 def check_offloads(facts: nic.Nic) -> Iterator[Check]:

@@ -12,7 +12,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import socket
 import struct
 from contextlib import suppress
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bypass import netns, probe
+from bypass import libbpf, netns
 from bypass.errors import DeviceError
 
 # linux/netdev.h: bits of xdp-features
@@ -28,8 +27,7 @@ XDP_BASIC, XDP_REDIRECT, XDP_ZEROCOPY, XDP_RX_SG = 1, 2, 8, 32
 NETDEV_CMD_DEV_GET = 1
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 0x3
 IFNAME_MAX = 15
-# The names that the kernel knows our programs by (15 characters of the C function's name).
-OUR_PROGRAMS = ("xdp_steer", "bypass_probe")
+OUR_PROGRAMS = "bypass_"  # how the names begin under which our programs are loaded
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Feature:
 
 @dataclass(frozen=True)
 class XdpProgram:
-    """An XDP program on an interface. `mode`: native, generic or hardware. `holders`: processes, pid -> name, that
-    hold the program or its link; none is known without root."""
+    """The XDP program of an interface. `mode`: native, skb or offload. `holders`: processes, pid -> name, that hold
+    it or its link; none is known without root."""
 
     prog_id: int
     name: str
@@ -52,7 +50,7 @@ class XdpProgram:
 
     @property
     def ours(self) -> bool:
-        return self.name in OUR_PROGRAMS
+        return self.name.startswith(OUR_PROGRAMS)
 
     def whose(self) -> str:
         """For messages: name, number and holders."""
@@ -88,7 +86,7 @@ class Nic:
     max_queues: int | None
     features: dict[str, Feature]
     xdp_features: int | None
-    programs: tuple[XdpProgram, ...]
+    program: XdpProgram | None
     default_route: bool
     login: str
     rps: tuple[str, ...] | None = field(default=None)
@@ -132,7 +130,7 @@ def read(ifname: str) -> Nic:
             max_queues=most,
             features=_features(ifname),
             xdp_features=xdp_features(index),
-            programs=_programs(link),
+            program=_program(index),
             default_route=index in _carriers(ip, _default_route_devices(ip)),
             login=_login(ip, index),
             rps=_rps(ifname, link),
@@ -234,48 +232,18 @@ def _rps(ifname: str, link: Any) -> tuple[str, ...] | None:
 
 
 # ---- What is attached ----------------------------------------------------------------------------------------------
-def _programs(link: Any) -> tuple[XdpProgram, ...]:
-    xdp = link.get_attr("IFLA_XDP")
-    modes = {"DRV": "native", "SKB": "generic", "HW": "hardware"}
-    ids = {mode: xdp.get_attr(f"IFLA_XDP_{key}_PROG_ID") for key, mode in modes.items()} if xdp else {}
-    return tuple(
-        XdpProgram(prog_id, program_name(prog_id), mode, program_holders(prog_id))
-        for mode, prog_id in ids.items()
-        if prog_id
-    )
+def _program(index: int) -> XdpProgram | None:
+    there = libbpf.xdp_attached(index)
+    if there is None:
+        return None
+    return XdpProgram(there.prog_id, there.name, there.mode, {pid: _command(pid) for pid in there.pids})
 
 
-def program_name(prog_id: int) -> str:
-    """The name that a BPF program was loaded under; "" when it is gone, has none, or is not ours to see."""
-    info = ctypes.create_string_buffer(256)  # struct bpf_prog_info
+def _command(pid: int) -> str:
     try:
-        fd = probe.bpf(probe.BPF_PROG_GET_FD_BY_ID, struct.pack("=III", prog_id, 0, 0))
-        try:
-            probe.bpf(
-                probe.BPF_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, len(info), ctypes.addressof(info))
-            )
-        finally:
-            os.close(fd)
+        return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
-        return ""
-    return info.raw[64:80].split(b"\0")[0].decode(errors="replace")
-
-
-def program_holders(prog_id: int) -> dict[int, str]:
-    """Processes with a descriptor of the program or of a link to it: pid -> name. Others' need root."""
-    wanted = re.compile(rf"^prog_id:\s*{prog_id}$", re.MULTILINE)
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            for fd in (process / "fd").iterdir():
-                if not re.match(r"anon_inode:\[?bpf[-_](?:prog|link)", os.readlink(fd)):
-                    continue
-                if wanted.search((process / "fdinfo" / fd.name).read_text()):
-                    found[int(process.name)] = (process / "comm").read_text().strip()
-                    break
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has ended meanwhile, or is not ours to see
-    return found
+        return "ended"
 
 
 # ---- What depends on it --------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process may do on this machine, found by trying: the bpf(2) system call, AF_XDP sockets, namespaces,
+"""What this process may do on this machine, found by trying: loading a program, AF_XDP sockets, namespaces,
 native XDP on a veth. Nothing is left behind, and no interface that exists is touched.
 
 What to do about a shortage is the business of bypass.doctor.
@@ -7,8 +7,6 @@ What to do about a shortage is the business of bypass.doctor.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import platform
 import re
@@ -18,7 +16,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from bypass import netns
+from bypass import libbpf, netns
 from bypass.errors import BypassError
 
 # linux/capability.h: the ones that matter here
@@ -32,9 +30,7 @@ CAPABILITIES = {
 }
 KERNEL_NEEDED = (6, 6)  # tcx links: the guard against kernel resets
 AF_XDP = 44
-XDP_FLAGS_DRV_MODE = 1 << 2  # linux/if_link.h
-BPF_PROG_LOAD, BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_LINK_CREATE = 5, 13, 15, 28  # linux/bpf.h
-BPF_PROG_TYPE_XDP, BPF_XDP = 6, 37
+PROGRAM_NAME = "bypass_probe"
 # { mov r0, XDP_PASS; exit }
 PASS_PROGRAM = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
 
@@ -56,52 +52,14 @@ def capabilities() -> frozenset[str]:
     raise BypassError("/proc/thread-self/status has no CapEff line")
 
 
-# ---- bpf(2) ----------------------------------------------------------------------------------------------------
-def bpf(command: int, attr: bytes | bytearray) -> int:
-    """The system call. `attr` is union bpf_attr; a bytearray receives what the kernel writes into it.
-
-    Raises:
-        OSError: with the kernel's errno.
-    """
-    number = {"x86_64": 321, "aarch64": 280}.get(platform.machine())
-    if number is None:
-        raise OSError(errno.ENOSYS, f"the number of bpf(2) is not known on {platform.machine()}")
-    libc = ctypes.CDLL(None, use_errno=True)
-    buf = (ctypes.c_char * len(attr)).from_buffer_copy(attr)
-    result = int(libc.syscall(number, command, buf, len(attr)))
-    if result < 0:
-        err = ctypes.get_errno()
-        raise OSError(err, os.strerror(err))
-    if isinstance(attr, bytearray):
-        attr[:] = bytes(buf)
-    return result
+def load_pass_program() -> libbpf.Prog:
+    """Loads an XDP program that passes everything. The caller closes it."""
+    return libbpf.Prog(libbpf.PROG_XDP, PROGRAM_NAME, PASS_PROGRAM, libbpf.ATTACH_XDP, [])
 
 
-def load_pass_program() -> int:
-    """Loads an XDP program that passes everything. Returns its descriptor, which the caller closes."""
-    insns = ctypes.create_string_buffer(PASS_PROGRAM, len(PASS_PROGRAM))
-    license_ = ctypes.create_string_buffer(b"Apache-2.0")
-    return bpf(
-        BPF_PROG_LOAD,
-        struct.pack(
-            "=IIQQIIQII16s",
-            BPF_PROG_TYPE_XDP,
-            len(PASS_PROGRAM) // 8,
-            ctypes.addressof(insns),
-            ctypes.addressof(license_),
-            0,  # log_level, log_size, log_buf: none
-            0,
-            0,
-            0,  # kern_version
-            0,  # prog_flags
-            b"bypass_probe",
-        ),
-    )
-
-
-def attach_native(prog_fd: int, ifindex: int) -> int:
-    """Attaches an XDP program in driver mode by a link; closing the returned descriptor detaches it."""
-    return bpf(BPF_LINK_CREATE, struct.pack("=IIII", prog_fd, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE))
+def attach_native(prog: libbpf.Prog, ifindex: int) -> libbpf.Link:
+    """Attaches an XDP program in driver mode by a link; closing the link detaches it."""
+    return libbpf.Link(prog, ifindex, libbpf.ATTACH_XDP, libbpf.XDP_DRV_MODE)
 
 
 # ---- Attempts: None, or what is missing, as words ----------------------------------------------------------------
@@ -123,33 +81,35 @@ def try_core() -> str | None:
 
 def try_program_load() -> str | None:
     try:
-        os.close(load_pass_program())
+        load_pass_program().close()
     except OSError as e:
-        return f"bpf(BPF_PROG_LOAD) of an XDP program: {e.strerror}"
+        return _why(e)
     return None
 
 
 def is_jited() -> bool | None:
     """Whether the kernel compiled the program that it was given to machine code; None: it takes none from us."""
     try:
-        fd = load_pass_program()
+        prog = load_pass_program()
     except OSError:
         return None
     try:
-        return (
-            re.search(r"^prog_jited:\s*1$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
-            is not None
-        )
+        text = Path(f"/proc/self/fdinfo/{prog.fd}").read_text()
     finally:
-        os.close(fd)
+        prog.close()
+    return re.search(r"^prog_jited:\s*1$", text, re.MULTILINE) is not None
 
 
 def try_xsk() -> str | None:
     try:
         socket.socket(AF_XDP, socket.SOCK_RAW, 0).close()
     except OSError as e:
-        return f"socket(AF_XDP): {e.strerror}"
+        return f"socket(AF_XDP): {_why(e)}"
     return None
+
+
+def _why(e: OSError) -> str:
+    return e.strerror or str(e)  # a library that is not there has no errno
 
 
 @cache
@@ -159,7 +119,7 @@ def try_native_xdp() -> str | None:
     try:
         netns.create(name)
     except OSError as e:
-        return f"a network namespace cannot be made: {e.strerror or e}"
+        return f"a network namespace cannot be made: {_why(e)}"
     try:
         return netns.run(name, _attach_to_veth)
     finally:
@@ -179,13 +139,13 @@ def _attach_to_veth() -> str | None:
         try:
             prog = load_pass_program()
         except OSError as e:
-            return f"bpf(BPF_PROG_LOAD) of an XDP program: {e.strerror}"
+            return _why(e)
         try:
-            os.close(attach_native(prog, ip.link_lookup(ifname="probe0")[0]))
+            attach_native(prog, ip.link_lookup(ifname="probe0")[0]).close()
         except OSError as e:
-            return f"native XDP on a veth, by a link: {e.strerror}"
+            return f"in native mode on a veth: {_why(e)}"
         finally:
-            os.close(prog)
+            prog.close()
     return None
 
 
@@ -201,7 +161,9 @@ def missing_for_xdp() -> list[str]:
     if "CAP_BPF" not in caps and "CAP_SYS_ADMIN" not in caps:
         missing.append("CAP_BPF")
     if kernel_version() < KERNEL_NEEDED:
-        missing.append(f"kernel {KERNEL_NEEDED[0]}.{KERNEL_NEEDED[1]} or later (this is {platform.release()})")
+        missing.append(
+            f"kernel {KERNEL_NEEDED[0]}.{KERNEL_NEEDED[1]} or later (this is {platform.release()})"
+        )
     for attempt in (try_bcc, try_xsk):
         problem = attempt()
         if problem:

@@ -35,7 +35,7 @@ PLAIN = nic.Nic(
     max_queues=8,
     features={"rx-lro": nic.Feature(False, True), "rx-vlan-hw-parse": nic.Feature(False, True)},
     xdp_features=NATIVE | nic.XDP_ZEROCOPY,
-    programs=(),
+    program=None,
     default_route=False,
     login="",
     rps=("0", "0"),
@@ -150,12 +150,12 @@ def test_an_offload_that_hurts_comes_with_the_command_that_ends_it(
 
 def test_a_foreign_program_fails_and_says_whose_it_is() -> None:
     foreign = nic.XdpProgram(12, "xdp_dispatcher", "native", {4711: "xdp-loader"})
-    check = doctor.check_programs(replace(PLAIN, programs=(foreign,)))
+    check = doctor.check_program(replace(PLAIN, program=foreign))
     assert check.verdict == "fail"
     assert "xdp_dispatcher (program 12, native), held by xdp-loader (4711)" in check.found
     assert "ip link set dev eth1 xdp off" in check.fix
-    ours = nic.XdpProgram(13, "xdp_steer", "native", {4712: "python"})
-    assert doctor.check_programs(replace(PLAIN, programs=(ours,))).verdict == "ok"
+    ours = nic.XdpProgram(13, "bypass_steer", "native", {4712: "python"})
+    assert doctor.check_program(replace(PLAIN, program=ours)).verdict == "ok"
 
 
 def test_the_rest_of_an_interface_is_judged_too() -> None:
@@ -238,13 +238,14 @@ def test_an_attached_program_is_seen_with_its_holder(lab: Lab) -> None:
         try:
             return nic.read("bypass0")
         finally:
-            os.close(link)
-            os.close(prog)
+            link.close()
+            prog.close()
 
-    (program,) = netns.run(lab.server_ns, attach).programs
+    program = netns.run(lab.server_ns, attach).program
+    assert program is not None
     assert (program.name, program.mode) == ("bypass_probe", "native")
     assert os.getpid() in program.holders
-    assert inspect(lab).programs == ()
+    assert inspect(lab).program is None
 
 
 @pytest.mark.netns
