@@ -262,6 +262,7 @@ void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c); /* c dies be
 bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
 void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c); /* after snd_mss shrank */
 uint32_t tcp_pipe(const struct tcp_conn *c); /* bytes thought to be in the network */
 
 /* tcp_cc.c */

@@ -60,6 +60,16 @@ void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c)
         c->flags |= TF_FIN_LOST;
 }
 
+/* The path's MTU shrank: what is out and too large for it will not arrive (RFC 1191 6.4). No sign of
+ * congestion: cwnd stays. */
+void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c)
+{
+    for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
+        if (pkt_meta(s, p)->data_len > c->snd_mss)
+            mark_lost(s, c, p);
+    c->rtx_next = c->sndq_head;
+}
+
 static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
 {
     STAT(s, tcp_fast_retransmits);

@@ -289,7 +289,7 @@ static void resume_list(struct bypass_stack *s, int list)
         reversed = i;
         i = next;
     }
-    while (reversed != NO_INDEX) { /* tcp_resume frees no connection but may block this one again */
+    while (reversed != NO_INDEX) { /* tcp_resume may end this connection or block it again, but no other */
         struct tcp_conn *c = conn_at(s, reversed);
         reversed = c->blocked_next;
         c->flags &= ~(uint32_t)(TF_BLOCKED | TF_BLOCKED_DST);

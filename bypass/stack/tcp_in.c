@@ -300,7 +300,7 @@ static bool replaces_time_wait(const struct tcp_conn *c, const struct segment *g
 static void dispatch(struct bypass_stack *s, struct segment *g)
 {
     struct tcp_conn *c = conn_find(s, g->hash, &g->ri->dst, &g->ri->src, g->dst_port, g->src_port);
-    if (c && unlikely(replaces_time_wait(c, g)) && c->sock == NO_INDEX) {
+    if (c && unlikely(replaces_time_wait(c, g))) {
         conn_drop(s, c, 0);
         c = NULL;
     }
@@ -343,8 +343,10 @@ static void path_mtu_shrank(struct bypass_stack *s, struct tcp_conn *c, const st
     d->mtu = mtu;
     c->path_mtu = mtu;
     conn_update_mss(s, c, mtu);
-    if (c->state != BYPASS_SYN_SENT && c->state != BYPASS_SYN_RECEIVED)
-        tcp_retransmit_head(s, c);
+    if (c->state != BYPASS_SYN_SENT && c->state != BYPASS_SYN_RECEIVED) {
+        tcp_mark_oversize(s, c);
+        tcp_output(s, c);
+    }
 }
 
 void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e)

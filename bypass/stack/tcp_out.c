@@ -4,6 +4,8 @@
  * how its header looks. Retransmissions go first, then new data, then the FIN, then a bare ACK if
  * nothing carried one.
  */
+#include <errno.h>
+
 #include "csum.h"
 #include "tcp.h"
 
@@ -63,13 +65,17 @@ static struct ip_tx conn_ip(const struct bypass_stack *s, struct tcp_conn *c)
         .src = &c->laddr, .dst = &c->raddr, .ref = &c->dst, .proto = 6, .ttl = k->ttl, .tos = k->tos, .df = true};
 }
 
-/* The next hop, or NULL: then the connection waits for it and tries again. */
+/* The next hop, or NULL: then the connection waits for it and tries again. An unreachable one is tried
+ * again by the retransmission timer; a connection that is only being opened ends (tcp_resume). */
 static struct dst *conn_dst(struct bypass_stack *s, struct tcp_conn *c)
 {
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     if (likely(d && d->state == DST_OK))
         return d;
-    conn_blocked(s, c, d && d->state == DST_PENDING);
+    if (d && d->state == DST_FAILED)
+        conn_cold(s, c)->soft_error = EHOSTUNREACH;
+    else
+        conn_blocked(s, c, d != NULL);
     return NULL;
 }
 
@@ -379,7 +385,13 @@ void tcp_output(struct bypass_stack *s, struct tcp_conn *c)
 
 void tcp_resume(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+    const struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    bool opening = c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED;
+    if (opening && d && d->state == DST_FAILED) {
+        conn_drop(s, c, EHOSTUNREACH);
+        return;
+    }
+    if (opening)
         tcp_send_syn(s, c);
     else
         tcp_output(s, c);
