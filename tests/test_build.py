@@ -139,27 +139,42 @@ def test_the_sources_of_every_variant_are_the_same() -> None:
     assert len(compiled["release"]) > 20
 
 
-def test_set_up_names_what_is_missing_where_it_cannot_install(tmp_path: Path) -> None:
-    """Not root on Debian: the command to run, exit code 2, and nothing is made."""
-    bin_dir = tmp_path / "bin"
+def set_up_with(tmp_path: Path, path: str, **commands: str) -> subprocess.CompletedProcess[str]:
+    """scripts/setup alone in an empty repository, with these commands in front of PATH."""
+    bin_dir, copy = tmp_path / "bin", tmp_path / "repo"
     bin_dir.mkdir()
-    for name, body in {
-        "id": "echo 1000",
-        "apt-get": "echo apt-get was called >&2; exit 1",
-        "dpkg-query": 'case "$*" in *valgrind*) exit 1;; esac; echo installed',
-    }.items():
+    for name, body in commands.items():
         (bin_dir / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_dir / name).chmod(0o755)
-    copy = tmp_path / "repo"
     (copy / "scripts").mkdir(parents=True)
     (copy / "scripts/setup").write_text((ROOT / "scripts/setup").read_text())
-    env = {**os.environ, "PATH": f"{bin_dir}:/usr/bin:/bin"}
-    done = subprocess.run(["sh", copy / "scripts/setup"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Debian packages to install: valgrind" in done.stdout
-    assert "sudo apt-get install" in done.stderr
-    assert "apt-get was called" not in done.stderr
+    env = {"PATH": f"{bin_dir}:{path}"}
+    done = subprocess.run(["/bin/sh", copy / "scripts/setup"], env=env, capture_output=True, text=True)
     assert not (copy / ".venv").exists()
+    return done
+
+
+def test_set_up_without_root_names_the_packages_and_the_command(tmp_path: Path) -> None:
+    done = set_up_with(
+        tmp_path,
+        "/usr/bin:/bin",
+        **{
+            "id": "echo 1000",
+            "apt-get": "echo apt-get was called >&2; exit 1",
+            "dpkg-query": 'case "$*" in *valgrind*) exit 1;; esac; echo installed',
+        },
+    )
+    assert done.returncode == 2
+    assert "Debian packages to install: valgrind\n" in done.stdout
+    assert "sudo apt-get install -y --no-install-recommends valgrind\n" in done.stderr
+    assert "apt-get was called" not in done.stderr
+
+
+def test_set_up_on_another_system_names_what_is_needed(tmp_path: Path) -> None:
+    done = set_up_with(tmp_path, "", dirname='echo "${1%/*}"')  # a system with nothing but the shell
+    assert done.returncode == 2
+    assert "not Debian: install gcc" in done.stderr
+    assert "python3-bpfcc" in done.stderr
 
 
 def test_requirements_are_pinned_and_no_line_is_twice() -> None:
