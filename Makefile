@@ -54,16 +54,16 @@ setup: build ## Debian packages, .venv with pinned dependencies, the C core (dem
 build: $(VENV)/.stamp $(EXT) $(LIB) ## The C core: bypass/_core*.so for Python and build/libbypass.so
 
 demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
-	$(RUN) -m bypass.demo $(ARGS)
+	@$(RUN) -m bypass.demo $(ARGS)
 
 test: setup ## The whole test suite (ARGS="-k tcp" for a part of it)
 	@$(RUN) -m pytest $(ARGS)
 
 bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo; leaves build/bench.json
-	$(RUN) -m bench $(ARGS)
+	@$(RUN) -m bench $(ARGS)
 
 lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
-	scripts/lint
+	@scripts/lint
 
 fuzz: ## The hypothesis suites with a large budget over the sanitizer build (FUZZ=20: times the usual examples)
 	@$(MAKE) --no-print-directory SAN=1 BYPASS_FUZZ=$(or $(FUZZ),20) test ARGS="-m hypothesis --timeout=0 $(ARGS)"
