@@ -13,6 +13,7 @@ import os
 import socket as _socket
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bypass._core import lib
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from bypass.sim import Port
     from bypass.sockets import Socket
 
-__all__ = ["Control", "Stack"]
+__all__ = ["Control", "Lease", "Stack"]
 
 STREAM: int = lib.BYPASS_STREAM
 DGRAM: int = lib.BYPASS_DGRAM
@@ -36,32 +37,44 @@ KINDS: dict[int, int] = {_socket.SOCK_STREAM: STREAM, _socket.SOCK_DGRAM: DGRAM}
 SETTLED = frozenset({"TIME_WAIT", "CLOSED", "FIN_WAIT_2"})
 
 
+@dataclass(slots=True)
+class Lease:
+    """A local address that control has reserved for a socket, and the keys of what it made live for it."""
+
+    kind: int
+    local: Address
+    live: list[tuple[int, Address, Address | None]] = field(default_factory=list)
+
+
 class Control(Protocol):
     """What has to be asked outside the stack before a socket may use an address. All with the lock held."""
 
-    def reserve(self, kind: int, local: Address, remote: Address | None) -> Address:
-        """The local address to use (port 0 and wildcard resolved where needed), reserved. PermissionError: no rule
-        grants it; OSError EADDRINUSE: another program has it."""
+    def lease(self, kind: int, local: Address, remote: Address | None) -> Lease:
+        """Reserves a local address; port 0, and any address where there is a peer, are resolved.
 
-    def activate(self, kind: int, local: Address, remote: Address | None) -> None:
-        """From now on packets of this flow come to the stack."""
+        Raises:
+            PermissionError: no rule of the policy grants it.
+            OSError: EADDRINUSE: a program has it; ENETUNREACH: there is no way to the peer.
+        """
 
-    def release(self, kind: int, local: Address, remote: Address | None) -> None:
-        """A socket has let go of it; it stays as long as the stack has connections on that port."""
+    def activate(self, lease: Lease, remote: Address | None) -> None:
+        """From now on packets of this flow come to the stack. PermissionError: no rule grants it."""
+
+    def release(self, lease: Lease) -> None:
+        """A socket has let go of it; what is live stays as long as the stack has connections on that port."""
 
 
 class _Entry:
     """A handle of the stack, and what control knows of it."""
 
-    __slots__ = ("handle", "handler", "kind", "listening", "local", "remote", "user")
+    __slots__ = ("handle", "handler", "kind", "lease", "listening", "user")
 
     def __init__(self, handle: int, kind: int, user: int) -> None:
         self.handle = handle
         self.kind = kind
         self.user = user
         self.listening = False
-        self.local: Address | None = None  # reserved with control
-        self.remote: Address | None = None
+        self.lease: Lease | None = None
         self.handler: Callable[[int], None] | None = None
 
 
@@ -168,43 +181,45 @@ class Stack:
 
     def bind(self, handle: int, address: Address) -> None:
         entry = self._by_handle[handle]
-        if self._control is not None:
-            address = self._control.reserve(entry.kind, address, None)
-        try:
+        if self._control is None:
             self.core.bind(handle, address)
+            return
+        if entry.lease is not None:
+            raise OSError(errno.EINVAL, "the socket is bound already")
+        self._bind_lease(entry, self._control.lease(entry.kind, address, None))
+        if entry.kind == DGRAM:
+            self._activate(entry, None)
+
+    def _bind_lease(self, entry: _Entry, lease: Lease) -> None:
+        assert self._control is not None
+        try:
+            self.core.bind(entry.handle, lease.local)
         except OSError:
-            if self._control is not None:
-                self._control.release(entry.kind, address, None)
+            self._control.release(lease)
             raise
-        if self._control is not None:
-            entry.local = address
-            if entry.kind == DGRAM:
-                self._control.activate(DGRAM, address, None)
+        entry.lease = lease
+
+    def _activate(self, entry: _Entry, remote: Address | None) -> None:
+        if self._control is not None and entry.lease is not None:
+            self._control.activate(entry.lease, remote)
 
     def listen(self, handle: int, backlog: int) -> None:
         entry = self._by_handle[handle]
         if self.core.local(handle)[1] == 0:
             self.bind(handle, ("0.0.0.0", 0))
         self.core.listen(handle, backlog)
+        self._activate(entry, None)
         entry.listening = True
-        if self._control is not None and entry.local is not None:
-            self._control.activate(STREAM, entry.local, None)
         self.touched()
 
     def connect(self, handle: int, address: Address) -> int:
         """0, or -errno: -EINPROGRESS is no failure. PermissionError: no rule grants the flow."""
         entry = self._by_handle[handle]
-        control = self._control
-        if control is not None and entry.remote is None:
-            local = control.reserve(entry.kind, entry.local or ("0.0.0.0", 0), address)
-            try:
-                if entry.local is None:
-                    self.core.bind(handle, local)
-                control.activate(entry.kind, local, address)
-            except OSError:
-                control.release(entry.kind, local, address)
-                raise
-            entry.local, entry.remote = local, address
+        if self._control is not None:
+            if entry.lease is None:
+                self._bind_lease(entry, self._control.lease(entry.kind, ("0.0.0.0", 0), address))
+            # Live before the SYN leaves: its answer must find the entry.
+            self._activate(entry, address)
         result = self.core.connect(handle, address)
         self.touched()
         return result
@@ -228,15 +243,16 @@ class Stack:
             self.core.abort(handle)
         else:
             self.core.close_socket(handle)
-        if self._control is not None and entry.local is not None:
-            self._control.release(entry.kind, entry.local, entry.remote)
+        if self._control is not None and entry.lease is not None:
+            self._control.release(entry.lease)
         self.touched()
 
     def sendto(self, handle: int, data: Any, address: Address | None, flags: int = 0) -> int:
         """A datagram. Bytes, or -errno. A socket without address gets one first."""
         entry = self._by_handle[handle]
-        if self._control is not None and entry.local is None:
-            self.bind(handle, self._control.reserve(DGRAM, ("0.0.0.0", 0), address))
+        if self._control is not None and entry.lease is None and address is not None:
+            self._bind_lease(entry, self._control.lease(DGRAM, ("0.0.0.0", 0), address))
+            self._activate(entry, None)
         sent = self.core.sendto(handle, data, address, flags)
         self.touched()
         return sent

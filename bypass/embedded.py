@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedded mode: one privileged process steers flows of an interface, runs the stack, and owns both.
+
+    policy -> Steering (XDP program) -> AfxdpDevice (rings) -> CoreStack -> sockets
+                  ^ live entries: bypass.control               ^ next hops, addresses: netlink
+
+What lives here: putting these together, and the driver that polls the device and sleeps on its descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import time
+
+from bypass._core import lib
+from bypass.afxdp import AfxdpDevice, interface_queues
+from bypass.control import PolicyControl
+from bypass.core import FOREVER, Config, CoreStack
+from bypass.driver import Driver
+from bypass.errors import DeviceError
+from bypass.policy import Policy, load_policy
+from bypass.stack_api import Stack
+from bypass.steering import Steering
+from bypass.watch import KernelWatch
+
+__all__ = ["DeviceDriver", "open_stack"]
+
+log = logging.getLogger("bypass")
+TICK_NS = 100_000_000
+POLL_BUDGET = 256  # frames
+POLL_ROUNDS = 8  # batches, before the program gets its turn
+
+
+class DeviceDriver(Driver):
+    """Drives one stack on an AF_XDP device.
+
+    One thread at a time polls and sleeps for all; others that wait are woken by it. A socket call of another thread
+    wakes it, since the deadline may have moved.
+
+    Attributes:
+        failure: set when the interface is gone for good; every call that waits raises it.
+    """
+
+    def __init__(
+        self,
+        core: CoreStack,
+        device: AfxdpDevice,
+        steering: Steering,
+        control: PolicyControl,
+        watch: KernelWatch,
+        spin_us: int,
+    ) -> None:
+        super().__init__()
+        self.core = core
+        self.device = device
+        self.steering = steering
+        self.control = control
+        self.watch = watch
+        self.failure: DeviceError | None = None
+        self._spin_ns = spin_us * 1000
+        self._stack: Stack | None = None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._sleeping_until: int | None = None
+        self._driving = False
+        self._down = False
+        self._tick_ns = 0
+        self._tick_wanted = True
+        self._device_fd = int(device.netdev.ops.wait_fd(device.netdev))
+        self._poll = select.poll()
+        for fd in (*self.fds(), self._wake):
+            self._poll.register(fd, select.POLLIN)
+        control.changed = self._want_tick
+
+    def fds(self) -> list[int]:
+        return [self._device_fd, self.watch.fileno()]
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+    def seconds_until(self, time_ns: int) -> float:
+        return (time_ns - time.monotonic_ns()) / 1e9
+
+    # ---- one turn
+    def poll(self) -> None:
+        self._turn()
+
+    def _turn(self) -> bool:
+        """Receives, runs timers, sends, reports events. Whether anything happened."""
+        core = self.core
+        if core.closed:
+            return True
+        busy = False
+        for _ in range(POLL_ROUNDS):
+            got = core.poll(time.monotonic_ns(), POLL_BUDGET)
+            if got < 0:
+                self._trouble(-got)
+                break
+            busy = busy or got > 0
+            if got < POLL_BUDGET:
+                break
+        assert self._stack is not None
+        while events := core.events():
+            busy = True
+            for e in events:
+                self._stack.dispatch(e.user, e.mask)
+        self._housekeeping()
+        if busy:
+            self.cond.notify_all()
+        return busy
+
+    def _trouble(self, code: int) -> None:
+        """0: the interface is well, as netlink sees it."""
+        if code == 0:
+            if self._down:
+                log.warning("%s is up again", self.device.ifname)
+            self._down = False
+        elif code == errno.ENXIO:
+            if self.failure is None:
+                self.failure = DeviceError(f"{self.device.ifname} is gone")
+                log.error("%s", self.failure)
+        elif code == errno.ENETDOWN:
+            if not self._down:
+                log.warning("%s is down; connections wait for it", self.device.ifname)
+            self._down = True
+        elif code != errno.EAGAIN:
+            log.error("%s: %s", self.device.ifname, os.strerror(code))
+
+    def _housekeeping(self) -> None:
+        """What has to be asked of, or told to, the kernel."""
+        now = time.monotonic_ns()
+        if wanted := self.core.nexthop_wanted():
+            self.watch.resolve(wanted)
+        due = self.watch.due_ns()
+        if wanted or now >= self._tick_ns or (due is not None and now >= due):
+            self._trouble(self.watch.update())
+        if self._tick_wanted and now >= self._tick_ns:
+            self._tick_wanted = self.control.tick()
+        if now >= self._tick_ns:
+            self._tick_ns = now + TICK_NS
+
+    def _want_tick(self) -> None:
+        self._tick_wanted = True
+
+    def next_ns(self) -> int:
+        deadline = self.core.deadline()
+        if self._tick_wanted:
+            deadline = min(deadline, self._tick_ns)
+        due = self.watch.due_ns()
+        return deadline if due is None else min(deadline, due)
+
+    # ---- sleeping
+    def wait(self, deadline_ns: int) -> bool:
+        if self.failure is not None:
+            raise self.failure
+        if self._driving:  # another thread polls for us
+            left = (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns != FOREVER else None
+            if left is not None and left <= 0:
+                return False
+            self.cond.wait(left)
+            return True
+        self._driving = True
+        try:
+            return self._drive(deadline_ns)
+        finally:
+            self._driving = False
+            self.cond.notify_all()  # whoever still waits drives now
+
+    def _drive(self, deadline_ns: int) -> bool:
+        spin_until = time.monotonic_ns() + self._spin_ns
+        while not self._turn():
+            now = time.monotonic_ns()
+            if now >= deadline_ns:
+                return False
+            if self.failure is not None or self.core.closed:
+                return True
+            if now < spin_until:
+                self._breathe()
+                continue
+            self._sleep(min(deadline_ns, self.next_ns()), now)
+        return True
+
+    def _breathe(self) -> None:
+        """Other threads may take the lock."""
+        self.lock.release()
+        self.lock.acquire()
+
+    def _sleep(self, until_ns: int, now_ns: int) -> None:
+        if until_ns <= now_ns:
+            return
+        timeout = None if until_ns == FOREVER else (until_ns - now_ns + 999_999) // 1_000_000
+        self._sleeping_until = until_ns
+        self.lock.release()
+        try:
+            ready = self._poll.poll(timeout)
+        finally:
+            self.lock.acquire()
+            self._sleeping_until = None
+        for fd, _ in ready:
+            if fd == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            elif fd == self.watch.fileno():
+                self._trouble(self.watch.update())
+
+    def touched(self, stack: Stack) -> None:
+        self.core.flush()
+        if self._sleeping_until is not None and self._driving:
+            os.eventfd_write(self._wake, 1)
+
+    # ---- end
+    def remove(self, stack: Stack) -> None:
+        """Detaches before the sockets close: packets go to the kernel again, none into a closing socket."""
+        with contextlib.ExitStack() as end:
+            end.callback(os.close, self._wake)
+            end.callback(self.watch.close)
+            end.callback(self.device.close)
+            end.callback(self.steering.close)
+            end.callback(self.control.close)
+
+
+def open_stack(
+    policy: str | os.PathLike[str] | Policy,
+    *,
+    config: Config | None = None,
+    spin_us: int = 0,
+    rx_csum_trust: bool = False,
+    name: str | None = None,
+) -> Stack:
+    """A stack on the interface of a policy; see Stack.from_policy().
+
+    Args:
+        policy: path of a policy, or a Policy.
+        config: sizes of the stack.
+        spin_us: how long a blocking call polls before it sleeps, microseconds.
+        rx_csum_trust: received checksums of TCP and UDP are taken as right (a veth peer that leaves them out).
+        name: for messages; None: the interface.
+
+    Raises:
+        PolicyError, PrivilegeError, DeviceError, SteeringError, ForeignProgramError.
+    """
+    if not isinstance(policy, Policy):
+        policy = load_policy(policy)
+    b = policy.backend
+    ifname = policy.interface
+    with contextlib.ExitStack() as undo:
+        steering = Steering(
+            policy, ifname, queues=interface_queues(ifname), mode="skb" if b.mode == "skb" else "native"
+        )
+        undo.callback(steering.close)
+        device = AfxdpDevice(
+            ifname,
+            queues="all" if b.queues is None else b.queues,
+            mode=b.mode,
+            ring_size=b.ring_size,
+            frames=b.frames,
+            frame_size=b.frame_size,
+            rx_csum_trust=rx_csum_trust,
+        )
+        undo.callback(device.close)
+        for queue, fd in device.fds.items():
+            steering.set_socket(0, queue, fd)
+        # The kernel answers ARP and ping; resets of live flows are ours alone.
+        core = CoreStack(
+            device.netdev, config=config, flags=lib.BYPASS_F_RST, now_ns=time.monotonic_ns(), owner=device
+        )
+        undo.callback(core.close)
+        watch = KernelWatch(ifname, core, steering, device)
+        undo.callback(watch.close)
+        control = PolicyControl(policy, steering, watch)
+        control.core = core
+        driver = DeviceDriver(core, device, steering, control, watch, spin_us)
+        stack = Stack(core, driver, name=name or ifname, control=control)
+        driver._stack = stack
+        undo.pop_all()
+    return stack
