@@ -264,8 +264,7 @@ static inline uint32_t memdev_sent_count(const struct memdev *m)
 static inline void memdev_forget_sent(struct memdev *m)
 {
     size_t len;
-    while (memdev_sent(m, &len) != NULL) {
-    }
+    while (memdev_sent(m, &len) != NULL) {}
 }
 
 /* All frames are home, but those still in the receive ring or on the wire, which come home here. */
