@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from bypass.errors import PolicyError
 from bypass.policy import Backend, Policy
-from bypass.rules import Address, Network, PortRange, Rule, check_conflicts, compile_rules
+from bypass.rules import Action, Address, Network, PortRange, Rule, check_conflicts, compile_rules
 
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
 LOCALS = tuple(
@@ -40,13 +40,27 @@ _LOCAL4 = ("192.0.2.10/32", "192.0.2.11/32", "192.0.2.0/26", "192.0.2.0/24", "23
 _REMOTE4 = ("198.51.100.1/32", "198.51.100.2/32", "198.51.100.0/30", "198.51.100.0/24", "0.0.0.0/0")
 _LOCAL6 = ("2001:db8::10/128", "2001:db8::/64")
 _REMOTE6 = ("2001:db8:1::1/128", "2001:db8:1::/48", "::/0")
+# Of one mask here some rules rank higher and some lower than those of another: the order in which masks are tried does
+# not say which rule wins.
+_NESTED = (
+    PortRange(990, 1103),
+    PortRange(1090, 2100),
+    PortRange(2032, 2047),
+    PortRange(2000, 2023),
+    PortRange(3002, 3999),
+    PortRange(3000, 3003),
+    PortRange(8000, 8001),
+)
 _RANGES = (PortRange(8000, 8015), PortRange(1000, 1999), PortRange(8000, 8007), PortRange(1, 65535))
 
 
 def draw_rules(rng: random.Random, kind: str) -> list[Rule]:
     """Rules without conflicts that fit 16 masks. `kind`: `steer` only steers, `ip4` adds pass and drop, `all` IPv6 and
-    VLANs as well."""
-    rules = [_draw_rule(rng, i, kind) for i in range(rng.choice((2, 5, 9, 14, 20)))]
+    VLANs as well, `ranges` has port ranges that overlap each other, and nothing else."""
+    draw = _draw_nested if kind == "ranges" else _draw_rule
+    rules = [
+        draw(rng, i, kind) for i in range(rng.choice((2, 5, 9, 14, 20)) if kind != "ranges" else len(_NESTED))
+    ]
     while True:
         conflicts = {int(p.path[6:-1]) for p in check_conflicts(rules)}
         rules = [replace(r, index=i) for i, r in enumerate(r for r in rules if r.index not in conflicts)]
@@ -60,7 +74,9 @@ def draw_rules(rng: random.Random, kind: str) -> list[Rule]:
 
 
 def _draw_rule(rng: random.Random, index: int, kind: str) -> Rule:
-    action = "steer" if kind == "steer" else rng.choice(("steer", "steer", "steer", "pass", "pass", "drop"))
+    action: Action = (
+        "steer" if kind == "steer" else rng.choice(("steer", "steer", "steer", "pass", "pass", "drop"))
+    )
     v6 = kind == "all" and rng.random() < 0.3
     if v6 and action == "steer":
         action = rng.choice(("pass", "drop"))
@@ -80,6 +96,11 @@ def _draw_rule(rng: random.Random, index: int, kind: str) -> Rule:
         rng.choice((5, 6)) if kind == "all" and rng.random() < 0.15 else None,
         action,
     )
+
+
+def _draw_nested(rng: random.Random, index: int, kind: str) -> Rule:
+    action: Action = rng.choice(("steer", "steer", "pass"))
+    return Rule(index, f"r{index}", TCP, None, _NESTED[index], None, None, None, action)
 
 
 def _draw_net(rng: random.Random, pool: tuple[str, ...], probability: float) -> Network | None:
@@ -134,7 +155,7 @@ def _port(rng: random.Random, ports: PortRange | None) -> int:
         return rng.choice((*PORTS, rng.randrange(1, 65536)))
     if rng.random() < 0.15:
         return rng.choice((max(1, ports.first - 1), min(65535, ports.last + 1)))
-    return rng.choice((ports.first, ports.last))
+    return rng.choice((ports.first, ports.last, rng.randint(ports.first, ports.last)))
 
 
 def _peers(v6: bool) -> list[Address]:
@@ -186,7 +207,7 @@ def draw_flow(rng: random.Random, world: World) -> Flow:
             rport or base.remote_port,
             base.vlan,
         )
-    elif choice < 0.7 and world.kernel:
+    elif choice < 0.75 and world.kernel:
         flow = Flow(TCP, *rng.choice(world.kernel))
     else:
         flow = flow_of_rule(rng, rng.choice(world.rules))
@@ -349,7 +370,7 @@ def not_local(rng: random.Random, p: Packet, world: World) -> None:
 
 def first_fragment(rng: random.Random, p: Packet, world: World) -> None:
     p.fragment = 0x2000
-    p.l4 = p.l4[: rng.choice((8, 16, 24, len(p.l4), 7, 0))]
+    p.l4 = p.l4[: rng.choice((8, 8, 16, 24, len(p.l4), len(p.l4), 7))]
 
 
 def later_fragment(rng: random.Random, p: Packet, world: World) -> None:
@@ -367,19 +388,19 @@ def flipped(rng: random.Random, p: Packet, world: World) -> None:
 def icmp_error(rng: random.Random, p: Packet, world: World) -> None:
     """An ICMP error about the flow, from the peer or a router on the way. Sometimes the quote is no good."""
     flow = p.flow
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         flow = replace(flow, local=rng.choice(LOCALS[:3]))
     quoted_l4 = struct.pack("!HHI", flow.local_port, flow.remote_port, 1) + bytes(rng.choice((0, 0, 12)))
-    head = rng.choice((0x45,) * 8 + (0x46, 0x44, 0x55))
-    fragment = rng.choice((0, 0, 0, 0, 0x4000, 0x2000, 1))
-    source = flow.local if rng.random() < 0.92 else LOCALS[2]
+    head = rng.choice((0x45,) * 14 + (0x46, 0x46, 0x44, 0x55))
+    fragment = rng.choice((0, 0, 0, 0, 0, 0, 0x4000, 0x2000, 0x2000, 1))
+    source = flow.local if rng.random() < 0.95 else LOCALS[2]
     quote = struct.pack("!BBHHHBBH", head, 0, 1500, 9, fragment, 64, flow.proto, 0)
     quote += (
         source.packed + flow.remote.packed + bytes((head & 15) * 4 - 20 if head & 15 > 5 else 0) + quoted_l4
     )
-    if rng.random() < 0.1:
+    if rng.random() < 0.06:
         quote = quote[: rng.randrange(len(quote))]
-    kind = rng.choice((3, 3, 3, 4, 11, 12, 5, 0))
+    kind = rng.choice((3, 3, 3, 3, 4, 4, 11, 11, 12, 12, 5, 0))
     router = flow.remote if rng.random() < 0.5 else ipaddress.ip_address("203.0.113.5")
     p.flow = Flow(ICMP, flow.local, 0, router, 0, flow.vlan)
     p.l4 = struct.pack("!BBHI", kind, 1, 0, 0) + quote

@@ -126,8 +126,9 @@ class Bench:
         self.kernel = {k: v for k, v in self.kernel.items() if v != TCP_TIME_WAIT}
         for address in KERNEL_LOCALS:
             for port in KERNEL_PORTS:
-                self._next_port += 1
-                self._connection(address, port, KERNEL_PEERS[0], self._next_port, close=True)
+                for _ in range(3):
+                    self._next_port += 1
+                    self._connection(address, port, KERNEL_PEERS[0], self._next_port, close=True)
 
     @contextlib.contextmanager
     def case(
@@ -185,7 +186,8 @@ def _draw_endpoints(
         wanted.append((TCP, local, port, remote, remote_port))
     endpoints: dict[EndpointKey, tuple[int, int, bool]] = {}
     for key in wanted:
-        owner, drain = int(rng.random() < 0.25), rng.random() < 0.6
+        with_kernel = key[2] in KERNEL_PORTS
+        owner, drain = int(rng.random() < 0.3), rng.random() < (0.65 if with_kernel else 0.4)
         with contextlib.suppress(GrantError):
             if key not in endpoints:
                 endpoints[key] = (_add(steering, key, owner, drain), owner, drain)
