@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# The benchmark's C programs, into build/bench. The stack is the release build of the main Makefile, which runs first.
+# Called by `make bench` and by the tests: make -s -f bench/build.mk
+
+OUT := build/bench
+CC := gcc
+CFLAGS := -std=c11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror
+STACK := $(patsubst %.c,build/release/%.o,$(wildcard bypass/stack/*.c))
+SIM := $(patsubst %.c,build/release/%.o,$(wildcard bypass/sim/*.c))
+HEADERS := $(wildcard bench/*.h) bypass/include/bypass.h bypass/sim/sim.h
+
+all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr sim_bulk libserver.so)
+
+$(OUT)/callgrind_rr: bench/callgrind_rr.c $(STACK) $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -Ibypass/include $< $(STACK) -o $@
+
+$(OUT)/sim_bulk: bench/sim_bulk.c $(STACK) $(SIM) $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -Ibypass/include -Ibypass $< $(STACK) $(SIM) -o $@
+
+$(OUT)/libserver.so: bench/server_bypass.c build/libbypass.so $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -fPIC -shared -fvisibility=hidden -Ibypass/include $< -Lbuild -lbypass -Wl,-rpath,'$$ORIGIN/..' -o $@
+
+$(OUT)/%: bench/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $< -o $@
+
+.PHONY: all
