@@ -134,8 +134,9 @@ class NextHops:
     # ---- Questions
     def resolve(self, destination: Address, now_ns: int) -> Answer:
         """The next hop, which is kept current from now on: update() tells when it changes, and when a pending one is
-        found. Asking again for what is known asks the kernel again."""
-        return self._look(destination, now_ns, {}).answer
+        found. What is unreachable is not kept: it is to be asked for again when it is used again. Asking for what
+        is known asks the kernel anew."""
+        return self._look(destination, now_ns, {}, fresh=True).answer
 
     def source_for(self, destination: Address) -> Address:
         """The local address from which the kernel would reach a destination by this interface.
@@ -160,8 +161,7 @@ class NextHops:
         """Asks again what may have changed, a bounded number at a time: due_ns() tells when to call again.
 
         Returns:
-            The destinations whose answer has changed. None: it is not kept any more (pushed out, or unreachable for
-            long), to be asked for when it is used again.
+            The destinations whose answer has changed. None: pushed out, to be asked for when it is used again.
         """
         told: dict[Address, Answer | None] = {}
         self._updated_ns = now_ns
@@ -172,12 +172,9 @@ class NextHops:
         macs: dict[Address, bytes | Unresolved] = {}
         for destination in self._questions(now_ns):
             before = self._known[destination]
-            after = self._look(destination, now_ns, macs)
+            after = self._look(destination, now_ns, macs, fresh=False)
             if after.answer != before.answer:
                 told[destination] = after.answer
-            elif after.answer is UNREACHABLE and now_ns - before.asked_ns >= RENEW_NS:
-                self._drop(destination)
-                told[destination] = None
         for gateway in [g for g in self._managed if not self._behind[g]]:
             self._unmanage(gateway)
         return told
@@ -201,14 +198,21 @@ class NextHops:
         return list(chosen)
 
     def _look(
-        self, destination: Address, now_ns: int, macs: dict[Address, bytes | Unresolved]
+        self,
+        destination: Address,
+        now_ns: int,
+        macs: dict[Address, bytes | Unresolved],
+        *,
+        fresh: bool,
     ) -> _Destination:
-        """Asks the kernel and remembers. `macs`: of neighbours that were asked a moment ago."""
-        new = self._ask(destination, now_ns, macs)
+        """Asks the kernel and remembers. macs: of neighbours that were asked a moment ago; fresh: a neighbour that
+        failed before is tried again."""
+        new = self._ask(destination, now_ns, macs, fresh=fresh)
         self._drop(destination)
-        self._known[destination] = new
-        if new.gateway is not None:
-            self._behind[new.gateway] += 1
+        if new.answer is not UNREACHABLE:
+            self._known[destination] = new
+            if new.gateway is not None:
+                self._behind[new.gateway] += 1
         return new
 
     def _drop(self, destination: Address) -> None:
@@ -216,9 +220,16 @@ class NextHops:
         old = self._known.pop(destination, None)
         if old is not None and old.gateway is not None:
             self._behind[old.gateway] -= 1
+            if not self._behind[old.gateway]:
+                del self._behind[old.gateway]
 
     def _ask(
-        self, destination: Address, now_ns: int, macs: dict[Address, bytes | Unresolved]
+        self,
+        destination: Address,
+        now_ns: int,
+        macs: dict[Address, bytes | Unresolved],
+        *,
+        fresh: bool,
     ) -> _Destination:
         route = self._route(destination)
         if route is None:
@@ -227,7 +238,7 @@ class NextHops:
             return _Destination(NextHop(route.mac, route.mtu, route.source), None, now_ns)
         mac = macs.get(route.gateway)
         if mac is None:
-            mac = macs[route.gateway] = self._neighbour(route.gateway)
+            mac = macs[route.gateway] = self._neighbour(route.gateway, fresh=fresh)
         answer = mac if isinstance(mac, Unresolved) else NextHop(mac, route.mtu, route.source)
         return _Destination(answer, route.gateway, now_ns)
 
@@ -265,9 +276,11 @@ class NextHops:
         return found
 
     # ---- Neighbours
-    def _neighbour(self, gateway: Address) -> bytes | Unresolved:
+    def _neighbour(self, gateway: Address, *, fresh: bool) -> bytes | Unresolved:
         """The MAC address, or the kernel is made to look for it."""
         state, mac = self._read_neighbour(gateway)
+        if state & NUD_FAILED and not fresh:
+            return UNREACHABLE
         if not state & (NUD_PERMANENT | NUD_NOARP):
             try:
                 self._manage(gateway)
@@ -278,7 +291,7 @@ class NextHops:
                 return UNREACHABLE
         if state & NUD_VALID and len(mac) == 6:
             return mac
-        return UNREACHABLE if state & NUD_FAILED else PENDING
+        return PENDING
 
     def _read_neighbour(self, gateway: Address) -> tuple[int, bytes]:
         """(NUD_* state, MAC address); (0, b"") when the kernel has no entry."""
