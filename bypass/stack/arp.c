@@ -58,9 +58,9 @@ void arp_in(struct bypass_stack *s, bypass_pkt p)
     } else if (!arp_valid(arp, pkt_meta(s, p)->len)) {
         STAT(s, arp_in_bad);
     } else if (addr_kind(s, arp + ARP_SPA) == ADDR_LOCAL) {
-        if (memcmp(arp + ARP_SHA, s->dev->mac, 6) != 0) {
-            STAT(s, arp_in_conflict); /* RFC 5227 2.4: somebody else claims our address */
-        }
+        bool echo = memcmp(arp + ARP_SHA, s->dev->mac, 6) == 0;
+        STAT_ADD(s, arp_in_ignored, echo);
+        STAT_ADD(s, arp_in_conflict, !echo); /* RFC 5227 2.4: somebody else claims our address */
     } else if (addr_kind(s, arp + ARP_SPA) != ADDR_UNICAST && load_be32(arp + ARP_SPA) != 0) {
         STAT(s, arp_in_bad);
     } else {
