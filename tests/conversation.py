@@ -35,6 +35,7 @@ class Conversation:
         flags: lib.BYPASS_F_* of the stack.
         neighbours: addresses that are resolved to PEER_MAC before the conversation begins, so that no ARP is in it.
         frames: packet memory of the stack's port.
+        seed: the stack's secrets derive from it.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Conversation:
         mtu: int = 1500,
         start_ns: int = SECOND,
         caps: int = 0,
+        seed: int = 1,
     ) -> None:
-        self.sim: Any = lib.sim_create(1, start_ns)
+        self.sim: Any = lib.sim_create(seed, start_ns)
         wire = lib.sim_wire_create(self.sim, 0)
         self.port = self._port(wire, OUR_MAC, frames=frames, mtu=mtu, caps=caps)
         self.raw = self._port(wire, PEER_MAC, flags=lib.SIM_PORT_RAW, mtu=max(mtu, 9000))

@@ -92,6 +92,7 @@ static void syn_sent_in(struct bypass_stack *s, struct tcp_conn *c, struct segme
     if (!(g->flags & TCP_SYN)) /* fourth; the third, security, is not ours */
         return;
     tcp_take_syn(s, c, g);
+    c->rcv_adv = seq_add(c->rcv_nxt, min_u32(c->rcvbuf, 65535)); /* what our SYN offered */
     if (ack_ok) {
         syn_sent_established(s, c, g);
         return;
@@ -144,10 +145,12 @@ static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c,
         if ((g->flags & TCP_ACK) && seq_eq(g->seq, conn_cold(s, c)->irs) && seq_eq(g->ack, c->snd_nxt)) {
             g->flags &= (uint8_t)~TCP_SYN; /* simultaneous open: the SYN came before, the ACK is news */
             g->seq = seq_add(g->seq, 1);
+            g->wnd >>= c->snd_wscale; /* not scaled beside a SYN, RFC 7323 2.2 */
             return GO_ON;
         }
         if (seq_eq(g->seq, conn_cold(s, c)->irs)) {
-            tcp_send_syn(s, c); /* our SYN-ACK was lost */
+            c->flags |= TF_SYN_RTX; /* our SYN-ACK was lost, or is late */
+            tcp_send_syn(s, c);
             return STOP;
         }
     }
