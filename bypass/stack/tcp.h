@@ -324,6 +324,7 @@ enum {
     ORPHAN_RETRIES = 8,
     QUICK_ACKS = 16,
     CHALLENGE_PER_S = 1000,
+    WINDOW_LOW = 32768, /* bytes: with less on offer the peer may be waiting */
 };
 
 /* Public calls on a TCP object by sock.c */

@@ -286,16 +286,19 @@ uint32_t tcp_rcv_window(struct tcp_conn *c)
     return room;
 }
 
-/* After the program has read: tell the peer when the window opens by two segments or half the buffer. */
+/* After the program has read: tell the peer when the window opens by two segments or half the buffer, if it
+ * may be waiting for that. While more than a little is open, the ACKs of what it sends carry the news. */
 static void window_update(struct bypass_stack *s, struct tcp_conn *c)
 {
     uint32_t offered = seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
     uint32_t room = c->rcvbuf > c->rcv_queued ? c->rcvbuf - c->rcv_queued : 0;
-    room = min_u32(room, 65535u << c->rcv_wscale);
+    uint32_t step = min_u32(c->rcvbuf / 2, 2u * max_u32(c->rcv_mss, TCP_DEFAULT_MSS));
+    if (offered >= min_u32(c->rcvbuf / 2, WINDOW_LOW))
+        return;
     if (c->state > BYPASS_FIN_WAIT_2 || (c->flags & (TF_DEAD | TF_FIN_IN)) || c->state == BYPASS_SYN_SENT)
         return;
-    if (room >= offered + min_u32(c->rcvbuf / 2, 2u * max_u32(c->rcv_mss, TCP_DEFAULT_MSS)) &&
-        (offered < c->rcvbuf / 2 || room >= 2 * offered))
+    room = min_u32(room, 65535u << c->rcv_wscale);
+    if (room >= offered + step)
         tcp_send_ack(s, c);
 }
 
