@@ -26,8 +26,8 @@ MAX_LOCALS = 4096
 
 REASONS = build.reasons()
 """Why packets were steered, passed or dropped, by number."""
-GUARD_KINDS = ("silenced", "kernel_socket", "draining", "other")
-"""What the reset guard saw: resets dropped; passed because a kernel socket of the port sent them, because the kernel
+GUARD_KINDS = ("silenced", "kernel_connection", "draining", "other")
+"""What the reset guard saw: resets dropped; passed because a connection of the kernel's sent them, because the kernel
 holds a draining connection, because no live endpoint is concerned."""
 
 

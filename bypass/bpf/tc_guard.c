@@ -5,17 +5,17 @@
  * reassembled, a packet through another interface) draws a reset that the peer believes. What AF_XDP transmits does
  * not pass here. Steering itself: xdp_steer.c; read it first.
  *
- * A reset is the kernel's own business, and passes, when a TCP socket bound to its port sent it, or when the endpoint
+ * A reset is the kernel's own business, and passes, when a connection of the kernel's sent it, or when the endpoint
  * drains and the kernel holds that connection.
  */
 #include "steer.h"
 
 #define TCX_NEXT_PROGRAM (-1) /* TCX_NEXT, TCX_DROP of linux/bpf.h 6.6 */
 #define TCX_DROP_PACKET 2
-#define TCX_HEADERS (ETH_HLEN + sizeof(struct iphdr))
 #define IP_OFFSET 0x1fff
+#define SOCK_TYPE_STREAM 1 /* SOCK_STREAM, which no UAPI header has */
 
-enum { GUARD_SILENCED = 0, GUARD_SOCKET, GUARD_DRAINING, GUARD_OTHER };
+enum { GUARD_SILENCED = 0, GUARD_CONNECTION, GUARD_DRAINING, GUARD_OTHER };
 
 /* Fills the flow that a TCP reset resets, seen from this host; 0 when the packet is no such reset. */
 static inline int guard_parse(struct __sk_buff *skb, struct flow *f)
@@ -36,15 +36,16 @@ static inline int guard_parse(struct __sk_buff *skb, struct flow *f)
     return 1;
 }
 
-/* Sent by a TCP socket of that port, not by the socket that the kernel keeps for resets without a connection? */
-static inline int guard_has_socket(struct __sk_buff *skb, u16 port)
+/* Sent on behalf of a connection? Resets without one come from a raw socket that the kernel keeps for them, or carry
+ * the listener that refused the segment (6.14 and later). A connection that is being reset has no port any more. */
+static inline int guard_has_connection(struct __sk_buff *skb)
 {
     struct bpf_sock *sk = skb->sk;
     if (!sk) {
         return 0;
     }
     sk = bpf_sk_fullsock(sk);
-    return sk && sk->protocol == IPPROTO_TCP && sk->src_port == __builtin_bswap16(port);
+    return sk && sk->type == SOCK_TYPE_STREAM && sk->protocol == IPPROTO_TCP && sk->state != BPF_TCP_LISTEN;
 }
 
 static inline u32 guard_decide(struct __sk_buff *skb, const struct flow *f)
@@ -63,8 +64,8 @@ static inline u32 guard_decide(struct __sk_buff *skb, const struct flow *f)
     if (!e) {
         return GUARD_OTHER;
     }
-    if (guard_has_socket(skb, f->local_port)) {
-        return GUARD_SOCKET;
+    if (guard_has_connection(skb)) {
+        return GUARD_CONNECTION;
     }
     return (e->flags & ENDPOINT_DRAIN) && kernel_holds(skb, f, 0) ? GUARD_DRAINING : GUARD_SILENCED;
 }
