@@ -437,10 +437,10 @@ static void opt_effect(struct bypass_stack *s, struct tcp_conn *c, int opt)
         c->keep_at = c->flags & TF_KEEPALIVE ? now_ns(s) + conn_cold(s, c)->keep_idle_s * SEC_NS : 0;
         tcp_timer_update(s, c);
     }
-    if (opt == BYPASS_TCP_NODELAY || opt == BYPASS_TCP_CORK) {
-        c->flags |= TF_PUSH_ALL;
+    if (opt == BYPASS_TCP_NODELAY && (c->flags & TF_NODELAY) && c->sndq_next != BYPASS_PKT_NONE)
+        c->flags |= TF_PUSH_ALL; /* tcp(7): what is held back goes, even with TCP_CORK */
+    if (opt == BYPASS_TCP_NODELAY || opt == BYPASS_TCP_CORK)
         tcp_output(s, c);
-    }
 }
 
 int bypass_setopt(struct bypass_stack *s, bypass_sock h, int opt, int64_t value)

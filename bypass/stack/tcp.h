@@ -79,6 +79,7 @@ struct tcp_conn {
     uint8_t rcv_wscale;
     uint8_t rtx_count; /* timeouts in a row */
     uint8_t probes;    /* unanswered probes: window or keepalive */
+    uint8_t backoff;   /* how often rto_us was doubled since the last valid round trip (RFC 6298 5.5) */
     uint16_t snd_mss;  /* payload bytes a segment, options subtracted */
     uint16_t syn_mss;  /* what the peer's MSS option allowed */
     /* line 2: sending */
@@ -263,7 +264,7 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
 void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c); /* after snd_mss shrank */
-uint32_t tcp_pipe(const struct tcp_conn *c); /* bytes thought to be in the network */
+uint32_t tcp_pipe(const struct tcp_conn *c);                        /* bytes thought to be in the network */
 
 /* tcp_cc.c */
 struct tcp_cc {
@@ -315,7 +316,8 @@ void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c);
 enum {
     RTO_MIN_US = 200000, /* as Linux; RFC 6298 2.4 says one second, which no one keeps */
     RTO_MAX_US = 120000000,
-    RTO_INIT_US = 1000000, /* RFC 6298 2.1 */
+    RTO_INIT_US = 1000000,     /* RFC 6298 2.1 */
+    RTO_FALLBACK_US = 3000000, /* RFC 6298 5.7: after a SYN that was repeated */
     DELACK_MS = 40,
     TIME_WAIT_S = 60,
     SYN_RETRIES = 6,

@@ -30,6 +30,7 @@ void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us)
         c->srtt_us = max_u32(c->srtt_us - c->srtt_us / 8 + r / 8, 1);
     }
     c->rto_us = min_u32(c->srtt_us + max_u32(4 * c->rttvar_us, RTO_MIN_US), RTO_MAX_US);
+    c->backoff = 0; /* only now (Karn): an ACK of something that was sent twice says nothing about time */
 }
 
 /* ---- Loss ------------------------------------------------------------------------------------------------ */
@@ -209,9 +210,10 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
     else if (current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd && c->snd_nxt.v != c->snd_una.v &&
              !(c->flags & TF_PROBING))
         duplicate_ack(s, c);
-    if (c->snd_wnd > 0 && (c->flags & TF_PROBING)) {
+    if (old_wnd == 0 && c->snd_wnd > 0 && (c->flags & TF_PROBING)) {
         c->flags &= ~(uint32_t)TF_PROBING;
         c->rtx_at = 0;
+        c->backoff = 0;
     }
     return true;
 }

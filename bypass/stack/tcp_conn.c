@@ -237,13 +237,15 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
 {
     conn_set_state(s, c, BYPASS_ESTABLISHED);
     c->rtx_at = 0;
-    c->rtx_count = 0;
+    c->rtx_count = c->backoff = 0;
     c->recover = c->snd_una;
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     conn_update_mss(s, c, d ? d->mtu : 0);
     tcp_cc(c)->init(c);
-    if (c->flags & TF_SYN_RTX)
+    if (c->flags & TF_SYN_RTX) {
         c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */
+        c->rto_us = RTO_FALLBACK_US;
+    }
     if (c->flags & TF_KEEPALIVE)
         c->keep_at = now_ns(s) + conn_cold(s, c)->keep_idle_s * SEC_NS;
     tcp_timer_update(s, c);

@@ -98,7 +98,7 @@ static void syn_sent_in(struct bypass_stack *s, struct tcp_conn *c, struct segme
         return;
     }
     conn_set_state(s, c, BYPASS_SYN_RECEIVED); /* simultaneous open */
-    c->rtx_count = 0;
+    c->rtx_count = c->backoff = 0;
     tcp_send_syn(s, c);
 }
 

@@ -297,7 +297,7 @@ static bool may_send(const struct tcp_conn *c, bypass_pkt p, uint32_t frame_len,
             return false;
         return !flight || (c->flags & TF_NODELAY);
     }
-    return *len >= c->snd_wnd_max / 2 || (*len == c->snd_mss);
+    return *len >= c->snd_wnd_max / 2 || (c->flags & (TF_PUSH_ALL | TF_PROBING)) == (TF_PUSH_ALL | TF_PROBING);
 }
 
 static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
@@ -359,6 +359,7 @@ static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c)
         }
     } else if (c->sndq_next != BYPASS_PKT_NONE && c->rtx_at == 0) {
         c->flags |= TF_PROBING;
+        conn_cold(s, c)->unacked_since = now_ns(s);
         c->rtx_at = now_ns(s) + max_u32(c->rto_us, RTO_MIN_US) * 1000ull;
         tcp_timer_update(s, c);
     }
@@ -396,6 +397,10 @@ void tcp_resume(struct bypass_stack *s, struct tcp_conn *c)
     else
         tcp_output(s, c);
     if ((c->flags & TF_WANT_OUT) && tcp_snd_room(c) > 0 && !(c->flags & TF_BLOCKED)) {
+        if (pkt_scarce(s)) {
+            conn_blocked(s, c, false);
+            return;
+        }
         c->flags &= ~(uint32_t)TF_WANT_OUT;
         conn_event(s, c, BYPASS_OUT);
     }

@@ -20,15 +20,15 @@ void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c)
         wheel_arm(s, &tcp_head(s)->wheel, conn_index(s, c), at);
 }
 
-static uint64_t backed_off_ns(const struct tcp_conn *c, uint32_t times)
+static uint64_t backed_off_ns(const struct tcp_conn *c)
 {
-    uint64_t us = (uint64_t)c->rto_us << min_u32(times, 16);
+    uint64_t us = (uint64_t)c->rto_us << min_u32(c->backoff, 16);
     return min_u64(us, RTO_MAX_US) * 1000;
 }
 
 void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c)
 {
-    c->rtx_at = now_ns(s) + backed_off_ns(c, c->rtx_count);
+    c->rtx_at = now_ns(s) + backed_off_ns(c);
     tcp_timer_update(s, c);
 }
 
@@ -63,9 +63,17 @@ static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
         return;
     }
     c->rtx_count++;
+    c->backoff++;
     c->flags |= TF_SYN_RTX;
     STAT(s, tcp_out_retransmits);
     tcp_send_syn(s, c);
+}
+
+/* The peer took back the window that data in flight was sent into, but answers: then its retransmissions
+ * are window probes, and no number of them is too many (RFC 9293 3.8.6, RFC 1122 4.2.2.17). */
+static bool window_taken_back(struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return c->snd_wnd == 0 && now_ns(s) - conn_cold(s, c)->last_in < RTO_MAX_US * 1000ull;
 }
 
 static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
@@ -76,7 +84,8 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
         return;
     }
     STAT(s, tcp_timeouts);
-    c->rtx_count++;
+    c->rtx_count = (uint8_t)(c->rtx_count + !window_taken_back(s, c));
+    c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX);
     tcp_enter_loss(s, c);
     tcp_rtx_restart(s, c);
     tcp_output(s, c);
@@ -86,10 +95,10 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
 static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
     uint32_t most = c->sock == NO_INDEX && !(c->flags & TF_ACCEPTABLE) ? ORPHAN_RETRIES : DATA_RETRIES;
-    c->flags &= ~(uint32_t)TF_PROBING;
-    if (c->snd_wnd > 0) {
+    if (c->snd_wnd > 0) { /* TF_PROBING with TF_PUSH_ALL: the override timeout of RFC 9293 3.8.6.2.1 */
         c->flags = (c->flags & ~(uint32_t)TF_MORE) | TF_PUSH_ALL;
         tcp_output(s, c);
+        c->flags &= ~(uint32_t)TF_PUSH_ALL;
         if (c->snd_nxt.v != c->snd_una.v)
             return;
     }
@@ -98,7 +107,8 @@ static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
         return;
     }
     c->flags |= TF_PROBING;
-    c->rtx_at = now_ns(s) + max_u64(backed_off_ns(c, c->probes), RTO_MIN_US * 1000ull);
+    c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX); /* also when they are answered (SHLD-30) */
+    c->rtx_at = now_ns(s) + max_u64(backed_off_ns(c), RTO_MIN_US * 1000ull);
     c->probes++;
     STAT(s, tcp_out_probes);
     tcp_send_probe(s, c);
