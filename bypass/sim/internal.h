@@ -76,7 +76,7 @@ struct port {
 
     /* Packet memory. The free pool is a stack, so that warm frames are used first; frames from `bump`
      * on were never used and cost no memory. */
-    uint32_t *free_list, free_listed, bump;
+    uint32_t *free_list, free_listed, bump, pool_free, rx_reserve;
     uint64_t *rx_time_ns;
     uint32_t *rxq, rxq_mask, rxq_head, rxq_tail;
     struct completion *done;

@@ -17,6 +17,7 @@ enum {
     DEFAULT_FRAMES = 16384,
     DEFAULT_TX_RING = 1024,
     DEFAULT_MTU = 1500,
+    RX_SHARE = 4,   /* one frame in four is kept for reception, as a fill ring keeps them */
     HEADROOM = 256, /* as much as XDP leaves in front of a frame, so that both devices look alike */
     TAILROOM = 64,
 };
@@ -26,23 +27,31 @@ static struct bypass_pkt_meta *meta_at(const struct port *p, bypass_pkt pkt)
     return (struct bypass_pkt_meta *)((uint8_t *)p->dev.meta + (size_t)pkt * p->dev.meta_stride);
 }
 
+/* What alloc may still hand out; frames that are kept for reception do not count. */
+static void pool_count(struct port *p, int change)
+{
+    p->pool_free += (uint32_t)change;
+    p->dev.free_frames = p->pool_free > p->rx_reserve ? p->pool_free - p->rx_reserve : 0;
+}
+
 static bypass_pkt pool_take(struct port *p)
 {
+    bypass_pkt pkt = BYPASS_PKT_NONE;
     if (p->free_listed) {
-        p->dev.free_frames--;
-        return p->free_list[--p->free_listed];
+        pkt = p->free_list[--p->free_listed];
+    } else if (p->bump < p->dev.frames) {
+        pkt = p->bump++;
     }
-    if (p->bump < p->dev.frames) {
-        p->dev.free_frames--;
-        return p->bump++;
+    if (pkt != BYPASS_PKT_NONE) {
+        pool_count(p, -1);
     }
-    return BYPASS_PKT_NONE;
+    return pkt;
 }
 
 static void pool_put(struct port *p, bypass_pkt pkt)
 {
     p->free_list[p->free_listed++] = pkt;
-    p->dev.free_frames++;
+    pool_count(p, 1);
 }
 
 static int port_alloc(struct bypass_netdev *dev, bypass_pkt *out, int n)
@@ -53,7 +62,7 @@ static int port_alloc(struct bypass_netdev *dev, bypass_pkt *out, int n)
     }
     int done = 0;
     for (; done < n; done++) {
-        bypass_pkt pkt = pool_take(p);
+        bypass_pkt pkt = dev->free_frames ? pool_take(p) : BYPASS_PKT_NONE;
         if (pkt == BYPASS_PKT_NONE) {
             break;
         }
@@ -322,7 +331,9 @@ static void port_configure(struct port *p, const struct sim_port_config *cfg)
     struct bypass_netdev *dev = &p->dev;
     dev->ops = &port_ops;
     dev->mtu = cfg->mtu ? cfg->mtu : DEFAULT_MTU;
-    dev->frames = dev->free_frames = cfg->frames ? cfg->frames : DEFAULT_FRAMES;
+    dev->frames = cfg->frames ? cfg->frames : DEFAULT_FRAMES;
+    p->rx_reserve = dev->frames / RX_SHARE;
+    pool_count(p, (int)dev->frames);
     dev->stride = frame_stride(dev->mtu);
     dev->meta_stride = (sizeof(struct bypass_pkt_meta) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     dev->caps = cfg->caps;
@@ -396,7 +407,7 @@ void sim_port_stats(const struct bypass_netdev *dev, struct sim_port_stats *out)
     for (uint32_t i = p->done_head; i != p->done_tail; i++) {
         only_dev += meta_at(p, p->done[i & p->done_mask].pkt)->holders == BYPASS_HOLD_DEV;
     }
-    out->held = dev->frames - dev->free_frames - out->rx_waiting - only_dev;
+    out->held = dev->frames - p->pool_free - out->rx_waiting - only_dev;
 }
 
 void sim_port_capture(struct bypass_netdev *dev, struct capture *cap, uint16_t interface)
