@@ -7,6 +7,7 @@
 #ifndef BYPASS_BPF_REASONS_H
 #define BYPASS_BPF_REASONS_H
 
+/* clang-format off */
 #define STEER_REASONS(R)                                                                   \
     R(MALFORMED, PASS, "a header is truncated or impossible")                              \
     R(OTHER_MAC, PASS, "not for this interface's MAC address")                             \
@@ -28,6 +29,7 @@
     R(STEERED, REDIRECT, "to the stack")                                                   \
     R(STEERED_ICMP, REDIRECT, "an ICMP error about a live flow, to the stack")             \
     R(STEERED_BARE, REDIRECT, "to the stack, without a verdict: no room for metadata")
+/* clang-format on */
 
 #define STEER_REASON_ENUM(name, verdict, text) REASON_##name,
 enum steer_reason { STEER_REASONS(STEER_REASON_ENUM) REASON_MAX };

@@ -110,7 +110,8 @@ BPF_XSKMAP(xsks, 1);
 
 /* One mask: a lookup with the fields that it compares. All arguments but the first two are constants. */
 static inline void match_mask(const struct flow *f, struct rule_value *best, u8 mask, u8 family, u32 l0, u32 l1, u32 l2,
-                              u32 l3, u32 r0, u32 r1, u32 r2, u32 r3, u16 local_port, u16 remote_port, u16 vlan, u8 proto)
+                              u32 l3, u32 r0, u32 r1, u32 r2, u32 r3, u16 local_port, u16 remote_port, u16 vlan,
+                              u8 proto)
 {
     const u32 local[4] = {l0, l1, l2, l3}, remote[4] = {r0, r1, r2, r3};
     struct rule_key key;

@@ -21,10 +21,10 @@
 #include "reasons.h"
 #include "verdict.h"
 
-#define GO_ON REASON_MAX    /* no reason yet: the next check decides */
-#define MAX_EXT_HEADERS 6   /* of IPv6, looked behind */
+#define GO_ON REASON_MAX  /* no reason yet: the next check decides */
+#define MAX_EXT_HEADERS 6 /* of IPv6, looked behind */
 #define TCP_HEADER_MIN 20
-#define FRAGMENT_MIN 8      /* a first fragment shorter than this has no whole 8-byte unit: the kernel discards it */
+#define FRAGMENT_MIN 8 /* a first fragment shorter than this has no whole 8-byte unit: the kernel discards it */
 #define IP_OFFSET_MASK 0x1fff
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP6_OFFSET_MASK 0xfff8
@@ -63,10 +63,7 @@ static inline int check_mac(const struct ethhdr *eth, const struct config *cfg, 
     return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] ? GO_ON : REASON_OTHER_MAC;
 }
 
-static inline int is_tag(u16 ethertype)
-{
-    return ethertype == be16(ETH_P_8021Q) || ethertype == be16(ETH_P_8021AD);
-}
+static inline int is_tag(u16 ethertype) { return ethertype == be16(ETH_P_8021Q) || ethertype == be16(ETH_P_8021AD); }
 
 static inline int parse_ethernet(struct xdp_md *ctx, const struct config *cfg, struct packet *p)
 {
