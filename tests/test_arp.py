@@ -319,7 +319,7 @@ def test_waiting_packets_hold_an_eighth_of_the_frames_at_most() -> None:
         sock = c.udp()
         for i in range(10, 200):
             assert c.stack.sendto(sock, bytes(1000), (f"192.0.2.{i}", 9)) == 1000
-        c.sent()
+            c.sent()
         assert c.held() <= 32
         assert c.counted()["dst_wait_dropped"] >= 190 - 32
 

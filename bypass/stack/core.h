@@ -132,6 +132,8 @@ static inline bool pkt_should_copy(const struct bypass_stack *s, uint32_t payloa
 {
     return payload_len <= COPY_BREAK || s->dev->free_frames < s->dev->frames / 4;
 }
+/* Frames are so few that new data has to wait: the rest is for acknowledgments, probes and resets. */
+static inline bool pkt_scarce(const struct bypass_stack *s) { return s->dev->free_frames <= s->dev->frames / 16; }
 uint32_t chunk_alloc(struct bypass_stack *s); /* NO_INDEX (counted) when there is none */
 void chunk_free(struct bypass_stack *s, uint32_t i);
 static inline struct chunk *chunk_at(const struct bypass_stack *s, uint32_t i)
@@ -158,7 +160,6 @@ struct rx_info { /* of the packet being processed; filled by eth_in and ipv4_in 
 /* 1: a TCP segment for a local address, unfragmented or reassembled, header checksum verified; ri is
  * filled and *p is the frame (a reassembled datagram may be another one). 0: consumed. */
 int eth_in(struct bypass_stack *s, bypass_pkt *p, struct rx_info *ri);
-int ipv4_in(struct bypass_stack *s, bypass_pkt *p, struct rx_info *ri);
 void arp_in(struct bypass_stack *s, bypass_pkt p);
 void icmp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri);
 void udp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri);

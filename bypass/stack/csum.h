@@ -15,12 +15,24 @@ static inline uint32_t csum_add(uint32_t a, uint32_t b)
     uint64_t sum = (uint64_t)a + b;
     return (uint32_t)(sum + (sum >> 32));
 }
-/* The complement, as it is stored in a header (with memcpy, no byte swap). */
+/* The complement, as it is stored in a header (with memcpy, no byte swap). Adding the halves exchanged leaves their sum,
+ * end-around carry included, in the upper half. */
 static inline uint16_t csum_fold(uint32_t sum)
 {
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    return (uint16_t)~sum;
+    sum += sum << 16 | sum >> 16;
+    return (uint16_t) ~(sum >> 16);
+}
+static inline uint16_t csum_fold64(uint64_t sum)
+{
+    sum += sum << 32 | sum >> 32;
+    return csum_fold((uint32_t)(sum >> 32));
+}
+/* Of the 20 bytes of an IPv4 header without options: 0 when its checksum is right. */
+static inline uint16_t csum_ipv4_header(uint64_t first, uint64_t second, uint32_t third)
+{
+    uint64_t sum;
+    sum = __builtin_add_overflow(first, second, &sum) ? sum + 1 : sum;
+    return csum_fold64(__builtin_add_overflow(sum, third, &sum) ? sum + 1 : sum);
 }
 /* Partial sum of the IPv4 or IPv6 pseudo-header (RFC 9293 3.1, RFC 8200 8.1). */
 uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len);

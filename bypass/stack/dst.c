@@ -387,29 +387,33 @@ static struct dst *dst_make(struct bypass_stack *s, const addr_t *addr)
     return d;
 }
 
-struct dst *dst_get(struct bypass_stack *s, struct dst_ref *ref, const addr_t *addr)
+static __attribute__((noinline)) struct dst *dst_get_slow(struct bypass_stack *s, struct dst_ref *ref,
+                                                          const addr_t *addr)
 {
-    struct dst *d = NULL;
-    if (likely(ref != NULL && ref->gen != 0)) {
-        d = dst_at(s, ref->idx);
-        if (unlikely(d->gen != ref->gen || !addr_eq(&d->addr, addr))) {
-            d = NULL;
-        }
+    struct dst *d = dst_find(s, addr);
+    if (d == NULL && (d = dst_make(s, addr)) == NULL) {
+        return NULL;
     }
-    if (d == NULL) {
-        d = dst_find(s, addr);
-        if (d == NULL && (d = dst_make(s, addr)) == NULL) {
-            return NULL;
-        }
-        if (ref != NULL) {
-            *ref = (struct dst_ref){.idx = dst_index(s, d), .gen = d->gen};
-        }
+    if (ref != NULL) {
+        *ref = (struct dst_ref){.idx = dst_index(s, d), .gen = d->gen};
     }
     d->used_ns = now_ns(s);
-    if (unlikely(now_ns(s) >= d->check_ns)) {
+    if (now_ns(s) >= d->check_ns) {
         dst_check(s, d);
     }
     return d;
+}
+
+struct dst *dst_get(struct bypass_stack *s, struct dst_ref *ref, const addr_t *addr)
+{
+    if (likely(ref != NULL && ref->gen != 0)) {
+        struct dst *d = dst_at(s, ref->idx);
+        if (likely(d->gen == ref->gen && now_ns(s) < d->check_ns && addr_eq(&d->addr, addr))) {
+            d->used_ns = now_ns(s);
+            return d;
+        }
+    }
+    return dst_get_slow(s, ref, addr);
 }
 
 void dst_lower_mtu(struct bypass_stack *s, struct dst *d, uint16_t mtu)

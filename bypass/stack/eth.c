@@ -28,7 +28,7 @@ int eth_in(struct bypass_stack *s, bypass_pkt *p, struct rx_info *ri)
     m->off = (uint16_t)(m->off + ETH_LEN);
     m->len = (uint16_t)(m->len - ETH_LEN);
     if (likely(type == ETH_TYPE_IPV4)) {
-        return ipv4_in(s, p, ri);
+        return ipv4_in(s, p, m, eth + ETH_LEN, ri);
     }
     if (type == ETH_TYPE_ARP) {
         arp_in(s, *p);

@@ -61,7 +61,9 @@ void arp_ask(struct bypass_stack *s, const addr_t *target, const uint8_t *mac);
 /* eth.c */
 void eth_out(struct bypass_stack *s, bypass_pkt p, const struct dst *d);
 
-/* ipv4.c. Sends one datagram in pieces: frames linked by meta.next, each but the last a multiple of 8 bytes.
+/* ipv4.c. The packet at meta.off, which is `ip`; results as of eth_in(). */
+int ipv4_in(struct bypass_stack *s, bypass_pkt *p, struct bypass_pkt_meta *m, const uint8_t *ip, struct rx_info *ri);
+/* Sends one datagram in pieces: frames linked by meta.next, each but the last a multiple of 8 bytes.
  * Takes them all. 0 or -EHOSTUNREACH. */
 int ip_out_fragments(struct bypass_stack *s, bypass_pkt head, const struct ip_tx *tx);
 void pkt_free_list(struct bypass_stack *s, bypass_pkt head); /* linked by meta.next */
