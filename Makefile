@@ -59,8 +59,9 @@ demo: setup ## The demonstration: kernel and bypass on one address; on the simul
 test: setup ## The whole test suite (ARGS="-k tcp" for a part of it)
 	@$(RUN) -m pytest $(ARGS)
 
-bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo; leaves build/bench.json
-	@$(RUN) -m bench $(ARGS)
+bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo (ROUNDS=5); leaves build/bench.json
+	@$(MAKE) --no-print-directory -s -f bench/build.mk
+	@$(RUN) -m bench $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
 	@scripts/lint

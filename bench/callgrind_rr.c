@@ -75,8 +75,7 @@ static void settle(struct host *a, struct host *b)
         now_ns += 10000;
         (void)bypass_poll(&a->stack, now_ns, BATCH);
         (void)bypass_poll(&b->stack, now_ns, BATCH);
-        while (bypass_events(&b->stack, ev, BATCH) > 0) {
-        }
+        while (bypass_events(&b->stack, ev, BATCH) > 0) {}
         quiet = memport_carry(&a->port, &b->port) + memport_carry(&b->port, &a->port) > 0 ? 0 : quiet + 1;
     }
 }

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.figures import Spread, ratios, spread
-from bench.programs import CLIENT_CORE, SERVER_CORE, Server, ksoftirqd_pids, pinned, program, python_server, run_json
+from bench.programs import (
+    CLIENT_CORE,
+    SERVER_CORE,
+    Server,
+    ksoftirqd_pids,
+    pinned,
+    program,
+    python_server,
+    run_json,
+)
 from bypass import netns
 from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, SERVER_IP, Lab
 
@@ -154,7 +163,10 @@ def run(
     for number in range(rounds):
         turn = number % len(names)
         for variant in names[turn:] + names[:turn]:
-            with _Offloads(lab) if variant == "kernel-offload" else nullcontext(), start(lab, variant) as server:
+            with (
+                _Offloads(lab) if variant == "kernel-offload" else nullcontext(),
+                start(lab, variant) as server,
+            ):
                 for test in TESTS:
                     if applies(variant, test):
                         step(f"round {number + 1}: {VARIANTS[variant][1]}: {test.title}")

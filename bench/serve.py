@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import cffi
+from bypass._core import ffi as core_ffi
 
 from bench.programs import ROOT, program
 from bypass import netns
 from bypass._build_core import declarations
-from bypass._core import ffi as core_ffi
 from bypass.afxdp import AfxdpDevice
 from bypass.core import address_bytes
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
@@ -82,7 +82,7 @@ def serve_bypass(device: AfxdpDevice, lab: Lab, spin: bool, stop: threading.Even
     ffi, lib = server_library()
     sides = lab.sides()
     assert sides is not None
-    args = ffi.new("struct server_args *")
+    args: Any = ffi.new("struct server_args *")
     args.local.b = address_bytes(SERVER_IP)
     args.peer.b = address_bytes(CLIENT_IP)
     args.peer_mac = bytes.fromhex(sides[1].mac.replace(":", ""))
@@ -119,14 +119,14 @@ def serve_python(stop: threading.Event) -> None:
             writer.write(data)
         writer.close()
 
-    async def serve() -> None:
-        with Stack.from_policy(parse_policy(POLICY)) as stack:
-            server = await aio.start_server(stack, echo, SERVER_IP, ECHO)
-            print("ready", flush=True)
-            await asyncio.to_thread(stop.wait)
-            server.close()
+    async def serve(stack: Stack) -> None:
+        server = await aio.start_server(stack, echo, SERVER_IP, ECHO)
+        print("ready", flush=True)
+        await asyncio.to_thread(stop.wait)
+        server.close()
 
-    asyncio.run(serve())
+    with Stack.from_policy(parse_policy(POLICY)) as stack:
+        asyncio.run(serve(stack))
 
 
 def main(variant: str, lab_name: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from bypass._core import ffi, lib
+
 from bench.figures import spread
 from bench.programs import SERVER_CORE, pinned, program, run_json
-from bypass._core import ffi, lib
 
 BULK_BUDGET_GBIT = 20.0
 IDLE_BUDGET_BYTES = 512
@@ -16,7 +17,8 @@ IDLE_BUDGET_BYTES = 512
 def bulk(rounds: int, megabytes: int = 1000, delay_us: int = 10) -> dict[str, Any]:
     """Both ends and the wire on one core; Gbit/s of payload by CPU time, so that other programs do not count."""
     runs = [
-        run_json(pinned(SERVER_CORE, [program("sim_bulk"), str(megabytes), str(delay_us)])) for _ in range(rounds)
+        run_json(pinned(SERVER_CORE, [program("sim_bulk"), str(megabytes), str(delay_us)]))
+        for _ in range(rounds)
     ]
     return {
         "gbit_per_cpu_s": spread([r["bytes"] * 8 / r["cpu_ns"] for r in runs]),

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's tables for people; bench.json holds the same and more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+QUIET_SHARE = 0.05  # CPU of others up to which rates are worth reading
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Every part that was run."""
+    if "tests" in result:
+        for test in result["tests"].values():
+            console.print(_test(test))
+        _warn(result["tests"], console)
+    if "drop" in result:
+        for sender in result["drop"]["senders"].values():
+            console.print(_drop(sender))
+        for way, what in result["drop"]["missing"].items():
+            console.print(f"[yellow]{way}: not measured, missing: {what}")
+    if "instructions" in result:
+        _instructions(result["instructions"], console)
+    if "sim_bulk" in result:
+        b = result["sim_bulk"]
+        console.print(
+            f"\n[bold]Bulk over the simulated wire[/], both ends on one core, MSS {b['mss']}: "
+            f"{_spread(b['gbit_per_cpu_s'])} Gbit per CPU second (budget: {b['budget']:g})"
+        )
+    if "idle_connection" in result:
+        i = result["idle_connection"]
+        console.print(
+            f"[bold]Idle connection[/]: {i['bytes']:.0f} bytes (budget: {i['budget']}); an arena for 1,000,000: "
+            f"{i['arena_bytes_1m'] / 1e6:.0f} MB"
+        )
+    if "costs" in result:
+        _costs(result["costs"], console)
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _spread(s: dict[str, float]) -> str:
+    return f"{_number(s['median'])} ({_number(s['min'])} .. {_number(s['max'])})"
+
+
+def _test(test: dict[str, Any]) -> Table:
+    table = Table(title=f"\n{test['title']}", title_justify="left", title_style="bold")
+    table.add_column("server")
+    table.add_column(test["unit"], justify="right")
+    table.add_column("CPU s/GB" if test["unit"] == "Gbit/s" else "CPU s/Mop", justify="right")
+    latency = "p50_us" in next(iter(test["variants"].values()))
+    if latency:
+        table.add_column("p50 µs", justify="right")
+        table.add_column("p99 µs", justify="right")
+    for v in test["variants"].values():
+        row = [f"({v['role']}) {v['title']}", _spread(v["rate"]), _number(v["cpu_s"]["median"])]
+        if latency:
+            row += [_number(v["p50_us"]["median"]), _number(v["p99_us"]["median"])]
+        table.add_row(*row)
+    table.caption = "   ".join(f"{name} {_spread(r)}" for name, r in test["ratios"].items())
+    table.caption_justify = "left"
+    return table
+
+
+def _warn(tests: dict[str, Any], console: Console) -> None:
+    worst = max(v["other_cpu_share"]["median"] for t in tests.values() for v in t["variants"].values())
+    if worst > QUIET_SHARE:
+        console.print(
+            f"[yellow]The machine was not quiet: other programs took up to {worst:.0%} of both cores. "
+            "CPU figures hold, rates and latencies are lower bounds."
+        )
+
+
+def _drop(sender: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"\nDropping a flood, sender: {sender['title']}", title_justify="left", title_style="bold"
+    )
+    for name in ("dropped by", "packets/s", "CPU s/Mpkt", "arrived"):
+        table.add_column(name, justify="left" if name == "dropped by" else "right")
+    for w in sender["ways"].values():
+        table.add_row(
+            w["title"],
+            _spread(w["packets_per_s"]),
+            _spread(w["cpu_s_per_million"]),
+            f"{w['arrived_share']['median']:.1%}",
+        )
+    table.caption = "   ".join(f"{name} {_spread(r)}" for name, r in sender["ratios"].items())
+    table.caption_justify = "left"
+    return table
+
+
+def _instructions(found: dict[str, Any], console: Console) -> None:
+    if "missing" in found:
+        console.print(f"[yellow]Instructions: not counted, missing: {found['missing']}")
+        return
+    one, many = found["one"], found["batch"]
+    console.print(
+        f"\n[bold]Instructions of one request and response[/], server's stack alone: {one['per_request']:,.0f} "
+        f"(of them {one['device']:.0f} the device of memory; budget: {found['budget']:,}); with "
+        f"{many['connections']} requests a poll: {many['per_request']:,.0f}"
+    )
+    table = Table("function", "instructions", "share")
+    for name, n in one["functions"].items():
+        table.add_row(name, f"{n:.0f}", f"{n / one['per_request']:.1%}")
+    console.print(table)
+
+
+def _costs(costs: dict[str, Any], console: Console) -> None:
+    if "missing" in costs:
+        console.print(f"[yellow]Profile: not taken, missing: {costs['missing']}")
+        return
+    table = Table(
+        title=f"\nWhere the server's time goes ({costs['variant']}, {costs['test']})", title_justify="left"
+    )
+    table.title_style = "bold"
+    table.add_column("cost")
+    table.add_column("share", justify="right")
+    for name, share in costs["groups"].items():
+        table.add_row(name, f"{share:.1%}")
+    console.print(table)
+    largest = ", ".join(f"{name} {share:.1%}" for name, share in list(costs["functions"].items())[:6])
+    console.print(escape(f"Largest functions: {largest}"))
