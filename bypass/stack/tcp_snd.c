@@ -89,7 +89,7 @@ static size_t queue_bytes(struct bypass_stack *s, struct tcp_conn *c, const uint
         done = fill_frame(s, c->sndq_tail, buf, n, limit);
     while (done < n) {
         seq_t at = seq_add(c->snd_una, c->snd_queued + (uint32_t)done);
-        bypass_pkt p = new_frame(s, at);
+        bypass_pkt p = pkt_scarce(s) ? BYPASS_PKT_NONE : new_frame(s, at);
         if (p == BYPASS_PKT_NONE)
             break;
         link_behind(s, c, c->sndq_tail, p);
