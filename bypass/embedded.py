@@ -24,6 +24,7 @@ from bypass.driver import Driver
 from bypass.errors import DeviceError
 from bypass.policy import Policy, load_policy
 from bypass.stack_api import Stack
+from bypass.status import Snapshot, StatusServer
 from bypass.steering import Steering
 from bypass.watch import KernelWatch
 
@@ -31,6 +32,7 @@ __all__ = ["DeviceDriver", "open_stack"]
 
 log = logging.getLogger("bypass")
 TICK_NS = 100_000_000
+STATUS_NS = 10_000_000  # between looks at who asks, while packets keep us from sleeping
 POLL_BUDGET = 256  # frames
 POLL_ROUNDS = 8  # batches, before the program gets its turn
 
@@ -52,6 +54,7 @@ class DeviceDriver(Driver):
         steering: Steering,
         control: PolicyControl,
         watch: KernelWatch,
+        status: StatusServer,
         spin_us: int,
     ) -> None:
         super().__init__()
@@ -60,6 +63,7 @@ class DeviceDriver(Driver):
         self.steering = steering
         self.control = control
         self.watch = watch
+        self.status = status
         self.failure: DeviceError | None = None
         self._spin_ns = spin_us * 1000
         self._stack: Stack | None = None
@@ -69,6 +73,7 @@ class DeviceDriver(Driver):
         self._down = False
         self._tick_ns = 0
         self._tick_wanted = True
+        self._status_ns = 0
         self._device_fd = int(device.netdev.ops.wait_fd(device.netdev))
         self._poll = select.poll()
         for fd in (*self.fds(), self._wake):
@@ -76,7 +81,7 @@ class DeviceDriver(Driver):
         control.changed = self._want_tick
 
     def fds(self) -> list[int]:
-        return [self._device_fd, self.watch.fileno()]
+        return [self._device_fd, self.watch.fileno(), self.status.fileno()]
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
@@ -141,6 +146,9 @@ class DeviceDriver(Driver):
             self._tick_wanted = self.control.tick()
         if now >= self._tick_ns:
             self._tick_ns = now + TICK_NS
+        if now >= self._status_ns:
+            self._status_ns = now + STATUS_NS
+            self.status.poll()
 
     def _want_tick(self) -> None:
         self._tick_wanted = True
@@ -199,12 +207,16 @@ class DeviceDriver(Driver):
         finally:
             self.lock.acquire()
             self._sleeping_until = None
+        if self.core.closed:
+            return  # by another thread; the descriptors are gone
         for fd, _ in ready:
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
             elif fd == self.watch.fileno():
                 self._trouble(self.watch.update())
+            elif fd == self.status.fileno():
+                self.status.poll()
 
     def touched(self, stack: Stack) -> None:
         self.core.flush()
@@ -217,6 +229,7 @@ class DeviceDriver(Driver):
         with contextlib.ExitStack() as end:
             end.callback(os.close, self._wake)
             end.callback(self.watch.close)
+            end.callback(self.status.close)
             end.callback(self.device.close)
             end.callback(self.steering.close)
             end.callback(self.control.close)
@@ -272,7 +285,9 @@ def open_stack(
         undo.callback(watch.close)
         control = PolicyControl(policy, steering, watch)
         control.core = core
-        driver = DeviceDriver(core, device, steering, control, watch, spin_us)
+        status = StatusServer(ifname, Snapshot(steering, device, core, name or ifname))
+        undo.callback(status.close)
+        driver = DeviceDriver(core, device, steering, control, watch, status, spin_us)
         stack = Stack(core, driver, name=name or ifname, control=control)
         driver._stack = stack
         undo.pop_all()
