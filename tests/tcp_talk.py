@@ -175,6 +175,7 @@ class Talk(Conversation):
         self.ts: tuple[int, int] | None = (
             None  # (our ms clock's value, last TSval of the stack): put in by peer()
         )
+        self.ts_base = 1000  # the peer's first timestamp
         self._mark = self.now
 
     # ---- the program
@@ -253,7 +254,7 @@ class Talk(Conversation):
         opts = m["opts"] or ""
         if self.ts is not None and "ts" not in opts and "nots" not in opts:
             ms = (self.now - self.ts[0]) // 1_000_000
-            opts = f"nop, nop, ts {1000 + ms} {self.ts[1]}" + (", " + opts if opts else "")
+            opts = f"nop, nop, ts {self.ts_base + ms} {self.ts[1]}" + (", " + opts if opts else "")
         ack = int(m["ack"]) + (self.iss or 0) if m["ack"] is not None else 0
         if flags & ACK and m["ack"] is None:
             ack = self.heard + (self.iss or 0)

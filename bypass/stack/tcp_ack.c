@@ -190,7 +190,7 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
 {
     if (seq_gt(g->ack, c->snd_nxt)) { /* something never sent */
         STAT(s, tcp_in_bad_ack);
-        tcp_send_ack(s, c);
+        tcp_challenge(s, c);
         return false;
     }
     uint32_t oldest = max_u32(c->snd_wnd_max, 65535);

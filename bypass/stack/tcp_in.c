@@ -127,12 +127,22 @@ static bool acceptable(const struct tcp_conn *c, const struct segment *g)
     return ahead < wnd || seq_add(g->seq, len - 1).v - c->rcv_nxt.v < wnd;
 }
 
+/* Tells the sender of an unacceptable segment where we are; two sides that each find the other's bare
+ * ACKs unacceptable must not go on for ever. */
+static void acknowledge(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    if (seg_len(g) > 0)
+        tcp_send_ack(s, c);
+    else
+        tcp_challenge(s, c);
+}
+
 /* First: sequence number, with PAWS before it. */
 static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {
     if (unlikely(paws_rejects(s, c, g))) {
         STAT(s, tcp_in_paws);
-        tcp_send_ack(s, c);
+        acknowledge(s, c, g);
         return STOP;
     }
     if (likely(acceptable(c, g)))
@@ -283,7 +293,7 @@ static void synchronised_in(struct bypass_stack *s, struct tcp_conn *c, struct s
         return;
     if (data_after_close(s, c, g))
         return;
-    if ((g->len > 0 || (g->flags & TCP_FIN)) && c->state != BYPASS_TIME_WAIT)
+    if ((g->len > 0 || (g->flags & TCP_FIN)) && !(c->flags & TF_FIN_IN)) /* nothing comes after a FIN */
         tcp_rcv_data(s, c, g); /* sixth (urgent) is delivered as ordinary data; seventh, eighth */
     tcp_output(s, c);
 }

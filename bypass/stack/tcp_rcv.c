@@ -114,13 +114,38 @@ static uint32_t fill_last_chunk(struct bypass_stack *s, struct tcp_conn *c, cons
     return n;
 }
 
+static void free_list(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
+{
+    while (item != NO_INDEX) {
+        uint32_t next = *item_view(s, item).next;
+        item_free(s, c, item);
+        item = next;
+    }
+}
+
+/* Data in order may use all chunks, at last in place of what this connection holds ahead of it. Data out
+ * of order leaves a quarter of them, for all connections' data in order: a peer that sends every second
+ * byte must not stop the others. */
+static uint32_t take_chunk(struct bypass_stack *s, struct tcp_conn *c, bool in_order)
+{
+    const struct pool *p = &core(s)->chunks;
+    if (!in_order && p->used >= p->cap - p->cap / 4)
+        return NO_INDEX;
+    if (in_order && p->used == p->cap && c->ooo_head != NO_INDEX) {
+        STAT(s, tcp_ooo_pruned);
+        free_list(s, c, c->ooo_head);
+        c->ooo_head = NO_INDEX;
+    }
+    return chunk_alloc(s);
+}
+
 /* Copies payload into chunks. Returns the bytes stored: fewer than len when chunks ran out. */
 static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len, seq_t at,
                              bool in_order)
 {
     uint32_t done = in_order ? fill_last_chunk(s, c, data, len) : 0;
     while (done < len) {
-        uint32_t i = chunk_alloc(s);
+        uint32_t i = take_chunk(s, c, in_order);
         if (i == NO_INDEX)
             return done;
         struct chunk *k = chunk_at(s, i);
@@ -347,15 +372,6 @@ int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n
     if (!(flags & BYPASS_PEEK) && !(c->flags & TF_DEAD))
         window_update(s, c);
     return (int64_t)done;
-}
-
-static void free_list(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
-{
-    while (item != NO_INDEX) {
-        uint32_t next = *item_view(s, item).next;
-        item_free(s, c, item);
-        item = next;
-    }
 }
 
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)
