@@ -28,10 +28,8 @@ PRIVILEGED = ("network", "drop", "costs")
 
 def machine() -> dict[str, Any]:
     """What the figures are of."""
-    model = next(
-        (line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        "?",
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     return {
         "cpu": model,
         "cores": os.cpu_count(),
