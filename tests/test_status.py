@@ -153,7 +153,7 @@ def test_only_root_and_the_same_user_are_answered(ifname: str, monkeypatch: pyte
         real = status._peer_uid
         # The server sees a stranger; its end of the connection is the one with a name.
         monkeypatch.setattr(status, "_peer_uid", lambda s: 12345 if s.getsockname() else real(s))
-        with pytest.raises(BypassError, match="refuses: only root and its own user|cannot be asked"):
+        with pytest.raises(BypassError, match=r"refuses: only root and its own user|cannot be asked"):
             ask(mine(ifname), "flows")
 
 
