@@ -24,7 +24,7 @@ import os
 import socket
 import struct
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -184,7 +184,8 @@ class Steering:
         self._endpoints: dict[int, Endpoint] = {}
         self._free: deque[int] = deque(range(MAX_ENTRIES))
         self._mac = bytes(6)
-        self._kinds = 0
+        self._by_kind: Counter[int] = Counter()
+        self._told = b""
         self._before: dict[str, Count] = {}  # counts of rules under policies that were swapped out
         if attach:
             _refuse_foreign(ifname, self.ifindex)
@@ -272,9 +273,9 @@ class Steering:
     def add_endpoint(
         self,
         proto: int,
-        laddr: str | ipaddress.IPv4Address | None,
+        laddr: str | Address | None,
         lport: int,
-        raddr: str | ipaddress.IPv4Address | None = None,
+        raddr: str | Address | None = None,
         rport: int | None = None,
         *,
         owner: int = 0,
@@ -284,7 +285,7 @@ class Steering:
 
         Args:
             proto: socket.IPPROTO_TCP or IPPROTO_UDP.
-            laddr: local address; None: any.
+            laddr: local address; None or the unspecified one: any.
             lport: local port, 1..65535.
             raddr, rport: the peer; both or none.
             drain: TCP connections that the kernel holds at the moment stay with the kernel.
@@ -293,11 +294,10 @@ class Steering:
             The entry's number.
 
         Raises:
-            GrantError: no rule of the policy grants any of these flows.
+            GrantError: no rule of the policy grants any of these flows, or they are IPv6.
             SteeringError: the entry exists already, or there are MAX_ENTRIES.
         """
-        local = None if laddr is None else ipaddress.IPv4Address(laddr)
-        remote = None if raddr is None else ipaddress.IPv4Address(raddr)
+        local, remote = _ipv4(laddr), _ipv4(raddr)
         if not self._free:
             raise SteeringError(f"{self.ifname}: {MAX_ENTRIES} endpoints are live; close some")
         endpoint = Endpoint(self._free[0], proto, local, lport, remote, rport, owner, drain)
@@ -310,7 +310,8 @@ class Steering:
         self._endpoints[endpoint.entry] = endpoint
         cpus = libbpf.possible_cpus()
         self._map("entry_count").put(U32.pack(endpoint.entry), bytes(COUNT.size * cpus))
-        self._set_kinds(self._kinds | endpoint_kind(endpoint))
+        self._by_kind[endpoint_kind(endpoint)] += 1
+        self._tell()
         return endpoint.entry
 
     def _check(self, endpoint: Endpoint) -> None:
@@ -330,10 +331,8 @@ class Steering:
             return
         self._map("endpoints").delete(endpoint_key(endpoint))
         self._free.append(entry)
-        kinds = 0
-        for e in self._endpoints.values():
-            kinds |= endpoint_kind(e)
-        self._set_kinds(kinds)
+        self._by_kind[endpoint_kind(endpoint)] -= 1
+        self._tell()
 
     def set_drain(self, entry: int, drain: bool) -> None:
         """Whether connections that the kernel holds stay with it. KeyError: no such entry."""
@@ -373,11 +372,14 @@ class Steering:
     def set_mac(self, mac: bytes) -> None:
         """The interface's MAC address, when it changed (the constructor reads it)."""
         self._mac = mac
-        self._set_kinds(self._kinds)
+        self._tell()
 
-    def _set_kinds(self, kinds: int) -> None:
-        self._kinds = kinds
-        self._map("config").put(ZERO, CONFIG.pack(self._mac, kinds))
+    def _tell(self) -> None:
+        """MAC address, and the kinds of endpoints there are: lookups that cannot hit are not made."""
+        config = CONFIG.pack(self._mac, sum(kind for kind, n in self._by_kind.items() if n))
+        if config != self._told:
+            self._map("config").put(ZERO, config)
+            self._told = config
 
     # ---- counters ---------------------------------------------------------------------------------------------
 
@@ -461,6 +463,16 @@ class Steering:
                 f"kernel {os.uname().release} has no tcx (6.6 and later do): a reset that the kernel sends for a "
                 "stray packet of a live connection reaches the peer",
             )
+
+
+def _ipv4(address: str | Address | None) -> ipaddress.IPv4Address | None:
+    """None for any."""
+    if address is None:
+        return None
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        raise GrantError(f"{parsed}: only IPv4 is steered, IPv6 is the kernel's")
+    return None if parsed.is_unspecified else parsed
 
 
 def _granted(policy: Policy, e: Endpoint) -> bool:

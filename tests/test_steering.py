@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering from Python: endpoints and their grants, addresses, counters, exchange of the policy, and what each error
+says. Programs are loaded and test-run, not attached."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wire
+from packets import policy_of
+
+from bypass.bpf import build
+from bypass.errors import BypassError, GrantError, PrivilegeError, SteeringError
+from bypass.rules import PortRange, Rule
+from bypass.steering import MAX_ENTRIES, REASONS, Steering
+
+pytestmark = pytest.mark.netns
+
+TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+HOST, PEER = "192.0.2.10", "198.51.100.1"
+AF_XDP = 44
+
+
+def rule(
+    index: int, action: str, port: int | None = 80, *, name: str = "", remote: str | None = None
+) -> Rule:
+    ports = None if port is None else PortRange(port, port)
+    net = None if remote is None else ipaddress.ip_network(remote)
+    return Rule(index, name or f"r{index}", None, None, ports, net, None, None, action)  # type: ignore[arg-type]
+
+
+def load(*rules: Rule, **options: object) -> Steering:
+    return Steering(policy_of(list(rules)), "lo", queues=1, attach=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def steering() -> Iterator[Steering]:
+    """Port 80 may be taken; one address, one AF_XDP socket. The loopback's MAC address is zero."""
+    with load(rule(0, "steer", name="web")) as it, socket.socket(AF_XDP, socket.SOCK_RAW) as xsk:
+        it.set_locals([HOST])
+        it.set_socket(0, 0, xsk.fileno())
+        yield it
+
+
+def frame(
+    port: int = 80, sport: int = 5000, proto: int = TCP, host: str = HOST, *, mac: bytes = bytes(6)
+) -> bytes:
+    if proto == TCP:
+        l4 = wire.tcp(PEER, host, sport, port, 1, 2, wire.ACK, 100)
+    else:
+        l4 = wire.udp(PEER, host, sport, port, b"data")
+    return wire.eth(mac, b"\2\0\0\0\0\1", wire.ETH_IPV4, wire.ipv4(PEER, host, proto, l4))
+
+
+def reason(s: Steering, data: bytes) -> str:
+    return s.test_run(data).reason
+
+
+# ---- Endpoints ---------------------------------------------------------------------------------------------------
+def test_the_most_specific_endpoint_gets_the_packet(steering: Steering) -> None:
+    any_ = steering.add_endpoint(TCP, None, 80)
+    bound = steering.add_endpoint(TCP, HOST, 80)
+    connected = steering.add_endpoint(TCP, HOST, 80, PEER, 5000)
+
+    def entry() -> int:
+        verdict = steering.test_run(frame()).verdict
+        assert verdict is not None
+        return verdict.entry
+
+    for expected in (connected, bound, any_):
+        assert entry() == expected
+        steering.remove_endpoint(expected)
+    assert reason(steering, frame()) == "no_endpoint"
+    steering.remove_endpoint(any_)  # once more is nothing
+
+
+def test_the_unspecified_address_means_any(steering: Steering) -> None:
+    entry = steering.add_endpoint(UDP, "0.0.0.0", 80)
+    assert steering.entries()[entry][0].laddr is None
+    assert reason(steering, frame(proto=UDP)) == "steered"
+
+
+def test_one_flow_one_hash(steering: Steering) -> None:
+    steering.add_endpoint(TCP, None, 80)
+    hashes = [steering.test_run(frame(sport=p)).verdict for p in (5000, 5000, 5001)]
+    assert all(hashes)
+    assert hashes[0] == hashes[1]
+    assert hashes[0] != hashes[2]
+
+
+def test_an_endpoint_needs_a_grant(steering: Steering) -> None:
+    with pytest.raises(GrantError, match=r"no rule of the policy grants tcp \*:81 on lo"):
+        steering.add_endpoint(TCP, None, 81)
+    with pytest.raises(GrantError, match="2001:db8::10: only IPv4 is steered"):
+        steering.add_endpoint(TCP, "2001:db8::10", 80)
+    assert steering.entries() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, None, 80), "TCP or UDP"),
+        ((TCP, None, 0), "1 to 65535"),
+        ((TCP, None, 65536), "1 to 65535"),
+        ((TCP, HOST, 80, PEER, None), "address and port"),
+        ((TCP, None, 80, PEER, 5000), "needs a local address"),
+    ],
+)
+def test_an_endpoint_that_makes_no_sense_is_refused(
+    steering: Steering, arguments: tuple[int, str | None, int], message: str
+) -> None:
+    with pytest.raises(SteeringError, match=message):
+        steering.add_endpoint(*arguments)
+    assert steering.entries() == {}
+
+
+def test_an_endpoint_exists_once(steering: Steering) -> None:
+    steering.add_endpoint(TCP, HOST, 80)
+    with pytest.raises(SteeringError, match=rf"tcp {HOST}:80 is live already"):
+        steering.add_endpoint(TCP, HOST, 80)
+    with pytest.raises(SteeringError, match="owner 1 of 1"):
+        steering.add_endpoint(UDP, HOST, 80, owner=1)
+    assert len(steering.entries()) == 1
+
+
+def test_numbers_are_used_again_as_late_as_possible_and_count_from_zero(steering: Steering) -> None:
+    first = steering.add_endpoint(TCP, None, 80)
+    steering.test_run(frame())
+    assert steering.entries()[first][1].packets == 1
+    steering.remove_endpoint(first)
+    for port in range(1, MAX_ENTRIES):
+        number = steering.add_endpoint(UDP, HOST, 80, PEER, port)
+        assert number != first
+    again = steering.add_endpoint(TCP, None, 80)
+    assert again == first
+    assert steering.entries()[again][1].packets == 0
+    with pytest.raises(SteeringError, match="65536 endpoints are live"):
+        steering.add_endpoint(UDP, None, 80)
+
+
+# ---- Addresses, sockets, counters --------------------------------------------------------------------------------
+def test_nothing_is_taken_before_addresses_are_known() -> None:
+    with load(rule(0, "drop")) as s:
+        assert reason(s, frame()) == "not_local"
+        s.set_locals([HOST])
+        assert reason(s, frame()) == "rule_drop"
+        s.set_locals(["192.0.2.11", "2001:db8::1"])
+        assert reason(s, frame()) == "not_local"
+        assert reason(s, frame(host="192.0.2.11")) == "rule_drop"
+        s.set_mac(bytes.fromhex("020000000009"))
+        assert reason(s, frame(host="192.0.2.11")) == "other_mac"
+
+
+def test_a_closed_socket_leaves_its_slot(steering: Steering) -> None:
+    steering.add_endpoint(TCP, None, 80)
+    with socket.socket(AF_XDP, socket.SOCK_RAW) as other:
+        steering.set_socket(0, 0, other.fileno())
+        assert reason(steering, frame()) == "steered"
+    assert reason(steering, frame()) == "tcp_no_socket"
+    steering.clear_socket(0, 0)  # an empty slot is nothing
+    with pytest.raises(SteeringError, match="no slot for owner 0, queue 256"):
+        steering.clear_socket(0, 256)
+
+
+def test_packets_and_bytes_are_counted_in_one_place_of_each_kind(steering: Steering) -> None:
+    entry = steering.add_endpoint(UDP, None, 80)
+    data = frame(proto=UDP)
+    for _ in range(3):
+        steering.test_run(data)
+    steering.test_run(frame(port=81))
+    want = (3, 3 * len(data))
+    assert steering.rules()["web"] == want
+    assert steering.entries()[entry][1] == want
+    counted = {name: c for name, c in steering.reasons().items() if c.packets}
+    assert counted == {"steered": want, "no_rule": (1, len(frame(port=81)))}
+    assert list(steering.reasons()) == [r.name for r in REASONS]
+
+
+def test_a_swap_keeps_endpoints_sockets_and_counters(steering: Steering) -> None:
+    entry = steering.add_endpoint(TCP, HOST, 80)
+    steering.test_run(frame())
+    assert steering.swap(policy_of([rule(0, "drop", 22), rule(1, "steer", None, name="web")])) == []
+    assert reason(steering, frame()) == "steered"
+    assert steering.rules()["web"].packets == 2
+    assert list(steering.rules()) == ["r0", "web"]
+    kernels = Rule(1, "kernels", TCP, ipaddress.ip_network(HOST), PortRange(80, 80), None, None, None, "pass")
+    vanished = steering.swap(policy_of([rule(0, "steer", 80, name="web"), kernels]))
+    assert [e.entry for e in vanished] == [entry]
+    assert reason(steering, frame()) == "rule_pass"
+    assert steering.rules()["web"].packets == 2
+
+
+def test_a_swap_that_fails_changes_nothing(steering: Steering) -> None:
+    steering.add_endpoint(TCP, HOST, 80)
+    steering._text = "int nonsense"
+    with pytest.raises(SteeringError, match="cannot compile"):
+        steering.swap(policy_of([rule(0, "steer", None, name="web")]))
+    remove_logs()
+    assert reason(steering, frame()) == "steered"
+    assert list(steering.rules()) == ["web"]
+
+
+# ---- Errors ------------------------------------------------------------------------------------------------------
+def remove_logs() -> list[str]:
+    texts = []
+    for path in Path("/tmp").glob("bypass-*.log"):
+        texts.append(path.read_text())
+        path.unlink()
+    return texts
+
+
+def test_a_compile_error_names_its_first_message_and_a_file_with_all() -> None:
+    with pytest.raises(SteeringError, match=r"error: .*; all messages are in (/tmp/bypass-bcc-.*\.log)") as e:
+        load(rule(0, "steer"), text=build.source().replace("u32 zero = 0;", "u32 zero = ;"))
+    found = re.search(r"all messages are in (\S+)", str(e.value))
+    assert found
+    assert "steer.h" in Path(found[1]).read_text(), "messages name file and line of the source"
+    Path(found[1]).unlink()
+
+
+def test_a_program_that_the_verifier_refuses_leaves_its_log() -> None:
+    check = "(void *)(_h + 1) > (void *)(long)ctx->data_end"
+    assert check in build.source()
+    with pytest.raises(
+        SteeringError, match=r"the kernel refuses xdp_steer: .*log is in /tmp/bypass-verifier-"
+    ) as e:
+        load(rule(0, "steer"), text=build.source().replace(check, "0"))
+    path = Path(str(e.value).split()[-1])
+    assert "invalid access to packet" in path.read_text()
+    path.unlink()
+
+
+def test_a_missing_bcc_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bcc", None)
+    build.compile_programs.cache_clear()
+    with pytest.raises(PrivilegeError, match="python3-bpfcc"):
+        load(rule(0, "steer"))
+
+
+def test_a_missing_interface_and_too_many_queues_are_named() -> None:
+    with pytest.raises(SteeringError, match="no interface nowhere0"):
+        Steering(policy_of([rule(0, "steer")]), "nowhere0", queues=1)
+    with pytest.raises(SteeringError, match="257 queues; steering serves 1 to 256"):
+        Steering(policy_of([rule(0, "steer")]), "lo", queues=257)
+
+
+def test_without_privilege_the_error_says_what_is_missing() -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:  # a child that has given up root
+        os.setuid(65534)
+        try:
+            load(rule(0, "steer"))
+            text = "it loaded"
+        except BypassError as e:
+            text = f"{type(e).__name__}: {e}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as f:
+        text = f.read()
+    assert text.startswith("PrivilegeError"), text
+    assert "root" in text
+
+
+def test_what_is_closed_says_so() -> None:
+    s = load(rule(0, "steer"))
+    s.close()
+    with pytest.raises(SteeringError, match="steering is closed"):
+        s.rules()
+    with pytest.raises(SteeringError, match="steering is closed"):
+        s.add_endpoint(TCP, None, 80)
+
+
+def test_nothing_is_left_open_by_a_failed_or_closed_steering() -> None:
+    def open_fds() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    load(rule(0, "steer")).close()
+    before = open_fds()
+    for _ in range(3):
+        load(rule(0, "steer")).close()
+        with pytest.raises(SteeringError):
+            load(rule(0, "steer"), text="int nonsense")
+    remove_logs()
+    assert open_fds() == before
