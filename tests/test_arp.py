@@ -206,6 +206,7 @@ def test_a_gratuitous_announcement_moves_a_known_neighbour_only() -> None:
         c.stack.sendto(sock, b"x", (PEER, 9))
         c.answer_arp(PEER)
         c.sent()
+        c.advance(1)
         for address in (PEER, OTHER):
             c.inject(eth(BROADCAST, NEW_MAC, ETH_ARP, arp(1, NEW_MAC, address, NOBODY, address)))
         c.stack.sendto(sock, b"x", (PEER, 9))
@@ -286,6 +287,21 @@ def test_a_forgotten_gateway_is_asked_for_again() -> None:
 
 
 # ---- Bounds -------------------------------------------------------------------------------------------------------
+def test_two_who_fight_over_an_address_move_it_once_a_second() -> None:
+    with Conversation(neighbours=()) as c:
+        sock = c.udp()
+        c.stack.sendto(sock, b"x", (PEER, 9))
+        c.answer_arp(PEER)
+        c.sent()
+        for after, mac in ((0.5, PEER_MAC), (0.5, NEW_MAC), (0.9, NEW_MAC), (0.1, NEW_MAC)):
+            c.advance(after)
+            other = PEER_MAC if mac == NEW_MAC and after == 0.9 else NEW_MAC
+            c.inject(eth(BROADCAST, other, ETH_ARP, arp(1, other, PEER, NOBODY, PEER)))
+            c.stack.sendto(sock, b"x", (PEER, 9))
+            [frame] = c.sent()
+            assert frame[:6] == mac
+
+
 def test_what_the_embedder_said_is_not_changed_by_arp() -> None:
     with Conversation(neighbours=(PEER,)) as c:
         sock = c.udp()

@@ -270,7 +270,7 @@ def test_connecting_chooses_the_address_and_can_be_undone() -> None:
         assert c.stack.connect(sock, (OTHER, 10)) == 0
         assert c.stack.peer(sock) == (OTHER, 10)
         assert c.stack.connect(sock, ("0.0.0.0", 0)) == 0
-        assert c.stack.local(sock)[0] in ("0.0.0.0", "::")
+        assert c.stack.local(sock) == ("0.0.0.0", 7)
         assert c.stack.send(sock, b"x") == -errno.EDESTADDRREQ
 
 

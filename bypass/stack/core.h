@@ -194,7 +194,7 @@ struct dst {
     uint32_t via; /* entry of the gateway that it is reached by, or NO_INDEX */
     uint32_t ask_prev, ask_next;
     uint64_t used_ns;  /* last use: the longest unused is evicted */
-    uint64_t due_ns;   /* when the question is asked again */
+    uint64_t due_ns;   /* when the question is asked again; answered: until when announcements are not believed */
     uint64_t check_ns; /* when the next use has to look closer: stale, failed long enough ago, old MTU */
     uint64_t pmtu_until_ns;
     uint16_t link_mtu; /* before ICMP said otherwise */

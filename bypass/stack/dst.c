@@ -19,6 +19,7 @@ enum { ASK_TRIES = 3, EVICT_LOOK = 16 };
 #define ASK_INTERVAL_NS SEC_NS
 #define FRESH_NS (30 * SEC_NS)    /* a neighbour is believed for so long without asking */
 #define FAILED_NS (2 * SEC_NS)    /* then the next use may try again */
+#define SETTLED_NS SEC_NS         /* so long an answer stands before an announcement may change it */
 #define VIA_CHECK_NS (5 * SEC_NS) /* so often an entry behind the gateway looks whether the gateway's is stale */
 #define PMTU_NS (600 * SEC_NS)    /* RFC 1191 6.3 */
 
@@ -235,8 +236,12 @@ void dst_answer(struct bypass_stack *s, struct dst *d, const uint8_t *mac)
     if (d->fixed || d->via != NO_INDEX || addr_kind(s, addr_v4(&d->addr)) != ADDR_UNICAST) {
         return;
     }
+    if (d->state == DST_OK && d->ask_list == ASK_NONE && now_ns(s) < d->due_ns && memcmp(d->mac, mac, 6) != 0) {
+        return; /* nobody asked, and it has just moved: two who fight over an address do not keep us busy */
+    }
     ask_unlink(s, d);
     d->tries = 0;
+    d->due_ns = now_ns(s) + SETTLED_NS;
     enter_all(s, d, DST_OK, mac);
 }
 

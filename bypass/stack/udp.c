@@ -6,6 +6,8 @@
 
 #include "udp.h"
 
+static const addr_t any_addr = {{[10] = 0xff, [11] = 0xff}}; /* 0.0.0.0 */
+
 enum { EPHEMERAL_FIRST = 32768, EPHEMERAL_LAST = 60999 }; /* as Linux' ip_local_port_range */
 
 void udp_layout(struct layout *l, struct core *c)
@@ -32,6 +34,7 @@ int udp_create(struct bypass_stack *s, uint32_t *idx)
     }
     *udp_at(s, *idx) = (struct udp){
         .flags = UDP_IN_USE,
+        .local = any_addr,
         .sock = NO_INDEX,
         .rcvbuf = core(s)->cfg.rcvbuf,
         .sndbuf = core(s)->cfg.sndbuf,
@@ -103,7 +106,7 @@ int udp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint 
     if (port == 0 && (port = port_choose(s, u, &local->addr)) < 0) {
         return port;
     }
-    u->local = any ? (addr_t){{0}} : local->addr;
+    u->local = any ? any_addr : local->addr;
     u->local_port = (uint16_t)port;
     u->hash_next = *udp_bucket(s, u->local_port);
     *udp_bucket(s, u->local_port) = idx + 1;
@@ -112,14 +115,14 @@ int udp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint 
 
 int udp_bind_any(struct bypass_stack *s, uint32_t idx)
 {
-    struct bypass_endpoint any = {.port = 0};
+    struct bypass_endpoint any = {.addr = any_addr};
     return udp_at(s, idx)->local_port != 0 ? 0 : udp_bind(s, idx, &any);
 }
 
 static void disconnect(struct udp *u)
 {
     if (u->flags & UDP_ADDR_AUTO) {
-        u->local = (addr_t){{0}};
+        u->local = any_addr;
     }
     u->flags &= ~(uint32_t)(UDP_CONNECTED | UDP_ADDR_AUTO);
     u->peer = (addr_t){{0}};

@@ -28,7 +28,7 @@ struct udp {
     uint32_t hash_next; /* same local port's bucket; index plus one */
     uint32_t blocked_next;
     uint16_t local_port, peer_port; /* 0: none */
-    addr_t local, peer;             /* zero: any, none */
+    addr_t local, peer;             /* 0.0.0.0: any, none */
     uint32_t rcvbuf, sndbuf;
     uint32_t charged; /* bytes of frames and chunks that wait to be read */
     uint32_t q_head, q_tail;
@@ -45,11 +45,7 @@ struct udp_stored { /* in front of a datagram in chunks */
 };
 
 static inline struct udp *udp_at(const struct bypass_stack *s, uint32_t i) { return pool_at(s, &core(s)->udps, i); }
-static inline bool udp_has_addr(const struct udp *u)
-{
-    static const addr_t any;
-    return !addr_eq(&u->local, &any);
-}
+static inline bool udp_has_addr(const struct udp *u) { return load_be32(addr_v4(&u->local)) != 0; }
 
 /* udp.c */
 uint32_t *udp_bucket(const struct bypass_stack *s, uint16_t port); /* index plus one */
