@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw access: batches of whole Ethernet frames in and out of a netdev, for those who bring their own protocol.
 
-    with bypass.raw.open("policy.yaml", [("udp", "192.0.2.10", 5000)]) as port:
-        for frame in port.recv():
-            port.send([answer(frame.data)], queue=frame.queue)
+    with bypass.raw.open_port("policy.yaml", [("udp", "192.0.2.10", 5000)]) as port:
+        while True:
+            for frame in port.recv():
+                port.send([answer(frame.data)], queue=frame.queue)
 
-What lives here: `RawPort` over any netdev (AF_XDP or simulated), and `open()`, which steers flows of a policy into
-one. Frames are copied, a batch at a time in C (bypass/afxdp/raw.c). A netdev has one user: not a RawPort and a stack.
+What lives here: `RawPort` over any netdev (AF_XDP or simulated), and `open_port()`, which steers flows of a policy
+into one. Frames are copied, a batch at a time in C (bypass/afxdp/raw.c). A netdev has one user: not a RawPort and a
+stack.
 """
 
 from __future__ import annotations
@@ -14,16 +16,25 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bypass._core import ffi, lib
-from bypass.errors import DeviceError
+from bypass.errors import DeviceError, SteeringError
 
-__all__ = ["Frame", "RawPort"]
+if TYPE_CHECKING:
+    from bypass.policy import Policy
+    from bypass.steering import Steering
+
+__all__ = ["Endpoint", "Frame", "RawPort", "open_port"]
+
+Endpoint = tuple[str, str | None, int] | tuple[str, str | None, int, str, int]
+"""("udp" or "tcp", local address or None for any, local port), and a peer's address and port for its flow alone."""
 
 MAX_BATCH = 1024
 
@@ -50,14 +61,19 @@ class RawPort:
     """Sends and receives frames on a netdev. A context manager; not thread-safe.
 
     Args:
-        device: an object with `.netdev` (`bypass.afxdp.AfxdpDevice`, a simulated port), or a cffi
+        device: `bypass.afxdp.AfxdpDevice`, a port of a simulated wire (`bypass.sim`), or a cffi
             `struct bypass_netdev *`.
         on_close: called once by `close()`, for what the port stands on.
+
+    Attributes:
+        device: as given.
+        steering: the steering that feeds the port, for counters and for more endpoints; None: not of `open_port()`.
     """
 
     def __init__(self, device: Any, *, on_close: Callable[[], object] | None = None) -> None:
-        self._device = device  # keeps the owner of the memory alive
-        self._netdev: Any = getattr(device, "netdev", device)
+        self.device = device  # keeps the owner of the memory alive
+        self.steering: Steering | None = None
+        self._netdev: Any = getattr(device, "netdev", None) or getattr(device, "dev", device)
         self._on_close = on_close
         self._buffer = ffi.new("uint8_t[]", MAX_BATCH * self._netdev.stride)
         self._frames = ffi.new("struct rawport_frame[]", MAX_BATCH)
@@ -198,3 +214,84 @@ class RawPort:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_port(
+    policy: str | os.PathLike[str] | Policy, endpoints: Sequence[Endpoint], **options: Any
+) -> RawPort:
+    """Steers flows off the interface of a policy into a raw port; `close()` gives them back to the kernel.
+
+    Each port is reserved in the kernel by a bound socket, so that no other program takes it meanwhile. Answers to ARP
+    and ICMP echo stay the kernel's. Packets count as ours when they are sent to an address that the host has now.
+
+    Args:
+        policy: a policy or the path of one. Its rules have to grant the endpoints.
+        endpoints: whose packets to take.
+        options: further arguments of `bypass.afxdp.AfxdpDevice`; mode, queues and sizes are the policy's.
+
+    Raises:
+        PolicyError, GrantError, DeviceError, SteeringError, ForeignProgramError, PrivilegeError.
+        OSError: EADDRINUSE, a program of the kernel's listens on that port.
+    """
+    from bypass.afxdp import AfxdpDevice, interface_queues
+    from bypass.netlink import NetlinkSocket, read_addresses, steerable
+    from bypass.policy import Policy, load_policy
+    from bypass.steering import Steering
+
+    policy = policy if isinstance(policy, Policy) else load_policy(policy)
+    b, ifname = policy.backend, policy.interface
+    sizes: dict[str, Any] = {"ring_size": b.ring_size, "frames": b.frames, "frame_size": b.frame_size}
+    with ExitStack() as undo:
+        for endpoint in endpoints:
+            undo.callback(_reserve(endpoint).close)
+        queues: Any = "all" if b.queues is None else b.queues
+        device = undo.enter_context(AfxdpDevice(ifname, queues=queues, mode=b.mode, **sizes, **options))
+        # closed before the device: packets go to the kernel again, none into a closing socket
+        steering = undo.enter_context(
+            Steering(policy, ifname, queues=interface_queues(ifname), mode=device.xdp_mode)
+        )
+        with NetlinkSocket() as requests:
+            steering.set_locals(steerable(read_addresses(requests)))
+        for queue, fd in device.fds.items():
+            steering.set_socket(0, queue, fd)
+        for endpoint in endpoints:
+            _make_live(steering, endpoint)
+        port = RawPort(device, on_close=undo.pop_all().close)
+        port.steering = steering
+        return port
+
+
+def _make_live(steering: Steering, endpoint: Endpoint) -> None:
+    """TCP connections that the kernel holds on the port at the moment stay the kernel's."""
+    from bypass.netlink import NETLINK_SOCK_DIAG, NetlinkSocket, tcp_connections
+
+    proto, (_, laddr, lport, *_) = _kind_of(endpoint[0]), endpoint
+    if len(endpoint) == 5:
+        steering.add_endpoint(proto, laddr, lport, endpoint[3], endpoint[4])
+        return
+    with NetlinkSocket(NETLINK_SOCK_DIAG) as diag:
+        drain = proto == socket.IPPROTO_TCP and tcp_connections(diag, lport) > 0
+    steering.add_endpoint(proto, laddr, lport, drain=drain)
+
+
+def _kind_of(kind: str) -> int:
+    """socket.IPPROTO_*."""
+    kinds = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+    if kind not in kinds:
+        raise SteeringError(f"an endpoint begins with 'tcp' or 'udp', not {kind!r}")
+    return kinds[kind]
+
+
+def _reserve(endpoint: Endpoint) -> socket.socket:
+    """A kernel socket that holds the port and never receives from it. SO_REUSEADDR lets connections that the kernel
+    still has on the port live on."""
+    tcp = _kind_of(endpoint[0]) == socket.IPPROTO_TCP
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
+    try:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if tcp else socket.SO_RCVBUF, int(tcp))
+        s.bind((endpoint[1] or "", endpoint[2]))
+    except OSError as e:
+        s.close()
+        where = f"{endpoint[0]} {endpoint[1] or '*'}:{endpoint[2]}"
+        raise OSError(e.errno, f"{where}: {os.strerror(e.errno or 0)}") from e
+    return s
