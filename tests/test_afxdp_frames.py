@@ -405,6 +405,21 @@ def test_a_full_rx_ring_recovers(dev: FakeDevice, built: Any) -> None:
     d.close()
 
 
+@pytest.mark.parametrize(
+    ("off", "length"), [(256, 1793), (256, 13), (256, 0), (256, 2**32 - 1), (15, 60), (2040, 14)]
+)
+def test_a_received_frame_with_nonsense_in_its_descriptor_goes_back_to_the_pool(
+    dev: FakeDevice, off: int, length: int
+) -> None:
+    assert dev.lib.fake_odd_rx(dev.dev, 0, off, length) == 0
+    assert dev.lib.fake_rx(dev.dev, 0, 60, 7, -1) == 0
+    (pkt,) = dev.rx_burst(8)
+    assert dev.data(pkt) == bytes([7]) * 60
+    assert dev.counters().rx_bad == 1
+    audit = dev.audit()
+    assert (audit.stack, audit.rx, audit.free) == (1, 32, 95)
+
+
 def test_no_queue_starves_another(dev: FakeDevice) -> None:
     for queue in (0, 1):
         for i in range(8):

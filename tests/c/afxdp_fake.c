@@ -205,6 +205,20 @@ int fake_kicks(void)
     return n;
 }
 
+int fake_odd_rx(struct afxdp *d, uint32_t qi, uint32_t off, uint32_t len)
+{
+    struct queue *q = &d->queue[qi];
+    uint64_t addr;
+
+    if (ring_avail(&q->fill, &fq[qi].fill, 1) == 0) {
+        return -ENOBUFS;
+    }
+    addr = *ring_addr(&q->fill, fq[qi].fill.cons) + off;
+    ring_release(&q->fill, &fq[qi].fill, 1);
+    fake_bad_rx(d, qi, addr, len);
+    return 0;
+}
+
 void fake_bad_rx(struct afxdp *d, uint32_t qi, uint64_t addr, uint32_t len)
 {
     struct queue *q = &d->queue[qi];

@@ -26,6 +26,7 @@ void fake_wakeup(struct afxdp *dev, uint32_t qi, int tx, int fill);
 void fake_kick_answers(int err, int budget);
 int fake_kicks(void); /* system calls since the last question */
 /* Nonsense from the other side. */
+int fake_odd_rx(struct afxdp *dev, uint32_t qi, uint32_t off, uint32_t len); /* of a frame it was given; -ENOBUFS */
 void fake_bad_rx(struct afxdp *dev, uint32_t qi, uint64_t addr, uint32_t len);
 void fake_bad_completion(struct afxdp *dev, uint32_t qi, uint64_t addr);
 void fake_torn_indices(struct afxdp *dev, uint32_t qi, uint32_t by); /* moves what the kernel wrote, for a moment */
