@@ -192,7 +192,7 @@ bypass_sock bypass_accept(struct bypass_stack *s, bypass_sock h)
     uint32_t si = sock_alloc(s, SOCK_TCP, (uint32_t)idx);
     struct tcp_conn *c = conn_at(s, (uint32_t)idx);
     c->sock = si;
-    sock_event(s, si, (uint32_t)tcp_conn_ready(c, conn_cold(s, c)));
+    sock_event(s, si, (uint32_t)tcp_conn_ready(s, c));
     return handle(s, si);
 }
 
@@ -337,7 +337,7 @@ int bypass_ready(struct bypass_stack *s, bypass_sock h)
             return BYPASS_OUT | BYPASS_HUP; /* as Linux answers for a fresh socket */
         return ep->accept_head != NO_INDEX ? BYPASS_IN : 0;
     }
-    return tcp_conn_ready(conn_at(s, k->idx), cold_at(s, k->idx));
+    return tcp_conn_ready(s, conn_at(s, k->idx));
 }
 
 /* Options live in three places: the endpoint before, the connection and its cold half after connecting. */

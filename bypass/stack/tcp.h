@@ -274,6 +274,7 @@ struct tcp_cc {
     uint32_t (*ssthresh)(const struct tcp_conn *c, uint32_t flight);
 };
 const struct tcp_cc *tcp_cc(const struct tcp_conn *c);
+uint32_t tcp_initial_window(const struct tcp_conn *c); /* bytes, RFC 6928 */
 
 /* tcp_rcv.c */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
@@ -287,10 +288,7 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
 void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames);
 bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
-static inline uint32_t tcp_snd_room(const struct tcp_conn *c)
-{
-    return c->snd_queued < c->sndbuf ? c->sndbuf - c->snd_queued : 0;
-}
+uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c);
 enum {                /* meta.seg_flags beyond core.h's */
        SEG_LOST = 16, /* counts in lost_bytes; to be sent again */
        SEG_RTX = 32,  /* was sent more than once: no round trip from it (Karn) */
@@ -326,6 +324,7 @@ enum {
     ORPHAN_RETRIES = 8,
     QUICK_ACKS = 16,
     CHALLENGE_PER_S = 1000,
+    SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
     WINDOW_LOW = 32768, /* bytes: with less on offer the peer may be waiting */
 };
 
@@ -338,7 +337,7 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
 int tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how);
 void tcp_close(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx);
-int tcp_conn_ready(const struct tcp_conn *c, const struct tcp_cold *k);
+int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c);
 int tcp_listen_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
 int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
 void tcp_fill_info(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out);

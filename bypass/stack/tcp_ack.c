@@ -13,7 +13,9 @@
 uint32_t tcp_pipe(const struct tcp_conn *c)
 {
     uint32_t out = c->snd_nxt.v - c->snd_una.v - c->lost_bytes - !!(c->flags & TF_FIN_LOST);
-    uint32_t left = (uint32_t)c->dupacks * c->snd_mss;
+    /* outside of recovery no more than RFC 3042 allows, however many come */
+    uint32_t arrived = c->flags & (TF_RECOVERY | TF_LOSS) ? c->dupacks : min_u32(c->dupacks, 2);
+    uint32_t left = arrived * c->snd_mss;
     return out > left ? out - left : 0;
 }
 
@@ -71,14 +73,26 @@ void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c)
     c->rtx_next = c->sndq_head;
 }
 
+/* At once; marked as lost first, so that it is not forgotten when there is no frame or the device still
+ * holds it. */
+static void resend_head(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
+        mark_lost(s, c, c->sndq_head);
+        c->rtx_next = c->sndq_head;
+    }
+    tcp_retransmit_head(s, c);
+}
+
 static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
 {
     STAT(s, tcp_fast_retransmits);
-    c->ssthresh = tcp_cc(c)->ssthresh(c, c->snd_nxt.v - c->snd_una.v);
+    /* what limited transmit sent beyond cwnd does not count (RFC 5681 3.2 step 2) */
+    c->ssthresh = tcp_cc(c)->ssthresh(c, min_u32(c->snd_nxt.v - c->snd_una.v, c->cwnd));
     c->cwnd = c->ssthresh;
     c->recover = c->snd_nxt;
     c->flags |= TF_RECOVERY;
-    tcp_retransmit_head(s, c);
+    resend_head(s, c);
 }
 
 /* RFC 5681 2: a duplicate acknowledges nothing new, carries nothing, and changes no window. */
@@ -89,8 +103,9 @@ static void duplicate_ack(struct bypass_stack *s, struct tcp_conn *c)
         c->dupacks++;
     if (c->flags & (TF_RECOVERY | TF_LOSS))
         return;
-    /* RFC 6582 3.2 step 2: not for data that an earlier recovery already covered */
-    if (c->dupacks == 3 && seq_geq(c->snd_una, c->recover))
+    /* RFC 6582 3.2 step 2: only when more than the last recovery's data is acknowledged. Before that they
+     * answer segments that it sent needlessly */
+    if (c->dupacks == 3 && seq_gt(c->snd_una, c->recover))
         enter_recovery(s, c);
 }
 
@@ -110,7 +125,7 @@ static void partial_ack(struct bypass_stack *s, struct tcp_conn *c, uint32_t fra
     STAT(s, tcp_partial_acks);
     uint32_t counted = frames > 0 ? frames - 1 : 0;
     c->dupacks = (uint16_t)(c->dupacks > counted ? c->dupacks - counted : 0);
-    tcp_retransmit_head(s, c);
+    resend_head(s, c);
 }
 
 /* ---- Progress ----------------------------------------------------------------------------------------------- */
@@ -137,7 +152,7 @@ static void grow_cwnd(struct tcp_conn *c, uint32_t acked, uint32_t flight_before
 
 static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if ((c->flags & TF_WANT_OUT) && tcp_snd_room(c) >= c->sndbuf / 3) {
+    if ((c->flags & TF_WANT_OUT) && tcp_snd_room(s, c) >= c->snd_queued / 2) { /* a third is free */
         c->flags &= ~(uint32_t)TF_WANT_OUT;
         conn_event(s, c, BYPASS_OUT);
     }
@@ -161,16 +176,15 @@ static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct seg
             partial_ack(s, c, frames);
     } else {
         c->dupacks = 0;
+        if (seq_lt(c->recover, c->snd_una))
+            c->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps it near: comparisons are modulo 2^32 */
     }
     grow_cwnd(c, acked, flight);
     conn_cold(s, c)->unacked_since = now_ns(s);
-    if (c->snd_una.v == c->snd_nxt.v) {
+    if (c->snd_una.v == c->snd_nxt.v)
         c->rtx_at = 0; /* RFC 6298 5.2 */
-        if (c->sndq_head == BYPASS_PKT_NONE)
-            c->recover = c->snd_una; /* keeps it near: comparisons are modulo 2^32 */
-    } else {
+    else
         tcp_rtx_restart(s, c); /* 5.3 */
-    }
     wake_writer(s, c);
 }
 

@@ -238,7 +238,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
     conn_set_state(s, c, BYPASS_ESTABLISHED);
     c->rtx_at = 0;
     c->rtx_count = c->backoff = 0;
-    c->recover = c->snd_una;
+    c->recover = seq_add(c->snd_una, (uint32_t)-1);
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     conn_update_mss(s, c, d ? d->mtu : 0);
     tcp_cc(c)->init(c);
@@ -496,8 +496,9 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
 }
 
 /* ---- Introspection -------------------------------------------------------------------------------------------- */
-int tcp_conn_ready(const struct tcp_conn *c, const struct tcp_cold *k)
+int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
 {
+    const struct tcp_cold *k = conn_cold(s, c);
     int mask = 0;
     if (c->flags & TF_DEAD)
         return BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP | (k->error ? BYPASS_ERR : 0);
@@ -507,7 +508,7 @@ int tcp_conn_ready(const struct tcp_conn *c, const struct tcp_cold *k)
         mask |= BYPASS_IN;
     if (c->flags & (TF_FIN_IN | TF_RCV_SHUT))
         mask |= BYPASS_RDHUP;
-    if ((c->flags & TF_FIN_QUEUED) || tcp_snd_room(c) > 0)
+    if ((c->flags & TF_FIN_QUEUED) || tcp_snd_room(s, c) > 0)
         mask |= BYPASS_OUT;
     if ((c->flags & TF_FIN_QUEUED) && (c->flags & TF_FIN_IN))
         mask |= BYPASS_HUP;

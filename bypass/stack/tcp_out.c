@@ -300,6 +300,13 @@ static bool may_send(const struct tcp_conn *c, bypass_pkt p, uint32_t frame_len,
     return *len >= c->snd_wnd_max / 2 || (c->flags & (TF_PUSH_ALL | TF_PROBING)) == (TF_PUSH_ALL | TF_PROBING);
 }
 
+/* RFC 5681 4.1: after a pause the window says nothing about the network any more. */
+static void restart_after_idle(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (now_ns(s) - conn_cold(s, c)->unacked_since > c->rto_us * 1000ull)
+        c->cwnd = min_u32(c->cwnd, tcp_initial_window(c));
+}
+
 static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
 {
     while (c->sndq_next != BYPASS_PKT_NONE) {
@@ -308,6 +315,8 @@ static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d
         int32_t usable = seq_diff(seq_add(c->snd_una, c->snd_wnd), c->snd_nxt);
         if (usable <= 0 || !may_send(c, p, frame_len, (uint32_t)usable, &len))
             return;
+        if (c->snd_nxt.v == c->snd_una.v)
+            restart_after_idle(s, c);
         if (tcp_pipe(c) + len > c->cwnd && tcp_pipe(c) > 0)
             return;
         if (len < frame_len && !tcp_snd_split(s, c, p, len)) {
@@ -396,7 +405,7 @@ void tcp_resume(struct bypass_stack *s, struct tcp_conn *c)
         tcp_send_syn(s, c);
     else
         tcp_output(s, c);
-    if ((c->flags & TF_WANT_OUT) && tcp_snd_room(c) > 0 && !(c->flags & TF_BLOCKED)) {
+    if ((c->flags & TF_WANT_OUT) && tcp_snd_room(s, c) > 0 && !(c->flags & TF_BLOCKED)) {
         if (pkt_scarce(s)) {
             conn_blocked(s, c, false);
             return;

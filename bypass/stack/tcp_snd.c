@@ -65,6 +65,18 @@ static void link_behind(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt a
         c->sndq_tail = p;
 }
 
+/* Bytes that may still be queued. Frames are everybody's: a connection keeps what its congestion window can
+ * use and a little more, so that peers that do not read cannot take them all; when frames run short it gets
+ * less, and the last eighth is for those that have nothing queued. */
+uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    const struct bypass_netdev *dev = s->dev;
+    uint32_t limit = min_u32(c->sndbuf, 2 * min_u32(c->cwnd, 1u << 30) + SNDBUF_SPARE);
+    if (unlikely(dev->free_frames < dev->frames / 4))
+        limit = dev->free_frames < dev->frames / 8 ? 1 : 4u * c->snd_mss;
+    return c->snd_queued < limit ? limit - c->snd_queued : 0;
+}
+
 /* ---- send() ----------------------------------------------------------------------------------------- */
 static int send_allowed(struct tcp_conn *c, struct tcp_cold *k)
 {
@@ -110,7 +122,9 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
         c->flags |= TF_WANT_OUT;
     if (err < 0 || n == 0)
         return err;
-    uint32_t room = tcp_snd_room(c);
+    uint32_t room = tcp_snd_room(s, c);
+    if (room > 0 && room < c->snd_mss)
+        room = c->snd_mss; /* a frame is the unit: part of one saves nothing */
     size_t done = room == 0 ? 0 : queue_bytes(s, c, buf, n < room ? n : room);
     if (done < n)
         c->flags |= TF_WANT_OUT;
@@ -144,10 +158,11 @@ static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
     m->csum = csum_bytes(pkt_frame(s, p) + m->data_off, m->data_len, 0);
 }
 
-/* Frees what una covers. *rtt_us: round trip of the newest frame that was sent once (0: none, Karn);
- * *frames: how many frames were freed. */
+/* Frees what una covers. *rtt_us: round trip of the newest frame; 0: none is valid, because one was sent
+ * twice (Karn), and the others waited behind it. *frames: how many frames were freed. */
 void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames)
 {
+    bool again = false;
     *rtt_us = 0;
     *frames = 0;
     while (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
@@ -163,8 +178,8 @@ void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t
         }
         if (m->seg_flags & SEG_LOST)
             c->lost_bytes -= m->data_len;
-        if (!(m->seg_flags & SEG_RTX))
-            *rtt_us = max_u64((now_ns(s) - m->time_ns) / 1000, 1);
+        again = again || (m->seg_flags & SEG_RTX);
+        *rtt_us = again ? 0 : max_u64((now_ns(s) - m->time_ns) / 1000, 1);
         c->snd_queued -= m->data_len;
         c->sndq_head = m->next;
         if (c->rtx_next == p)
