@@ -83,11 +83,16 @@ class End:
 
 
 def check_clean(net: Network, *stacks: Stack) -> None:
-    """Runs until connections have left TIME_WAIT; nothing may be in use then."""
-    net.run(duration_ns=5 * MINUTE_NS)
+    """Runs until connections have ended and left TIME_WAIT; nothing may be in use then."""
+    for _ in range(24 * 12):
+        net.run(duration_ns=5 * MINUTE_NS)
+        if not any(stack.conns() for stack in stacks):
+            break
     for stack in stacks:
         left = {kind: n for kind, n in stack.audit().items() if n}
         assert not left, f"{stack.name} still has {left}: {stack.conns()}"
+        assert stack.port is not None
+        assert stack.port.stats().misuse == 0, f"{stack.name} misused frames"
 
 
 def connected_handle(net: Network, a: Stack) -> int:

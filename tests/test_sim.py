@@ -1,0 +1,554 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulator keeps its promises: determinism, each impairment as asked for, recording, clean ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import dpkt
+import pytest
+import wire as w
+from bypass._core import ffi, lib
+from exchange import exchange, random_exchange
+
+from bypass.core import Config, CoreStack
+from bypass.sim import DeviceFaults, Fate, Faults, Network, RawPort, Recorder, SimulationError
+
+A_MAC, B_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
+MS = 1_000_000
+
+
+def udp_frame(n: int, size: int = 200) -> bytes:
+    """A UDP packet with the number n in it."""
+    data = n.to_bytes(4, "big") + random.Random(n).randbytes(size)
+    packet = w.ipv4("10.0.0.1", "10.0.0.2", w.UDP, w.udp("10.0.0.1", "10.0.0.2", 1, 2, data))
+    return w.eth(B_MAC, A_MAC, w.ETH_IPV4, packet)
+
+
+def tcp_frame(n: int, size: int) -> bytes:
+    data = random.Random(n).randbytes(size)
+    segment = w.tcp("10.0.0.1", "10.0.0.2", 1, 2, n, 0, w.ACK, 1000, data)
+    return w.eth(B_MAC, A_MAC, w.ETH_IPV4, w.ipv4("10.0.0.1", "10.0.0.2", w.TCP, segment))
+
+
+@pytest.fixture
+def net() -> Iterator[Network]:
+    with Network(seed=42) as network:
+        yield network
+
+
+def pair(net: Network, faults: Faults | None = None) -> tuple[RawPort, RawPort]:
+    """Two raw ports on a wire; the first one's frames meet the faults."""
+    wire = net.wire()
+    a, b = wire.raw_port("a"), wire.raw_port("b")
+    a.set_faults(faults or Faults())
+    return a, b
+
+
+def send_many(
+    net: Network, faults: Faults, n: int, gap_ns: int = 10_000
+) -> tuple[list[tuple[int, bytes]], RawPort]:
+    """n numbered frames, one each gap_ns: what arrived, and the sending port."""
+    a, b = pair(net, faults)
+    for i in range(n):
+        a.send(udp_frame(i, 20))
+        net.run(duration_ns=gap_ns)
+    net.run(duration_ns=10**10)
+    return b.recv(), a
+
+
+def number(frame: bytes) -> int:
+    return int.from_bytes(frame[42:46], "big")
+
+
+# ---- Determinism -------------------------------------------------------------------------------------------------
+
+
+def recording(seed: int, path: Path) -> bytes:
+    """The pcapng file of an exchange with everything that can go wrong."""
+    rng = random.Random(5)
+    with Network(seed) as net:
+        net.wire(
+            faults=Faults(
+                loss=0.03,
+                duplicate=0.03,
+                corrupt=0.03,
+                reorder=0.03,
+                delay_ns=MS,
+                jitter_ns=MS,
+                rate_bps=10**8,
+            )
+        )
+        a, b = net.stack("10.0.0.1/24", name="a"), net.stack("10.0.0.2/24", name="b")
+        with net.capture(path):
+            exchange(net, a, b, rng.randbytes(100_000), rng.randbytes(50_000), rng)
+    return path.read_bytes()
+
+
+def test_same_seed_same_packets(tmp_path: Path) -> None:
+    first = recording(1, tmp_path / "1.pcapng")
+    assert first == recording(1, tmp_path / "2.pcapng")
+    assert first != recording(2, tmp_path / "3.pcapng")
+    assert len(first) > 150_000
+
+
+def test_secrets_of_stacks_follow_the_seed_and_differ() -> None:
+    def words(seed: int, stream: int) -> bytes:
+        sim = lib.sim_create(seed, 0)
+        env = ffi.new("struct bypass_env *")
+        assert lib.sim_env(sim, env, stream) == 0
+        buf = ffi.new("uint8_t[]", 32)
+        assert lib.sim_random(env.ctx, buf, 32) == 0
+        out = ffi.buffer(buf)[:]
+        lib.sim_destroy(sim)
+        return out
+
+    assert words(1, 0) == words(1, 0)
+    assert len({words(1, 0), words(1, 1), words(2, 0), words(2, 1)}) == 4
+
+
+# ---- Impairments -------------------------------------------------------------------------------------------------
+
+
+def test_perfect_wire_delivers_everything_in_order_at_once(net: Network) -> None:
+    a, b = pair(net)
+    for i in range(100):
+        a.send(udp_frame(i))
+    got = b.recv()
+    assert [number(f) for _, f in got] == list(range(100))
+    assert {t for t, _ in got} == {net.now_ns()}
+
+
+@pytest.mark.parametrize("kind", ["loss", "duplicate", "corrupt", "reorder"])
+def test_each_fault_comes_as_often_as_asked_for_and_alone(net: Network, kind: str) -> None:
+    n = 20_000
+    got, a = send_many(net, Faults(**{kind: 0.1}), n)
+    s = a.stats()
+    counts = {"loss": s.lost, "duplicate": s.duplicated, "corrupt": s.corrupted, "reorder": s.reordered}
+    # Five standard deviations of a binomial distribution: a fair generator misses it once in two million seeds.
+    assert abs(counts.pop(kind) - 0.1 * n) < 5 * (n * 0.1 * 0.9) ** 0.5
+    assert not any(counts.values())
+    assert len(got) == n - s.lost + s.duplicated
+    if kind != "corrupt":
+        assert {f for _, f in got} <= {udp_frame(i, 20) for i in range(n)}
+    order = [number(f) for _, f in got]
+    assert (order == sorted(order)) == (kind != "reorder" and kind != "corrupt")
+
+
+def test_faults_together_are_each_as_often(net: Network) -> None:
+    n = 20_000
+    _, a = send_many(net, Faults(loss=0.05, duplicate=0.1, corrupt=0.15, reorder=0.2), n)
+    s = a.stats()
+    for count, p in ((s.lost, 0.05), (s.duplicated, 0.1), (s.corrupted, 0.15), (s.reordered, 0.2)):
+        assert abs(count - p * n) < 5 * (n * p * (1 - p)) ** 0.5
+
+
+def test_impossible_probabilities_are_refused(net: Network) -> None:
+    with pytest.raises(ValueError, match="probability"):
+        net.wire(faults=Faults(loss=1.5)).raw_port()
+    with pytest.raises(ValueError, match="sum"):
+        net.wire(faults=Faults(loss=0.6, corrupt=0.6)).raw_port()
+
+
+@pytest.mark.parametrize("kind", ["udp", "tcp"])
+@pytest.mark.parametrize("size", [0, 1, 20, 1000, 1001])
+def test_checksums_find_every_corruption(net: Network, kind: str, size: int) -> None:
+    a, b = pair(net, Faults(corrupt=1.0))
+    make = udp_frame if kind == "udp" else tcp_frame
+    places = set()
+    for i in range(2000):
+        good = make(i, size)
+        a.send(good)
+        [(_, bad)] = b.recv()
+        assert len(bad) == len(good)
+        flips = [(at, x ^ y) for at, (x, y) in enumerate(zip(good, bad, strict=True)) if x != y]
+        assert 1 <= sum(mask.bit_count() for _, mask in flips) <= 3
+        assert min(at for at, _ in flips) >= 14
+        assert len({(at - 14) // 2 for at, _ in flips}) == 1, "more than one 16-bit word"
+        places |= {at for at, _ in flips}
+        assert not intact(bad), f"not noticed: {flips}"
+        assert intact(good)
+    if size == 1000:
+        assert len(places) > 700, "only a part of the packet is ever hit"
+
+
+def intact(frame: bytes) -> bool:
+    """What a receiver accepts: lengths that agree, right checksums."""
+    ip = frame[14:]
+    if ip[0] >> 4 != 4 or ip[0] & 15 != 5 or w.checksum(ip[:20]) or int.from_bytes(ip[2:4], "big") != len(ip):
+        return False
+    src, dst = socket.inet_ntoa(ip[12:16]), socket.inet_ntoa(ip[16:20])
+    return w.checksum(w.pseudo(src, dst, ip[9], len(ip) - 20) + ip[20:]) == 0
+
+
+def test_frames_without_a_checksum_are_lost_instead_of_corrupted(net: Network) -> None:
+    a, b = pair(net, Faults(corrupt=1.0))
+    a.send(w.eth(w.BROADCAST, A_MAC, w.ETH_ARP, w.arp(1, A_MAC, "10.0.0.1", bytes(6), "10.0.0.2")))
+    assert b.recv() == []
+    assert (a.stats().lost, a.stats().corrupted) == (1, 0)
+
+
+def test_delay_is_exact_and_jitter_keeps_the_order(net: Network) -> None:
+    a, b = pair(net, Faults(delay_ns=3 * MS))
+    start = net.now_ns()
+    a.send(udp_frame(0))
+    net.run(duration_ns=3 * MS - 1)
+    assert b.recv() == []
+    net.run(duration_ns=1)
+    assert [t for t, _ in b.recv()] == [start + 3 * MS]
+
+    a.set_faults(Faults(delay_ns=3 * MS, jitter_ns=2 * MS))
+    sent = {}
+    for i in range(1000):
+        a.send(udp_frame(i))
+        sent[i] = net.now_ns()
+        net.run(duration_ns=100_000)
+    net.run(duration_ns=10 * MS)
+    got = [(t, number(f)) for t, f in b.recv()]
+    assert [i for _, i in got] == list(range(1000))
+    delays = [t - sent[i] for t, i in got]
+    assert min(delays) >= 3 * MS
+    assert max(delays) <= 5 * MS
+    assert max(delays) - min(delays) > 1.5 * MS
+
+
+def test_reordered_frames_come_late_within_their_bound(net: Network) -> None:
+    a, b = pair(net, Faults(reorder_ns=5 * MS, delay_ns=MS))
+    a.script([Fate.REORDER] * 500)
+    start = net.now_ns()
+    for i in range(500):
+        a.send(udp_frame(i))
+    net.run(duration_ns=100 * MS)
+    times = [t - start - MS for t, _ in b.recv()]
+    assert len(times) == 500
+    assert min(times) > 0
+    assert max(times) <= 5 * MS
+    assert times == sorted(times)
+
+
+def test_rate_and_queue(net: Network) -> None:
+    frame = udp_frame(0, 954)  # 1000 bytes
+    assert len(frame) == 1000
+    a, b = pair(net, Faults(rate_bps=7_000_000, queue_bytes=50_000))
+    start = net.now_ns()
+    for _ in range(80):
+        a.send(frame)
+    net.run(duration_ns=10**9)
+    times = [t - start for t, _ in b.recv()]
+    # One frame is on the line, 49 wait with it until the queue's 50,000 bytes are used up.
+    assert len(times) == 50
+    assert a.stats().queue_dropped == 30
+    exact = [(i + 1) * 8_000_000_000_000 // 7_000_000 for i in range(50)]
+    assert all(abs(t - e) <= 1 for t, e in zip(times, exact, strict=True)), "the rate drifts"
+
+
+def test_mtu_of_the_wire_drops_what_is_larger(net: Network) -> None:
+    a, b = pair(net, Faults(mtu=600))
+    a.send(udp_frame(1, 600 - 20 - 8 - 4))
+    a.send(udp_frame(2, 600 - 20 - 8 - 3))
+    assert [number(f) for _, f in b.recv()] == [1]
+    assert a.stats().oversize == 1
+
+
+def test_script_decides_frame_by_frame(net: Network) -> None:
+    a, b = pair(net)
+    a.script([Fate.LOSE, Fate.PASS, Fate.DUPLICATE, Fate.REORDER, Fate.PASS])
+    for i in range(7):
+        a.send(udp_frame(i))
+    net.run(duration_ns=10 * MS)
+    assert [number(f) for _, f in b.recv()] == [1, 2, 2, 4, 5, 6, 3]
+
+
+def test_hub_reaches_everybody_and_switch_only_whom_it_concerns(net: Network) -> None:
+    for switch, expected in ((False, [1, 1]), (True, [1, 0])):
+        segment = net.wire(switch=switch)
+        ports = [segment.port(mac=f"02:00:00:00:00:0{i}") for i in (1, 2, 3)]
+        ports[0].script([])
+        sender = segment.raw_port()
+        sender.send(w.eth(B_MAC, A_MAC, w.ETH_IPV4, bytes(46)))
+        assert [p.stats().rx_frames for p in ports] == [expected[1], 1, expected[1]]
+        sender.send(w.eth(w.BROADCAST, A_MAC, w.ETH_IPV4, bytes(46)))
+        assert [p.stats().rx_frames for p in ports] == [expected[1] + 1, 2, expected[1] + 1]
+
+
+def test_memory_on_the_wire_and_in_the_port_is_bounded(net: Network) -> None:
+    segment = net.wire(faults=Faults(delay_ns=MS))
+    a, b = segment.raw_port(), segment.port(in_flight=10, frames=16)
+    for i in range(30):
+        a.send(udp_frame(i))
+    assert (b.stats().in_flight, b.stats().in_flight_dropped) == (10, 20)
+    net.run(duration_ns=2 * MS)
+    for i in range(10):
+        a.send(udp_frame(i))
+    net.run(duration_ns=2 * MS)
+    assert (b.stats().rx_waiting, b.stats().no_frame) == (16, 4)
+
+
+# ---- The device --------------------------------------------------------------------------------------------------
+
+
+def burst(dev: object, n: int) -> list[int]:
+    out = ffi.new("bypass_pkt[]", n)
+    return list(out[0 : dev.ops.alloc(dev, out, n)])  # type: ignore[attr-defined]
+
+
+def test_frames_are_held_by_whom_they_should(net: Network) -> None:
+    port = net.wire().port(frames=16, tx_ring=2)
+    dev, ops = port.dev, port.dev.ops
+    frames = burst(dev, 100)
+    assert len(frames) == 12, "a quarter is kept for reception"
+    assert (dev.free_frames, port.stats().held) == (0, 12)
+    batch = ffi.new("bypass_pkt[]", frames)
+    for f in frames[:3]:
+        meta = ffi.cast("struct bypass_pkt_meta *", ffi.cast("uint8_t *", dev.meta) + f * dev.meta_stride)
+        assert (meta.off, meta.len, meta.holders) == (dev.headroom, 0, lib.BYPASS_HOLD_STACK)
+        meta.len = 60
+    assert ops.tx_burst(dev, batch, 3) == 2, "the ring holds two"
+    assert port.stats().unreaped == 2
+    ops.free(dev, batch, 1)  # the first: now only the device holds it
+    done = ffi.new("bypass_pkt[]", 8)
+    assert ops.reap(dev, done, 8) == 1
+    assert done[0] == frames[1]
+    assert dev.free_frames == 1
+    assert port.stats().misuse == 0
+
+    assert ops.tx_burst(dev, batch, 1) == 1, "a bad frame is skipped, not retried for ever"
+    ops.free(dev, batch, 1)
+    assert port.stats().misuse == 2, "sending and freeing what one does not hold"
+    ops.free(dev, batch + 1, 11)
+    assert port.stats().held == 0
+    lib.sim_port_device_faults(dev, DeviceFaults().c())
+    with pytest.raises(SimulationError, match="misuse"):
+        net.close()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        DeviceFaults(alloc_fail=0.2),
+        DeviceFaults(tx_short=0.5),
+        DeviceFaults(kick_again=0.5),
+        DeviceFaults(complete_ns=2 * MS),
+        DeviceFaults(alloc_fail=0.1, tx_short=0.3, kick_again=0.3, complete_ns=MS),
+    ],
+)
+def test_bytes_are_equal_over_a_bad_device(net: Network, faults: DeviceFaults) -> None:
+    rng = random.Random(9)
+    net.wire(faults=Faults(delay_ns=100_000))
+    a, b = net.stack("10.0.0.1/24", frames=256, tx_ring=16), net.stack("10.0.0.2/24", frames=256, tx_ring=16)
+    for stack in (a, b):
+        assert stack.port is not None
+        stack.port.set_device_faults(faults)
+    exchange(net, a, b, rng.randbytes(200_000), rng.randbytes(200_000), rng)
+
+
+def test_carrier_lost_and_found(net: Network) -> None:
+    a, b = net.stack("10.0.0.1/24"), net.stack("10.0.0.2/24")
+    assert a.port is not None
+    with b.create_server(("10.0.0.2", 80)) as server, a.create_connection(("10.0.0.2", 80)) as client:
+        connection, _ = server.accept()
+        a.port.set_device_faults(DeviceFaults(down=True))
+        client.sendall(b"while it is down")
+        assert not net.run(
+            lambda: bool(b.core.ready(connection._handle) & lib.BYPASS_IN), duration_ns=5 * 10**9
+        )
+        a.port.set_device_faults(DeviceFaults())
+        assert connection.recv(100) == b"while it is down"
+        connection.close()
+
+
+# ---- Clock -------------------------------------------------------------------------------------------------------
+
+
+def test_idle_network_says_so_instead_of_waiting_for_ever(net: Network) -> None:
+    a = net.stack("10.0.0.1/24")
+    with a.create_server(("10.0.0.1", 80)) as server, pytest.raises(SimulationError, match="block for ever"):
+        server.accept()
+
+
+def test_run_stops_where_it_was_told(net: Network) -> None:
+    start = net.now_ns()
+    assert net.run(duration_ns=5 * MS)
+    assert net.now_ns() == start + 5 * MS
+    assert not net.run(lambda: False, until_ns=start + 9 * MS)
+    assert net.now_ns() == start + 9 * MS
+    assert net.run(lambda: True)
+
+
+def test_a_raw_port_may_answer_as_frames_come(net: Network) -> None:
+    """A peer in Python: it answers ARP."""
+    stack, raw = net.stack("10.0.0.1/24"), net.raw_port(mac="02:00:00:00:00:99")
+
+    def answer(_time_ns: int, frame: bytes) -> None:
+        if frame[12:14] == b"\x08\x06" and frame[38:42] == w.ip("10.0.0.9"):
+            raw.send(w.eth(A_MAC, raw.mac, w.ETH_ARP, w.arp(2, raw.mac, "10.0.0.9", A_MAC, "10.0.0.1")))
+
+    raw.on_frame = answer
+    with stack.socket(socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"x", ("10.0.0.9", 9))
+        net.run(duration_ns=MS)
+    assert stack.stats()["arp_in_reply"] == 1
+    raw.on_frame = None
+    assert raw.recv() == []
+
+
+# ---- Recording ---------------------------------------------------------------------------------------------------
+
+
+def test_pcapng_tells_time_place_and_fate(net: Network, tmp_path: Path) -> None:
+    a, b = pair(net, Faults(delay_ns=7))
+    path = tmp_path / "x.pcapng"
+    with net.capture(path, a, b):
+        a.script([Fate.PASS, Fate.LOSE, Fate.CORRUPT])
+        start = net.now_ns()
+        for i in range(3):
+            a.send(udp_frame(i))
+        net.run(duration_ns=10)
+    blocks = []
+    with path.open("rb") as file:
+        shb = dpkt.pcapng.SectionHeaderBlockLE(file.read(28))
+        assert shb.bom == 0x1A2B3C4D
+        raw = file.read()
+    names = []
+    while raw:
+        size = int.from_bytes(raw[4:8], "little")
+        kind = int.from_bytes(raw[:4], "little")
+        if kind == 1:
+            idb = dpkt.pcapng.InterfaceDescriptionBlockLE(raw[:size])
+            names.append(idb.opts[0].data)
+        else:
+            blocks.append(dpkt.pcapng.EnhancedPacketBlockLE(raw[:size]))
+        raw = raw[size:]
+    assert names == [b"a", b"b"]
+    seen = [
+        (
+            blk.iface_id,
+            (blk.ts_high << 32 | blk.ts_low) - start,
+            next((o.text for o in blk.opts if o.code == 1), ""),
+        )
+        for blk in blocks
+    ]
+    assert seen == [
+        (0, 0, ""), (0, 0, "lost"), (0, 0, "corrupted on the way"), (1, 7, ""), (1, 7, ""),
+    ]  # fmt: skip
+    assert blocks[0].pkt_data == udp_frame(0)
+
+
+def test_recorder_keeps_the_last_or_the_first() -> None:
+    for keep_last in (True, False):
+        recorder = Recorder(10_000, keep_last=keep_last)
+        for i in range(1000):
+            frame = bytes([i % 256]) * (1 + i % 300)
+            lib.capture_add(recorder.c, i, 3, lib.CAPTURE_RX, frame, len(frame))
+        frames = recorder.read()
+        times = [f.time_ns for f in frames]
+        assert recorder.dropped + len(frames) == 1000
+        assert (
+            times == list(range(1000 - len(frames), 1000)) if keep_last else times == list(range(len(frames)))
+        )
+        assert all(f.data == bytes([f.time_ns % 256]) * (1 + f.time_ns % 300) for f in frames)
+        assert 5_000 < sum(len(f.data) + 24 for f in frames) <= 10_000
+        assert recorder.read() == []
+
+
+def test_recorder_survives_every_way_of_wrapping() -> None:
+    rng = random.Random(3)
+    for keep_last in (True, False):
+        recorder = Recorder(4096, keep_last=keep_last, snap_len=700)
+        expected: list[int] = []
+        dropped = 0
+        for i in range(20_000):
+            frame = rng.randbytes(rng.choice([14, 60, 333, 900]))
+            lib.capture_add(recorder.c, i, 0, 0, frame, len(frame))
+            expected.append(i)
+            if rng.random() < 0.1:
+                got = recorder.read()
+                times = [f.time_ns for f in got]
+                assert all(len(f.data) == min(f.length, 700) for f in got)
+                assert times == sorted(times)
+                assert set(times) <= set(expected)
+                assert recorder.dropped - dropped == len(expected) - len(times)
+                if keep_last and times:
+                    assert times == expected[-len(times) :]
+                expected, dropped = [], recorder.dropped
+
+
+def test_recording_device_sees_both_directions_of_any_backend(net: Network) -> None:
+    """What tcpdump cannot see on AF_XDP: the wrapper sits between a stack and its device."""
+    a = net.stack("10.0.0.1/24")
+    port = net.default_wire.port("b")
+    recorder = Recorder()
+    dev = lib.capture_dev_create(port.dev, recorder.c, 5)
+    core = CoreStack(dev, flags=lib.BYPASS_F_ARP, now_ns=net.now_ns(), config=Config(conns=4))
+    core.addr_add("10.0.0.2", 24)
+    number = lib.sim_stack_add(net.c, core.c, port.dev)
+    lib.capture_dev_now(dev, 77)
+    server = core.socket(lib.BYPASS_DGRAM)
+    core.bind(server, ("10.0.0.2", 7))
+    with a.socket(socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"hello", ("10.0.0.2", 7))
+        net.run(duration_ns=MS)
+    got = core.recvfrom(server, 100)
+    assert isinstance(got, tuple)
+    assert got[0] == b"hello"
+    frames = recorder.read()
+    assert [(f.interface, f.time_ns, f.sent) for f in frames] == [
+        (5, 77, False),
+        (5, 77, True),
+        (5, 77, False),
+    ]
+    assert frames[0].data[12:14] == b"\x08\x06"
+    assert frames[2].data.endswith(b"hello")
+    core.close_socket(server)
+    lib.sim_stack_del(net.c, number)
+    core.close()
+    assert dev.free_frames == port.dev.free_frames
+    lib.capture_dev_destroy(dev)
+    assert port.stats().held == 0
+
+
+def test_a_failure_names_its_seed_and_shows_its_packets(tmp_path: Path) -> None:
+    path = tmp_path / "failed.pcapng"
+    net = Network(seed=4711)
+
+    def failing() -> None:
+        with net.explain_failure(path):
+            a, b = net.stack("10.0.0.1/24"), net.stack("10.0.0.2/24")
+            with b.create_server(("10.0.0.2", 80)), a.create_connection(("10.0.0.2", 80)):
+                raise RuntimeError("something is wrong")
+
+    with pytest.raises(RuntimeError) as failure:
+        failing()
+    net.close()
+    [note] = failure.value.__notes__
+    assert "4711" in note
+    assert str(path) in note
+    assert path.stat().st_size > 500
+
+
+# ---- Ends --------------------------------------------------------------------------------------------------------
+
+
+def test_closing_a_network_resets_what_is_open_and_leaves_nothing() -> None:
+    net = Network(seed=1)
+    a, b = net.stack("10.0.0.1/24"), net.stack("10.0.0.2/24")
+    server = b.create_server(("10.0.0.2", 80))
+    client = a.create_connection(("10.0.0.2", 80))
+    client.sendall(b"unread" * 1000)
+    net.run(duration_ns=MS)
+    net.close()  # raises when a frame is left
+    for sock in (server, client):
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            sock.getsockname()
+        sock.close()
+
+
+def test_a_whole_simulation_is_the_same_again() -> None:
+    """The building block of the exchange tests: from the seed alone."""
+    random_exchange(7)
+    random_exchange(7)
