@@ -6,10 +6,15 @@
  */
 #include "tcp.h"
 
-static void reno_init(struct tcp_conn *c)
+uint32_t tcp_initial_window(const struct tcp_conn *c)
 {
     uint32_t mss = c->snd_mss;
-    c->cwnd = min_u32(10 * mss, max_u32(2 * mss, 14600)); /* RFC 6928 2 */
+    return min_u32(10 * mss, max_u32(2 * mss, 14600)); /* RFC 6928 2 */
+}
+
+static void reno_init(struct tcp_conn *c)
+{
+    c->cwnd = tcp_initial_window(c);
     c->ssthresh = UINT32_MAX;
     c->acked_rest = 0;
 }

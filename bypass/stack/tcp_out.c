@@ -249,7 +249,8 @@ static bool output_lost(struct bypass_stack *s, struct tcp_conn *c, struct dst *
             c->rtx_next = pkt_meta(s, p)->next;
             continue;
         }
-        if (tcp_pipe(c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(c) > 0)
+        bool at_once = p == c->sndq_head && (c->flags & TF_RECOVERY); /* RFC 6582 3.2: cwnd does not matter */
+        if (!at_once && tcp_pipe(c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(c) > 0)
             return false;
         if (retransmit(s, c, p, d) != SENT) {
             conn_blocked(s, c, false);
