@@ -202,6 +202,12 @@ class Conversation:
         lib.sim_port_stats(self.port, stats)
         return int(stats.held)
 
+    def starve(self, *, starved: bool = True) -> None:
+        """From now on the device gives no frames for sending, though it has some."""
+        faults = ffi.new("struct sim_device_faults *")
+        faults.alloc_fail_ppm = 1_000_000 if starved else 0
+        lib.sim_port_device_faults(self.port, faults)
+
     # ---- end
     def close(self, *, check: bool = True) -> None:
         """Ends it. check: asserts that the stack gave everything back."""

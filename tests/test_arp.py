@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+from bypass._core import lib
 from conversation import (
     AWAY,
     BROADCAST,
@@ -360,6 +361,28 @@ def test_many_spoofed_senders_leave_the_gateway_in_the_cache() -> None:
             assert frame[:6] == PEER_MAC
 
 
+def test_a_question_that_finds_no_frame_is_asked_a_second_later() -> None:
+    with Conversation(neighbours=()) as c:
+        sock = c.udp()
+        c.stack.sendto(sock, b"x", (PEER, 9))
+        c.sent()
+        c.starve()
+        c.advance(1)
+        c.nothing()
+        c.starve(starved=False)
+        c.advance(1)
+        assert c.sent() == [question(PEER)]
+
+
+def test_a_cache_that_only_holds_the_gateway_says_so() -> None:
+    with Conversation(neighbours=(), gateway=GATEWAY, config=Config(conns=16, dsts=1)) as c:
+        sock = c.udp()
+        assert c.stack.sendto(sock, b"x", (AWAY, 9)) == -errno.ENOBUFS
+        assert c.counted()["dst_table_full"] == 1
+        with pytest.raises(OSError, match="No space"):
+            c.stack.nexthop_set(AWAY, PEER_MAC)
+
+
 # ---- The embedder answers -----------------------------------------------------------------------------------------
 def test_the_embedder_is_asked_once_and_again_after_a_second() -> None:
     with Conversation(flags=KERNEL, neighbours=()) as c:
@@ -434,6 +457,31 @@ def test_a_datagram_made_for_a_larger_path_is_dropped_when_the_path_is_known() -
         c.nothing()
         assert c.held() == 0
         assert c.counted()["ip_out_too_big"] == 1
+
+
+def test_where_broadcasts_go_is_not_the_embedders_to_say() -> None:
+    with Conversation(flags=KERNEL, neighbours=()) as c:
+        sock = c.udp()
+        c.stack.setopt(sock, lib.BYPASS_SO_BROADCAST, 1)
+        c.stack.nexthop_set("192.0.2.255", PEER_MAC)
+        c.stack.sendto(sock, b"x", ("192.0.2.255", 9))
+        [frame] = c.sent()
+        assert frame[:6] == BROADCAST
+
+
+def test_questions_are_withdrawn_in_any_order() -> None:
+    with Conversation(flags=KERNEL, neighbours=()) as c:
+        sock = c.udp()
+        hosts = [f"198.51.100.{i}" for i in range(1, 6)]
+        for host in hosts:
+            c.stack.sendto(sock, b"x", (host, 9))
+        for i in (2, 0, 4):
+            c.stack.nexthop_set(hosts[i], PEER_MAC)
+        assert len(c.sent_udp()) == 3
+        assert c.stack.nexthop_wanted() == [hosts[1], hosts[3]]
+        c.stack.nexthop_set(hosts[3], PEER_MAC)
+        c.advance(1.1)
+        assert c.stack.nexthop_wanted() == [hosts[1]]
 
 
 def test_forgetting_asks_again_at_the_next_use() -> None:

@@ -181,6 +181,14 @@ def test_fragmentation_needed_lowers_what_is_sent_at_once(told: int, largest: in
         assert [p.df for p in packets] == ([True] if largest == 1500 else [False] * len(packets))
 
 
+def test_an_old_router_that_names_no_mtu_for_a_small_packet_means_the_smallest() -> None:
+    with Conversation() as c:
+        sock = c.udp(4000, peer=(PEER, 53))
+        c.inject_ip(too_big(0, total=60))
+        c.stack.send(sock, bytes(1472))
+        assert max(len(p.payload) for p in c.sent_ip()) + 20 <= 552
+
+
 def test_a_lowered_path_mtu_is_forgotten_after_ten_minutes() -> None:
     with Conversation() as c:
         sock = c.udp(4000, peer=(PEER, 53))
@@ -233,6 +241,14 @@ def test_an_unknown_protocol_is_unreachable() -> None:
         c.inject_ip(packet)
         [error] = c.sent_ip()
         assert error.payload == icmp(3, 2, bytes(4), packet)
+
+
+def test_an_error_that_finds_no_frame_is_not_sent() -> None:
+    with Conversation() as c:
+        c.starve()
+        c.inject_ip(ipv4(PEER, US, UDP, udp(PEER, US, 9, 4242, b"")))
+        c.nothing()
+        assert c.held() == 0
 
 
 def test_broadcasts_draw_no_error() -> None:

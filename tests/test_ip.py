@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from bypass._core import lib
@@ -49,44 +50,69 @@ def test_padding_of_short_frames_is_not_data() -> None:
 
 
 # ---- IPv4 headers that lie ----------------------------------------------------------------------------------------
-LIES = {
-    "version 6": (ipv4(PEER, US, ICMP, PING, version=6), "ip_in_bad_version"),
-    "version 0": (ipv4(PEER, US, ICMP, PING, version=0), "ip_in_bad_version"),
-    "header of 16 bytes": (ipv4(PEER, US, ICMP, PING, ihl=4), "ip_in_bad_header"),
-    "header of 0 bytes": (ipv4(PEER, US, ICMP, PING, ihl=0), "ip_in_bad_header"),
-    "header longer than the packet": (ipv4(PEER, US, ICMP, PING, ihl=15), "ip_in_bad_header"),
-    "total shorter than the header": (ipv4(PEER, US, ICMP, PING, total=19), "ip_in_bad_header"),
-    "total zero": (ipv4(PEER, US, ICMP, PING, total=0), "ip_in_bad_header"),
-    "total longer than the frame": (ipv4(PEER, US, ICMP, PING, total=34), "ip_in_truncated"),
-    "total of 65535": (ipv4(PEER, US, ICMP, PING, total=65535), "ip_in_truncated"),
-    "checksum zero": (ipv4(PEER, US, ICMP, PING, csum=0), "ip_in_bad_checksum"),
-    "option of length 0": (ipv4(PEER, US, ICMP, PING, options=b"\x44\0\0\0"), "ip_in_bad_header"),
-    "option of length 1": (ipv4(PEER, US, ICMP, PING, options=b"\x44\1\0\0"), "ip_in_bad_header"),
-    "option beyond the header": (ipv4(PEER, US, ICMP, PING, options=b"\x44\5\0\0"), "ip_in_bad_header"),
-    "option without length": (ipv4(PEER, US, ICMP, PING, options=b"\1\1\1\x44"), "ip_in_bad_header"),
-    "loose source route": (ipv4(PEER, US, ICMP, PING, options=b"\x83\3\4\0"), "ip_in_source_route"),
-    "strict source route": (ipv4(PEER, US, ICMP, PING, options=b"\1\x89\3\4"), "ip_in_source_route"),
-    "from 0.0.0.0": (ipv4("0.0.0.0", US, ICMP, PING), "ip_in_bad_source"),
-    "from 0.1.2.3": (ipv4("0.1.2.3", US, ICMP, PING), "ip_in_bad_source"),
-    "from loopback": (ipv4("127.0.0.1", US, ICMP, PING), "ip_in_bad_source"),
-    "from multicast": (ipv4("224.0.0.1", US, ICMP, PING), "ip_in_bad_source"),
-    "from class E": (ipv4("250.0.0.1", US, ICMP, PING), "ip_in_bad_source"),
-    "from the limited broadcast": (ipv4("255.255.255.255", US, ICMP, PING), "ip_in_bad_source"),
-    "from the subnet's broadcast": (ipv4("192.0.2.255", US, ICMP, PING), "ip_in_bad_source"),
-    "from ourselves": (ipv4(US, US, ICMP, PING), "ip_in_bad_source"),
-    "to somebody else": (ipv4(PEER, OTHER, ICMP, PING), "ip_in_not_us"),
-    "to the world": (ipv4(PEER, AWAY, ICMP, PING), "ip_in_not_us"),
-    "to a group": (ipv4(PEER, "224.0.0.1", ICMP, PING), "ip_in_not_us"),
-    "to loopback": (ipv4(PEER, "127.0.0.1", ICMP, PING), "ip_in_not_us"),
+Lie = tuple[str, str, dict[str, Any], str]
+LIES: dict[str, Lie] = {
+    "version 6": (PEER, US, {"version": 6}, "ip_in_bad_version"),
+    "version 0": (PEER, US, {"version": 0}, "ip_in_bad_version"),
+    "header of 16 bytes": (PEER, US, {"ihl": 4}, "ip_in_bad_header"),
+    "header of 0 bytes": (PEER, US, {"ihl": 0}, "ip_in_bad_header"),
+    "header longer than the packet": (PEER, US, {"ihl": 15}, "ip_in_bad_header"),
+    "total shorter than the header": (PEER, US, {"total": 19}, "ip_in_bad_header"),
+    "total zero": (PEER, US, {"total": 0}, "ip_in_bad_header"),
+    "total longer than the frame": (PEER, US, {"total": 41}, "ip_in_truncated"),
+    "total of 65535": (PEER, US, {"total": 65535}, "ip_in_truncated"),
+    "checksum zero": (PEER, US, {"csum": 0}, "ip_in_bad_checksum"),
+    "option of length 0": (PEER, US, {"options": b"\x44\0\0\0"}, "ip_in_bad_header"),
+    "option of length 1": (PEER, US, {"options": b"\x44\1\0\0"}, "ip_in_bad_header"),
+    "option beyond the header": (PEER, US, {"options": b"\x44\5\0\0"}, "ip_in_bad_header"),
+    "option without length": (PEER, US, {"options": b"\1\1\1\x44"}, "ip_in_bad_header"),
+    "loose source route": (PEER, US, {"options": b"\x83\3\4\0"}, "ip_in_source_route"),
+    "strict source route": (PEER, US, {"options": b"\1\x89\3\4"}, "ip_in_source_route"),
+    "from 0.0.0.0": ("0.0.0.0", US, {}, "ip_in_bad_source"),
+    "from 0.1.2.3": ("0.1.2.3", US, {}, "ip_in_bad_source"),
+    "from loopback": ("127.0.0.1", US, {}, "ip_in_bad_source"),
+    "from multicast": ("224.0.0.1", US, {}, "ip_in_bad_source"),
+    "from the last group": ("239.255.255.255", US, {}, "ip_in_bad_source"),
+    "from class E": ("250.0.0.1", US, {}, "ip_in_bad_source"),
+    "from the limited broadcast": ("255.255.255.255", US, {}, "ip_in_bad_source"),
+    "from the subnet's broadcast": ("192.0.2.255", US, {}, "ip_in_bad_source"),
+    "from ourselves": (US, US, {}, "ip_in_bad_source"),
+    "to somebody else": (PEER, OTHER, {}, "ip_in_not_us"),
+    "to the world": (PEER, AWAY, {}, "ip_in_not_us"),
+    "to a group": (PEER, "224.0.0.1", {}, "ip_in_not_us"),
+    "to loopback": (PEER, "127.0.0.1", {}, "ip_in_not_us"),
 }
 
 
+def body(proto: int, src: str, dst: str) -> bytes:
+    """20 bytes that are right, so that only the IPv4 header can be wrong."""
+    if proto == ICMP:
+        return echo(8, 1, 1, b"hello world!")
+    if proto == UDP:
+        return udp(src, dst, 9, 7, b"hello world!")
+    return tcp(src, dst, 9, 7, 1, 0, 2, 100)
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+@pytest.mark.parametrize("proto", [ICMP, TCP, UDP])
 @pytest.mark.parametrize("what", LIES)
-def test_a_packet_that_lies_is_refused_under_its_name(what: str) -> None:
-    packet, name = LIES[what]
+def test_a_packet_that_lies_is_refused_under_its_name(what: str, proto: int, addresses: int) -> None:
+    """For each protocol and with one address and several: the common case takes a shorter way through the code."""
+    src, dst, lie, name = LIES[what]
     with Conversation() as c:
-        assert counted(c, c.frame(packet)) == {name: 1}
+        if addresses == 2:
+            c.stack.addr_add("203.0.113.1", 24)
+            c.stack.nexthop_set(PEER, PEER_MAC)
+        assert counted(c, c.frame(ipv4(src, dst, proto, body(proto, src, dst), **lie))) == {name: 1}
         c.nothing()
+
+
+@pytest.mark.parametrize("src", ["1.0.0.1", "126.255.255.255", "128.0.0.1", "223.255.255.254", PEER])
+@pytest.mark.parametrize("proto", [ICMP, TCP, UDP])
+def test_a_packet_from_any_host_is_taken(src: str, proto: int) -> None:
+    with Conversation() as c:
+        c.inject_ip(ipv4(src, US, proto, body(proto, src, US)))
+        assert not any(name.startswith("ip_in") for name in c.counted())
 
 
 def test_the_header_may_have_every_length() -> None:
@@ -103,10 +129,11 @@ def test_options_behind_the_end_are_not_read() -> None:
         assert len(c.sent_ip()) == 1
 
 
-def test_every_flipped_bit_of_the_header_is_caught() -> None:
+@pytest.mark.parametrize("proto", [ICMP, TCP, UDP])
+def test_every_flipped_bit_of_the_header_is_caught(proto: int) -> None:
     with Conversation() as c:
         for bit in range(160):
-            bad = bytearray(GOOD)
+            bad = bytearray(ipv4(PEER, US, proto, body(proto, PEER, US)))
             bad[bit // 8] ^= 1 << bit % 8
             moved = counted(c, c.frame(bytes(bad)))
             assert sum(moved.values()) == 1
@@ -146,12 +173,13 @@ def test_udp_takes_broadcasts_and_tcp_does_not() -> None:
         c.nothing()
 
 
-def test_a_packet_for_one_in_a_frame_for_all_is_nobodys() -> None:
+@pytest.mark.parametrize("proto", [ICMP, TCP, UDP])
+def test_a_packet_for_one_in_a_frame_for_all_is_nobodys(proto: int) -> None:
     """RFC 1122 3.3.6."""
     with Conversation() as c:
         c.udp(7)
         for group in (BROADCAST, bytes.fromhex("01005e000001")):
-            packet = ipv4(PEER, US, UDP, udp(PEER, US, 9, 7, b"x"))
+            packet = ipv4(PEER, US, proto, body(proto, PEER, US))
             assert counted(c, eth(group, PEER_MAC, ETH_IPV4, packet)) == {"ip_in_not_us": 1}
 
 
@@ -254,3 +282,29 @@ def test_an_answer_larger_than_the_path_is_cut() -> None:
         assert [len(p.payload) for p in packets] == [576, 576, 256]
         assert b"".join(p.payload for p in packets) == echo(0, 1, 1, data)
         assert [(p.offset, p.mf) for p in packets] == [(0, True), (576, True), (1152, False)]
+
+
+def test_an_answer_that_finds_no_frames_for_its_pieces_is_dropped() -> None:
+    with Conversation() as c:
+        c.stack.nexthop_set(PEER, PEER_MAC, 600)
+        c.starve()
+        c.inject_ip(ipv4(PEER, US, ICMP, echo(8, 1, 1, bytes(1400))))
+        c.nothing()
+        assert c.counted()["ip_out_too_big"] == 1
+        assert c.held() == 0
+
+
+def test_an_answer_to_an_unreachable_neighbour_is_dropped() -> None:
+    with Conversation() as c:
+        c.stack.nexthop_set(PEER, None)
+        c.inject_ip(ipv4(PEER, US, ICMP, PING))
+        c.nothing()
+        assert c.counted()["ip_out_unreachable"] == 1
+        assert c.held() == 0
+
+
+def test_a_gateway_has_to_be_a_host() -> None:
+    with Conversation() as c:
+        for address in (US, "255.255.255.255", "224.0.0.1", "127.0.0.1", "2001:db8::1"):
+            with pytest.raises(OSError, match=r"Invalid|not supported"):
+                c.stack.gateway_set(address)

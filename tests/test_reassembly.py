@@ -7,6 +7,7 @@ import itertools
 import random
 
 import pytest
+from bypass._core import lib
 from conversation import PEER, US, Conversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +108,28 @@ def test_a_large_datagram_with_a_bad_checksum_is_dropped() -> None:
         c.inject_ip(*fragments(bytes(packet), 1480, 5))
         assert c.stack.recv(sock, 100) == -11
         assert c.counted()["udp_in_bad_checksum"] == 1
+
+
+def test_a_large_datagram_that_is_longer_than_it_came_is_dropped() -> None:
+    with Conversation() as c:
+        sock = c.udp(7)
+        lie = ipv4(PEER, US, UDP, udp(PEER, US, 9, 7, bytes(3000), size=3009, csum=0))
+        c.inject_ip(*fragments(lie, 1480, 5))
+        assert c.stack.recv(sock, 100) == -11
+        assert c.counted()["udp_in_bad_length"] == 1
+
+
+def test_a_large_datagram_finds_its_buffer_full_or_the_chunks_used_up() -> None:
+    with Conversation(config=Config(conns=16, chunks=8)) as c:
+        sock = c.udp(7)
+        c.inject_ip(*fragments(datagram(9000), 1480, 5))
+        assert c.counted()["udp_in_no_memory"] == 1
+        c.stack.setopt(sock, lib.BYPASS_SO_RCVBUF, 4096)
+        c.inject_ip(*fragments(datagram(9000), 1480, 6))
+        assert c.counted()["udp_in_full"] == 1
+        assert c.stack.recv(sock, 100) == -11
+        assert c.held() == 0
+        assert c.stack.audit()["chunks"] == 0
 
 
 def test_a_large_datagram_without_checksum_is_taken() -> None:

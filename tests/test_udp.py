@@ -263,6 +263,17 @@ def test_ephemeral_ports_are_unpredictable_and_distinct() -> None:
         assert len({b - a for a, b in itertools.pairwise(ports)}) > 200
 
 
+def test_when_every_port_is_taken_binding_says_so() -> None:
+    with Conversation(config=Config(conns=16, socks=30000)) as c:
+        for _ in range(32768, 61000):
+            c.udp(0)
+        with pytest.raises(OSError, match="in use"):
+            c.udp(0)
+        sock = c.stack.socket(lib.BYPASS_DGRAM)
+        assert c.stack.connect(sock, (PEER, 9)) == -errno.EADDRINUSE
+        assert c.stack.sendto(sock, b"x", (PEER, 9)) == -errno.EADDRINUSE
+
+
 def test_connecting_chooses_the_address_and_can_be_undone() -> None:
     with Conversation() as c:
         sock = c.udp(7, peer=(PEER, 9))
@@ -411,17 +422,32 @@ def test_a_sender_in_a_loop_is_stopped_and_told_when_to_go_on() -> None:
         assert c.stack.sendto(sock, b"x", (PEER, 9)) == 1
 
 
-def test_blocked_senders_get_one_event_each_also_after_one_closed() -> None:
+@pytest.mark.parametrize("closed", range(3))
+def test_blocked_senders_get_one_event_each_also_after_one_closed(closed: int) -> None:
     with Conversation(frames=64) as c:
         socks = [c.udp(p) for p in (7, 8, 9)]
         while c.stack.sendto(socks[0], b"x", (PEER, 9)) == 1:
             pass
         assert [c.stack.sendto(s, b"x", (PEER, 9)) for s in socks] == [EAGAIN] * 3
-        c.stack.close_socket(socks[1])
+        c.stack.close_socket(socks[closed])
         c.advance(0.01)
-        assert [c.taken(s) for s in (socks[0], socks[2])] == [lib.BYPASS_OUT] * 2
+        left = [s for s in socks if s != socks[closed]]
+        assert [c.taken(s) for s in left] == [lib.BYPASS_OUT] * 2
         c.advance(1)
-        assert [c.taken(s) for s in (socks[0], socks[2])] == [0, 0]
+        assert [c.taken(s) for s in left] == [0, 0]
+
+
+@pytest.mark.parametrize("n", [10, 1472, 5000])
+def test_without_a_frame_nothing_is_sent_and_nothing_is_lost(n: int) -> None:
+    with Conversation() as c:
+        sock = c.udp(7)
+        c.starve()
+        assert c.stack.sendto(sock, bytes(n), (PEER, 9)) == EAGAIN
+        c.nothing()
+        c.starve(starved=False)
+        c.advance(0.01)
+        assert c.taken(sock) == lib.BYPASS_OUT
+        assert c.stack.sendto(sock, bytes(n), (PEER, 9)) == n
 
 
 # ---- State --------------------------------------------------------------------------------------------------------
