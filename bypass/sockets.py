@@ -197,9 +197,14 @@ class Socket:
                 lambda h: self._done(stack.sendto(h, data, None, ours)), nonblocking=nonblocking
             )
         else:
-            sent = self._until(lambda h: self._done(stack.core.send(h, data, ours)), nonblocking=nonblocking)
+            sent = self._until(lambda h: self._sent(stack.core.send(h, data, ours)), nonblocking=nonblocking)
             stack.touched()
         return sent
+
+    def _sent(self, result: int) -> int | None:
+        # Linux says EPIPE also for a stream that was never connected.
+        taken: int | None = self._done(-errno.EPIPE if result == -errno.ENOTCONN else result)
+        return taken
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Sends everything. After an error nobody knows how much was sent."""
