@@ -353,7 +353,7 @@ static void path_mtu_shrank(struct bypass_stack *s, struct tcp_conn *c, const st
     uint16_t now = d && d->mtu ? d->mtu : s->dev->mtu;
     if (!d || mtu >= now)
         return;
-    d->mtu = mtu;
+    dst_lower_mtu(s, d, mtu);
     c->path_mtu = mtu;
     conn_update_mss(s, c, mtu);
     if (c->state != BYPASS_SYN_SENT && c->state != BYPASS_SYN_RECEIVED) {
