@@ -11,8 +11,10 @@ kernel's errno; the caller knows what it means.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
+import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,6 +260,17 @@ class Prog(_Owned):
         return ProgRun(opts.retval, result[after.data :], result[: after.data], opts.duration)
 
 
+def _last_fd() -> int:
+    """A descriptor number above all others of this process.
+
+    When a process dies, the kernel releases its files from the highest number down (close_files() queues them as
+    task work, which runs last in, first out). The link has to go before AF_XDP sockets do: each of those waits for
+    two RCU grace periods, tens of milliseconds in which packets would still be redirected to nobody.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(soft, 4096) - 8 if soft != resource.RLIM_INFINITY else 4088
+
+
 class Link(_Owned):
     """A program attached to an interface for as long as this descriptor is open in some process.
 
@@ -271,7 +284,11 @@ class Link(_Owned):
     def __init__(self, prog: Prog, ifindex: int, attach_type: int, flags: int = 0) -> None:
         opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=flags)
         args = (prog.fd, ifindex, attach_type, ctypes.byref(opts))
-        super().__init__(_check(_lib().bpf_link_create(*args), f"attaching {prog.name}"))
+        low = _check(_lib().bpf_link_create(*args), f"attaching {prog.name}")
+        try:
+            super().__init__(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _last_fd()))
+        finally:
+            os.close(low)
 
     def update(self, prog: Prog) -> None:
         """Exchanges the program. Every packet meets the old one or the new one."""
