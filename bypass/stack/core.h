@@ -58,7 +58,7 @@ struct core {
     addr_t gateway;
     uint32_t has_gateway;
     uint16_t ip_id;
-    uint16_t pad0;
+    uint16_t kick_again; /* errno of the last kick, 0 when the device took all: it holds frames to be told of again */
 
     /* transmit queue: frames handed to the device at the next flush; ring of txq_cap (power of two,
      * at least the number of frames, so that it cannot overflow) */

@@ -64,8 +64,9 @@ int bypass_poll(struct bypass_stack *s, uint64_t now_ns, int budget)
 
 uint64_t bypass_deadline(const struct bypass_stack *s)
 {
-    if (core(s)->txq_head != core(s)->txq_tail)
-        return 0; /* the ring was full: try again at once */
+    const struct core *c = core(s);
+    if (c->kick_again ? c->kick_again == EAGAIN : c->txq_head != c->txq_tail)
+        return 0; /* the ring was full, or the device stopped in the middle: at once; not while its link is down */
     return min_u64(tcp_deadline(s), net_deadline(s));
 }
 
@@ -112,14 +113,21 @@ int bypass_flush(struct bypass_stack *s)
             sent = true;
         }
         if (done < (int)n) {
+            if (done == -EINVAL) { /* refused for good: whoever waits behind it must not wait for ever */
+                tx_done(s, 1);
+                continue;
+            }
             STAT(s, tx_ring_full);
             if (done < 0)
                 return done;
             break;
         }
     }
-    int err = sent || c->txq_head != c->txq_tail ? dev->ops->kick(dev) : 0;
-    return err == -EAGAIN ? 0 : err; /* the device goes on at the next kick */
+    /* Frames that the device could not send yet (EAGAIN, link down) stay in its ring, and TCP does not send them
+     * again while they are there: it has to be told until it takes them. */
+    int err = sent || c->txq_head != c->txq_tail || c->kick_again ? dev->ops->kick(dev) : 0;
+    c->kick_again = (uint16_t)(err < 0 ? -err : 0);
+    return err == -EAGAIN ? 0 : err;
 }
 
 void tx_drop_all(struct bypass_stack *s) { tx_done(s, core(s)->txq_tail - core(s)->txq_head); }
