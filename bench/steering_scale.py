@@ -9,6 +9,8 @@
     masks     a flow that matches under the last of 1 to 16 masks
     verdicts  the same flow: for another host, passed, dropped, steered, drained
 
+The first table's `load s` is what it takes to load such a policy once it is checked and compiled to masks and keys.
+
 Keys: ns are nanoseconds of one packet, without driver and redirect; `ratio` is to the first row of the table.
 """
 
@@ -56,10 +58,16 @@ def rule(
     return Rule(index, f"r{index}", TCP, None, PortRange(port, port), remote, None, None, action)
 
 
-@contextmanager
-def loaded(rules: list[Rule], *, endpoint: bool = True, drain: bool = False) -> Iterator[Steering]:
-    """The program of these rules, with an endpoint for the flow and an AF_XDP socket."""
+def policy_of(rules: list[Rule]) -> Policy:
+    """A policy, its masks and keys computed."""
     policy = Policy(1, "lo", Backend(), tuple(rules), "bench")
+    assert policy.compiled
+    return policy
+
+
+@contextmanager
+def loaded(policy: Policy, *, endpoint: bool = True, drain: bool = False) -> Iterator[Steering]:
+    """The program of a policy, with an endpoint for the flow and an AF_XDP socket."""
     with Steering(policy, "lo", queues=1, attach=False) as s, socket.socket(AF_XDP, socket.SOCK_RAW) as xsk:
         s.set_locals([HOST])
         s.set_socket(0, 0, xsk.fileno())
@@ -101,8 +109,9 @@ def by_rules(counts: list[int], rounds: int, repeat: int) -> list[Row]:
     with ExitStack() as stack:
         cases, extra = {}, []
         for count in counts:
+            policy = policy_of([rule(i, plen=32, peer=i) for i in range(count)])
             begin = time.monotonic()
-            s = stack.enter_context(loaded([rule(i, plen=32, peer=i) for i in range(count)]))
+            s = stack.enter_context(loaded(policy))
             seconds = time.monotonic() - begin
             rng = random.Random(count)
             cold = [s.test_run(frame(rng.randrange(count))).duration_ns for _ in range(2000)]
@@ -117,7 +126,7 @@ def by_masks(rounds: int, repeat: int) -> list[Row]:
         cases = {}
         for count in (1, 2, 4, 8, 16):
             others = [rule(i, "pass", plen=32 - i, peer=1 << 23) for i in range(count - 1)]
-            s = stack.enter_context(loaded([*others, rule(count - 1)]))
+            s = stack.enter_context(loaded(policy_of([*others, rule(count - 1)])))
             assert len(s.policy.compiled.masks) == count
             cases[str(count)] = hot(s, frame(1), repeat)
         return rows(interleaved(cases, rounds))
@@ -127,10 +136,10 @@ def by_verdict(rounds: int, repeat: int) -> list[Row]:
     """One rule; the flow's packet and others."""
     elsewhere = frame(1, ipaddress.IPv4Address("192.0.2.99"))
     with ExitStack() as stack:
-        drop = stack.enter_context(loaded([rule(0, "drop")], endpoint=False))
-        steer = stack.enter_context(loaded([rule(0)]))
-        closed = stack.enter_context(loaded([rule(0)], endpoint=False))
-        drain = stack.enter_context(loaded([rule(0)], drain=True))
+        drop = stack.enter_context(loaded(policy_of([rule(0, "drop")]), endpoint=False))
+        steer = stack.enter_context(loaded(policy_of([rule(0)])))
+        closed = stack.enter_context(loaded(policy_of([rule(0)]), endpoint=False))
+        drain = stack.enter_context(loaded(policy_of([rule(0)]), drain=True))
         cases = {
             "not local": hot(steer, elsewhere, repeat),
             "no rule": hot(steer, frame(1, port=22), repeat),

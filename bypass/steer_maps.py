@@ -148,10 +148,9 @@ def _packed(policy: CompiledRules, key: struct.Struct) -> tuple[bytes, bytes]:
 def counts_of(m: libbpf.Map) -> Iterator[Count]:
     """The values of a per-CPU array, CPUs added up."""
     words = memoryview(m.all_values()).cast("Q")
-    cpus = libbpf.possible_cpus()
-    for i in range(m.entries):
-        base = i * 2 * cpus
-        yield Count(sum(words[base : base + 2 * cpus : 2]), sum(words[base + 1 : base + 2 * cpus : 2]))
+    step = 2 * libbpf.possible_cpus()
+    packets, sizes = (zip(*(words[i::step] for i in range(first, step, 2)), strict=True) for first in (0, 1))
+    return map(Count, map(sum, packets), map(sum, sizes))
 
 
 def count_of(m: libbpf.Map, index: int) -> Count:

@@ -262,7 +262,8 @@ class Steering:
         self._loaded = new
         libbpf.wait_for_programs()
         for rule, count in zip(old.policy.flows, old.counts(), strict=True):
-            self._before[rule.name] = self._before.get(rule.name, Count(0, 0)) + count
+            if count.packets:
+                self._before[rule.name] = self._before.get(rule.name, Count(0, 0)) + count
         kept = {rule.name for rule in new.policy.flows}
         self._before = {name: count for name, count in self._before.items() if name in kept}
         old.close()
