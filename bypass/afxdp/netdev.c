@@ -370,7 +370,8 @@ void device_gone(struct afxdp *d)
 
 /* ---- Kick -------------------------------------------------------------------------------------------------- */
 
-/* One system call for a queue with something to send. Counts what came of it. 0 or -errno. */
+/* One system call for a queue with something to send. Counts what came of it. 0: it may go on; or what stops all
+ * transmission, -ENETDOWN or -ENXIO. */
 static int kick_once(struct afxdp *d, uint32_t qi)
 {
     struct afxdp_counters *n = &d->st->queue[qi].n;
@@ -382,10 +383,10 @@ static int kick_once(struct afxdp *d, uint32_t qi)
         return 0;
     case -EAGAIN:
         n->kick_again++;
-        return err;
+        return 0;
     case -EBUSY: /* the packet at fault is in the completion ring already: TCP's timers know what to do */
         n->kick_busy++;
-        return -EAGAIN;
+        return 0;
     case -ENETDOWN:
         n->kick_down++;
         return err;
@@ -394,7 +395,7 @@ static int kick_once(struct afxdp *d, uint32_t qi)
         return err;
     default: /* ENOBUFS, ENOMEM: short of memory; the descriptors stay in the ring */
         n->kick_failed++;
-        return -EAGAIN;
+        return 0;
     }
 }
 
@@ -404,7 +405,6 @@ static int kick_tx(struct afxdp *d, uint32_t qi)
     struct queue_state *qs = &d->st->queue[qi];
     const struct ring *tx = &d->queue[qi].tx;
     uint32_t left = ring_unconsumed(tx, &qs->tx);
-    int err = 0;
 
     if (left == 0) {
         return 0;
@@ -415,15 +415,15 @@ static int kick_tx(struct afxdp *d, uint32_t qi)
     }
     for (int round = 0; round < KICK_ROUNDS && left; round++) {
         uint32_t before = left;
+        int err = kick_once(d, qi);
 
-        err = kick_once(d, qi);
+        if (err) {
+            return err;
+        }
         left = ring_unconsumed(tx, &qs->tx);
-        if ((err && err != -EAGAIN) || left == before) {
+        if (left == before) {
             break;
         }
-    }
-    if (err && err != -EAGAIN) {
-        return err;
     }
     return left && ring_needs_wakeup(tx) ? -EAGAIN : 0;
 }

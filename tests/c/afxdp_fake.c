@@ -229,14 +229,16 @@ void fake_bad_rx(struct afxdp *d, uint32_t qi, uint64_t addr, uint32_t len)
     }
 }
 
-void fake_bad_completion(struct afxdp *d, uint32_t qi, uint64_t addr)
+int fake_bad_completion(struct afxdp *d, uint32_t qi, uint64_t addr)
 {
     struct queue *q = &d->queue[qi];
 
     if (ring_space(&q->comp, &fq[qi].comp, q->comp.size) > (uint32_t)fq[qi].taken_n) {
         *ring_addr(&q->comp, fq[qi].comp.prod) = addr;
         ring_produce(&q->comp, &fq[qi].comp, 1);
+        return 1;
     }
+    return 0;
 }
 
 void fake_torn_indices(struct afxdp *d, uint32_t qi, uint32_t by)

@@ -28,8 +28,8 @@ int fake_kicks(void); /* system calls since the last question */
 /* Nonsense from the other side. */
 int fake_odd_rx(struct afxdp *dev, uint32_t qi, uint32_t off, uint32_t len); /* of a frame it was given; -ENOBUFS */
 void fake_bad_rx(struct afxdp *dev, uint32_t qi, uint64_t addr, uint32_t len);
-void fake_bad_completion(struct afxdp *dev, uint32_t qi, uint64_t addr);
-void fake_torn_indices(struct afxdp *dev, uint32_t qi, uint32_t by); /* moves what the kernel wrote, for a moment */
+int fake_bad_completion(struct afxdp *dev, uint32_t qi, uint64_t addr); /* 1: there was room for it */
+void fake_torn_indices(struct afxdp *dev, uint32_t qi, uint32_t by);    /* moves what the kernel wrote, for a moment */
 
 /* ---- Looking ------------------------------------------------------------------------------------------ */
 /* For every frame the number of places it has with rings, kernel and free list: all must be 1 for frames that the
