@@ -292,3 +292,19 @@ def test_nothing_is_left_open_by_a_failed_or_closed_steering() -> None:
             load(rule(0, "steer"), text="int nonsense")
     remove_logs()
     assert open_fds() == before
+
+
+def test_the_largest_program_is_accepted() -> None:
+    """16 masks, addresses of both families, VLANs: what the verifier has most work with."""
+    rules = []
+    for i in range(16):
+        net = f"2001:db8::/{64 + i}" if i % 2 else f"192.0.2.0/{16 + i}"
+        local = ipaddress.ip_network(net, strict=False)
+        remote_port = PortRange(9, 9) if i % 4 == 0 else None
+        proto, vlan = (TCP if i % 3 else None), (5 if i % 5 == 0 else None)
+        rules.append(Rule(i, f"r{i}", proto, local, PortRange(80, 80), None, remote_port, vlan, "drop"))
+    compiled = policy_of(rules).compiled
+    assert (len(compiled.masks), compiled.key_v6, compiled.vlan_depth) == (16, True, 1)
+    with load(*rules) as s:
+        s.set_locals([HOST])
+        assert reason(s, frame()) == "rule_drop"

@@ -272,6 +272,49 @@ def test_a_policy_is_exchanged_under_traffic_without_a_loss(lab: Lab) -> None:
         assert s.entries()[entry][1].packets == sent
 
 
+def test_entries_come_and_go_under_traffic_without_a_loss(lab: Lab) -> None:
+    """Every datagram is the stack's or the kernel's, whatever moment it comes at; echoed is what was steered."""
+    sent = echoed = 0
+    with steering(lab) as s, client_socket(lab) as sock, echo_server(lab, s):
+        with netns.entered(lab.server_ns):
+            kernel = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with kernel:
+            kernel.bind((SERVER_IP, PORT))
+            kernel.settimeout(5)
+            sock.connect((SERVER_IP, PORT))
+            others = [s.add_endpoint(UDP, SERVER_IP, PORT, "198.51.100.1", port) for port in range(1, 50)]
+            taken = 0
+            for number in range(600):
+                entry = s.add_endpoint(UDP, None, PORT) if number % 2 else -1
+                if number < len(others):
+                    s.remove_endpoint(others[number])
+                sock.send(struct.pack("=I", number))
+                sent += 1
+                answered, _, _ = select.select([sock, kernel], [], [], 5)
+                assert answered, f"datagram {number} is lost"
+                assert answered[0].recv(64) == struct.pack("=I", number)
+                echoed += answered[0] is sock
+                taken += answered[0] is kernel
+                if entry >= 0:
+                    s.remove_endpoint(entry)
+        assert (echoed, taken) == (300, 300)
+        assert s.reasons()["steered"].packets == 300
+        assert s.entries() == {}
+
+
+def test_generic_mode_steers_as_well(lab: Lab) -> None:
+    with steering(lab, mode="skb") as s, client_socket(lab) as sock, echo_server(lab, s):
+        assert s.mode == "skb"
+        there = attached(lab)
+        assert there is not None
+        assert there.mode == "skb"
+        s.add_endpoint(UDP, SERVER_IP, PORT)
+        sock.connect((SERVER_IP, PORT))
+        sock.send(b"generic")
+        assert sock.recv(64) == b"generic"
+        assert s.reasons()["steered"].packets == 1
+
+
 def test_entries_whose_grant_is_gone_are_reported_and_left_to_the_kernel(lab: Lab) -> None:
     with steering(lab) as s, client_socket(lab) as sock, echo_server(lab, s):
         kept = s.add_endpoint(TCP, None, PORT)
@@ -342,6 +385,20 @@ def test_the_kernel_resets_no_live_flow_whatever_reaches_it(lab: Lab, listener: 
         assert peer.resets(PORT + 1, wait_s=5) == 1
         assert peer.resets(PORT, wait_s=0) == 0
         assert s.guard_counts()["other"].packets == 2
+
+
+def test_without_tcx_steering_goes_on_and_says_what_is_missing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels before 6.6 refuse the attach type; so does this one refuse a number that does not exist."""
+    monkeypatch.setattr(libbpf, "ATTACH_TCX_EGRESS", 9999)
+    with steering(lab) as s, Peer(lab) as peer:
+        assert not s.guard.active
+        assert "6.6" in s.guard.reason
+        s.add_endpoint(TCP, SERVER_IP, PORT)
+        peer.send(PORT, 40000, wire.ACK, tag=True)
+        assert peer.resets(PORT, wait_s=5) == 1, "this is what the guard is for"
+        assert s.swap(POLICY) == []
 
 
 def test_live_tcp_without_a_socket_is_dropped_and_never_reset(lab: Lab) -> None:
