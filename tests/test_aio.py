@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bypass.aio behaves as asyncio's own: the same coroutines run over the kernel and over a stack.
+
+Ours run twice: in virtual time (aio.run), and on an ordinary loop with a network whose clock follows real time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import pytest
+
+from bypass import aio
+from bypass.core import Config
+from bypass.sim import DeviceFaults, Faults, Network, SimulationError
+
+T = TypeVar("T")
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class World:
+    """asyncio over the kernel's sockets."""
+
+    name = "kernel"
+    ip = "127.0.0.1"
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run(asyncio.wait_for(main, 60))
+
+    async def start_server(self, handler: Callable[..., Any], **options: Any) -> Any:
+        return await asyncio.start_server(handler, self.ip, 0, **options)
+
+    def port(self, server: Any) -> int:
+        return int(server.sockets[0].getsockname()[1])
+
+    async def open_connection(self, port: int, **options: Any) -> Streams:
+        return await asyncio.open_connection(self.ip, port, **options)
+
+    async def datagrams(self, factory: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
+        return await asyncio.get_running_loop().create_datagram_endpoint(factory, **options)
+
+
+class SimWorld(World):
+    ip = "10.0.0.2"
+
+    def __init__(self, pace: Any, faults: Faults | None = None) -> None:
+        self.name = pace
+        self.net = Network(seed=1, pace=pace)
+        self.net.wire(faults=faults or Faults())
+        config = Config(conns=1024)
+        self.client = self.net.stack("10.0.0.1/24", name="client", config=config)
+        self.server = self.net.stack("10.0.0.2/24", name="server", config=config)
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        if self.name == "virtual":
+            return aio.run(main, self.net)
+        return super().run(main)
+
+    async def start_server(self, handler: Callable[..., Any], **options: Any) -> Any:
+        return await aio.start_server(self.server, handler, self.ip, 0, **options)
+
+    def port(self, server: Any) -> int:
+        return int(server.address[1])
+
+    async def open_connection(self, port: int, **options: Any) -> Streams:
+        return await aio.open_connection(self.client, self.ip, port, **options)
+
+    async def datagrams(self, factory: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
+        stack = self.server if "local_addr" in options else self.client
+        return await aio.create_datagram_endpoint(stack, factory, **options)
+
+    def close(self) -> None:
+        """Nothing may be left when everything was closed and TIME_WAIT has passed."""
+        self.net.pace = "virtual"
+        self.net.run(duration_ns=400 * 10**9)
+        left = self.net.leaks()
+        self.net.close()
+        assert not left
+
+
+@pytest.fixture(params=["kernel", "virtual", "real"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    if request.param == "kernel":
+        yield World()
+    else:
+        it = SimWorld(request.param, Faults(delay_ns=20_000))
+        yield it
+        it.close()
+
+
+@pytest.fixture
+def sim() -> Iterator[SimWorld]:
+    it = SimWorld(
+        "virtual", Faults(loss=0.03, reorder=0.03, duplicate=0.03, corrupt=0.03, delay_ns=1_000_000)
+    )
+    yield it
+    it.close()
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def patient(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """echo() for a peer that may vanish."""
+    with suppress(OSError):
+        await echo(reader, writer)
+
+
+# ---- The same everywhere -------------------------------------------------------------------------------------------
+
+
+def test_echo_and_half_close(world: World) -> None:
+    async def main() -> None:
+        server = await world.start_server(echo)
+        reader, writer = await world.open_connection(world.port(server))
+        assert type(reader) is asyncio.StreamReader
+        assert type(writer) is asyncio.StreamWriter
+        writer.write(b"line one\n")
+        assert await reader.readline() == b"line one\n"
+        writer.writelines([b"two ", b"and ", b"three"])
+        assert writer.can_write_eof()
+        writer.write_eof()
+        assert await reader.read() == b"two and three"
+        assert reader.at_eof()
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+
+
+def test_addresses_and_extra_info(world: World) -> None:
+    async def main() -> None:
+        seen = asyncio.get_running_loop().create_future()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            seen.set_result((writer.get_extra_info("peername"), writer.get_extra_info("sockname")))
+            writer.close()
+
+        server = await world.start_server(handler)
+        _, writer = await world.open_connection(world.port(server))
+        names = writer.get_extra_info("sockname"), writer.get_extra_info("peername")
+        assert await seen == names
+        assert names[1] == (world.ip, world.port(server))
+        assert writer.get_extra_info("nothing", 7) == 7
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+
+
+def test_big_bodies_both_ways_at_once(world: World) -> None:
+    rng = random.Random(1)
+    up, down = rng.randbytes(8_000_000), rng.randbytes(5_000_000)
+
+    async def main() -> None:
+        received = asyncio.get_running_loop().create_future()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(down)
+            writer.write_eof()
+            received.set_result(await reader.read())
+            writer.close()
+
+        server = await world.start_server(handler)
+        reader, writer = await world.open_connection(world.port(server))
+
+        async def upload() -> None:
+            for at in range(0, len(up), 100_000):
+                writer.write(up[at : at + 100_000])
+                await writer.drain()
+            writer.write_eof()
+
+        task = asyncio.create_task(upload())
+        assert await reader.read() == down
+        await task
+        assert await received == up
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+
+
+def test_a_slow_reader_holds_the_writer_back(world: World) -> None:
+    async def main() -> None:
+        go_on = asyncio.Event()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await go_on.wait()
+            body = await reader.read()
+            writer.write(str(len(body)).encode())
+            writer.close()
+
+        server = await world.start_server(handler, limit=10_000)
+        reader, writer = await world.open_connection(world.port(server))
+        writer.transport.set_write_buffer_limits(high=100_000)
+        written = 0
+        while True:
+            writer.write(bytes(500_000))
+            written += 500_000
+            try:
+                await asyncio.wait_for(writer.drain(), 0.5)
+            except TimeoutError:
+                break
+            assert written < 100_000_000, "nothing ever held the writer back"
+        assert writer.transport.get_write_buffer_size() > 100_000
+        go_on.set()
+        writer.write_eof()
+        assert await reader.read() == str(written).encode()
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+
+
+def test_refused(world: World) -> None:
+    async def main() -> None:
+        server = await world.start_server(echo)
+        port = world.port(server)
+        server.close()
+        await server.wait_closed()
+        with pytest.raises(ConnectionRefusedError) as e:
+            await world.open_connection(port)
+        assert e.value.errno == errno.ECONNREFUSED
+
+    world.run(main())
+
+
+def test_cancelled_reads_and_timeouts_leave_the_stream_usable(world: World) -> None:
+    async def main() -> None:
+        server = await world.start_server(echo)
+        reader, writer = await world.open_connection(world.port(server))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.readexactly(1), 0.05)
+        task = asyncio.create_task(reader.readline())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        writer.write(b"still there\n")
+        assert await reader.readline() == b"still there\n"
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+
+
+def test_hundreds_of_connections_at_once(world: World) -> None:
+    async def main() -> None:
+        server = await world.start_server(echo, backlog=500)
+
+        async def one(i: int) -> None:
+            reader, writer = await world.open_connection(world.port(server))
+            body = random.Random(i).randbytes(1 + 37 * i)
+            writer.write(body)
+            assert await reader.readexactly(len(body)) == body
+            writer.close()
+            await writer.wait_closed()
+
+        await asyncio.gather(*(one(i) for i in range(300)))
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+
+
+def test_a_failing_handler_is_reported_and_the_server_goes_on(world: World) -> None:
+    async def main() -> list[str]:
+        messages: list[str] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: messages.append(context["message"]))
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                if await reader.readline() == b"fail\n":
+                    raise RuntimeError("as asked for")
+                writer.write(b"fine")
+            finally:
+                writer.close()
+
+        server = await world.start_server(handler)
+        for word, answer in ((b"fail\n", b""), (b"work\n", b"fine")):
+            reader, writer = await world.open_connection(world.port(server))
+            writer.write(word)
+            assert await reader.read() == answer
+            writer.close()
+            await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+        return messages
+
+    assert len(world.run(main())) == 1
+
+
+class Collect(asyncio.DatagramProtocol):
+    """Keeps what comes; answers when it is told to."""
+
+    def __init__(self, answer: bool = False) -> None:
+        self.answer = answer
+        self.got: asyncio.Queue[Any] = asyncio.Queue()
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.got.put_nowait(data)
+        if self.answer:
+            self.transport.sendto(data.upper(), addr)
+
+    def error_received(self, exc: Exception) -> None:
+        self.got.put_nowait(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.set_result(exc)
+
+
+def test_datagrams(world: World) -> None:
+    async def main() -> None:
+        server, protocol = await world.datagrams(lambda: Collect(answer=True), local_addr=(world.ip, 0))
+        address = server.get_extra_info("sockname")
+        client, answers = await world.datagrams(Collect, remote_addr=address)
+        assert client.get_extra_info("peername") == address
+        for i in range(100):
+            client.sendto(b"ping %d" % i)
+            assert await answers.got.get() == b"PING %d" % i
+        assert protocol.got.qsize() == 100
+        server.close()
+        assert await protocol.lost is None
+        client.sendto(b"anybody?")
+        error = await answers.got.get()
+        assert isinstance(error, ConnectionRefusedError)
+        client.close()
+        assert client.is_closing()
+        assert await answers.lost is None
+
+    world.run(main())
+
+
+# ---- Ours alone ----------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_equal_over_a_bad_wire_and_a_bad_device(sim: SimWorld) -> None:
+    rng = random.Random(2)
+    for stack in (sim.client, sim.server):
+        assert stack.port is not None
+        stack.port.set_device_faults(
+            DeviceFaults(alloc_fail=0.02, tx_short=0.1, kick_again=0.1, complete_ns=50_000)
+        )
+
+    async def main() -> None:
+        server = await sim.start_server(echo)
+
+        async def one() -> None:
+            body = rng.randbytes(200_000)
+            reader, writer = await sim.open_connection(sim.port(server))
+            writer.write(body)
+            writer.write_eof()
+            assert await reader.read() == body
+            writer.close()
+            await writer.wait_closed()
+
+        await asyncio.gather(*(one() for _ in range(20)))
+        server.close()
+        await server.wait_closed()
+
+    sim.run(main())
+
+
+def test_abort_resets_the_peer(sim: SimWorld) -> None:
+    async def main() -> None:
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(1)
+            writer.transport.abort()
+
+        server = await sim.start_server(handler)
+        reader, writer = await sim.open_connection(sim.port(server))
+        writer.write(b"x" * 10)
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+        with pytest.raises(ConnectionResetError):
+            await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    sim.run(main())
+
+
+def test_virtual_time_passes_only_in_the_loop(sim: SimWorld) -> None:
+    async def main() -> tuple[float, int]:
+        loop = asyncio.get_running_loop()
+        start, before = loop.time(), sim.net.now_ns()
+        await asyncio.sleep(3600)
+        assert sim.net.now_ns() - before == pytest.approx(3600e9, abs=10)
+        order = []
+
+        async def at(when: float) -> None:
+            await asyncio.sleep(when)
+            order.append((when, round(loop.time() - start - 3600, 6)))
+
+        await asyncio.gather(at(0.3), at(0.1), at(0.2))
+        assert order == [(0.1, 0.1), (0.2, 0.2), (0.3, 0.3)]
+        return loop.time() - start, len(order)
+
+    assert sim.run(main())[0] == pytest.approx(3600.3)
+
+
+def test_the_same_run_twice() -> None:
+    def trace() -> list[tuple[int, int]]:
+        world = SimWorld("virtual", Faults(loss=0.1, delay_ns=500_000, jitter_ns=300_000))
+        seen: list[tuple[int, int]] = []
+
+        async def main() -> None:
+            server = await world.start_server(echo)
+            reader, writer = await world.open_connection(world.port(server))
+            for i in range(20):
+                writer.write(bytes(1000 * i + 1))
+                seen.append((len(await reader.readexactly(1000 * i + 1)), world.net.now_ns()))
+            writer.close()
+            await writer.wait_closed()
+            server.close()
+            await server.wait_closed()
+
+        world.run(main())
+        world.close()
+        return seen
+
+    assert trace() == trace()
+
+
+def test_waiting_for_what_never_comes_is_an_error_in_virtual_time(sim: SimWorld) -> None:
+    async def main() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(SimulationError, match="for ever"):
+        sim.run(main())
+
+
+def test_a_cancelled_connect_leaves_nothing() -> None:
+    world = SimWorld("virtual")
+    assert world.server.port is not None
+    world.server.port.set_device_faults(DeviceFaults(down=True))
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(world.open_connection(80), 0.5)
+
+    world.run(main())
+    world.close()
+
+
+def test_connect_to_nobody_fails_with_its_reason() -> None:
+    world = SimWorld("virtual")
+
+    async def main() -> None:
+        with pytest.raises(OSError) as e:  # noqa: PT011
+            await aio.open_connection(world.client, "10.0.0.77", 80)
+        assert e.value.errno == errno.EHOSTUNREACH
+
+    world.run(main())
+    world.close()
+
+
+def test_peer_that_vanishes_ends_the_connection(sim: SimWorld) -> None:
+    """No answer at all: the retransmissions give up, and the stream says so."""
+
+    async def main() -> None:
+        server = await sim.start_server(patient)
+        reader, writer = await sim.open_connection(sim.port(server))
+        writer.write(b"x")
+        assert await reader.readexactly(1) == b"x"
+        assert sim.server.port is not None
+        sim.server.port.set_device_faults(DeviceFaults(down=True))
+        writer.write(b"into the void")
+        with pytest.raises(OSError) as e:  # noqa: PT011
+            await reader.read()
+        assert e.value.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+        writer.close()
+        sim.server.port.set_device_faults(DeviceFaults())
+        server.close_clients()
+        server.close()
+        await server.wait_closed()
+
+    sim.run(main())
+
+
+class Buffered(asyncio.BufferedProtocol):
+    """Receives into its own buffer."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(1000)
+        self.received = bytearray()
+        self.done = asyncio.get_running_loop().create_future()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received += self.buffer[:nbytes]
+
+    def eof_received(self) -> None:
+        self.done.set_result(bytes(self.received))
+
+
+def test_buffered_protocols() -> None:
+    world = SimWorld("virtual")
+    body = random.Random(3).randbytes(50_000)
+
+    async def main() -> None:
+        async def handler(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(body)
+            writer.close()
+
+        server = await world.start_server(handler)
+        transport, protocol = await aio.create_connection(
+            world.client, Buffered, (world.ip, world.port(server)), local_addr=("10.0.0.1", 4000)
+        )
+        assert transport.get_extra_info("sockname") == ("10.0.0.1", 4000)
+        assert isinstance(protocol, Buffered)
+        assert await protocol.done == body
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+    world.close()
+
+
+def test_pause_and_resume_reading() -> None:
+    world = SimWorld("virtual")
+
+    async def main() -> None:
+        async def handler(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"x" * 1000)
+            await asyncio.sleep(1)
+            writer.write(b"y" * 1000)
+            writer.close()
+
+        server = await world.start_server(handler)
+        reader, writer = await world.open_connection(world.port(server))
+        transport: Any = writer.transport
+        assert transport.is_reading()
+        transport.pause_reading()
+        assert not transport.is_reading()
+        await asyncio.sleep(5)
+        assert not reader._buffer  # type: ignore[attr-defined]
+        transport.resume_reading()
+        assert await reader.read() == b"x" * 1000 + b"y" * 1000
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+    world.close()
+
+
+def test_bad_use_is_refused() -> None:
+    world = SimWorld("virtual")
+
+    async def main() -> None:
+        server = await world.start_server(echo)
+        with pytest.raises(OSError) as e:  # noqa: PT011
+            await aio.start_server(world.server, echo, *server.address)
+        assert e.value.errno == errno.EADDRINUSE
+        with pytest.raises(OSError) as e:  # noqa: PT011
+            await aio.start_server(world.server, echo, "203.0.113.1", 80)
+        assert e.value.errno == errno.EADDRNOTAVAIL
+        with pytest.raises(ValueError, match="address is needed"):
+            await aio.create_datagram_endpoint(world.server, Collect)
+        reader, writer = await world.open_connection(world.port(server))
+        with pytest.raises(ValueError, match="high"):
+            writer.transport.set_write_buffer_limits(high=1, low=2)
+        writer.write_eof()
+        with pytest.raises(RuntimeError, match="write_eof"):
+            writer.write(b"x")
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+        async with server:
+            assert server.is_serving()
+        assert not server.is_serving()
+
+    world.run(main())
+    assert world.server.audit()["listeners"] == 0
+    world.close()
+
+
+def test_blocking_sockets_and_asyncio_share_a_network() -> None:
+    """The peer of an asyncio server may be a blocking socket in another thread."""
+    world = SimWorld("real")
+
+    def ask(port: int) -> bytes:
+        with world.client.create_connection((world.ip, port), timeout=30) as client:
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            return client.recv(100, socket.MSG_WAITALL)
+
+    async def main() -> None:
+        server = await world.start_server(echo)
+        answers = await asyncio.gather(*(asyncio.to_thread(ask, world.port(server)) for _ in range(20)))
+        assert answers == [b"question"] * 20
+        server.close()
+        await server.wait_closed()
+
+    world.run(main())
+    world.close()
