@@ -218,6 +218,13 @@ def test_two_ends_condemn_the_datagram() -> None:
         assert c.held() == 0
 
 
+def test_an_end_in_front_of_what_came_condemns_the_datagram() -> None:
+    with Conversation() as c:
+        c.inject_ip(piece(32, bytes(8), more=True), piece(16, bytes(8), more=False))
+        assert c.counted()["ip_frag_bad"] == 1
+        assert c.held() == 0
+
+
 def test_bytes_behind_the_end_condemn_the_datagram() -> None:
     with Conversation() as c:
         c.inject_ip(piece(16, bytes(8), more=False), piece(24, bytes(8), more=True))

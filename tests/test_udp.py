@@ -380,7 +380,8 @@ def test_where_nothing_can_be_sent() -> None:
         sock = c.udp(7)
         assert c.stack.send(sock, b"x") == -errno.EDESTADDRREQ
         assert c.stack.sendto(sock, b"x", (PEER, 0)) == -errno.EINVAL
-        assert c.stack.sendto(sock, b"x", ("127.0.0.1", 7)) == -errno.EINVAL
+        for nowhere in ("127.0.0.1", "0.0.0.0", "0.1.2.3", "240.0.0.1", "255.255.255.254"):
+            assert c.stack.sendto(sock, b"x", (nowhere, 7)) == -errno.EINVAL
         assert c.stack.sendto(sock, b"x", ("2001:db8::1", 7)) == -errno.EAFNOSUPPORT
         assert c.stack.sendto(sock, b"x", (US, 7)) == -errno.EHOSTUNREACH
         c.nothing()
