@@ -301,7 +301,7 @@ class Talk(Conversation):
         head = (offset >> 12) * 4
         flags = offset & 0x3F
         if self.iss is None or (flags & SYN and seq != self.iss):
-            self.iss = seq
+            self.iss, self.heard = seq, 0
         opts = options_dict(raw[20:head])
         if self.ts is not None and "ts" in opts:
             self.ts = (self.ts[0], opts["ts"][0])

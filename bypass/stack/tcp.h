@@ -212,6 +212,8 @@ struct segment {
     uint32_t len;      /* payload bytes */
     uint16_t data_off; /* from meta.off */
     uint8_t flags;
+    bool follows; /* a SYN that replaces a connection in TIME_WAIT, which had sent up to old_snd_nxt */
+    seq_t old_snd_nxt;
     uint32_t hash;
     struct tcp_opts opt;
 };

@@ -143,13 +143,24 @@ static void choose_isn(struct bypass_stack *s, struct tcp_conn *c, struct tcp_co
     k->ts_offset = (uint32_t)(f >> 32);
 }
 
+/* The oldest that no program holds. */
+static bool drop_time_wait(struct bypass_stack *s)
+{
+    for (uint32_t i = tcp_head(s)->tw_head; i != NO_INDEX; i = cold_at(s, i)->tw_next) {
+        if (conn_at(s, i)->sock == NO_INDEX) {
+            conn_drop(s, conn_at(s, i), 0);
+            return true;
+        }
+    }
+    return false;
+}
+
 static struct tcp_conn *conn_alloc(struct bypass_stack *s)
 {
     struct core *co = core(s);
     uint32_t i = pool_alloc(s, &co->conns);
-    if (i == NO_INDEX && tcp_head(s)->tw_head != NO_INDEX) {
+    if (i == NO_INDEX && drop_time_wait(s)) {
         STAT(s, tcp_time_wait_reused);
-        conn_drop(s, conn_at(s, tcp_head(s)->tw_head), 0);
         i = pool_alloc(s, &co->conns);
     }
     if (i == NO_INDEX) {

@@ -166,6 +166,10 @@ static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c,
     }
     if (seg_len(g) > 0 && seq_leq(seq_add(g->seq, seg_len(g)), c->rcv_nxt)) {
         STAT(s, tcp_in_duplicate);
+        if (c->state == BYPASS_TIME_WAIT && (g->flags & TCP_FIN)) {
+            c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS; /* eighth: our last ACK was lost, the wait starts over */
+            tcp_timer_update(s, c);
+        }
         tcp_send_ack(s, c); /* a retransmission: its sender waits for this */
         return STOP;
     }
@@ -233,16 +237,6 @@ static enum next_step fin_acked(struct bypass_stack *s, struct tcp_conn *c)
     return GO_ON;
 }
 
-/* TIME_WAIT: the peer may not have our last ACK: it gets it again, and the wait starts over. */
-static void time_wait_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
-{
-    if (!(g->flags & TCP_FIN))
-        return;
-    c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS;
-    tcp_timer_update(s, c);
-    tcp_send_ack(s, c);
-}
-
 static void take_timestamp(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
 {
     /* RFC 7323 4.3 (2): of the segment that holds the last byte acknowledged, not of later ones */
@@ -285,10 +279,8 @@ static void synchronised_in(struct bypass_stack *s, struct tcp_conn *c, struct s
     take_timestamp(s, c, g);
     if (c->state == BYPASS_SYN_RECEIVED && handshake_ack(s, c, g) == STOP)
         return;
-    if (c->state == BYPASS_TIME_WAIT) {
-        time_wait_in(s, c, g);
-        return;
-    }
+    if (c->state == BYPASS_TIME_WAIT)
+        return; /* both directions are complete; a repeated FIN was answered above */
     if (!tcp_ack_in(s, c, g) || fin_acked(s, c) == STOP)
         return;
     if (data_after_close(s, c, g))
@@ -313,7 +305,9 @@ static bool replaces_time_wait(const struct tcp_conn *c, const struct segment *g
 static void dispatch(struct bypass_stack *s, struct segment *g)
 {
     struct tcp_conn *c = conn_find(s, g->hash, &g->ri->dst, &g->ri->src, g->dst_port, g->src_port);
-    if (c && unlikely(replaces_time_wait(c, g))) {
+    if (c && unlikely(replaces_time_wait(c, g)) && endpoint_find(s, &g->ri->dst, g->dst_port)) {
+        g->follows = true;
+        g->old_snd_nxt = c->snd_nxt;
         conn_drop(s, c, 0);
         c = NULL;
     }

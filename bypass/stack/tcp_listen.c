@@ -192,6 +192,8 @@ void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segme
     k->listener = endpoint_index(s, ep);
     k->listener_gen = ep->gen;
     ep->syn_count++;
+    if (g->follows && seq_leq(k->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
+        k->iss = c->snd_una = c->snd_nxt = c->recover = seq_add(g->old_snd_nxt, 65536);
     c->flags |= TF_PASSIVE;
     tcp_take_syn(s, c, g);
     conn_set_state(s, c, BYPASS_SYN_RECEIVED);
