@@ -250,6 +250,17 @@ def dev(built: Any) -> Iterator[FakeDevice]:
     d.close()
 
 
+@pytest.mark.parametrize("how", range(5))
+def test_the_checks_notice_when_the_books_are_wrong(built: Any, how: int) -> None:
+    ffi, lib = built
+    d = FakeDevice(ffi, lib, ring_size=16, frames=64, fill_target=16)
+    d.lib.fake_spoil(d.dev, how)
+    assert lib.afxdp_audit(d.dev, ffi.new("struct afxdp_audit *")) == -errno.EIO
+    d.free(d.alloc(1))
+    assert d.lib.fake_violations() == 2
+    d.close()
+
+
 def send(d: FakeDevice, n: int, queue: int = 0) -> tuple[list[int], int]:
     pkts = d.alloc(n)
     for i, p in enumerate(pkts):

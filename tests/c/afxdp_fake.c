@@ -248,6 +248,27 @@ void fake_torn_indices(struct afxdp *d, uint32_t qi, uint32_t by)
     *q->rx.producer += by, *q->comp.producer += by, *q->tx.consumer += by;
 }
 
+void fake_spoil(struct afxdp *d, int how)
+{
+    switch (how) {
+    case 0:
+        d->free_list[0] = d->free_list[1];
+        break;
+    case 1:
+        meta_at(d, d->free_list[0])->holders = BYPASS_HOLD_STACK;
+        break;
+    case 2:
+        d->st->queue[0].rx_frames++;
+        break;
+    case 3:
+        d->st->queue[0].tx_frames++;
+        break;
+    default:
+        meta_at(d, (uint32_t)(*ring_addr(&d->queue[0].fill, *d->queue[0].fill.consumer) / d->nd.stride))->holders |=
+            BYPASS_HOLD_STACK;
+    }
+}
+
 /* ---- Looking --------------------------------------------------------------------------------------------------- */
 
 static void count(struct afxdp *d, uint8_t *places, uint64_t addr)

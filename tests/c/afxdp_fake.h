@@ -31,6 +31,11 @@ void fake_bad_rx(struct afxdp *dev, uint32_t qi, uint64_t addr, uint32_t len);
 int fake_bad_completion(struct afxdp *dev, uint32_t qi, uint64_t addr); /* 1: there was room for it */
 void fake_torn_indices(struct afxdp *dev, uint32_t qi, uint32_t by);    /* moves what the kernel wrote, for a moment */
 
+/* Spoils the device's own books, to see that the checks notice: 0 a frame twice in the free list, 1 a free frame with
+ * a holder, 2 and 3 wrong counts with the device for reception and transmission, 4 two holders that exclude each
+ * other. */
+void fake_spoil(struct afxdp *dev, int how);
+
 /* ---- Looking ------------------------------------------------------------------------------------------ */
 /* For every frame the number of places it has with rings, kernel and free list: all must be 1 for frames that the
  * caller does not hold, and for those it holds 0, or 1 (under transmission). */
