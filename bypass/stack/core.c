@@ -242,8 +242,14 @@ uint64_t siphash13(const uint64_t key[2], const void *data, size_t len)
         SIP_ROUND(v0, v1, v2, v3);
         v0 ^= word;
     }
-    word = 0;
-    memcpy(&word, p, len);
+    word = 0; /* the last 0 to 7 bytes, without a call for so few */
+    for (size_t at = len & ~(size_t)3; at < len; at++)
+        word |= (uint64_t)p[at] << 8 * at;
+    if (len & 4) {
+        uint32_t four;
+        memcpy(&four, p, 4);
+        word |= four;
+    }
     last |= word;
     v3 ^= last;
     SIP_ROUND(v0, v1, v2, v3);

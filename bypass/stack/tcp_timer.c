@@ -29,7 +29,8 @@ static uint64_t backed_off_ns(const struct tcp_conn *c)
 void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c)
 {
     c->rtx_at = now_ns(s) + backed_off_ns(c);
-    tcp_timer_update(s, c);
+    if (!wheel_covers(&c->timer, c->rtx_at))
+        tcp_timer_update(s, c);
 }
 
 void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c)
@@ -38,7 +39,8 @@ void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c)
         return;
     c->flags |= TF_ACK_LATER;
     c->ack_at = now_ns(s) + DELACK_MS * MSEC_NS;
-    tcp_timer_update(s, c);
+    if (!wheel_covers(&c->timer, c->ack_at))
+        tcp_timer_update(s, c);
 }
 
 /* ---- Each deadline ------------------------------------------------------------------------------------ */
@@ -182,6 +184,8 @@ void tcp_timers(struct bypass_stack *s)
 {
     struct wheel *w = &tcp_head(s)->wheel;
     uint32_t i;
+    if (likely(wheel_at_rest(w, now_ns(s))))
+        return;
     while ((i = wheel_expire(s, w, now_ns(s))) != NO_INDEX)
         conn_due(s, i);
 }

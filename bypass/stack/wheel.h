@@ -27,6 +27,16 @@ struct wheel_node { /* in the connection */
 };
 
 void wheel_init(struct wheel *w, uint64_t now_ns);
+/* The entry is looked at in time for this deadline as it stands: nothing has to be armed. */
+static inline bool wheel_covers(const struct wheel_node *n, uint64_t deadline_ns)
+{
+    return n->slot != WHEEL_OFF && n->tick <= (deadline_ns + (1ull << WHEEL_TICK_SHIFT) - 1) >> WHEEL_TICK_SHIFT;
+}
+/* The current tick was run to its end and is still the current one: nothing can be due. */
+static inline bool wheel_at_rest(const struct wheel *w, uint64_t now_ns)
+{
+    return now_ns >> WHEEL_TICK_SHIFT <= w->cur && w->head[0][w->cur & (WHEEL_SLOTS - 1)] == NO_INDEX;
+}
 /* Makes sure that entry i is looked at when deadline_ns has come. */
 void wheel_arm(struct bypass_stack *s, struct wheel *w, uint32_t i, uint64_t deadline_ns);
 void wheel_disarm(struct bypass_stack *s, struct wheel *w, uint32_t i);
