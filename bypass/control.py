@@ -130,12 +130,14 @@ class PolicyControl:
 
     def _refusal(self, kind: int, local: Address, remote: Address | None) -> str:
         proto = "tcp" if kind == STREAM else "udp"
-        flow = f"{proto} {local[0]}:{local[1] or '(any port)'}"
+        flow = f"{proto} {local[0]}:{local[1] or '(a port of its choice)'}"
         match = [f"proto: {proto}"]
         if local[0] != ANY:
             match.append(f"local: {local[0]}")
         if local[1]:
             match.append(f"local_port: {local[1]}")
+        elif remote is not None:
+            match.append("local_port: FIRST-LAST")
         if remote is not None:
             flow += f" to {remote[0]}:{remote[1]}"
             match += [f"remote: {remote[0]}", f"remote_port: {remote[1]}"]
@@ -165,8 +167,9 @@ class PolicyControl:
         raise GrantError(self._refusal(kind, (host, 0), remote))
 
     def _ports_of_rules(self, kind: int, host: str, remote: Address | None) -> Iterator[int]:
+        """From ranges only: a single port of a rule is a service's, not to be taken by chance."""
         for rule in self.policy.flows:
-            if rule.action != "steer" or rule.local_port is None:
+            if rule.action != "steer" or rule.local_port is None or rule.local_port.width == 1:
                 continue
             ports = range(rule.local_port.first, rule.local_port.last + 1)
             for port in random.sample(ports, min(len(ports), PORT_TRIES)):

@@ -197,6 +197,7 @@ class CoreStack:
     """
 
     EVENTS = 256
+    WANTED = 64
 
     def __init__(
         self,
@@ -225,6 +226,7 @@ class CoreStack:
         self._map = mmap.mmap(-1, size, flags=kind)
         self._arena = ffi.from_buffer("uint8_t[]", self._map)
         self._events = ffi.new("struct bypass_event[]", self.EVENTS)
+        self._wanted = ffi.new("struct bypass_addr[]", self.WANTED)
         self._scratch: Any = ffi.new("uint8_t[]", 1 << 18)
         self.closed = True
         check(lib.bypass_create(self.c, self._arena, size, cfg, dev, env, now_ns))
@@ -248,11 +250,10 @@ class CoreStack:
     def gateway_set(self, address: str | None) -> None:
         check(lib.bypass_gateway_set(self.c, _addr(address) if address is not None else NONE_ADDR))
 
-    def nexthop_wanted(self, most: int = 64) -> list[str]:
+    def nexthop_wanted(self) -> list[str]:
         """Destinations whose next hop the stack asks for."""
-        out = ffi.new("struct bypass_addr[]", most)
-        n = check(lib.bypass_nexthop_wanted(self.c, out, most))
-        return [address_text(bytes(out[i].b)) for i in range(n)]
+        n = check(lib.bypass_nexthop_wanted(self.c, self._wanted, self.WANTED))
+        return [address_text(bytes(a.b)) for a in self._wanted[0:n]] if n else []
 
     def nexthop_set(self, address: str, mac: bytes | None, mtu: int = 0) -> None:
         """mac: 6 bytes, None: unreachable; mtu of the path in bytes, 0: the device's."""

@@ -219,6 +219,8 @@ class DeviceDriver(Driver):
                 self.status.poll()
 
     def touched(self, stack: Stack) -> None:
+        if wanted := self.core.nexthop_wanted():
+            self.watch.resolve(wanted)  # what the kernel knows already is answered here
         self.core.flush()
         if self._sleeping_until is not None and self._driving:
             os.eventfd_write(self._wake, 1)
