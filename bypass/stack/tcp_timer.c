@@ -145,7 +145,7 @@ static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
     c->keep_at = 0;
     if (!(c->flags & TF_KEEPALIVE) || c->state == BYPASS_TIME_WAIT)
         return;
-    if (idle_end > now_ns(s) || c->snd_nxt.v != c->snd_una.v) {
+    if (idle_end > now_ns(s) || c->snd_queued > 0 || c->snd_nxt.v != c->snd_una.v) { /* other timers watch those */
         c->keep_at = max_u64(idle_end, now_ns(s) + SEC_NS);
         return;
     }
