@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a stack lives in an event loop: the hub that polls it, handles whose events come to the loop, virtual time.
+
+The hub puts the device's descriptor into the selector and the stack's deadline into a timer. One poll serves all
+connections; calls of one turn of the loop are sent together. In virtual time the loop itself drives the network:
+where it would sleep, the simulation runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import threading
+import weakref
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any, ClassVar, TypeVar
+
+from bypass._core import lib
+from bypass.core import FOREVER
+from bypass.driver import Driver
+from bypass.sim.network import Network, SimulationError
+from bypass.stack_api import Stack
+
+__all__ = ["FAILED", "READABLE", "WRITABLE", "Handle", "Hub", "VirtualLoop", "run"]
+
+T = TypeVar("T")
+
+READABLE: int = lib.BYPASS_IN | lib.BYPASS_RDHUP | lib.BYPASS_HUP
+WRITABLE: int = lib.BYPASS_OUT
+FAILED: int = lib.BYPASS_ERR
+
+
+class Hub:
+    """Joins one event loop and one driver: polls, arms the timer, wakes those whose handles became ready."""
+
+    _of: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, Hub]]] = (
+        weakref.WeakKeyDictionary()
+    )
+
+    @classmethod
+    def get(cls, driver: Driver) -> Hub:
+        """The hub of the running loop for this driver."""
+        loop = asyncio.get_running_loop()
+        hubs = cls._of.setdefault(loop, {})
+        hub = hubs.get(id(driver))
+        if hub is None or hub.driver is not driver:
+            hub = hubs[id(driver)] = cls(loop, driver)
+        return hub
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
+        self.loop = loop
+        self.driver = driver
+        self._thread = threading.get_ident()
+        self._ready: deque[Handle] = deque()
+        self._users = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._pump_scheduled = False
+        self._run_scheduled = False
+        self._virtual = isinstance(loop, VirtualLoop) and loop.network is driver
+
+    # -- lifetime: descriptors and timer are in the loop only while something uses them
+    def retain(self) -> None:
+        self._users += 1
+        if self._users == 1:
+            for fd in self.driver.fds():
+                self.loop.add_reader(fd, self._pump)
+        self.touched()
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            for fd in self.driver.fds():
+                self.loop.remove_reader(fd)
+            # What was just closed may still have to be sent and acknowledged: the timer goes on by itself.
+        self.touched()
+
+    # -- the stack's side
+    def notify(self, handle: Handle) -> None:
+        """Lock held, any thread: the handle has something to do."""
+        self._ready.append(handle)
+        if threading.get_ident() == self._thread:
+            if not self._run_scheduled:
+                self._run_scheduled = True
+                self.loop.call_soon(self._run_ready)
+        else:
+            self.loop.call_soon_threadsafe(self._run_ready)
+
+    def touched(self) -> None:
+        """Socket calls were made: let the stack send, once for all calls of this turn of the loop."""
+        if not self._pump_scheduled and not self.loop.is_closed():
+            self._pump_scheduled = True
+            self.loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_scheduled = False
+        driver = self.driver
+        with driver.lock:
+            driver.poll()
+            if not self._virtual:
+                self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        next_ns = self.driver.next_ns()
+        if next_ns != FOREVER:
+            self._timer = self.loop.call_later(max(0.0, self.driver.seconds_until(next_ns)), self._pump)
+
+    def _run_ready(self) -> None:
+        self._run_scheduled = False
+        for _ in range(len(self._ready)):
+            handle = self._ready.popleft()
+            mask, handle.mask = handle.mask, 0
+            if mask:
+                handle.on_ready(mask)
+
+
+class Handle:
+    """A handle of the stack whose events come to the loop. `mask` gathers them until on_ready(mask) is called."""
+
+    def __init__(self, hub: Hub, stack: Stack, handle: int) -> None:
+        self.hub = hub
+        self.stack = stack
+        self.handle = handle
+        self.mask = 0
+        hub.retain()
+
+    def watch(self) -> None:
+        """Lock held. Events from now on, and what is ready already."""
+        self.stack.set_handler(self.handle, self._note)
+        self._note(self.stack.core.ready(self.handle))
+
+    def _note(self, mask: int) -> None:
+        if mask and not self.mask:
+            self.hub.notify(self)
+        self.mask |= mask
+
+    def on_ready(self, mask: int) -> None:
+        raise NotImplementedError
+
+    def drop(self, *, abort: bool = False) -> None:
+        """Closes the handle."""
+        if self.handle >= 0:
+            handle, self.handle = self.handle, -1
+            with self.stack.driver.lock:
+                self.stack.close_handle(handle, abort=abort)
+            self.mask = 0
+            self.hub.release()
+
+
+# ---- Virtual time -----------------------------------------------------------------------------------------------
+
+
+class _VirtualSelector(selectors.BaseSelector):
+    """Where a loop sleeps, the network runs: select(timeout) lets so much virtual time pass."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._real = selectors.DefaultSelector()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self._real.select(0)
+        network = self._network
+        with network.lock:
+            # Rounded up, so that the timer for which the loop sleeps is due afterwards.
+            now = network.now_ns()
+            limit = FOREVER if timeout is None else now + (int(max(timeout, 0.0) * 1e9) + 1 if timeout else 0)
+            if ready:
+                limit = now
+            reason = network.advance(limit)
+        if reason == lib.SIM_IDLE and not ready:
+            if threading.active_count() == 1:
+                raise SimulationError(
+                    f"the loop would wait for ever: at {network.now_ns()} ns nothing is on a wire and no timer runs"
+                )
+            return self._real.select(None)
+        return ready
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._real.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._real.modify(fileobj, events, data)
+
+    def close(self) -> None:
+        self._real.close()
+
+    def get_map(self) -> Any:
+        return self._real.get_map()
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock is that of a simulated network."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        super().__init__(_VirtualSelector(network))
+
+    def time(self) -> float:
+        """Seconds since the network's start."""
+        return (self.network.now_ns() - self.network.start_ns) / 1e9
+
+
+def run(main: Coroutine[Any, Any, T], network: Network, *, debug: bool | None = None) -> T:
+    """As asyncio.run(), in the virtual time of a simulated network."""
+    with asyncio.Runner(debug=debug, loop_factory=lambda: VirtualLoop(network)) as runner:
+        return runner.run(main)
