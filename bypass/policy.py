@@ -147,6 +147,9 @@ class Policy:
             return None  # the steering program hands over IPv4 only
         if local_addr is not None and local_addr.is_unspecified:
             local_addr = None
+        if local_addr is not None and remote_addr is not None and remote_port is not None:
+            rule = self.compiled.decide(proto, local_addr, local_port, remote_addr, remote_port)
+            return rule if rule is not None and rule.action == "steer" else None
         one, others = self._by_local_port
         # A single port ranks before every range, so the two lists follow each other in rank.
         for rules in (one.get(local_port, ()), others):

@@ -202,6 +202,41 @@ class CompiledRules:
             for key, rule in table.items():
                 yield Entry(mask, key, rule, self.ranks[rule], self.rules[rule].action)
 
+    def decide(
+        self, proto: int, local: Address, local_port: int, remote: Address, remote_port: int, vlan: int = 0
+    ) -> Rule | None:
+        """The rule that decides for one packet, found as the steering program finds it: one lookup a mask.
+
+        Args:
+            proto: IP protocol number.
+            local, remote: destination and source of the packet, of one family.
+            local_port, remote_port: 0 for a packet without ports.
+            vlan: of the outermost tag; 0: untagged.
+        """
+        best = 0
+        found = None
+        family = local.version
+        hidden = family == 6 and not self.key_v6
+        bits, mapped = (128, _MAPPED if family == 4 else 0) if self.key_v6 else (32, 0)
+        ours, theirs = (0, 0) if hidden else (int(local) | mapped, int(remote) | mapped)
+        for mask, table in zip(self.masks, self._tables, strict=True):
+            if best > mask.max_rank:
+                break
+            local_shift, remote_shift = bits - mask.local_plen, bits - mask.remote_plen
+            key = Key(
+                family if mask.family else 0,
+                proto if mask.proto else 0,
+                vlan if mask.vlan else 0,
+                ours >> local_shift << local_shift,
+                theirs >> remote_shift << remote_shift,
+                local_port & mask.local_port_mask,
+                remote_port & mask.remote_port_mask,
+            )
+            rule = table.get(key)
+            if rule is not None and self.ranks[rule] > best:
+                best, found = self.ranks[rule], self.rules[rule]
+        return found
+
 
 def protocol_name(proto: int) -> str:
     """`tcp` for 6; the number as text when it has no name here."""

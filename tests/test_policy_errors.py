@@ -324,7 +324,7 @@ def test_files_that_cannot_be_read_are_told_so(tmp_path: Path, monkeypatch: pyte
     assert load_policy(bad).interface == "eth1"
 
 
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(150))
 @given(rule_lists().filter(bool), st.data())
 def test_a_damaged_file_is_refused_or_read_but_never_breaks(rules: list[object], data: st.DataObject) -> None:
     text = policy_text(rules)  # type: ignore[arg-type]

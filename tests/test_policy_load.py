@@ -51,7 +51,7 @@ flows:
     assert policy == Policy(1, "eth1", Backend("afxdp", "auto", None, 2048, None, 2048), (web,), "web.yaml")
 
 
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(60))
 @given(rule_lists().filter(bool), st.booleans())
 def test_what_is_written_is_what_is_read(rules: list[Rule], flow_style: bool) -> None:
     text = yaml.safe_dump(document(rules), default_flow_style=flow_style or None, sort_keys=flow_style)
@@ -98,16 +98,16 @@ def test_aliases_and_long_forms_mean_the_same() -> None:
     assert b.local_port == PortRange(1, 1)
 
 
-def test_a_hundred_thousand_rules_load() -> None:
+def test_twenty_thousand_rules_load() -> None:
     flows = "".join(
         f"  - {{name: r{i}, match: {{proto: tcp, local_port: 80, remote: 10.{i >> 16}.{i >> 8 & 255}.{i & 255}}},"
         " action: steer}\n"
-        for i in range(100_000)
+        for i in range(20_000)
     )
     policy = parse_policy(HEAD + flows)
-    assert len(policy.flows) == len(policy.compiled) == 100_000
-    assert policy.flows[99_999].line == 100_004
-    assert policy.grant(TCP, None, 80, ipaddress.ip_address("10.1.134.159"), 5) == policy.flows[99_999]
+    assert len(policy.flows) == len(policy.compiled) == 20_000
+    assert policy.flows[19_999].line == 20_004
+    assert policy.grant(TCP, None, 80, ipaddress.ip_address("10.0.78.31"), 5) == policy.flows[19_999]
 
 
 # ---- Grants -------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_wider_pass_rule_denies_nothing() -> None:
     assert granted(policy, None, 81) == "-"
 
 
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(100))
 @given(rule_lists().filter(bool), st.data())
 def test_a_grant_is_given_just_when_some_packet_would_be_steered(
     rules: list[Rule], data: st.DataObject

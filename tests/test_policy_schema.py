@@ -55,7 +55,7 @@ def test_every_field_explains_itself_to_an_editor() -> None:
     assert all("description" in part for part in parts)
 
 
-@settings(max_examples=examples(200))
+@settings(max_examples=examples(60))
 @given(documents())
 def test_both_take_valid_policies(doc: dict[str, Any]) -> None:
     assert refusals(doc) == []
@@ -115,7 +115,7 @@ def damaged(draw: st.DrawFn) -> Any:
     return doc
 
 
-@settings(max_examples=examples(1000))
+@settings(max_examples=examples(300))
 @given(damaged())
 def test_both_agree_on_damaged_policies(doc: Any) -> None:
     said = refusals(doc)

@@ -134,17 +134,19 @@ def flows_near(draw: st.DrawFn, rules: list[Rule]) -> tuple[Flow, int]:
     return flow, draw(st.sampled_from([0, 0, 0, *strategies.VLANS, 2]))
 
 
-@settings(max_examples=examples(400))
+@settings(max_examples=examples(150))
 @given(st.data())
 def test_masks_decide_as_the_rules_themselves(data: st.DataObject) -> None:
     rules = data.draw(strategies.rule_lists().filter(bool))
     compiled = compile_rules(rules)
     tables = tables_of(compiled)
-    for _ in range(20):
+    for _ in range(10):
         flow, vlan = data.draw(flows_near(rules))
         matching = [r for r in rules if matches(r, flow, vlan or None)]
         expected = min(matching, key=lambda r: (breadth(r), r.index)).index if matching else None
         assert look_up(compiled, tables, flow, vlan) == expected
+        found = compiled.decide(*flow, vlan)
+        assert (None if found is None else found.index) == expected
 
 
 @given(strategies.rule_lists().filter(bool))
@@ -234,7 +236,7 @@ def overlaps(a: Rule, b: Rule) -> bool:
     )
 
 
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(150))
 @given(st.lists(st.tuples(strategies.matches(), st.sampled_from(["pass", "drop"])), min_size=2, max_size=12))
 def test_conflicts_are_found_exactly_where_pairs_contradict(
     drawn: list[tuple[dict[str, Any], Action]],
@@ -314,24 +316,3 @@ def test_ipv4_and_ipv6_share_the_masks_of_hosts() -> None:
         "0xffffc000020a",
         hex(int(ipaddress.ip_address("2001:db8::1"))),
     }
-
-
-def test_a_hundred_thousand_rules_compile_to_as_many_entries() -> None:
-    rules = [
-        Rule(
-            i,
-            f"r{i}",
-            TCP,
-            None,
-            PortRange(80, 80),
-            ipaddress.ip_network(0x0A000000 + i),
-            None,
-            None,
-            "steer",
-        )
-        for i in range(100_000)
-    ]
-    assert check_conflicts(rules) == []
-    compiled = compile_rules(rules)
-    assert len(compiled) == 100_000
-    assert len(compiled.masks) == 1
