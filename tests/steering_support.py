@@ -179,7 +179,8 @@ def _draw_endpoints(
                     continue
                 kind = rng.choice(("any", "any", "local", "exact"))
                 local = None if kind == "any" else f.local
-                peer = (f.remote, f.remote_port) if kind == "exact" else (None, None)
+                exact = kind == "exact" and not f.remote.is_unspecified
+                peer = (f.remote, f.remote_port) if exact else (None, None)
                 wanted.append((proto, local, f.local_port, *peer))
     for local, port, remote, remote_port in rng.sample(kernel, 6):
         wanted.append((TCP, local, port, None, None))
