@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import select
+import threading
 import time
 
 from bypass._core import lib
@@ -226,8 +227,21 @@ class DeviceDriver(Driver):
             os.eventfd_write(self._wake, 1)
 
     # ---- end
+    def run_in_background(self) -> None:
+        """A thread polls and sleeps whenever no other does, so that the stack works while the program is busy."""
+
+        def work() -> None:
+            with self.lock:
+                while not self.core.closed and self.failure is None:
+                    self.wait(FOREVER)
+
+        threading.Thread(target=work, name=f"bypass {self.device.ifname}", daemon=True).start()
+
     def remove(self, stack: Stack) -> None:
         """Detaches before the sockets close: packets go to the kernel again, none into a closing socket."""
+        while self._driving:  # by another thread: it has to leave before its descriptors go
+            os.eventfd_write(self._wake, 1)
+            self.cond.wait()
         with contextlib.ExitStack() as end:
             end.callback(os.close, self._wake)
             end.callback(self.watch.close)
@@ -242,6 +256,7 @@ def open_stack(
     *,
     config: Config | None = None,
     spin_us: int = 0,
+    background: bool = False,
     rx_csum_trust: bool = False,
     name: str | None = None,
 ) -> Stack:
@@ -251,6 +266,8 @@ def open_stack(
         policy: path of a policy, or a Policy.
         config: sizes of the stack.
         spin_us: how long a blocking call polls before it sleeps, microseconds.
+        background: a thread drives the stack while no call does. Without it the stack works while a call waits (or
+            in Stack.run(), or in asyncio): a program that computes for long in between answers nobody meanwhile.
         rx_csum_trust: received checksums of TCP and UDP are taken as right (a veth peer that leaves them out).
         name: for messages; None: the interface.
 
@@ -293,4 +310,6 @@ def open_stack(
         stack = Stack(core, driver, name=name or ifname, control=control)
         driver._stack = stack
         undo.pop_all()
+    if background:
+        driver.run_in_background()
     return stack

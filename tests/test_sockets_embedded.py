@@ -338,6 +338,48 @@ def test_threads_with_blocking_calls(stack: Stack, lab: Lab) -> None:
     server.close()
 
 
+def test_closing_the_stack_ends_calls_that_wait(stack: Stack) -> None:
+    results: list[OSError] = []
+    server = stack.create_server((SERVER_IP, 8080))
+    udp = stack.socket(socket.SOCK_DGRAM)
+    udp.bind(("", 7))
+
+    def wait(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as e:
+            results.append(e)
+
+    calls: list[Callable[[], object]] = [server.accept, lambda: udp.recv(10)]
+    threads = [threading.Thread(target=wait, args=(c,)) for c in calls]
+    for thread in threads:
+        thread.start()
+    stack.close(linger=0)
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert [e.errno for e in results] == [errno.EBADF] * 2
+    server.close()
+    udp.close()
+
+
+def test_a_stack_in_the_background_works_while_the_program_does_not_call(lab: Lab) -> None:
+    with netns.entered(lab.server_ns):
+        with (
+            Stack.from_policy(parse_policy(POLICY), background=True) as stack,
+            stack.create_server((SERVER_IP, 8080)) as server,
+            kernel_socket(lab) as client,
+        ):
+            client.connect((SERVER_IP, 8080))  # blocks in the kernel, in the only thread that we have
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"x" * 100_000)
+                received = b""
+                while len(received) < 100_000:
+                    received += client.recv(100_000)
+        assert not [t for t in threading.enumerate() if t.name.startswith("bypass ") and t.join(10)]
+
+
 def test_idle_sockets_use_no_cpu(stack: Stack) -> None:
     with stack.create_server((SERVER_IP, 8080)) as server:
         server.settimeout(1.0)
