@@ -397,6 +397,31 @@ def test_broadcast_needs_the_option() -> None:
         for dst in ("255.255.255.255", "192.0.2.255"):
             assert c.stack.sendto(sock, b"x", (dst, 9)) == 1
         assert [f[:6] for f in c.sent()] == [b"\xff" * 6] * 2
+        assert c.stack.sendto(sock, bytes(3000), (dst, 9)) == 3000
+        c.stack.setopt(sock, lib.BYPASS_SO_BROADCAST, 0)
+        assert c.stack.sendto(sock, b"x", (dst, 9)) == -errno.EACCES
+
+
+def test_the_source_follows_the_addresses() -> None:
+    """What the last datagram's source was is remembered, but not longer than it is right."""
+    with Conversation(flags=KERNEL) as c:
+        sock = c.udp(7)
+        for add, remove, expected in (("192.0.2.5", US, "192.0.2.5"), (US, "192.0.2.5", US)):
+            c.stack.sendto(sock, b"x", (PEER, 9))
+            c.stack.sendto(sock, b"x", (PEER, 9))
+            c.stack.addr_add(add, 24)
+            c.stack.addr_del(remove)
+            c.stack.nexthop_set(PEER, PEER_MAC)
+            c.sent()
+            c.stack.sendto(sock, b"x", (PEER, 9))
+            assert [d.src[0] for d in c.sent_udp()] == [expected]
+
+
+def test_a_port_of_zero_is_refused_however_well_the_peer_is_known() -> None:
+    with Conversation() as c:
+        sock = c.udp(7)
+        for port, result in ((9, 1), (0, -errno.EINVAL), (9, 1)):
+            assert c.stack.sendto(sock, b"x", (PEER, port)) == result
 
 
 def test_multicast_goes_to_the_groups_mac_and_not_beyond_the_link() -> None:

@@ -78,18 +78,16 @@ uint32_t csum_copy_portable(void *dst, const void *src, size_t len, uint32_t sum
     const uint8_t *p = src;
     uint8_t *q = dst;
     uint64_t a = sum, b = 0;
-    for (; len >= 16; len -= 16, p += 16, q += 16) {
-        uint64_t v = load64(p), w = load64(p + 8);
-        memcpy(q, &v, 8);
-        memcpy(q + 8, &w, 8);
-        a = add_carry(a, v);
-        b = add_carry(b, w);
+    for (; len >= 32; len -= 32, p += 32, q += 32) {
+        uint64_t v[4] = {load64(p), load64(p + 8), load64(p + 16), load64(p + 24)};
+        memcpy(q, v, 32);
+        a = add_carry(add_carry(a, v[0]), v[1]);
+        b = add_carry(add_carry(b, v[2]), v[3]);
     }
-    if (len >= 8) {
+    for (; len >= 8; len -= 8, p += 8, q += 8) {
         uint64_t v = load64(p);
         memcpy(q, &v, 8);
         a = add_carry(a, v);
-        len -= 8, p += 8, q += 8;
     }
     if (len > 0) {
         b = add_carry(b, load_tail(p, len));

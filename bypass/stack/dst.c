@@ -409,16 +409,23 @@ static __attribute__((noinline)) struct dst *dst_get_slow(struct bypass_stack *s
     return d;
 }
 
+struct dst *dst_hit(const struct bypass_stack *s, const struct dst_ref *ref, const addr_t *addr)
+{
+    if (unlikely(ref == NULL || ref->gen == 0)) {
+        return NULL;
+    }
+    struct dst *d = dst_at(s, ref->idx);
+    if (unlikely(d->gen != ref->gen || now_ns(s) >= d->check_ns || !addr_eq(&d->addr, addr))) {
+        return NULL;
+    }
+    d->used_ns = now_ns(s);
+    return d;
+}
+
 struct dst *dst_get(struct bypass_stack *s, struct dst_ref *ref, const addr_t *addr)
 {
-    if (likely(ref != NULL && ref->gen != 0)) {
-        struct dst *d = dst_at(s, ref->idx);
-        if (likely(d->gen == ref->gen && now_ns(s) < d->check_ns && addr_eq(&d->addr, addr))) {
-            d->used_ns = now_ns(s);
-            return d;
-        }
-    }
-    return dst_get_slow(s, ref, addr);
+    struct dst *d = dst_hit(s, ref, addr);
+    return likely(d != NULL) ? d : dst_get_slow(s, ref, addr);
 }
 
 void dst_lower_mtu(struct bypass_stack *s, struct dst *d, uint16_t mtu)

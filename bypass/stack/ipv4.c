@@ -158,23 +158,23 @@ static __attribute__((noinline)) int ipv4_in_careful(struct bypass_stack *s, byp
     return deliver(s, *p, ri, false);
 }
 
-/* What nearly every packet is, in the order in which it is cheapest to see: no options, no fragment, TCP, to our first
+/* What nearly every packet is, in the order in which it is cheapest to see: no options, no fragment, to our only
  * address, from somebody else on no special address. What is none of this is looked at with care. */
-static inline bool plain_tcp(const struct bypass_stack *s, const uint8_t *ip, uint32_t len)
+static inline bool plain(const struct bypass_stack *s, const uint8_t *ip, uint32_t len)
 {
     const struct net *n = net(s);
     uint32_t src = load_be32(ip + IP4_SRC), total = rd16(ip + IP4_TOTAL);
     uint16_t frag;
     memcpy(&frag, ip + IP4_FRAG, 2);
-    return ip[IP4_VER_IHL] == 0x45 && ip[IP4_PROTO] == PROTO_TCP && !(frag & 0xff3f) && total >= IP4_LEN &&
-           total <= len && load_be32(ip + IP4_DST) == n->local[0].addr && n->locals == 1 && src != n->local[0].addr &&
+    return ip[IP4_VER_IHL] == 0x45 && !(frag & 0xff3f) && total >= IP4_LEN && total <= len &&
+           load_be32(ip + IP4_DST) == n->local[0].addr && n->locals == 1 && src != n->local[0].addr &&
            src != n->local[0].bcast && ip[IP4_SRC] - 1u < 223 && ip[IP4_SRC] != 127 &&
            csum_ipv4_header(load64(ip), load64(ip + 8), load_be32(ip + 16)) == 0;
 }
 
 int ipv4_in(struct bypass_stack *s, bypass_pkt *p, struct bypass_pkt_meta *m, const uint8_t *ip, struct rx_info *ri)
 {
-    if (unlikely(m->len < IP4_LEN || ri->multicast || !plain_tcp(s, ip, m->len))) {
+    if (unlikely(m->len < IP4_LEN || ri->multicast || !plain(s, ip, m->len))) {
         return ipv4_in_careful(s, p, ri);
     }
     uint16_t total = rd16(ip + IP4_TOTAL);
@@ -182,7 +182,7 @@ int ipv4_in(struct bypass_stack *s, bypass_pkt *p, struct bypass_pkt_meta *m, co
     ri->l4_off = IP4_LEN;
     ri->l4_len = (uint16_t)(total - IP4_LEN);
     info_fill(ri, ip);
-    return 1;
+    return likely(ri->proto == PROTO_TCP) ? 1 : deliver(s, *p, ri, false);
 }
 
 /* ---- Out ---------------------------------------------------------------------------------------- */

@@ -47,6 +47,8 @@ bool addr_on_link(const struct bypass_stack *s, const uint8_t *wire);
 /* dst.c */
 enum { WAIT_MAX = 3 };                  /* datagrams that wait for one next hop */
 void dst_purge(struct bypass_stack *s); /* all entries: addresses or routes changed */
+/* The short half of dst_get(): the entry that ref names, if it is this address's and nothing is to be looked at. */
+struct dst *dst_hit(const struct bypass_stack *s, const struct dst_ref *ref, const addr_t *addr);
 struct dst *dst_find(const struct bypass_stack *s, const addr_t *addr);
 /* The neighbour d is at mac. */
 void dst_answer(struct bypass_stack *s, struct dst *d, const uint8_t *mac);

@@ -125,6 +125,7 @@ static void disconnect(struct udp *u)
         u->local = any_addr;
     }
     u->flags &= ~(uint32_t)(UDP_CONNECTED | UDP_ADDR_AUTO);
+    u->dst = (struct dst_ref){0}; /* and the source that went with it */
     u->peer = (addr_t){{0}};
     u->peer_port = 0;
 }

@@ -33,8 +33,9 @@ struct udp {
     uint32_t charged; /* bytes of frames and chunks that wait to be read */
     uint32_t q_head, q_tail;
     int32_t err;
-    struct dst_ref dst;
-    uint16_t queue; /* the last datagram read came by it; answers leave by it */
+    struct dst_ref dst; /* of the last datagram sent */
+    addr_t from;        /* and its source, as long as the reference holds */
+    uint16_t queue;     /* the last datagram read came by it; answers leave by it */
     uint8_t ttl, tos;
 };
 

@@ -99,11 +99,9 @@ static bypass_pkt build(struct bypass_stack *s, const struct datagram *g)
     if (udp == NULL) {
         return BYPASS_PKT_NONE;
     }
-    wr16(udp + UDP_SRC, g->src_port);
-    wr16(udp + UDP_DST, g->dst_port);
-    wr16(udp + UDP_SIZE, (uint16_t)total);
-    wr16(udp + UDP_CSUM, 0);
-    uint32_t sum = csum_bytes(udp, UDP_LEN, csum_pseudo(g->src, g->dst, PROTO_UDP, total));
+    uint32_t words[2] = {__builtin_bswap32((uint32_t)g->src_port << 16 | g->dst_port), __builtin_bswap32(total << 16)};
+    memcpy(udp, words, UDP_LEN); /* RFC 768: ports, length, and the checksum still zero */
+    uint32_t sum = csum_add(csum_pseudo(g->src, g->dst, PROTO_UDP, total), csum_add(words[0], words[1]));
     sum = csum_copy(udp + UDP_LEN, g->data, done, sum);
     for (last = head; done < g->len; last = p, done += n) {
         n = min_u32(g->len - done, g->piece);
@@ -136,48 +134,75 @@ static int check_peer(const struct bypass_stack *s, const struct udp *u, const s
     return kind == ADDR_BROADCAST && !(u->flags & UDP_BROADCAST) ? -EACCES : 0;
 }
 
-static int64_t transmit(struct bypass_stack *s, uint32_t idx, struct datagram *g)
+static int64_t transmit(struct bypass_stack *s, uint32_t idx, struct datagram *g, struct dst *d)
 {
     enum { DF_MIN_MTU = 552 }; /* below it a smaller path would not be believed (udp_in.c): routers may cut */
     struct udp *u = udp_at(s, idx);
-    struct dst *d = dst_get(s, &u->dst, g->dst);
-    if (d == NULL || d->state == DST_FAILED) {
-        STAT(s, ip_out_unreachable);
-        return d == NULL ? -ENOBUFS : -EHOSTUNREACH;
-    }
-    uint32_t total = UDP_LEN + g->len, room = s->dev->stride - s->dev->headroom;
-    struct ip_tx tx = {.src = g->src, .dst = g->dst, .ref = &u->dst, .proto = PROTO_UDP, .ttl = u->ttl, .tos = u->tos};
+    uint32_t total = UDP_LEN + g->len, frames = 1;
+    struct ip_tx tx = {.src = g->src, .dst = g->dst, .proto = PROTO_UDP, .ttl = u->ttl, .tos = u->tos};
+    tx.ref = u->dst.gen != 0 ? &u->dst : NULL; /* resolve() keeps none of groups */
+    tx.df = d->mtu > DF_MIN_MTU;
     if (tx.ttl == 0 && addr_v4(g->dst)[0] >> 4 == 14) {
         tx.ttl = 1; /* RFC 1112 6.1: multicast stays on the link */
     }
-    tx.df = d->mtu > DF_MIN_MTU;
-    g->piece = min_u32(d->mtu - IP4_LEN, room);
+    g->piece = min_u32(d->mtu - IP4_LEN, s->dev->stride - s->dev->headroom);
     bool cut = total > g->piece;
     if (cut) {
         g->piece &= ~7u;
-    }
-    uint32_t frames = (total + g->piece - 1) / g->piece;
-    if (frames > s->dev->frames / 2) {
-        return -EMSGSIZE; /* it would never be possible */
+        frames = (total + g->piece - 1) / g->piece;
+        if (frames > s->dev->frames / 2) {
+            return -EMSGSIZE; /* it would never be possible */
+        }
     }
     bypass_pkt p = frames <= spare_frames(s) ? build(s, g) : BYPASS_PKT_NONE;
     if (p == BYPASS_PKT_NONE) {
         return block(s, idx);
     }
-    int err = cut ? ip_out_fragments(s, p, &tx) : ip_out(s, p, &tx);
-    if (err < 0) {
-        return err;
+    if (likely(!cut && d->state == DST_OK)) {
+        ip_out_ready(s, p, &tx, d);
+    } else {
+        int err = cut ? ip_out_fragments(s, p, &tx) : ip_out(s, p, &tx);
+        if (err < 0) {
+            return err;
+        }
     }
     STAT(s, udp_out);
     return g->len;
+}
+
+/* A peer that is not the last one: who is it, from where do we send, where is the next hop? 0 or -errno. */
+static int resolve(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *to, struct dst **d)
+{
+    struct udp *u = udp_at(s, idx);
+    int err = check_peer(s, u, to);
+    if (err == 0) {
+        err = udp_bind_any(s, idx);
+    }
+    if (err < 0) {
+        return err;
+    }
+    u->from = u->local;
+    if (!udp_has_addr(u) && !addr_for(s, &to->addr, &u->from)) {
+        u->dst = (struct dst_ref){0};
+        return -ENETUNREACH;
+    }
+    *d = dst_get(s, &u->dst, &to->addr);
+    if (*d == NULL || (*d)->state == DST_FAILED) {
+        STAT(s, ip_out_unreachable);
+        u->dst = (struct dst_ref){0};
+        return *d == NULL ? -ENOBUFS : -EHOSTUNREACH;
+    }
+    if ((*d)->mac[0] & ETH_GROUP_BIT) {
+        u->dst = (struct dst_ref){0}; /* the option that allows it may go */
+    }
+    return 0;
 }
 
 int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t n, int flags,
                    const struct bypass_endpoint *to)
 {
     struct udp *u = udp_at(s, idx);
-    struct bypass_endpoint peer = {.addr = u->peer, .port = u->peer_port};
-    addr_t from = u->local;
+    struct bypass_endpoint peer;
     (void)flags;
     if (u->err != 0) {
         return -udp_error(s, idx);
@@ -188,19 +213,19 @@ int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t
     if (n > UDP_MAX_PAYLOAD) {
         return -EMSGSIZE;
     }
-    if (to == NULL && !(u->flags & UDP_CONNECTED)) {
-        return -EDESTADDRREQ;
+    if (to == NULL) {
+        if (!(u->flags & UDP_CONNECTED)) {
+            return -EDESTADDRREQ;
+        }
+        peer = (struct bypass_endpoint){.addr = u->peer, .port = u->peer_port};
+        to = &peer;
     }
-    to = to != NULL ? to : &peer;
-    int err = check_peer(s, u, to);
-    if (err == 0) {
-        err = udp_bind_any(s, idx);
-    }
-    if (err == 0 && !udp_has_addr(u) && !addr_for(s, &to->addr, &from)) {
-        err = -ENETUNREACH;
-    }
-    if (err < 0) {
-        return err;
+    struct dst *d = dst_hit(s, &u->dst, &to->addr);
+    if (d == NULL || d->state != DST_OK || to->port == 0) {
+        int err = resolve(s, idx, to, &d);
+        if (err < 0) {
+            return err;
+        }
     }
     struct datagram g = {
         .data = buf,
@@ -208,8 +233,8 @@ int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t
         .src_port = u->local_port,
         .dst_port = to->port,
         .queue = u->queue,
-        .src = &from,
+        .src = &u->from,
         .dst = &to->addr,
     };
-    return transmit(s, idx, &g);
+    return transmit(s, idx, &g, d);
 }
