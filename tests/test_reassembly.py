@@ -147,6 +147,23 @@ def test_a_large_datagram_for_nobody_is_unreachable_and_quotes_its_first_piece()
         assert error.payload == icmp(3, 3, bytes(4), pieces[0][:548])
 
 
+def test_a_reassembled_datagram_for_nobody_is_quoted_as_if_it_had_come_whole() -> None:
+    with Conversation() as c:
+        c.inject_ip(*fragments(datagram(100), 40, 5))
+        [error] = c.sent_ip()
+        whole = ipv4(PEER, US, UDP, datagram(100)[20:], ident=5, frag=0)
+        assert error.payload == icmp(3, 3, bytes(4), whole)
+
+
+def test_the_first_piece_may_have_options() -> None:
+    whole = udp(PEER, US, 9, 7, pattern(40))
+    with Conversation() as c:
+        sock = c.udp(7)
+        c.inject_ip(piece(24, whole[24:], more=False))
+        c.inject_ip(ipv4(PEER, US, UDP, whole[:24], ident=1, frag=MF, options=b"\1" * 40))
+        assert c.read(sock)[0] == pattern(40)
+
+
 def test_padding_behind_the_udp_length_is_cut_off() -> None:
     for n in (40, 3000):
         inner = udp(PEER, US, 9, 7, pattern(n)) + b"\xee" * 600
