@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs as its head says, and the demonstration shows what it promises."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from peer import client_socket
+
+from bypass.demo import main
+from bypass.lab import SERVER_IP, Lab
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@contextlib.contextmanager
+def running(lab: Lab, name: str, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """An example in the lab's server, past its first line; ended as by Ctrl-C."""
+    argv = lab.command("server", [sys.executable, str(EXAMPLES / name), *args])
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    try:
+        assert SERVER_IP in process.stdout.readline()
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def test_all_examples_are_tested() -> None:
+    named = (Path(__file__).read_text() + (ROOT / "tests/test_embed.py").read_text()).replace('"', " ")
+    for path in EXAMPLES.iterdir():
+        if path.is_file():
+            assert f" {path.name} " in named, path.name
+
+
+@pytest.mark.netns
+def test_the_echo_server_echoes(lab: Lab) -> None:
+    with running(lab, "echo_server.py", "config/web.yaml", SERVER_IP, "8080"), client_socket(lab) as s:
+        s.connect((SERVER_IP, 8080))
+        for text in (b"hello", b"x" * 100_000):
+            s.sendall(text)
+            got = b""
+            while len(got) < len(text):
+                got += s.recv(1 << 16)
+            assert got == text
+        s.shutdown(socket.SHUT_WR)
+        assert s.recv(1) == b""
+
+
+@pytest.mark.netns
+def test_raw_frames_are_turned_round(lab: Lab) -> None:
+    echo = running(lab, "raw_ping.py", "config/udp-echo.yaml", SERVER_IP, "7")
+    with echo, client_socket(lab, socket.SOCK_DGRAM) as s:
+        s.connect((SERVER_IP, 7))
+        for text in (b"hello", b"", b"y" * 1400):
+            s.send(text)
+            assert s.recv(2000) == text
+
+
+def test_the_simulation_is_the_same_each_time() -> None:
+    argv = [sys.executable, str(EXAMPLES / "simulation.py")]
+    runs = {subprocess.run(argv, check=True, capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(runs) == 1
+    assert "equal True" in runs.pop()
+
+
+def demo(tmp_path: Path, *args: str) -> dict:
+    path = tmp_path / "demo.json"
+    argv = [sys.executable, "-m", "bypass.demo", "--json", str(path), *args]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts: dict = json.loads(path.read_text())
+    assert facts["ok"] is True
+    return facts
+
+
+@pytest.mark.netns
+def test_the_demonstration_shows_both_servers_and_a_clean_kill(tmp_path: Path) -> None:
+    facts = demo(tmp_path, "--megabytes", "10")
+    assert facts["mode"] == "interface"
+    assert facts["bypass_sha256_equal"] is True
+    assert facts["kernel_sha256_equal"] is True
+    assert facts["steered_packets"] > 100
+    assert facts["left_attached"] == []
+    assert facts["answers_after"] == ["ECONNREFUSED"]
+    assert facts["ping"]["sent"] == facts["ping"]["received"] > 0
+
+
+def test_the_demonstration_runs_without_privilege(tmp_path: Path) -> None:
+    facts = demo(tmp_path, "--megabytes", "10", "--simulate")
+    assert facts["mode"] == "simulated"
+    assert facts["bypass_sha256_equal"] is True
+
+
+def test_the_demonstration_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bypass.probe.os.geteuid", lambda: 1000)
+    path = tmp_path / "demo.json"
+    done = CliRunner().invoke(main, ["--json", str(path), "--megabytes", "1"])
+    assert done.exit_code == 0
+    facts = json.loads(path.read_text())
+    assert facts["mode"] == "simulated"
+    assert facts["reason"] == "root"
