@@ -189,9 +189,12 @@ static int echo_kick(struct afxdp *d, uint32_t qi, struct afxdp_echo_result *out
     struct queue_state *qs = &d->st->queue[qi];
     int err = 0;
 
-    if (ring_unconsumed(&q->tx, &qs->tx) && ring_needs_wakeup(&q->tx)) {
-        err = d->sys->wake_tx(d, qi);
-        out->kicks++;
+    if (ring_unconsumed(&q->tx, &qs->tx)) {
+        ring_fence();
+        if (ring_needs_wakeup(&q->tx)) {
+            err = d->sys->wake_tx(d, qi);
+            out->kicks++;
+        }
     }
     recycle(q, qs, d->nd.stride - 1);
     return err == -ENETDOWN || err == -ENXIO ? err : 0;

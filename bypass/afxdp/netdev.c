@@ -195,6 +195,7 @@ static void feed_hungry(struct afxdp *d)
     uint64_t hungry = d->st->hungry;
 
     fill_rings(d);
+    ring_fence();
     for (; hungry; hungry &= hungry - 1) {
         uint32_t qi = (uint32_t)__builtin_ctzll(hungry);
 
@@ -451,6 +452,7 @@ static int afxdp_kick(struct bypass_netdev *nd)
     if (d->st->hungry) {
         fill_rings(d);
     }
+    ring_fence();
     for (uint32_t qi = 0; qi < d->st->queues; qi++) {
         if (ring_needs_wakeup(&d->queue[qi].fill)) {
             d->sys->wake_rx(d, qi);

@@ -61,11 +61,13 @@ static inline uint32_t ring_unconsumed(const struct ring *r, const struct ring_p
     return pos->prod - __atomic_load_n(r->consumer, __ATOMIC_RELAXED);
 }
 
-/* Whether the kernel wants a system call to go on with a ring that we produce. The fence orders our publication
- * before the read of the flag: a driver that goes to sleep sets the flag first and looks at the ring once more. */
+/* Between publishing and ring_needs_wakeup(), once for any number of rings: a driver that goes to sleep sets its flag
+ * first and then looks at the ring once more, so one side sees what the other did. */
+static inline void ring_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+/* Whether the kernel wants a system call to go on with a ring that we produce. After ring_fence(). */
 static inline bool ring_needs_wakeup(const struct ring *r)
 {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return __atomic_load_n(r->flags, __ATOMIC_RELAXED) & XDP_RING_NEED_WAKEUP;
 }
 
