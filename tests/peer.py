@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -85,17 +84,6 @@ class Peer:
             for stream in (self.process.stdin, self.process.stdout):
                 assert stream is not None
                 stream.close()
-
-
-def body_of(path: Path, size: int) -> str:
-    """Writes `size` unpredictable bytes to a file; their SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("wb") as f:
-        for start in range(0, size, 1 << 20):
-            piece = os.urandom(min(1 << 20, size - start))
-            digest.update(piece)
-            f.write(piece)
-    return digest.hexdigest()
 
 
 def curl(lab: Lab, *args: str, timeout_s: int = 120) -> subprocess.CompletedProcess[bytes]:

@@ -20,7 +20,6 @@ from peer import (
     Peer,
     Sniffer,
     Thrower,
-    body_of,
     client_socket,
     curl,
     ip_packets,
@@ -29,6 +28,7 @@ from peer import (
     tcp_segment,
 )
 
+from bypass.demo import make_body
 from bypass.lab import CLIENT_IP, SERVER_IP, Lab
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
@@ -52,7 +52,7 @@ def assert_quiet(audit: dict) -> None:
 
 def test_a_gigabyte_each_way_arrives_unharmed(lab: Lab, tmp_path: Path) -> None:
     size = 1_000_000_000
-    digest = body_of(tmp_path / "body.bin", size)
+    digest = make_body(tmp_path / "body.bin", size)
     with Peer(lab, tmp_path) as peer:
         peer.do("listen", port=SERVER_PORT)
         argv = lab.command("client", ["curl", "-sS", "--fail", "--max-time", "120", f"{URL}/body.bin"])
@@ -71,7 +71,7 @@ def test_a_gigabyte_each_way_arrives_unharmed(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_bytes_arrive_through_two_percent_of_loss_each_way(lab: Lab, tmp_path: Path) -> None:
-    digest = body_of(tmp_path / "body.bin", 20_000_000)
+    digest = make_body(tmp_path / "body.bin", 20_000_000)
     with Peer(lab, tmp_path) as peer:
         peer.do("listen", port=SERVER_PORT)
         with loss(lab, 20_000) as seen:
@@ -86,7 +86,7 @@ def test_bytes_arrive_through_two_percent_of_loss_each_way(lab: Lab, tmp_path: P
 
 
 def test_the_stack_as_a_client_of_linux(lab: Lab, tmp_path: Path) -> None:
-    digest = body_of(tmp_path / "body.bin", 50_000_000)
+    digest = make_body(tmp_path / "body.bin", 50_000_000)
     argv = [sys.executable, "-m", "http.server", "8000", "--bind", CLIENT_IP, "--directory", str(tmp_path)]
     kernel = subprocess.Popen(
         lab.command("client", argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -291,7 +291,7 @@ def test_closing_a_listener_gives_the_port_back_to_the_kernel(lab: Lab, tmp_path
 
 def test_many_slow_readers_do_not_stop_the_others(lab: Lab, tmp_path: Path) -> None:
     """Clients that ask for much and read nothing: frames stay bounded, a small request is still answered."""
-    body_of(tmp_path / "body.bin", 8_000_000)
+    make_body(tmp_path / "body.bin", 8_000_000)
     (tmp_path / "small").write_text("small")
     with contextlib.ExitStack() as undo:
         peer = undo.enter_context(Peer(lab, tmp_path))
