@@ -8,6 +8,7 @@ The contract of each call, units and errors included, is bypass/include/bypass.h
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import mmap
@@ -235,8 +236,9 @@ class CoreStack:
     def close(self) -> None:
         """Resets what is open (a RST each) and frees the memory. A second call does nothing."""
         if not self.closed:
-            self.closed = True
             lib.bypass_destroy(self.c)
+            self.closed = True
+            self.__class__ = _ClosedCoreStack
             ffi.release(self._arena)
             self._map.close()
 
@@ -292,7 +294,8 @@ class CoreStack:
         check(lib.bypass_listen(self.c, sock, backlog))
 
     def accept(self, sock: int) -> int:
-        return check(lib.bypass_accept(self.c, sock))
+        """A handle, or -errno."""
+        return int(lib.bypass_accept(self.c, sock))
 
     def connect(self, sock: int, address: Address) -> int:
         """0 or -errno (-EINPROGRESS is no failure)."""
@@ -391,3 +394,16 @@ class CoreStack:
         a = ffi.new("struct bypass_audit *")
         lib.bypass_audit(self.c, a)
         return {name: int(getattr(a, name)) for name, _ in ffi.typeof("struct bypass_audit").fields}
+
+
+class _ClosedCoreStack(CoreStack):
+    """What a CoreStack becomes by close(): its memory is gone, so every call fails with EBADF."""
+
+
+def _closed(*_args: Any, **_kwargs: Any) -> Any:
+    raise OSError(errno.EBADF, "the stack is closed")
+
+
+for _name, _value in list(vars(CoreStack).items()):
+    if callable(_value) and not _name.startswith("_") and _name != "close":
+        setattr(_ClosedCoreStack, _name, _closed)

@@ -13,7 +13,10 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from bypass.errors import DeviceError
+
 if TYPE_CHECKING:
+    from bypass.aio.loop import Hub
     from bypass.stack_api import Stack
 
 
@@ -23,11 +26,15 @@ class Driver(ABC):
     Attributes:
         lock: guards the stacks; not reentrant.
         cond: notified whenever a waiting thread should look again.
+        failure: why the device is gone for good, if it is.
+        hubs: the event loops that poll it (bypass.aio.loop.Hub).
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.cond = threading.Condition(self.lock)
+        self.failure: DeviceError | None = None
+        self.hubs: list[Hub] = []
 
     @abstractmethod
     def now_ns(self) -> int:
@@ -57,6 +64,10 @@ class Driver(ABC):
     def fds(self) -> list[int]:
         """Descriptors that become readable when poll() has work."""
         return []
+
+    def quiet(self) -> bool:
+        """Lock held. No packet can matter to anybody: descriptors need no watching."""
+        return True
 
     @abstractmethod
     def remove(self, stack: Stack) -> None:

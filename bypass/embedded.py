@@ -42,10 +42,7 @@ class DeviceDriver(Driver):
     """Drives one stack on an AF_XDP device.
 
     One thread at a time polls and sleeps for all; others that wait are woken by it. A socket call of another thread
-    wakes it, since the deadline may have moved.
-
-    Attributes:
-        failure: set when the interface is gone for good; every call that waits raises it.
+    wakes it, since the deadline may have moved. When the interface is gone, every call that waits raises `failure`.
     """
 
     def __init__(
@@ -65,7 +62,6 @@ class DeviceDriver(Driver):
         self.control = control
         self.watch = watch
         self.status = status
-        self.failure: DeviceError | None = None
         self._spin_ns = spin_us * 1000
         self._stack: Stack | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -83,6 +79,9 @@ class DeviceDriver(Driver):
 
     def fds(self) -> list[int]:
         return [self._device_fd, self.watch.fileno(), self.status.fileno()]
+
+    def quiet(self) -> bool:
+        return self.core.closed or not any(self.core.conns())
 
     def now_ns(self) -> int:
         return time.monotonic_ns()
@@ -128,6 +127,8 @@ class DeviceDriver(Driver):
             if self.failure is None:
                 self.failure = DeviceError(f"{self.device.ifname} is gone")
                 log.error("%s", self.failure)
+                if self._stack is not None:
+                    self._stack.alert()
         elif code == errno.ENETDOWN:
             if not self._down:
                 log.warning("%s is down; connections wait for it", self.device.ifname)
@@ -242,6 +243,8 @@ class DeviceDriver(Driver):
         while self._driving:  # by another thread: it has to leave before its descriptors go
             os.eventfd_write(self._wake, 1)
             self.cond.wait()
+        for hub in list(self.hubs):
+            hub.unwatch()
         with contextlib.ExitStack() as end:
             end.callback(os.close, self._wake)
             end.callback(self.watch.close)

@@ -33,6 +33,8 @@ STREAM: int = lib.BYPASS_STREAM
 DGRAM: int = lib.BYPASS_DGRAM
 KINDS: dict[int, int] = {_socket.SOCK_STREAM: STREAM, _socket.SOCK_DGRAM: DGRAM}
 
+ENDED: int = lib.BYPASS_ERR | lib.BYPASS_HUP
+
 # States in which nothing of the program is under way any more.
 SETTLED = frozenset({"TIME_WAIT", "CLOSED", "FIN_WAIT_2"})
 
@@ -226,7 +228,7 @@ class Stack:
 
     def accept(self, handle: int) -> int:
         """A handle, or -EAGAIN; other errors raise."""
-        got = int(lib.bypass_accept(self.core.c, handle))
+        got = self.core.accept(handle)
         if got < 0:
             if got == -errno.EAGAIN:
                 return got
@@ -299,6 +301,7 @@ class Stack:
         with driver.lock:
             if self.core.closed:
                 return
+            watchers = [e.handler for e in self._entries.values() if e.handler is not None]
             try:
                 # Listeners first: nothing new comes in while the rest ends.
                 for entry in sorted(self._by_handle.values(), key=lambda e: not e.listening):
@@ -308,15 +311,24 @@ class Stack:
                     pass
             finally:
                 self.destroy()
+                for handler in watchers:
+                    handler(ENDED)
 
     def destroy(self) -> None:
         """Lock held. Ends at once: connections are reset."""
         if not self.core.closed:
+            self.core.close()
+            self.alert()
             self._entries.clear()
             self._by_handle.clear()
-            self.core.close()
             self.driver.remove(self)
             self.driver.cond.notify_all()
+
+    def alert(self) -> None:
+        """Lock held. The stack has ended, or its device: everybody with a handler shall look."""
+        for entry in self._entries.values():
+            if entry.handler is not None:
+                entry.handler(ENDED)
 
     def __enter__(self) -> Stack:
         return self

@@ -505,6 +505,69 @@ def test_peer_that_vanishes_ends_the_connection(sim: SimWorld) -> None:
     sim.run(main())
 
 
+def test_a_protocol_that_fails_loses_only_its_own_connection() -> None:
+    world = SimWorld("virtual")
+
+    class Faulty(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            if data == b"fail":
+                raise RuntimeError("as asked for")
+            self.transport.write(data)
+
+    async def main() -> list[Any]:
+        contexts: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
+        server = await aio.create_server(world.server, Faulty, world.ip, 80)
+        good = [await world.open_connection(80) for _ in range(5)]
+        bad_reader, bad_writer = await world.open_connection(80)
+        bad_writer.write(b"fail")
+        for _, writer in good:
+            writer.write(b"fine")
+        for reader, writer in good:
+            assert await reader.readexactly(4) == b"fine"
+            writer.close()
+        with pytest.raises(ConnectionResetError):
+            await bad_reader.read()
+        bad_writer.close()
+        server.close()
+        await server.wait_closed()
+        return contexts
+
+    [context] = world.run(main())
+    assert "as asked for" in str(context["exception"])
+    world.close()
+
+
+def test_a_stack_that_is_closed_ends_its_streams() -> None:
+    world = SimWorld("virtual")
+
+    async def main() -> None:
+        ended: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: ended.append(context["message"]))
+        server = await world.start_server(patient)
+        reader, writer = await world.open_connection(world.port(server))
+        transport, protocol = await aio.create_datagram_endpoint(
+            world.client, Collect, local_addr=("10.0.0.1", 9)
+        )
+        world.client.close(linger=0)
+        with pytest.raises(OSError, match="the stack is closed"):
+            await reader.read()
+        assert isinstance(await protocol.lost, OSError)
+        assert transport.is_closing()
+        writer.close()
+        world.server.close(linger=0)
+        await server.wait_closed()
+        assert ended == ["server ended"]
+        with pytest.raises(OSError, match="closed"):
+            await world.open_connection(80)
+
+    world.run(main())
+    world.close()
+
+
 class Buffered(asyncio.BufferedProtocol):
     """Receives into its own buffer."""
 

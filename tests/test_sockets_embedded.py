@@ -442,6 +442,34 @@ def test_asyncio_client_of_a_linux_server(stack: Stack, lab: Lab) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_asyncio_learns_of_a_deleted_interface(stack: Stack, lab: Lab) -> None:
+    from pyroute2 import IPRoute
+
+    def delete() -> None:
+        with IPRoute() as ip:
+            ip.link("del", index=ip.link_lookup(ifname=SERVER_IFNAME)[0])
+
+    async def main() -> None:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: told.append(str(context["exception"]))
+        )
+        made: asyncio.Future[asyncio.StreamReader] = asyncio.get_running_loop().create_future()
+        server = await aio.start_server(
+            stack, lambda reader, writer: made.set_result(reader), SERVER_IP, 8080
+        )
+        with connected(lab, (SERVER_IP, 8080)):
+            reader = await made
+            await asyncio.to_thread(delete)
+            with pytest.raises(OSError, match=f"{SERVER_IFNAME} is gone") as e:
+                await reader.read()
+            assert e.value.errno == errno.ENODEV
+            await server.wait_closed()
+        assert told == [f"[Errno {errno.ENODEV}] {SERVER_IFNAME} is gone"]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_close_leaves_nothing_and_may_come_twice(lab: Lab) -> None:
     with netns.entered(lab.server_ns):
         before = len(os.listdir("/proc/self/fd"))

@@ -18,6 +18,9 @@ from bypass.stack_api import DGRAM, Stack
 __all__ = ["DatagramTransport", "create_datagram_endpoint"]
 
 
+LOW_BYTES, HIGH_BYTES = 16 << 10, 64 << 10  # of datagrams that wait: the protocol is paused between them
+
+
 class DatagramTransport(Handle, asyncio.DatagramTransport):
     """An asyncio transport over a UDP handle. Extra info: `sockname`, `peername` (connected), `stack`, `handle`."""
 
@@ -35,6 +38,8 @@ class DatagramTransport(Handle, asyncio.DatagramTransport):
         self._closing = False
         self._lost = False
         self._backlog: deque[tuple[bytes, Address | None]] = deque()
+        self._backlog_bytes = 0
+        self._paused = False
 
     def start(self) -> None:
         self._protocol.connection_made(self)
@@ -43,13 +48,21 @@ class DatagramTransport(Handle, asyncio.DatagramTransport):
                 self.watch()
 
     def on_ready(self, mask: int) -> None:
-        if mask & FAILED and self.handle >= 0:
+        if self.handle < 0:
+            return
+        if lost := self.lost_device():
+            self.end(lost)
+            return
+        if mask & FAILED:
             with self.stack.driver.lock:
                 code = self.stack.core.error(self.handle)
             if code:
                 self._protocol.error_received(raised(code))
         while mask & WRITABLE and self._backlog and self._send(*self._backlog[0]):
-            self._backlog.popleft()
+            self._backlog_bytes -= len(self._backlog.popleft()[0])
+        if self._paused and self._backlog_bytes <= LOW_BYTES:
+            self._paused = False
+            self._protocol.resume_writing()
         if self._closing and not self._backlog:
             self._finish()
         for _ in range(self.RECV_TURN):
@@ -83,6 +96,10 @@ class DatagramTransport(Handle, asyncio.DatagramTransport):
             return
         if self._backlog or not self._send(data, addr):
             self._backlog.append((bytes(data), addr))
+            self._backlog_bytes += len(data)
+            if self._backlog_bytes > HIGH_BYTES and not self._paused:
+                self._paused = True
+                self._protocol.pause_writing()
 
     def is_closing(self) -> bool:
         return self._closing
@@ -98,11 +115,15 @@ class DatagramTransport(Handle, asyncio.DatagramTransport):
         self._backlog.clear()
         self.hub.loop.call_soon(self._finish)
 
-    def _finish(self) -> None:
+    def end(self, error: Exception) -> None:
+        self._closing = True
+        self._finish(error)
+
+    def _finish(self, error: Exception | None = None) -> None:
         if not self._lost:
             self._lost = True
             try:
-                self._protocol.connection_lost(None)
+                self._protocol.connection_lost(error)
             finally:
                 self.drop()
 

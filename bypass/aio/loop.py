@@ -9,12 +9,12 @@ where it would sleep, the simulation runs.
 from __future__ import annotations
 
 import asyncio
+import errno
 import selectors
 import threading
-import weakref
 from collections import deque
 from collections.abc import Coroutine
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from bypass._core import lib
 from bypass.core import FOREVER
@@ -34,19 +34,16 @@ FAILED: int = lib.BYPASS_ERR
 class Hub:
     """Joins one event loop and one driver: polls, arms the timer, wakes those whose handles became ready."""
 
-    _of: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, Hub]]] = (
-        weakref.WeakKeyDictionary()
-    )
-
     @classmethod
     def get(cls, driver: Driver) -> Hub:
         """The hub of the running loop for this driver."""
         loop = asyncio.get_running_loop()
-        hubs = cls._of.setdefault(loop, {})
-        hub = hubs.get(id(driver))
-        if hub is None or hub.driver is not driver:
-            hub = hubs[id(driver)] = cls(loop, driver)
-        return hub
+        driver.hubs = [hub for hub in driver.hubs if not hub.loop.is_closed()]
+        for hub in driver.hubs:
+            if hub.loop is loop:
+                return hub
+        driver.hubs.append(cls(loop, driver))
+        return driver.hubs[-1]
 
     def __init__(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
         self.loop = loop
@@ -54,26 +51,35 @@ class Hub:
         self._thread = threading.get_ident()
         self._ready: deque[Handle] = deque()
         self._users = 0
+        self._watched: list[int] = []
         self._timer: asyncio.TimerHandle | None = None
         self._pump_scheduled = False
         self._run_scheduled = False
         self._virtual = isinstance(loop, VirtualLoop) and loop.network is driver
 
-    # -- lifetime: descriptors and timer are in the loop only while something uses them
+    # -- lifetime: descriptors are in the loop while something uses them, and until connections have ended
     def retain(self) -> None:
         self._users += 1
-        if self._users == 1:
-            for fd in self.driver.fds():
+        if not self._watched and not self.driver.failure:
+            self._watched = self.driver.fds()
+            for fd in self._watched:
                 self.loop.add_reader(fd, self._pump)
         self.touched()
 
     def release(self) -> None:
         self._users -= 1
-        if self._users == 0:
-            for fd in self.driver.fds():
-                self.loop.remove_reader(fd)
-            # What was just closed may still have to be sent and acknowledged: the timer goes on by itself.
         self.touched()
+
+    def unwatch(self) -> None:
+        """The descriptors are about to be closed, or nobody needs them."""
+        watched, self._watched = self._watched, []
+        if self.loop.is_closed():
+            return
+        for fd in watched:
+            if threading.get_ident() == self._thread:
+                self.loop.remove_reader(fd)
+            else:
+                self.loop.call_soon_threadsafe(self.loop.remove_reader, fd)
 
     # -- the stack's side
     def notify(self, handle: Handle) -> None:
@@ -99,6 +105,8 @@ class Hub:
             driver.poll()
             if not self._virtual:
                 self._arm()
+            if self._watched and (driver.failure is not None or (not self._users and driver.quiet())):
+                self.unwatch()
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -114,7 +122,10 @@ class Hub:
             handle = self._ready.popleft()
             mask, handle.mask = handle.mask, 0
             if mask:
-                handle.on_ready(mask)
+                try:
+                    handle.on_ready(mask)
+                except Exception as e:  # noqa: BLE001 - one connection's trouble: the others go on
+                    handle.crashed(e)
 
 
 class Handle:
@@ -139,6 +150,29 @@ class Handle:
 
     def on_ready(self, mask: int) -> None:
         raise NotImplementedError
+
+    def crashed(self, error: Exception) -> None:
+        """on_ready() raised: its protocol has a fault, or the stack was closed."""
+        if not isinstance(error, OSError):
+            self.hub.loop.call_exception_handler(
+                {
+                    "message": f"Fatal error: protocol of {self!r} failed",
+                    "exception": error,
+                    "transport": self,
+                }
+            )
+        self.end(error)
+
+    def end(self, error: Exception) -> None:
+        """At once, because of an error."""
+        self.drop(abort=True)
+
+    def lost_device(self) -> OSError | None:
+        """Why nothing will ever come any more, if so."""
+        if self.stack.core.closed:
+            return OSError(errno.EBADF, "the stack is closed")
+        failure = self.stack.driver.failure
+        return None if failure is None else OSError(errno.ENODEV, str(failure))
 
     def drop(self, *, abort: bool = False) -> None:
         """Closes the handle."""

@@ -42,6 +42,9 @@ class Server(Handle, asyncio.AbstractServer):
                 self.watch()
 
     def on_ready(self, mask: int) -> None:
+        if lost := self.lost_device():
+            self.end(lost)
+            return
         for _ in range(self.ACCEPT_TURN):
             with self.stack.driver.lock:
                 if self.handle < 0:
@@ -59,6 +62,11 @@ class Server(Handle, asyncio.AbstractServer):
             self._serve(handle)
         with self.stack.driver.lock:
             self._note(lib.BYPASS_IN)
+
+    def end(self, error: Exception) -> None:
+        """The listener is gone with its stack or its device."""
+        self.hub.loop.call_exception_handler({"message": "server ended", "exception": error, "server": self})
+        self.close()
 
     def _serve(self, handle: int) -> None:
         transport = StreamTransport(self.hub, self.stack, handle, self._connection_ended)

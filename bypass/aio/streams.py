@@ -67,11 +67,14 @@ class StreamTransport(Handle, asyncio.Transport):
     def on_ready(self, mask: int) -> None:
         if self.handle < 0:
             return
+        if lost := self.lost_device():
+            self.end(lost)
+            return
         if mask & FAILED:
             with self.stack.driver.lock:
                 code = self.stack.core.error(self.handle)
             if code:
-                self._fail(raised(code))
+                self.end(raised(code))
                 return
         if mask & WRITABLE and self._backlog:
             self._drain_backlog()
@@ -94,7 +97,7 @@ class StreamTransport(Handle, asyncio.Transport):
                     got = core.recv(self.handle, READ_BYTES)
             if isinstance(got, int) and got < 0:
                 if got != -errno.EAGAIN:
-                    self._fail(raised(-got))
+                    self.end(raised(-got))
                 return
             self.hub.touched()  # the window may have opened
             if not got:
@@ -153,7 +156,7 @@ class StreamTransport(Handle, asyncio.Transport):
             if n < 0:
                 if n == -errno.EAGAIN:
                     break
-                self.hub.loop.call_soon(self._fail, raised(-n))
+                self.hub.loop.call_soon(self.end, raised(-n))
                 return -1
             taken += n
         if taken:
@@ -253,11 +256,11 @@ class StreamTransport(Handle, asyncio.Transport):
         self._closing = True
         self.hub.loop.call_soon(self._finish, None, True)
 
-    def _fail(self, error: OSError) -> None:
+    def end(self, error: Exception) -> None:
         self._closing = True
         self._finish(error, True)
 
-    def _finish(self, error: OSError | None, abort: bool = False) -> None:
+    def _finish(self, error: Exception | None, abort: bool = False) -> None:
         if self._lost:
             return
         self._lost = True
@@ -294,6 +297,9 @@ class _Connecting(Handle):
         self.done: asyncio.Future[None] = hub.loop.create_future()
 
     def on_ready(self, mask: int) -> None:
+        if lost := self.lost_device():
+            self.end(lost)
+            return
         if self.done.done() or not mask & (WRITABLE | FAILED | lib.BYPASS_HUP):
             return
         with self.stack.driver.lock:
@@ -302,6 +308,10 @@ class _Connecting(Handle):
             self.done.set_exception(raised(code))
         else:
             self.done.set_result(None)
+
+    def end(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
 
     def give_up_handle(self) -> int:
         """The handle goes on to another owner."""
