@@ -36,6 +36,7 @@ struct chunk {
 };
 
 enum { MAX_ADDRS = 16, RX_BATCH = 64 };
+enum { UNCONNECTED_MAX = 65536 }; /* UDP sockets; TCP sockets that listen or are not connected yet: a port each */
 
 struct local_addr {
     addr_t addr;

@@ -22,7 +22,7 @@ void tcp_layout(struct layout *l, struct core *c)
     c->tcp_state[3] = slots - 1;
     layout_pool(l, &c->conns, sizeof(struct tcp_conn), c->cfg.max_conns);
     layout_pool(l, &c->colds, sizeof(struct tcp_cold), c->cfg.max_conns);
-    layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), c->cfg.max_socks);
+    layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), min_u32(c->cfg.max_socks, UNCONNECTED_MAX));
 }
 
 void tcp_init(struct bypass_stack *s)

@@ -16,7 +16,7 @@ void udp_layout(struct layout *l, struct core *c)
     while (buckets < c->cfg.max_socks && buckets < 65536) {
         buckets *= 2;
     }
-    layout_pool(l, &c->udps, sizeof(struct udp), c->cfg.max_socks);
+    layout_pool(l, &c->udps, sizeof(struct udp), min_u32(c->cfg.max_socks, UNCONNECTED_MAX));
     c->udp_state[0] = layout_bytes(l, buckets * sizeof(uint32_t));
     c->udp_state[1] = buckets - 1;
 }
