@@ -20,7 +20,7 @@ from conversation import (
     US,
     Conversation,
 )
-from wire import ICMP, UDP, arp, echo, eth, icmp, ipv4, parse_ip, parse_udp, udp
+from wire import ICMP, TCP, UDP, arp, echo, eth, icmp, ipv4, parse_ip, parse_udp, udp
 
 from bypass.core import Config
 
@@ -199,6 +199,36 @@ def test_a_neighbour_that_moved_is_found_by_broadcast() -> None:
         [frame] = c.sent()
         assert frame[:6] == NEW_MAC
         assert data_of(frame) == b"3"
+
+
+def test_a_neighbour_that_vanished_is_asked_for_six_times() -> None:
+    with Conversation(neighbours=()) as c:
+        sock = c.udp(peer=(PEER, 9))
+        c.stack.send(sock, b"1")
+        c.answer_arp(PEER)
+        c.advance(31)
+        c.sent()
+        c.stack.send(sock, b"2")
+        assert c.stack.send(sock, b"3") == 1
+        start = c.now
+        c.advance(10)
+        asked = [(t - start, f) for t, f in c.sent_at() if f[12:14] == ETH_ARP.to_bytes(2, "big")]
+        assert asked == [
+            (i * SECOND, question(PEER, to=PEER_MAC) if i < 3 else question(PEER)) for i in range(6)
+        ]
+        assert c.counted()["dst_failed"] == 1
+
+
+def test_a_connection_that_waits_asks_anew_when_addresses_change() -> None:
+    with Conversation(neighbours=()) as c:
+        sock = c.stack.socket(lib.BYPASS_STREAM)
+        assert c.stack.connect(sock, (PEER, 80)) == -errno.EINPROGRESS
+        assert c.sent() == [question(PEER)]
+        c.stack.addr_add("203.0.113.1", 24)
+        c.advance(0.1)
+        assert c.sent() == [question(PEER)]
+        c.answer_arp(PEER)
+        assert [p.proto for p in c.sent_ip()] == [TCP]
 
 
 def test_a_gratuitous_announcement_moves_a_known_neighbour_only() -> None:
