@@ -179,7 +179,8 @@ def _flow6(rng: random.Random) -> Flow:
     return Flow(proto, rng.choice(locals_), rng.choice(PORTS), rng.choice(_peers(True)), rng.choice(PORTS))
 
 
-def _meets(rule: Rule, proto: int, local: Address | None, port: int) -> bool:
+def meets(rule: Rule, proto: int, local: Address | None, port: int) -> bool:
+    """The rule matches these packets from some peer."""
     return (
         rule.proto in (None, proto)
         and (rule.local is None or local is None or local in rule.local)
@@ -194,7 +195,7 @@ def draw_flow(rng: random.Random, world: World) -> Flow:
     choice = rng.random()
     if choice < 0.6 and world.endpoints:
         proto, local, lport, remote, rport = rng.choice(world.endpoints)
-        near = [r for r in world.rules if r.action == "steer" and _meets(r, proto, local, lport)]
+        near = [r for r in world.rules if r.action == "steer" and meets(r, proto, local, lport)]
         rule = rng.choice(near or world.rules)
         base = flow_of_rule(rng, rule)
         v4 = base.local.version == 4
@@ -444,6 +445,6 @@ _HARMS4: dict[Harm, float] = _BOTH | {
     first_fragment: 22,
     later_fragment: 3,
     dont_fragment: 2,
-    icmp_error: 38,
+    icmp_error: 44,
 }
 _HARMS6: dict[Harm, float] = _BOTH | {extended: 30, over_extended: 85}

@@ -26,6 +26,7 @@ from packets import (
     World,
     draw_frame,
     flow_of_rule,
+    meets,
     policy_of,
 )
 
@@ -162,7 +163,8 @@ class Bench:
                 sockets=[(0, q) for q in SOCKET_QUEUES],
                 kernel=self.kernel,
             )
-            world = World(rules, self.mac, list(endpoints), list(self.kernel))
+            kernel = [k for k in self.kernel if any(meets(r, TCP, k[0], k[1]) for r in rules)]
+            world = World(rules, self.mac, list(endpoints), kernel)
             yield Case(steering, model, world, bytes(252) if bare else b"")
 
 

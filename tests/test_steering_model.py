@@ -44,6 +44,7 @@ def test_the_reasons_of_the_model_are_those_of_the_program() -> None:
     assert [r.name for r in REASONS] == list(VERDICTS)
 
 
+@pytest.mark.timeout(600 * FUZZ)
 def test_program_and_model_agree_on_packets_derived_from_rules(bench: Bench) -> None:
     histogram: Counter[str] = Counter()
     for number in range(POLICIES):
