@@ -113,8 +113,6 @@ class KernelWatch:
             self._steering.set_mac(self.watcher.interface.mac)
         if change & (Change.LINK | Change.MTU | Change.MAC | Change.GONE):
             self._device.health()  # takes over MTU and MAC
-        if change & Change.MTU:
-            self._core.nexthop_forget()  # asked anew, with the new MTU
         for address, answer in self._next_hops.update(time.monotonic_ns()).items():
             self._tell_next_hop(address, answer)
         if self.watcher.gone:

@@ -164,6 +164,7 @@ def test_a_narrower_pass_or_drop_rule_denies_what_it_covers_whole() -> None:
         ("proto: tcp, local_port: 8002, remote: 10.0.0.0/8", "pass"),
         ("local_port: 8003, proto: tcp, local: 192.0.2.10", "drop"),
         ("local_port: 8004, proto: tcp, vlan: 7", "pass"),
+        ("local_port: 8005, proto: tcp, remote_port: 5", "pass"),
     )
     assert granted(policy, "192.0.2.10", 8001) == "-"
     assert granted(policy, "192.0.2.10", 8002) == "r0"  # from elsewhere it still receives
@@ -172,6 +173,12 @@ def test_a_narrower_pass_or_drop_rule_denies_what_it_covers_whole() -> None:
     assert granted(policy, "192.0.2.11", 8003) == "r0"
     assert granted(policy, None, 8003) == "r0"
     assert granted(policy, None, 8004) == "r0"  # untagged frames are not covered
+    assert granted(policy, None, 8005) == granted(policy, None, 8005, "10.1.1.1", 6) == "r0"
+    assert (
+        granted(policy, None, 8005, "10.1.1.1", 5)
+        == granted(policy, "192.0.2.10", 8005, "10.1.1.1", 5)
+        == "-"
+    )
 
 
 def test_a_wider_pass_rule_denies_nothing() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import select
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,9 @@ from bypass.cli import cli
 from bypass.cli.flows import print_flows
 from bypass.errors import BypassError
 from bypass.lab import Lab
-from bypass.status import Instance, StatusServer, ask, instances
+from bypass.policy import parse_policy
+from bypass.status import Instance, Snapshot, StatusServer, ask, instances
+from bypass.steer_maps import Count, Endpoint
 
 PATIENCE_S = 20.0
 POLICY = Path(__file__).parent.parent / "config" / "web.yaml"
@@ -204,6 +208,68 @@ def test_what_a_limit_leaves_out_is_said(capsys: pytest.CaptureFixture[str]) -> 
     told = capsys.readouterr().out
     assert "... and 8 more rules" in told
     assert "No live entries" in told
+
+
+class FakeSteering:
+    """Three rules and two entries, the later ones busier."""
+
+    def __init__(self) -> None:
+        text = "version: 1\ninterface: eth1\nbackend: {kind: afxdp}\nflows:\n"
+        for n in range(3):
+            text += f"- {{name: r{n}, match: {{proto: tcp, local_port: {n + 1}}}, action: steer}}\n"
+        self.policy = parse_policy(text, "p.yaml")
+
+    def rules(self) -> dict[str, Count]:
+        return {"r0": Count(1, 60), "r1": Count(5, 300), "r2": Count(3, 180)}
+
+    def entries(self) -> dict[int, tuple[Endpoint, Count]]:
+        def entry(n: int) -> Endpoint:
+            return Endpoint(n, 6, None, 80 + n, ipaddress.IPv4Address("192.0.2.20"), 5, 0, n == 1)
+
+        return {n: (entry(n), Count(n, 60 * n)) for n in range(2)}
+
+
+def test_a_snapshot_holds_the_busiest_rules_and_entries() -> None:
+    device = SimpleNamespace(
+        ifname="eth1", mode="copy", mode_reason="", xdp_mode="native", queue_numbers=(0,)
+    )
+    answer = Snapshot(FakeSteering(), device, name="web").flows(1)
+    assert json.loads(json.dumps(answer)) == {
+        "interface": "eth1",
+        "pid": os.getpid(),
+        "name": "web",
+        "policy": "p.yaml",
+        "mode": "copy",
+        "mode_reason": "",
+        "xdp_mode": "native",
+        "queues": [0],
+        "rules": [
+            {
+                "index": 1,
+                "name": "r1",
+                "line": 6,
+                "match": "proto tcp, local_port 2",
+                "action": "steer",
+                "packets": 5,
+                "bytes": 300,
+            }
+        ],
+        "rules_total": 3,
+        "entries": [
+            {
+                "entry": 1,
+                "proto": "tcp",
+                "local": None,
+                "local_port": 81,
+                "remote": "192.0.2.20",
+                "remote_port": 5,
+                "drain": True,
+                "packets": 1,
+                "bytes": 60,
+            }
+        ],
+        "entries_total": 2,
+    }
 
 
 SERVER = f"""
