@@ -48,7 +48,7 @@ def steps(parts: tuple[str, ...], rounds: int) -> int:
         "simulated": 1,
         "network": rounds * runs,
         "drop": rounds * ways * len(drop.SENDERS),
-        "costs": 1,
+        "costs": len(costs.TESTS),
     }
     return sum(each[p] for p in parts)
 
@@ -87,8 +87,7 @@ def with_network(
                 lab, rounds=rounds, warmup_ms=warmup_ms, measure_ms=measure_ms, step=step
             )
         if "costs" in parts:
-            step("profile of the server")
-            found["costs"] = costs.run(lab, seconds=0.3 if quick else 3)
+            found["costs"] = costs.run(lab, seconds=0.6 if quick else 2, step=step)
     return found
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of the stack's server goes: a profile by perf of `bypass-sleep` under request/response.
+"""Where the time of the stack's server goes: profiles by perf of `bypass-sleep`.
 
 Samples are taken of the server process, in user and kernel mode, with the kernel's call chains, and put into groups
 by what they are for: the first group that knows a function of the chain takes the sample.
@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from bench import network
 from bench.programs import ROOT, BenchError
 from bypass.lab import Lab
 
+VARIANT = "bypass-sleep"
+TESTS = ("tcp_rr_32", "bulk_to_server", "bulk_to_client")
 FREQUENCY_HZ = 4999
 TOP = 12
 
@@ -42,6 +44,7 @@ KERNEL_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("entry_SYSCALL_64_after_hwframe", "entry_SYSCALL_64", "syscall_return_via_sysret", "do_syscall_64"),
     ),
 )
+BPF = "the steering program"
 OTHER_KERNEL = "other kernel work: interrupts, faults"
 USER_GROUPS = (
     ("libbypass.so", "the stack itself: protocol, checksums, copies"),
@@ -49,20 +52,27 @@ USER_GROUPS = (
     ("libserver.so", "the server program"),
 )
 OTHER_USER = "C library and clock"
+GROUPS = (*(title for title, _ in KERNEL_GROUPS), BPF, OTHER_KERNEL, *(t for _, t in USER_GROUPS), OTHER_USER)
 
 
 def missing() -> str:
     return "" if shutil.which("perf") else "perf (apt-get install linux-perf)"
 
 
-def run(
-    lab: Lab, *, seconds: float = 2.0, variant: str = "bypass-sleep", parallel: int = 32
-) -> dict[str, Any]:
-    """Profiles TCP request/response. The result is `costs` of bench.json."""
+def run(lab: Lab, *, seconds: float = 2.0, step: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
+    """Profiles the tests of TESTS. The result is `costs` of bench.json."""
     if missing():
         return {"missing": missing()}
-    test = next(t for t in network.TESTS if t.mode == "tcp" and t.parallel == parallel)
-    with tempfile.TemporaryDirectory(prefix="bypass-bench-") as folder, network.start(lab, variant) as server:
+    found: dict[str, Any] = {"variant": VARIANT, "tests": {}}
+    for test in network.TESTS:
+        if test.name in TESTS:
+            step(f"profile of the server: {test.title}")
+            found["tests"][test.name] = _profile(lab, test, seconds)
+    return found
+
+
+def _profile(lab: Lab, test: network.Test, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bypass-bench-") as folder, network.start(lab, VARIANT) as server:
         data = Path(folder) / "perf.data"
         argv = [
             "perf", "record", "-q", "-e", "cpu-clock", "-F", str(FREQUENCY_HZ), "-g", "-p", str(server.pid),
@@ -81,7 +91,7 @@ def run(
         )  # fmt: skip
     if script.returncode != 0:
         raise BenchError(f"perf script: {script.stderr.strip()}")
-    return summary(samples(script.stdout.splitlines())) | {"variant": variant, "test": test.name}
+    return summary(samples(script.stdout.splitlines())) | {"title": test.title}
 
 
 Frame = tuple[str, str]  # function, file name of its object
@@ -106,8 +116,10 @@ def samples(lines: Iterable[str]) -> Iterator[list[Frame]]:
 def group_of(chain: list[Frame]) -> str:
     """By what the innermost function belongs to, and for the kernel by whom it was called."""
     _, dso = chain[0]
-    if not dso.startswith(("[kernel", "[unknown", "[guest")):
+    if not dso.startswith(("[kernel", "[unknown", "[guest", "bpf_prog_")):
         return next((title for part, title in USER_GROUPS if part in dso), OTHER_USER)
+    if dso.startswith("bpf_prog_"):
+        return BPF
     functions = {name for name, _ in chain}
     return next((title for title, names in KERNEL_GROUPS if functions.intersection(names)), OTHER_KERNEL)
 

@@ -32,8 +32,8 @@ def count(operations: int = 10_000, connections: int = 1) -> dict[str, Any]:
         connections: requests that each poll finds, one a connection.
 
     Returns:
-        `per_request` and, per request, `functions` (the largest first), `files` and `device` (its share that is
-        the in-memory device's, not the stack's).
+        Per request: `per_request`, of it `device` and `program` (the in-memory device, the server's loop), `stack`
+        (the rest), and the largest `functions` and `files`.
     """
     if missing():
         raise BenchError(f"missing: {missing()}")
@@ -48,11 +48,14 @@ def count(operations: int = 10_000, connections: int = 1) -> dict[str, Any]:
             raise BenchError(f"{' '.join(argv)}: {done.stderr.strip()}")
         answered = int(done.stdout)
         functions, files = self_cost(out.read_text())
+    total, device, own = sum(functions.values()), files["memport.h"], files["callgrind_rr.c"]
     return {
         "operations": answered,
         "connections": connections,
-        "per_request": sum(functions.values()) / answered,
-        "device": files["memport.h"] / answered,
+        "per_request": total / answered,
+        "stack": (total - device - own) / answered,
+        "device": device / answered,
+        "program": own / answered,
         "functions": {name: n / answered for name, n in functions.most_common(TOP)},
         "files": {name: n / answered for name, n in files.most_common(TOP)},
     }

@@ -68,7 +68,7 @@ RATIOS = (
     ("b/a sleep", "bypass-sleep", "bare-sleep"),
     ("b/c spin", "bypass-spin", "kernel"),
     ("b/c sleep", "bypass-sleep", "kernel"),
-    ("b/c offload", "bypass-spin", "kernel-offload"),
+    ("b/c offload", "bypass-sleep", "kernel-offload"),
 )
 
 
@@ -185,15 +185,21 @@ def summary(test: Test, by_variant: dict[str, list[dict[str, Any]]]) -> dict[str
             about[key] = spread([r[key] for r in results])
         about["lost"] = sum(r["lost"] for r in results)
         variants[variant] = about
-    found: dict[str, Spread] = {}
+    rates: dict[str, Spread] = {}
+    cpu: dict[str, Spread] = {}
     for name, b, other in RATIOS:
         if b in by_variant and other in by_variant:
-            found[name] = ratios([r["rate"] for r in by_variant[b]], [r["rate"] for r in by_variant[other]])
+            rates[name] = ratios([r["rate"] for r in by_variant[b]], [r["rate"] for r in by_variant[other]])
+            if "spin" not in b + other:  # who spins uses a core whatever he does
+                cpu[name] = ratios(
+                    [r["cpu_s"] for r in by_variant[b]], [r["cpu_s"] for r in by_variant[other]]
+                )
     return {
         "title": test.title,
         "unit": "Gbit/s" if test.bulk else "operations/s",
         "cpu_unit": "CPU seconds per gigabyte" if test.bulk else "CPU seconds per million operations",
         "parallel": test.parallel,
         "variants": variants,
-        "ratios": found,
+        "ratios": rates,
+        "cpu_ratios": cpu,
     }

@@ -65,7 +65,9 @@ def _test(test: dict[str, Any]) -> Table:
         if latency:
             row += [_number(v["p50_us"]["median"]), _number(v["p99_us"]["median"])]
         table.add_row(*row)
-    table.caption = "   ".join(f"{name} {_spread(r)}" for name, r in test["ratios"].items())
+    lines = ["rate: " + "   ".join(f"{name} {_spread(r)}" for name, r in test["ratios"].items())]
+    lines += ["CPU: " + "   ".join(f"{name} {_spread(r)}" for name, r in test["cpu_ratios"].items())]
+    table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table
 
@@ -103,9 +105,10 @@ def _instructions(found: dict[str, Any], console: Console) -> None:
         return
     one, many = found["one"], found["batch"]
     console.print(
-        f"\n[bold]Instructions of one request and response[/], server's stack alone: {one['per_request']:,.0f} "
-        f"(of them {one['device']:.0f} the device of memory; budget: {found['budget']:,}); with "
-        f"{many['connections']} requests a poll: {many['per_request']:,.0f}"
+        f"\n[bold]Instructions of one request and response[/], server's side: {one['per_request']:,.0f}, of them the "
+        f"stack {one['stack']:,.0f} (budget: {found['budget']:,}), the device of memory {one['device']:.0f}, the "
+        f"program {one['program']:.0f}; with {many['connections']} requests a poll the stack takes "
+        f"{many['stack']:,.0f}"
     )
     table = Table("function", "instructions", "share")
     for name, n in one["functions"].items():
@@ -117,14 +120,19 @@ def _costs(costs: dict[str, Any], console: Console) -> None:
     if "missing" in costs:
         console.print(f"[yellow]Profile: not taken, missing: {costs['missing']}")
         return
-    table = Table(
-        title=f"\nWhere the server's time goes ({costs['variant']}, {costs['test']})", title_justify="left"
-    )
+    profiles = list(costs["tests"].values())
+    for profile in profiles:
+        if "missing" in profile:
+            console.print(f"[yellow]Profile of {profile['title']}: {profile['missing']}")
+    profiles = [p for p in profiles if "missing" not in p]
+    table = Table(title=f"\nWhere the server's time goes ({costs['variant']})", title_justify="left")
     table.title_style = "bold"
     table.add_column("cost")
-    table.add_column("share", justify="right")
-    for name, share in costs["groups"].items():
-        table.add_row(name, f"{share:.1%}")
+    for profile in profiles:
+        table.add_column(profile["title"], justify="right")
+    for name in dict.fromkeys(name for p in profiles for name in p["groups"]):
+        table.add_row(name, *(f"{p['groups'].get(name, 0):.1%}" for p in profiles))
     console.print(table)
-    largest = ", ".join(f"{name} {share:.1%}" for name, share in list(costs["functions"].items())[:6])
-    console.print(escape(f"Largest functions: {largest}"))
+    for profile in profiles:
+        largest = ", ".join(f"{name} {share:.1%}" for name, share in list(profile["functions"].items())[:5])
+        console.print(escape(f"Largest functions, {profile['title']}: {largest}"))

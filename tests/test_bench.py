@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SPREAD = {"median", "min", "max"}
 
 # What one request and response may cost: what it costs now, and 2 % for another compiler. Lower it with each gain.
-CEILING_ONE = 3650
-CEILING_BATCH = 3150
+CEILING_ONE = 3350
+CEILING_BATCH = 2940
 
 pytestmark = pytest.mark.bench
 
@@ -107,7 +107,7 @@ def test_every_test_has_every_server_that_can_do_it(tmp_path: Path) -> None:
             assert variant["rate"]["min"] > 0
             assert test.bulk or is_spread(variant["p50_us"])
             assert test.bulk or variant["p50_us"]["median"] <= variant["p99_us"]["median"]
-        assert all(is_spread(r) for r in found["ratios"].values())
+        assert all(is_spread(r) for r in (*found["ratios"].values(), *found["cpu_ratios"].values()))
         assert {"b/c spin", "b/c sleep"} <= set(found["ratios"])
         assert test.bulk or {"b/a spin", "b/a sleep"} <= set(found["ratios"])
 
@@ -133,10 +133,13 @@ def test_profile_names_costs(tmp_path: Path) -> None:
     if costs.missing():
         missing([costs.missing()])
     found = bench(tmp_path, "--only", "costs")["costs"]
-    assert "missing" not in found, found
-    assert len(found["groups"]) >= 3
-    assert abs(sum(found["groups"].values()) - 1) < 1e-9
-    assert "the stack itself: protocol, checksums, copies" in found["groups"]
+    assert list(found["tests"]) == list(costs.TESTS)
+    for profile in found["tests"].values():
+        assert "missing" not in profile, profile
+        assert len(profile["groups"]) >= 3
+        assert set(profile["groups"]) <= set(costs.GROUPS)
+        assert abs(sum(profile["groups"].values()) - 1) < 1e-9
+    assert "the stack itself: protocol, checksums, copies" in found["tests"]["tcp_rr_32"]["groups"]
 
 
 # ---- Parts -------------------------------------------------------------------------------------------------------
@@ -151,6 +154,9 @@ def test_call_chains_are_grouped_by_purpose() -> None:
         "",
         "            7f12 tcp_in (/somewhere/build/libbypass.so)",
         "",
+        "        ffffffff86 bpf_prog_1_bypass_steer (bpf_prog_1_bypass_steer)",
+        "        ffffffff82 net_rx_action ([kernel.kallsyms])",
+        "",
         "            7f13 __vdso_clock_gettime ([vdso])",
         "",
     ]
@@ -159,6 +165,7 @@ def test_call_chains_are_grouped_by_purpose() -> None:
         costs.KERNEL_GROUPS[0][0],
         costs.KERNEL_GROUPS[1][0],
         "the stack itself: protocol, checksums, copies",
+        costs.BPF,
         costs.OTHER_USER,
     ]
 
@@ -184,7 +191,8 @@ def test_document_names_every_key_of_the_figures() -> None:
     keys = {
         "tests", "drop", "instructions", "sim_bulk", "idle_connection", "costs", "machine", "rounds", "left_out",
         "rate", "cpu_s", "cores_cpu_s", "other_cpu_share", "p50_us", "p99_us", "lost", "ratios", "median",
-        "packets_per_s", "cpu_s_per_million", "arrived_share", "per_request", "device", "functions", "files",
+        "packets_per_s", "cpu_s_per_million", "arrived_share", "per_request", "stack", "device", "functions",
+        "files", "cpu_ratios",
         "gbit_per_cpu_s", "groups", "b/a spin", "b/c sleep",
     }  # fmt: skip
     assert keys <= named, sorted(keys - named)
