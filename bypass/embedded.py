@@ -16,6 +16,7 @@ import os
 import select
 import threading
 import time
+from pathlib import Path
 
 from bypass._core import lib
 from bypass.afxdp import AfxdpDevice, interface_queues
@@ -24,6 +25,7 @@ from bypass.core import FOREVER, Config, CoreStack
 from bypass.driver import Driver
 from bypass.errors import DeviceError
 from bypass.policy import Policy, load_policy
+from bypass.sim.pcap import DeviceCapture
 from bypass.stack_api import Stack
 from bypass.status import Snapshot, StatusServer
 from bypass.steering import Steering
@@ -54,6 +56,7 @@ class DeviceDriver(Driver):
         watch: KernelWatch,
         status: StatusServer,
         spin_us: int,
+        capture: DeviceCapture | None = None,
     ) -> None:
         super().__init__()
         self.core = core
@@ -61,6 +64,7 @@ class DeviceDriver(Driver):
         self.steering = steering
         self.control = control
         self.watch = watch
+        self.capture = capture
         self.status = status
         self._spin_ns = spin_us * 1000
         self._stack: Stack | None = None
@@ -100,7 +104,10 @@ class DeviceDriver(Driver):
             return True
         busy = False
         for _ in range(POLL_ROUNDS):
-            got = core.poll(time.monotonic_ns(), POLL_BUDGET)
+            now = time.monotonic_ns()
+            if self.capture is not None:
+                self.capture.now(now)
+            got = core.poll(now, POLL_BUDGET)
             if got < 0:
                 self._trouble(-got)
                 break
@@ -148,6 +155,8 @@ class DeviceDriver(Driver):
             self._tick_wanted = self.control.tick()
         if now >= self._tick_ns:
             self._tick_ns = now + TICK_NS
+        if self.capture is not None:
+            self.capture.flush()
         if now >= self._status_ns:
             self._status_ns = now + STATUS_NS
             self.status.poll()
@@ -250,6 +259,8 @@ class DeviceDriver(Driver):
             end.callback(self.watch.close)
             end.callback(self.status.close)
             end.callback(self.device.close)
+            if self.capture is not None:
+                end.callback(self.capture.close)
             end.callback(self.steering.close)
             end.callback(self.control.close)
 
@@ -260,6 +271,7 @@ def open_stack(
     config: Config | None = None,
     spin_us: int = 0,
     background: bool = False,
+    capture: str | os.PathLike[str] | None = None,
     rx_csum_trust: bool = False,
     name: str | None = None,
 ) -> Stack:
@@ -271,6 +283,7 @@ def open_stack(
         spin_us: how long a blocking call polls before it sleeps, microseconds.
         background: a thread drives the stack while no call does. Without it the stack works while a call waits (or
             in Stack.run(), or in asyncio): a program that computes for long in between answers nobody meanwhile.
+        capture: a pcapng file of every frame that the stack receives and sends; tcpdump sees none of them. Slow.
         rx_csum_trust: received checksums of TCP and UDP are taken as right (a veth peer that leaves them out).
         name: for messages; None: the interface.
 
@@ -298,9 +311,15 @@ def open_stack(
         undo.callback(device.close)
         for queue, fd in device.fds.items():
             steering.set_socket(0, queue, fd)
+        recorded: DeviceCapture | None = None
+        netdev = device.netdev
+        if capture is not None:
+            recorded = DeviceCapture(netdev, Path(capture), ifname, time.time_ns() - time.monotonic_ns())
+            undo.callback(recorded.close)
+            netdev = recorded.dev
         # The kernel answers ARP and ping; resets of live flows are ours alone.
         core = CoreStack(
-            device.netdev, config=config, flags=lib.BYPASS_F_RST, now_ns=time.monotonic_ns(), owner=device
+            netdev, config=config, flags=lib.BYPASS_F_RST, now_ns=time.monotonic_ns(), owner=device
         )
         undo.callback(core.close)
         watch = KernelWatch(ifname, core, steering, device)
@@ -309,7 +328,7 @@ def open_stack(
         control.core = core
         status = StatusServer(ifname, Snapshot(steering, device, core, name or ifname))
         undo.callback(status.close)
-        driver = DeviceDriver(core, device, steering, control, watch, status, spin_us)
+        driver = DeviceDriver(core, device, steering, control, watch, status, spin_us, recorded)
         stack = Stack(core, driver, name=name or ifname, control=control)
         driver._stack = stack
         undo.pop_all()

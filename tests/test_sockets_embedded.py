@@ -14,7 +14,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import dpkt
 import pytest
 
 from bypass import Stack, aio, netns
@@ -378,6 +380,30 @@ def test_a_stack_in_the_background_works_while_the_program_does_not_call(lab: La
                 while len(received) < 100_000:
                     received += client.recv(100_000)
         assert not [t for t in threading.enumerate() if t.name.startswith("bypass ") and t.join(10)]
+
+
+def test_a_capture_shows_what_tcpdump_cannot_see(lab: Lab, tmp_path: Path) -> None:
+    path = tmp_path / "steered.pcapng"
+    with (
+        netns.entered(lab.server_ns),
+        Stack.from_policy(parse_policy(POLICY), capture=path) as stack,
+        stack.create_server((SERVER_IP, 8080)) as server,
+    ):
+        client = connected(lab, (SERVER_IP, 8080))
+        connection, _ = server.accept()
+        client.send(b"in the capture")
+        assert connection.recv(100) == b"in the capture"
+        connection.sendall(b"and the answer")
+        client.close()
+        connection.close()
+    with path.open("rb") as file:
+        frames = list(dpkt.pcapng.Reader(file))
+    assert abs(frames[0][0] - time.time()) < 600, "times are those of the calendar"
+    flags = [dpkt.ethernet.Ethernet(data).data.data.flags & 0x12 for _, data in frames]
+    assert flags[:2] == [2, 0x12], "SYN and SYN-ACK"
+    everything = b"".join(data for _, data in frames)
+    assert b"in the capture" in everything
+    assert b"and the answer" in everything
 
 
 def test_idle_sockets_use_no_cpu(stack: Stack) -> None:

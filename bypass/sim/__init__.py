@@ -24,10 +24,11 @@ from bypass.sim.network import (
     SimulationError,
     Wire,
 )
-from bypass.sim.pcap import Frame, Recorder, write_pcapng
+from bypass.sim.pcap import DeviceCapture, Frame, Recorder, write_pcapng
 
 __all__ = [
     "Capture",
+    "DeviceCapture",
     "DeviceFaults",
     "Fate",
     "Faults",

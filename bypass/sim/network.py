@@ -45,8 +45,9 @@ class Faults:
     """What happens to the frames that one port sends. The default is a perfect wire without delay.
 
     Attributes:
-        loss, duplicate, corrupt, reorder: probabilities, 0..1; a frame meets at most one of them. Corrupted: one to three bits flipped within one
-            16-bit word that a checksum covers (RFC 1071); frames without any checksum (ARP) are lost instead.
+        loss, duplicate, corrupt, reorder: probabilities, 0..1; a frame meets at most one of them. Corrupted: one to
+            three bits flipped within one 16-bit word that a checksum covers (RFC 1071); frames without any checksum
+            (ARP) are lost instead.
         reorder_ns: a reordered frame is held back for up to so long, so that later ones overtake it.
         delay_ns: of every frame; jitter_ns: added, uniform in 0..jitter_ns, order is kept.
         rate_bps: bits a second of Ethernet frame without FCS; 0: no limit.

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from bypass._core import ffi, lib
 
-__all__ = ["Frame", "Recorder", "write_pcapng"]
+__all__ = ["DeviceCapture", "Frame", "PcapngWriter", "Recorder", "write_pcapng"]
 
 RECORD = struct.Struct("=QIIHHI")  # struct capture_record
 FATES = {
@@ -142,6 +142,52 @@ class PcapngWriter:
                 opts=options,
             )
         )
+
+
+class DeviceCapture:
+    """A device of any backend, recorded to a pcapng file: what tcpdump would show, where it sees nothing (AF_XDP).
+
+    Args:
+        lower: `struct bypass_netdev *`, which has to outlive this.
+        path: the file; it is complete after close().
+        name: of the interface in the file.
+        offset_ns: Unix time minus the clock of now().
+        size: bytes of memory; frames that come faster than flush() is called are dropped and counted.
+
+    Attributes:
+        dev: the device for the stack.
+    """
+
+    def __init__(
+        self, lower: Any, path: str | Path, name: str, offset_ns: int = 0, size: int = 8 << 20
+    ) -> None:
+        self._recorder = Recorder(size)
+        self.dev: Any = lib.capture_dev_create(lower, self._recorder.c, 0)
+        if not self.dev:
+            raise MemoryError("no memory for a recording device")
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._writer = PcapngWriter(self._file, [name], offset_ns)
+
+    def now(self, now_ns: int) -> None:
+        """The time of the frames that pass from now on."""
+        lib.capture_dev_now(self.dev, now_ns)
+
+    def flush(self) -> None:
+        """Writes what was recorded."""
+        for frame in self._recorder.read():
+            self._writer.write(frame)
+
+    @property
+    def dropped(self) -> int:
+        """Frames that are not in the file."""
+        return self._recorder.dropped
+
+    def close(self) -> None:
+        """After the stack has ended. A second call does nothing."""
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+            lib.capture_dev_destroy(self.dev)
 
 
 def write_pcapng(
