@@ -32,6 +32,7 @@ from bypass.raw import Frame, RawPort
 
 pytestmark = pytest.mark.netns
 
+SO_BUSY_POLL, SO_PREFER_BUSY_POLL = 46, 69
 SOL_XDP, XDP_OPTIONS, XDP_MAX_TX_SKB_BUDGET = 283, 8, 9
 XDP_SHARED_UMEM, XDP_COPY, XDP_USE_NEED_WAKEUP = 1, 2, 8
 TESTS = Path(__file__).parent
@@ -285,6 +286,20 @@ def test_thousands_of_packets_lose_nothing_though_a_kick_takes_32(
         assert total(dev, "kick_again") > 0
         assert total(dev, "kick_busy") == 0
         assert total(dev, "tx_full") > 0  # backpressure was felt
+
+
+def test_busy_polling_is_done_by_system_calls(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    with attached(lab, prefer_busy_poll=True, busy_poll_us=20, busy_poll_budget=64) as (dev, port):
+        with xdp_socket(dev.fds[0]) as x:
+            options = [x.getsockopt(socket.SOL_SOCKET, o) for o in (SO_PREFER_BUSY_POLL, SO_BUSY_POLL)]
+        assert options == [1, 20]
+        s = client()
+        for i in range(20):
+            s.send(b"%d" % i)
+            frame = receive(port, 1)[0]
+            assert port.send([answer(frame.data)], queue=frame.queue) == 1
+            assert s.recv(100) == b"%d" % i
+        assert total(dev, "kicks_rx") > 0
 
 
 # ---- Rings ----------------------------------------------------------------------------------------------------------
@@ -556,6 +571,7 @@ def test_wrong_arguments_are_refused_clearly(lab: Lab) -> None:
     ("limits", "text"),
     [
         (["--bounding-set", "-net_raw"], "creating an AF_XDP socket failed: .*with CAP_NET_RAW"),
+        (["--bounding-set", "-net_admin"], "setting SO_PREFER_BUSY_POLL failed: .*with CAP_NET_ADMIN"),
         (
             ["--bounding-set", "-ipc_lock,-sys_resource"],
             "8192 KiB have to be locked and the limit is 64 KiB: ulimit -l",
@@ -563,7 +579,8 @@ def test_wrong_arguments_are_refused_clearly(lab: Lab) -> None:
     ],
 )
 def test_missing_privilege_is_named(lab: Lab, limits: list[str], text: str) -> None:
-    code = f"from bypass.afxdp import AfxdpDevice; AfxdpDevice('{SERVER_IFNAME}', ring_size=512)"
+    options = "ring_size=512, prefer_busy_poll=True" if "BUSY" in text else "ring_size=512"
+    code = f"from bypass.afxdp import AfxdpDevice; AfxdpDevice('{SERVER_IFNAME}', {options})"
     command = ["prlimit", "--memlock=65536", "setpriv", *limits, sys.executable, "-c", code]
     with netns.entered(lab.server_ns):
         result = subprocess.run(command, capture_output=True, text=True)

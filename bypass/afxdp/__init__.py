@@ -35,12 +35,12 @@ MODES: dict[str, int] = {
     "zerocopy": lib.AFXDP_ZEROCOPY,
     "skb": lib.AFXDP_COPY,  # generic XDP hands out copies whatever the socket says
 }
+OPTIONS = {46: "SO_BUSY_POLL", 69: "SO_PREFER_BUSY_POLL", 70: "SO_BUSY_POLL_BUDGET"}  # asm-generic/socket.h
 STEPS: dict[int, str] = {
     lib.AFXDP_STEP_SOCKET: "creating an AF_XDP socket",
     lib.AFXDP_STEP_UMEM: "registering packet memory",
     lib.AFXDP_STEP_RING: "creating a ring",
     lib.AFXDP_STEP_MAP: "mapping a ring",
-    lib.AFXDP_STEP_OPTION: "setting a socket option",
     lib.AFXDP_STEP_BIND: "binding",
     lib.AFXDP_STEP_POLL: "making the descriptor to sleep on",
 }
@@ -267,7 +267,10 @@ class AfxdpDevice:
         """The exception for a failure to open."""
         err, step = int(error.err), int(error.step)
         what = f"{self.ifname}, queue {error.queue}" if error.queue >= 0 else self.ifname
-        text = f"{what}: {STEPS.get(step, 'opening')} failed: {os.strerror(err)}"
+        doing = STEPS.get(step, "opening")
+        if step == lib.AFXDP_STEP_OPTION:
+            doing = f"setting {OPTIONS.get(error.option, error.option)}"
+        text = f"{what}: {doing} failed: {os.strerror(err)}"
         if err in (errno.EPERM, errno.EACCES):
             need = "CAP_NET_ADMIN" if step == lib.AFXDP_STEP_OPTION else "CAP_NET_RAW"
             return PrivilegeError(f"{text}: run as root, or with {need}")
