@@ -19,6 +19,7 @@ import errno
 import ipaddress
 import os
 import socket
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -49,7 +50,11 @@ TCP_CLOSE, TCP_LISTEN, TCP_STATES = 7, 10, 13
 
 RECV_BYTES = 1 << 18
 EVENT_BUFFER_BYTES = 1 << 21
+EVENTS_PER_POLL = 250
 DUMP_TRIES = 10
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+_IFINDEX = struct.Struct("=i")
+IFINDEX_OFFSET = _HEADER.size + 4  # in struct ifinfomsg and struct ndmsg alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +202,11 @@ class Watcher:
         self.close()
 
     def poll(self) -> Change:
-        """Reads what has happened, without waiting. NONE: nothing."""
+        """Reads what has happened, without waiting. NONE: nothing. After EVENTS_PER_POLL there may be more: the
+        descriptor is then still readable."""
         change = Change.NONE
         addresses_moved = False
-        while True:
+        for _ in range(EVENTS_PER_POLL):
             try:
                 data = self._events.recv(RECV_BYTES)
             except BlockingIOError:
@@ -211,26 +217,23 @@ class Watcher:
                 change |= self._resync()  # events were lost: look at everything
                 addresses_moved = True
                 continue
-            for message in self._marshal.parse(data):
-                kind = message["header"]["type"]
-                if kind in (RTM_NEWLINK, RTM_DELLINK):
-                    change |= self._link(message, kind)
-                elif kind in (RTM_NEWADDR, RTM_DELADDR):
+            for kind, message in _split(data):
+                if kind in (RTM_NEWADDR, RTM_DELADDR):
                     addresses_moved = True
-                elif kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
-                    change |= self._neighbour(message)
-                else:
-                    change |= Change.ROUTES
+                elif kind not in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWNEIGH, RTM_DELNEIGH):
+                    change |= Change.ROUTES  # not decoded: a router has a great many of these
+                elif _IFINDEX.unpack_from(message, IFINDEX_OFFSET)[0] == self.interface.index:
+                    change |= self._about_us(kind, next(iter(self._marshal.parse(message))))
         if addresses_moved:
             change |= self._reread_addresses()
         return change
 
-    def _link(self, message: Any, kind: int) -> Change:
-        if message["index"] != self.interface.index or self.gone or message["family"] != socket.AF_UNSPEC:
+    def _about_us(self, kind: int, message: Any) -> Change:
+        if kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
+            return self._neighbour(message)
+        if self.gone or message["family"] != socket.AF_UNSPEC:  # AF_BRIDGE: a port's other half
             return Change.NONE
-        if kind == RTM_DELLINK:
-            return self._is_gone()
-        return self._see(_interface(message))
+        return self._is_gone() if kind == RTM_DELLINK else self._see(_interface(message))
 
     def _see(self, new: Interface) -> Change:
         old, self.interface = self.interface, new
@@ -249,10 +252,7 @@ class Watcher:
         return Change.GONE | Change.LINK | Change.ROUTES
 
     def _neighbour(self, message: Any) -> Change:
-        if message["ifindex"] != self.interface.index or message["family"] not in (
-            socket.AF_INET,
-            socket.AF_INET6,
-        ):
+        if message["family"] not in (socket.AF_INET, socket.AF_INET6):
             return Change.NONE
         self.neighbours.add(ipaddress.ip_address(message.get_attr("NDA_DST")))
         return Change.NEIGHBOURS
@@ -269,6 +269,15 @@ class Watcher:
             except DeviceError:
                 change |= self._is_gone()
         return change
+
+
+def _split(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The messages of one datagram, with their types."""
+    at = 0
+    while at + _HEADER.size <= len(data):
+        length, kind = _HEADER.unpack_from(data, at)[:2]
+        yield kind, data[at : at + length]
+        at += (max(length, _HEADER.size) + 3) & ~3
 
 
 def read_interface(requests: NetlinkSocket, ifname: str = "", index: int = 0) -> Interface:
