@@ -268,6 +268,21 @@ def test_a_slow_reader_does_not_draw_small_segments() -> None:
         assert all(b - a >= 1024 for a, b in zip([0, *windows], windows, strict=False))
 
 
+def test_the_right_edge_moves_by_worthwhile_steps_only() -> None:
+    with Talk(rcvbuf=8192) as t:
+        t.established()
+        for first in range(1, 7169, 1024):
+            t.peer(f". {first}:{first + 1024}")
+        edges = []
+        for i in range(12):
+            t.read(100)
+            t.peer(f"P. {7169 + i}:{7170 + i}")
+            t.advance(0.05)
+            edges += [g.ack + g.win for g in t.out() if g.ack is not None]
+        assert set(edges[:10]) == {8193}
+        assert edges[-1] >= 8193 + 1024
+
+
 def test_small_segments_of_a_slow_reader_do_not_take_a_chunk_each() -> None:
     with Talk(chunks=64) as t:
         t.established()

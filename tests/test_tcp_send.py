@@ -168,11 +168,16 @@ def test_a_window_from_an_older_segment_is_not_believed() -> None:
     """RFC 9293 3.10.7.4: SND.WL1, SND.WL2."""
     with Talk() as t:
         t.established()
-        t.peer("P. 1:11 ack 1 win 5000")
-        t.peer(". 1:1 ack 1 win 100")
+        t.peer("P. 101:111 ack 1 win 5000", ". 1:1 ack 1 win 100")  # reordered on the way
         assert t.info.snd_wnd == 5000
-        t.peer(". 11:11 ack 1 win 6000")
+        t.peer("P. 1:101 ack 1 win 100")
+        assert t.info.snd_wnd == 5000
+        t.peer(". 111:111 ack 1 win 6000")
         assert t.info.snd_wnd == 6000
+        t.write(10)
+        t.peer(". 111:111 ack 11 win 7000", ". 111:111 ack 1 win 200")
+        assert t.info.snd_wnd == 7000
+        t.sent()
 
 
 def test_a_closed_window_is_probed_with_doubled_intervals() -> None:

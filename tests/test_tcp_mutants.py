@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conversations notice a wrong TCP.
+
+Each mutant is the stack with one line changed, built beside the right one; the named test has to fail with it. A mutant
+whose line is gone is a failure: mend the list.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STACK = ROOT / "bypass/stack"
+OUT = ROOT / "build/release"
+ENV = {
+    k: v
+    for k, v in os.environ.items()
+    if k not in ("LD_PRELOAD", "MAKEFLAGS", "MAKELEVEL", "SAN", "BYPASS_DEBUG")
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One line of a file, what a careless hand made of it, and the test that notices."""
+
+    file: str
+    right: str
+    wrong: str
+    test: str  # of test_tcp_*.py
+
+
+MUTANTS = {
+    "a reset anywhere in the window ends the connection": Mutant(
+        "tcp_in.c",
+        "if (!seq_eq(g->seq, c->rcv_nxt)) {",
+        "if (false) {",
+        "reset::test_a_reset_elsewhere_in_the_window_draws_a_challenge_and_nothing_else",
+    ),
+    "sequence numbers are compared without wrapping": Mutant(
+        "tcp_ack.c",
+        "bool advances = seq_gt(g->ack, c->snd_una);",
+        "bool advances = g->ack.v > c->snd_una.v;",
+        "send::test_written_bytes_leave_in_segments_and_the_last_is_pushed",
+    ),
+    "PAWS compares without wrapping": Mutant(
+        "tcp_in.c",
+        "return (int32_t)(g->opt.ts_val - c->ts_recent) < 0 &&",
+        "return g->opt.ts_val < c->ts_recent &&",
+        "receive::test_timestamps_wrap",
+    ),
+    "an old timestamp is good": Mutant(
+        "tcp_in.c",
+        "if (unlikely(paws_rejects(s, c, g))) {",
+        "if (false) {",
+        "receive::test_an_old_timestamp_marks_an_old_duplicate",
+    ),
+    "the window is not scaled": Mutant(
+        "tcp_ack.c",
+        "c->snd_wnd = g->wnd << c->snd_wscale;",
+        "c->snd_wnd = g->wnd;",
+        "send::test_the_window_is_scaled_as_agreed",
+    ),
+    "any segment updates the window": Mutant(
+        "tcp_ack.c",
+        "if (seq_lt(c->snd_wl1, g->seq) || (seq_eq(c->snd_wl1, g->seq) && seq_leq(c->snd_wl2, g->ack))) {",
+        "if (true) {",
+        "send::test_a_window_from_an_older_segment_is_not_believed",
+    ),
+    "Nagle is off": Mutant(
+        "tcp_out.c",
+        "return !flight || (c->flags & TF_NODELAY);",
+        "return true;",
+        "send::test_nagle_holds_small_writes_back_while_data_is_in_flight",
+    ),
+    "the second duplicate ACK retransmits": Mutant(
+        "tcp_ack.c",
+        "if (c->dupacks == 3 &&",
+        "if (c->dupacks == 2 &&",
+        "loss::test_the_third_duplicate_ack_retransmits",
+    ),
+    "a recovery may follow at once": Mutant(
+        "tcp_ack.c",
+        "c->dupacks == 3 && seq_gt(c->snd_una, c->recover)",
+        "c->dupacks == 3 && seq_geq(c->snd_una, c->recover)",
+        "loss::test_duplicates_at_the_end_of_a_recovery_do_not_begin_another",
+    ),
+    "a partial ACK ends the recovery": Mutant(
+        "tcp_ack.c",
+        "if (seq_geq(c->snd_una, c->recover))\n            leave_recovery(c);",
+        "if (true)\n            leave_recovery(c);",
+        "loss::test_a_partial_ack_retransmits_the_next_hole_at_once",
+    ),
+    "limited transmit counts for ssthresh": Mutant(
+        "tcp_ack.c",
+        "min_u32(c->snd_nxt.v - c->snd_una.v, c->cwnd)",
+        "c->snd_nxt.v - c->snd_una.v",
+        "loss::test_limited_transmit_sends_new_segments_on_the_first_two_duplicates",
+    ),
+    "timeouts do not back off": Mutant(
+        "tcp_timer.c",
+        "(uint64_t)c->rto_us << min_u32(c->backoff, 16)",
+        "(uint64_t)c->rto_us",
+        "loss::test_timeouts_double_up_to_two_minutes_and_then_give_up",
+    ),
+    "round trips of retransmissions count": Mutant(
+        "tcp_snd.c",
+        "again = again || (m->seg_flags & SEG_RTX);",
+        "again = false;",
+        "loss::test_no_round_trip_is_taken_from_a_segment_that_was_sent_twice",
+    ),
+    "slow start never ends": Mutant(
+        "tcp_cc.c",
+        "if (c->cwnd < c->ssthresh) {",
+        "if (true) {",
+        "loss::test_congestion_avoidance_adds_a_segment_each_round_trip",
+    ),
+    "a SYN's window is scaled": Mutant(
+        "tcp_in.c",
+        "g->wnd >>= c->snd_wscale;",
+        "",
+        "handshake::test_a_simultaneous_open_becomes_one_connection",
+    ),
+    "what was not offered is answered": Mutant(
+        "tcp_listen.c",
+        "if (o->has_ts)\n        c->flags |= TF_TS;",
+        "c->flags |= TF_TS;",
+        "handshake::test_the_syn_ack_offers_only_what_the_syn_offered",
+    ),
+    "a reset that acknowledges nothing refuses a connection": Mutant(
+        "tcp_in.c",
+        "if (!ack_ok) {\n            STAT(s, tcp_in_reset_ignored);\n            return;\n        }",
+        "",
+        "handshake::test_a_reset_that_does_not_acknowledge_our_syn_is_ignored",
+    ),
+    "TIME_WAIT does not start over": Mutant(
+        "tcp_in.c",
+        "if (c->state == BYPASS_TIME_WAIT && (g->flags & TCP_FIN)) {",
+        "if (false) {",
+        "close::test_a_repeated_fin_in_time_wait_is_acknowledged_and_the_wait_starts_over",
+    ),
+    "a FIN ahead of data is taken at once": Mutant(
+        "tcp_rcv.c",
+        "if (fin && seq_gt(end, c->rcv_nxt)) {",
+        "if (false) {",
+        "close::test_a_fin_ahead_of_missing_data_waits_for_it",
+    ),
+    "unread data is forgotten on close": Mutant(
+        "tcp_conn.c",
+        "if (c->rcv_queued > 0 || conn_cold(s, c)->linger_s == 0 ||",
+        "if (conn_cold(s, c)->linger_s == 0 ||",
+        "close::test_closing_with_unread_data_resets",
+    ),
+    "data comes after the end": Mutant(
+        "tcp_in.c",
+        "&& !(c->flags & TF_FIN_IN)) /* nothing",
+        ") /* nothing",
+        "receive::test_data_behind_the_peers_fin_is_not_delivered",
+    ),
+    "data that was filled in comes twice": Mutant(
+        "tcp_rcv.c",
+        "uint32_t have = c->rcv_nxt.v - *v.seq;",
+        "uint32_t have = 0;",
+        "receive::test_overlaps_of_every_shape_give_the_bytes_once",
+    ),
+    "the window follows every byte that is read": Mutant(
+        "tcp_rcv.c",
+        "if (room < offered + step)\n        return offered;",
+        "",
+        "receive::test_the_right_edge_moves_by_worthwhile_steps_only",
+    ),
+    "out-of-order data may take every chunk": Mutant(
+        "tcp_rcv.c",
+        "if (!in_order && p->used >= p->cap - p->cap / 4)",
+        "if (false)",
+        "receive::test_one_connections_out_of_order_data_leaves_chunks_for_others",
+    ),
+    "ICMP errors need not quote anything in flight": Mutant(
+        "tcp_in.c",
+        "if (seq_lt(seq(e->seq), c->snd_una) || seq_geq(seq(e->seq), c->snd_nxt))\n        return;",
+        "",
+        "icmp::test_errors_that_quote_nothing_in_flight_are_ignored",
+    ),
+    "the ISN forgets the peer's port": Mutant(
+        "tcp_conn.c",
+        "} id = {c->laddr, c->raddr, c->lport, c->rport};",
+        "} id = {c->laddr, c->raddr, c->lport, 0};",
+        "isn::test_every_part_of_the_flows_name_changes_it",
+    ),
+    "stale handles live": Mutant(
+        "sock.c",
+        "return k->type != SOCK_FREE && k->gen == gen ? k : NULL;",
+        "return k->type != SOCK_FREE ? k : NULL;",
+        "sockets::test_a_stale_handle_is_refused_by_every_call",
+    ),
+    "removal leaves a hole in the flow table": Mutant(
+        "tcp_conn.c",
+        "if (((j - home) & mask) < ((j - i) & mask))\n            continue;",
+        "if (true)\n            break;",
+        "sockets::test_many_connections_that_come_and_go_stay_findable",
+    ),
+}
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV | env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[Path]:
+    """The right stack's."""
+    done = run("make", "-s", "build")
+    assert done.returncode == 0, done.stderr
+    return [p for p in OUT.rglob("*.o") if p.name != "_core.o"] + [OUT / "_core.o"]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name: str, objects: list[Path], tmp_path: Path) -> None:
+    m = MUTANTS[name]
+    text = (STACK / m.file).read_text()
+    assert text.count(m.right) == 1, f"{m.file}: the line is there {text.count(m.right)} times"
+    source = tmp_path / m.file
+    source.write_text(text.replace(m.right, m.wrong))
+    mutated = tmp_path / source.with_suffix(".o").name
+    flags = ["-std=c11", "-fPIC", "-fvisibility=hidden", "-O0", "-w", "-Ibypass/include", "-Ibypass/stack"]
+    done = run("gcc", *flags, "-c", source, "-o", mutated)
+    assert done.returncode == 0, done.stderr
+    rest = [o for o in objects if o != OUT / "bypass/stack" / mutated.name]
+    assert len(rest) == len(objects) - 1
+    done = run("gcc", "-shared", *rest, mutated, "-o", tmp_path / "_core.so")
+    assert done.returncode == 0, done.stderr
+    topic, _, test = m.test.partition("::")
+    quick = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    where = f"tests/test_tcp_{topic}.py::{test}"
+    done = run(sys.executable, "-m", "pytest", "-x", "-q", *quick, where, BYPASS_BUILD=str(tmp_path))
+    assert done.returncode == 1, f"nothing was noticed:\n{done.stdout}{done.stderr}"
+    assert "FAILED" in done.stdout, done.stdout
