@@ -25,12 +25,13 @@
 #define MAX_EXT_HEADERS 6 /* of IPv6, looked behind */
 #define TCP_HEADER_MIN 20
 #define FRAGMENT_MIN 8 /* a first fragment shorter than this has no whole 8-byte unit: the kernel discards it */
+#define VLAN_ID_MASK 0xfff
 #define IP_OFFSET_MASK 0x1fff
 #define IP_MORE_FRAGMENTS 0x2000
 #define IP6_OFFSET_MASK 0xfff8
 #define IP6_MORE_FRAGMENTS 1
 
-/* What a packet without ports is looked up for. */
+/* packet.part. The last two have no ports, so that only rules without ports match: they drop, or the packet passes. */
 enum { WHOLE = 0, FIRST_FRAGMENT, LATER_FRAGMENT, CUT_SHORT };
 
 struct packet {
@@ -42,6 +43,11 @@ struct packet {
     u8 part;  /* WHOLE ... */
     u8 syn;   /* TCP with SYN and without ACK */
     u8 icmp;  /* an ICMP error; flow is the quoted one */
+};
+
+struct vlan_tag { /* IEEE 802.1Q 9.6, behind the tag's own ethertype; network order */
+    u16 control;
+    u16 ethertype;
 };
 
 /* The bytes of a header at an offset, or 0 when the frame ends before it does. */
@@ -80,16 +86,16 @@ static inline int parse_ethernet(struct xdp_md *ctx, const struct config *cfg, s
 #pragma unroll
     for (int depth = 0; depth < VLAN_DEPTH; depth++) {
         if (is_tag(p->ethertype)) {
-            u16 *tag = HEADER(u32, p->l3) ? (void *)(long)ctx->data + p->l3 : 0;
+            struct vlan_tag *tag = HEADER(struct vlan_tag, p->l3);
             if (!tag) {
                 return REASON_MALFORMED;
             }
             if (!p->tagged) {
-                p->flow.vlan = __builtin_bswap16(tag[0]) & 0xfff;
+                p->flow.vlan = __builtin_bswap16(tag->control) & VLAN_ID_MASK;
             }
             p->tagged = 1;
-            p->ethertype = tag[1];
-            p->l3 += 4;
+            p->ethertype = tag->ethertype;
+            p->l3 += sizeof(*tag);
         }
     }
     return is_tag(p->ethertype) ? REASON_VLAN : GO_ON;
