@@ -29,7 +29,7 @@ from bypass._core import ffi, lib
 from conversation import PEER, SECOND, US, Conversation
 from wire import ACK, FIN, PSH, RST, SYN, TCP, URG, Ip, checksum, ipv4, parse_ip, pseudo, tcp
 
-from bypass.core import Config
+from bypass.core import Config, check
 
 WRAP = 1 << 32
 PORT, PEER_PORT = 80, 40000
@@ -188,7 +188,8 @@ class Talk(Conversation):
         return self.listener
 
     def accept(self) -> int:
-        self.sock = self.stack.accept(self.listener)
+        """The next connection of the listener; OSError when there is none."""
+        self.sock = check(self.stack.accept(self.listener))
         return self.sock
 
     def client(self, **options: int) -> int:

@@ -325,6 +325,22 @@ def test_an_orphan_in_fin_wait_2_does_not_wait_for_ever() -> None:
         assert t.state() == ""
 
 
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_closed_window_does_not_keep_an_orphan_for_ever(in_flight: bool) -> None:
+    with Talk() as t:
+        t.established()
+        if in_flight:
+            t.write(100)
+        t.peer(". 1:1 ack 1 win 0")
+        t.write(100)
+        t.close_sock()
+        for _ in range(60):
+            t.advance(10)
+            if t.out() and t.state():
+                t.peer(". 1:1 ack 1 win 0")
+        assert t.state() == ""
+
+
 def test_closing_after_shutdown_begins_the_orphans_wait() -> None:
     with Talk() as t:
         t.established()

@@ -120,10 +120,10 @@ class TwoStacks(RuleBasedStateMachine):
     @rule()
     def accept(self) -> None:
         while True:
-            try:
-                handle = self.b.accept(self.listener)
-            except BlockingIOError:
+            handle = self.b.accept(self.listener)
+            if handle == AGAIN:
                 return
+            assert handle >= 0
             port = self.b.peer(handle)[1]
             for link in reversed(self.all):
                 if link.client.usable and self.a.local(link.client.handle)[1] == port:

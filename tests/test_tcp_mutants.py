@@ -150,6 +150,12 @@ MUTANTS = {
         "if (false) {",
         "close::test_a_fin_ahead_of_missing_data_waits_for_it",
     ),
+    "a closed window keeps an orphan for ever": Mutant(
+        "tcp_timer.c",
+        "bool enough = orphan(c) && c->backoff >= ORPHAN_RETRIES;",
+        "bool enough = false;",
+        "close::test_a_closed_window_does_not_keep_an_orphan_for_ever",
+    ),
     "unread data is forgotten on close": Mutant(
         "tcp_conn.c",
         "if (c->rcv_queued > 0 || conn_cold(s, c)->linger_s == 0 ||",

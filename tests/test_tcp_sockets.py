@@ -151,8 +151,7 @@ def test_no_handle_left_leaves_the_connection_queued() -> None:
         t.out()
         t.peer(". 1:1")
         held = [t.stack.socket(STREAM) for _ in range(4 + 64 - 1)]
-        with pytest.raises(OSError, match="Too many open files in system"):
-            t.stack.accept(listener)
+        assert t.stack.accept(listener) == -errno.ENFILE
         t.stack.close_socket(held.pop())
         assert t.stack.accept(listener) >= 0
 

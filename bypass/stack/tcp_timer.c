@@ -71,16 +71,19 @@ static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
     tcp_send_syn(s, c);
 }
 
+/* No program holds it, nor will. */
+static bool orphan(const struct tcp_conn *c) { return c->sock == NO_INDEX && !(c->flags & TF_ACCEPTABLE); }
+
 /* The peer took back the window that data in flight was sent into, but answers: then its retransmissions
  * are window probes, and no number of them is too many (RFC 9293 3.8.6, RFC 1122 4.2.2.17). */
 static bool window_taken_back(struct bypass_stack *s, const struct tcp_conn *c)
 {
-    return c->snd_wnd == 0 && now_ns(s) - conn_cold(s, c)->last_in < RTO_MAX_US * 1000ull;
+    return c->snd_wnd == 0 && !orphan(c) && now_ns(s) - conn_cold(s, c)->last_in < RTO_MAX_US * 1000ull;
 }
 
 static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
-    uint32_t most = c->sock == NO_INDEX && !(c->flags & TF_ACCEPTABLE) ? ORPHAN_RETRIES : DATA_RETRIES;
+    uint32_t most = orphan(c) ? ORPHAN_RETRIES : DATA_RETRIES;
     if (c->rtx_count >= most || user_timeout_over(s, c)) {
         give_up(s, c);
         return;
@@ -96,7 +99,7 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
 /* The window is closed, or a partial segment waits for more that never came. */
 static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
-    uint32_t most = c->sock == NO_INDEX && !(c->flags & TF_ACCEPTABLE) ? ORPHAN_RETRIES : DATA_RETRIES;
+    uint32_t most = orphan(c) ? ORPHAN_RETRIES : DATA_RETRIES;
     if (c->snd_wnd > 0) { /* TF_PROBING with TF_PUSH_ALL: the override timeout of RFC 9293 3.8.6.2.1 */
         c->flags = (c->flags & ~(uint32_t)TF_MORE) | TF_PUSH_ALL;
         tcp_output(s, c);
@@ -104,7 +107,9 @@ static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
         if (c->snd_nxt.v != c->snd_una.v)
             return;
     }
-    if (c->probes >= most || user_timeout_over(s, c)) {
+    /* a peer that answers for ever with a closed window must not keep what no program owns */
+    bool enough = orphan(c) && c->backoff >= ORPHAN_RETRIES;
+    if (c->probes >= most || enough || user_timeout_over(s, c)) {
         give_up(s, c);
         return;
     }
