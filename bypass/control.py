@@ -30,6 +30,7 @@ __all__ = ["KernelView", "PolicyControl"]
 
 ANY = "0.0.0.0"
 PORT_TRIES = 512
+DRAIN_NS = 1_000_000_000  # between questions for the kernel's connections
 IP_FREEBIND = 15  # linux/in.h
 
 
@@ -80,6 +81,9 @@ class PolicyControl:
         self.changed: Callable[[], None] = lambda: None
         self._live: dict[Key, _Live] = {}
         self._shadows: dict[tuple[int, Address], _Shadow] = {}
+        self._leaving: set[Key] = set()  # entries without a socket
+        self._draining: set[Key] = set()
+        self._drain_ns = 0
 
     # ---- Control of bypass.stack_api
     def lease(self, kind: int, local: Address, remote: Address | None) -> Lease:
@@ -106,12 +110,17 @@ class PolicyControl:
         live = self._live.get(key)
         if live is None:
             live = self._live[key] = self._add(kind, local, remote)
+            if live.drain:
+                self._draining.add(key)
+                self.changed()
         live.users += 1  # it may be that of a socket closed a moment ago: taken over
         lease.live.append(key)
 
     def release(self, lease: Lease) -> None:
         for key in lease.live:
             self._live[key].users -= 1
+            if self._live[key].users <= 0:
+                self._leaving.add(key)
         lease.live.clear()
         self._shadows[lease.kind, lease.local].users -= 1
         self.changed()
@@ -211,44 +220,64 @@ class PolicyControl:
         return _Live(entry, kind, local, 0, drain)
 
     # ---- now and then
-    def tick(self) -> bool:
+    def tick(self, now_ns: int) -> int:
         """Removes entries that nothing uses any more, and ends draining where the kernel's connections are gone.
 
         Returns:
-            Whether it has to be called again soon: something is on its way out.
+            How many are on their way out: as long as there are some it has to be called again.
         """
-        assert self.core is not None
-        pending = False
-        for key, live in list(self._live.items()):
-            if live.users <= 0 and self._unused(live):
+        for key in list(self._leaving):
+            live = self._live[key]
+            if live.users > 0:
+                self._leaving.discard(key)
+            elif self._unused(live):
                 self.steering.remove_endpoint(live.entry)
                 del self._live[key]
-            elif live.users <= 0:
-                pending = True
-            elif live.drain:
-                live.drain = self.kernel.tcp_connections(live.local[1]) > 0
-                if live.drain:
-                    pending = True
-                else:
-                    self.steering.set_drain(live.entry, False)
-        for place, shadow in list(self._shadows.items()):
-            if shadow.users <= 0 and not any(
-                v.kind == place[0] and v.local == place[1] for v in self._live.values()
-            ):
-                shadow.sock.close()
-                del self._shadows[place]
-        return pending
+                self._leaving.discard(key)
+        if self._draining and now_ns >= self._drain_ns:
+            self._drain_ns = now_ns + DRAIN_NS
+            self._check_draining()
+        self._close_shadows()
+        return len(self._leaving) + len(self._draining)
 
     def _unused(self, live: _Live) -> bool:
+        """TIME_WAIT counts as use."""
         assert self.core is not None
-        address = None if live.local[0] == ANY else live.local[0]
-        return self.core.port_users(live.kind, address, live.local[1]) == 0
+        port = live.local[1]
+        if not self.core.port_users(live.kind, None, port):
+            return True
+        # Looking at addresses walks all connections: only where another entry may own them.
+        others = (v for v in self._live.values() if v is not live)
+        if live.local[0] == ANY or not any(v.kind == live.kind and v.local[1] == port for v in others):
+            return False
+        return self.core.port_users(live.kind, live.local[0], port) == 0
+
+    def _check_draining(self) -> None:
+        for key in list(self._draining):
+            live = self._live.get(key)
+            if live is None:
+                self._draining.discard(key)
+            elif self.kernel.tcp_connections(live.local[1]) == 0:
+                self.steering.set_drain(live.entry, False)
+                self._draining.discard(key)
+
+    def _close_shadows(self) -> None:
+        """Gives ports back that no socket holds and no entry needs."""
+        free = [place for place, shadow in self._shadows.items() if shadow.users <= 0]
+        if not free:
+            return
+        needed = {(live.kind, live.local) for live in self._live.values()}
+        for place in free:
+            if place not in needed:
+                self._shadows.pop(place).sock.close()
 
     def close(self) -> None:
         """Removes every live entry and gives the ports back to the kernel."""
         for live in self._live.values():
             self.steering.remove_endpoint(live.entry)
         self._live.clear()
+        self._leaving.clear()
+        self._draining.clear()
         for shadow in self._shadows.values():
             shadow.sock.close()
         self._shadows.clear()

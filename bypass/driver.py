@@ -65,6 +65,10 @@ class Driver(ABC):
         """Descriptors that become readable when poll() has work."""
         return []
 
+    def woken(self, fd: int) -> None:
+        """Lock held. This one of fds() is readable; poll() follows."""
+        return
+
     def quiet(self) -> bool:
         """Lock held. No packet can matter to anybody: descriptors need no watching."""
         return True

@@ -73,6 +73,7 @@ class DeviceDriver(Driver):
         self._driving = False
         self._down = False
         self._tick_ns = 0
+        self._news = False  # netlink has something
         self._tick_wanted = True
         self._status_ns = 0
         self._device_fd = int(device.netdev.ops.wait_fd(device.netdev))
@@ -83,6 +84,12 @@ class DeviceDriver(Driver):
 
     def fds(self) -> list[int]:
         return [self._device_fd, self.watch.fileno(), self.status.fileno()]
+
+    def woken(self, fd: int) -> None:
+        if fd == self.watch.fileno():
+            self._news = True
+        elif fd == self.status.fileno():
+            self._status_ns = 0
 
     def quiet(self) -> bool:
         return self.core.closed or not any(self.core.conns())
@@ -149,12 +156,14 @@ class DeviceDriver(Driver):
         if wanted := self.core.nexthop_wanted():
             self.watch.resolve(wanted)
         due = self.watch.due_ns()
-        if wanted or now >= self._tick_ns or (due is not None and now >= due):
+        if wanted or self._news or now >= self._tick_ns or (due is not None and now >= due):
+            self._news = False
             self._trouble(self.watch.update())
-        if self._tick_wanted and now >= self._tick_ns:
-            self._tick_wanted = self.control.tick()
         if now >= self._tick_ns:
-            self._tick_ns = now + TICK_NS
+            leaving = self.control.tick(now) if self._tick_wanted else 0
+            self._tick_wanted = leaving > 0
+            # The more there are, the longer a look at them takes, and the less one of them matters.
+            self._tick_ns = now + TICK_NS * (1 + leaving // 100)
         if self.capture is not None:
             self.capture.flush()
         if now >= self._status_ns:
@@ -224,10 +233,8 @@ class DeviceDriver(Driver):
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-            elif fd == self.watch.fileno():
-                self._trouble(self.watch.update())
-            elif fd == self.status.fileno():
-                self.status.poll()
+            else:
+                self.woken(fd)
 
     def touched(self, stack: Stack) -> None:
         if wanted := self.core.nexthop_wanted():

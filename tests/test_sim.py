@@ -542,6 +542,10 @@ def test_closing_a_network_resets_what_is_open_and_leaves_nothing() -> None:
     client.sendall(b"unread" * 1000)
     net.run(duration_ns=MS)
     net.close()  # raises when a frame is left
+    net.close()
+    assert a.port is not None
+    with pytest.raises(SimulationError, match="closed"):
+        a.port.stats()
     for sock in (server, client):
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
             sock.getsockname()

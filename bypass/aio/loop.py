@@ -63,7 +63,7 @@ class Hub:
         if not self._watched and not self.driver.failure:
             self._watched = self.driver.fds()
             for fd in self._watched:
-                self.loop.add_reader(fd, self._pump)
+                self.loop.add_reader(fd, self._woken, fd)
         self.touched()
 
     def release(self) -> None:
@@ -97,6 +97,11 @@ class Hub:
         if not self._pump_scheduled and not self.loop.is_closed():
             self._pump_scheduled = True
             self.loop.call_soon(self._pump)
+
+    def _woken(self, fd: int) -> None:
+        with self.driver.lock:
+            self.driver.woken(fd)
+        self._pump()
 
     def _pump(self) -> None:
         self._pump_scheduled = False

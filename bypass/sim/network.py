@@ -147,10 +147,23 @@ class Port:
         self.wire = wire
         self.name = name
         self.mac = mac
-        self.dev: Any = lib.sim_port_create(wire.c, cfg)
-        if not self.dev:
+        self._dev: Any = lib.sim_port_create(wire.c, cfg)
+        if not self._dev:
             raise SimulationError(f"port {name}: no memory, or sizes out of range: {sizes}")
         wire.network._port_added(self)
+
+    @property
+    def dev(self) -> Any:
+        """The `struct bypass_netdev *`. SimulationError when the network is closed: it is gone."""
+        if self._dev is None:
+            raise SimulationError(f"port {self.name}: its network is closed")
+        return self._dev
+
+    netdev = dev  # as bypass.afxdp.AfxdpDevice names it
+
+    def closed(self) -> None:
+        """The network has ended."""
+        self._dev = None
 
     def set_faults(self, faults: Faults) -> None:
         """From now on, for the frames that this port sends."""
@@ -304,6 +317,7 @@ class Network(Driver):
         self._events: Any = ffi.new("struct sim_event[]", self.EVENTS)
         self._result: Any = ffi.new("struct sim_result *")
         self._envs = 0
+        self._ended_ns = 0
 
     # ---- building
     def wire(self, name: str | None = None, *, switch: bool = False, faults: Faults | None = None) -> Wire:
@@ -379,7 +393,7 @@ class Network(Driver):
 
     # ---- time
     def now_ns(self) -> int:
-        return int(lib.sim_now(self.c))
+        return int(lib.sim_now(self.c)) if self.c else self._ended_ns
 
     def run(
         self,
@@ -535,8 +549,11 @@ class Network(Driver):
             for kind, n in (("frames held", p.stats().held), ("misuse", p.stats().misuse))
             if n
         }
+        self._ended_ns = self.now_ns()
         lib.sim_destroy(self.c)
         self.c = None
+        for port in self.ports:
+            port.closed()
         if left:
             raise SimulationError(f"left behind (seed {self.seed}): {left}")
 
