@@ -63,7 +63,17 @@ from bypass.rules import (
     compile_rules,
 )
 
-__all__ = ["Backend", "Mode", "Policy", "PortRange", "Rule", "load_policy", "parse_policy", "policy_schema"]
+__all__ = [
+    "Backend",
+    "Mode",
+    "Policy",
+    "PortRange",
+    "Rule",
+    "load_policy",
+    "parse_policy",
+    "policy_schema",
+    "require_visible_vlans",
+]
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -191,6 +201,39 @@ def _covers(
         and (rule.remote is None or remote_addr is not None)
         and (rule.remote_port is None or remote_port is not None)
     )
+
+
+def require_visible_vlans(policy: Policy, ifname: str) -> None:
+    """Refuses rules about VLANs on an interface that hides tags from XDP: a tagged frame would look like one without,
+    and match other rules. Policies without such rules are not looked at.
+
+    Raises:
+        PolicyError: at each rule that names a VLAN.
+        DeviceError: there is no such interface in the calling thread's network namespace.
+    """
+    named = [rule for rule in policy.flows if rule.vlan is not None]
+    if not named:
+        return
+    from bypass import nic
+
+    facts = nic.read(ifname)
+    device, mend = ifname, f"ethtool -K {ifname} rxvlan off"
+    hidden = any(facts.is_active(name) for name in ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse"))
+    if facts.kind == "veth":  # the sending end decides
+        device, mend = "the peer", "in the peer's network namespace: ethtool -K PEER txvlan off"
+        names = ("tx-vlan-hw-insert", "tx-vlan-stag-hw-insert")
+        hidden = facts.peer is None or any(
+            name in facts.peer.features and facts.peer.features[name].active for name in names
+        )
+        if facts.peer is None:
+            device, mend = "the peer (it cannot be looked at)", "name its network namespace below /run/netns"
+    if hidden:
+        message = f"{device} keeps VLAN tags beside the packet, where XDP does not see them"
+        problems = [
+            Problem(f"flows[{r.index}].match.vlan", r.line, r.column, message, str(r.vlan), mend)
+            for r in named
+        ]
+        raise PolicyError(problems, policy.path)
 
 
 # ---- Reading --------------------------------------------------------------------------------------------

@@ -28,11 +28,12 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from bypass import libbpf
 from bypass.bpf import build
 from bypass.errors import BypassError, ForeignProgramError, GrantError, PrivilegeError, SteeringError
+from bypass.policy import Policy, require_visible_vlans
 from bypass.rules import TCP, UDP
 from bypass.steer_maps import (
     CONFIG,
@@ -55,9 +56,6 @@ from bypass.steer_maps import (
     set_keys,
 )
 
-if TYPE_CHECKING:
-    from bypass.policy import Policy
-
 __all__ = [
     "GUARD_KINDS",
     "MAX_ENTRIES",
@@ -76,6 +74,7 @@ Mode = Literal["native", "skb", "auto"]
 _MAGIC = 0x42595053  # STEER_VERDICT_MAGIC of bpf/verdict.h
 _VERDICT = struct.Struct("=4I")  # struct steer_verdict
 _XDP_ACTIONS = ("aborted", "drop", "pass", "tx", "redirect")
+_TCX_DROP = 2  # of linux/bpf.h; what the guard leaves alone goes to the next program
 _SIOCGIFHWADDR = 0x8927
 
 
@@ -156,6 +155,7 @@ class Steering:
         ForeignProgramError: an XDP program is on the interface already. It is left alone.
         SteeringError: the interface is missing or cannot do the mode; the program is refused.
         PrivilegeError: root is missing, or bcc.
+        PolicyError: rules about VLANs, and XDP does not see the interface's tags.
     """
 
     def __init__(
@@ -189,6 +189,7 @@ class Steering:
         self._before: dict[str, Count] = {}  # counts of rules under policies that were swapped out
         if attach:
             _refuse_foreign(ifname, self.ifindex)
+            require_visible_vlans(policy, ifname)
         try:
             for m in interface_maps(owners):
                 self._maps[m.name] = m
@@ -242,9 +243,11 @@ class Steering:
             Endpoints that no rule grants any more. Their packets are the kernel's from now on; close them.
 
         Raises:
-            SteeringError, PrivilegeError: as the constructor. The old policy stays in force.
+            SteeringError, PrivilegeError, PolicyError: as the constructor. The old policy stays in force.
         """
         old = self._current()
+        if self._links:
+            require_visible_vlans(policy, self.ifname)
         try:
             new = _Loaded(policy, self._maps, self._text)
         except OSError as e:
@@ -428,6 +431,17 @@ class Steering:
             run.data,
             run.duration_ns,
         )
+
+    def test_guard(self, frame: bytes) -> tuple[bool, str]:
+        """Runs the reset guard on a frame as if the kernel sent it without a socket.
+
+        Returns:
+            Whether it is dropped, and as what it was counted, of GUARD_KINDS; empty: not a reset.
+        """
+        before = self.guard_counts()
+        result = self._current().progs[build.GUARD].run_skb(frame)
+        rose = [kind for kind, c in self.guard_counts().items() if c != before[kind]]
+        return result == _TCX_DROP, "".join(rose)
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
