@@ -111,6 +111,13 @@ def test_somebody_with_our_address_is_counted_and_teaches_nothing() -> None:
         assert c.counted() == {"arp_in_conflict": 2}
 
 
+def test_our_own_announcement_come_back_is_no_conflict() -> None:
+    with Conversation() as c:
+        c.inject(eth(BROADCAST, OUR_MAC, ETH_ARP, arp(1, OUR_MAC, US, NOBODY, US)))
+        c.nothing()
+        assert c.counted() == {"arp_in_ignored": 1}
+
+
 # ---- Asking -------------------------------------------------------------------------------------------------------
 def test_a_datagram_waits_for_the_answer() -> None:
     with Conversation(neighbours=()) as c:

@@ -59,6 +59,7 @@ def fuzz_net(stack_objects: list[str], tmp_path_factory: pytest.TempPathFactory)
     return program("fuzz_net", stack_objects, tmp_path_factory.mktemp("c"))
 
 
+@pytest.mark.hypothesis  # by its kind: `make fuzz` selects by this mark
 @pytest.mark.timeout(60 * FUZZ)
 def test_a_rain_of_frames_neither_crashes_nor_leaks(fuzz_net: Path) -> None:
     """A failure prints its seed: `fuzz_net SEED 2000` repeats it."""

@@ -191,5 +191,6 @@ class UdpModel(RuleBasedStateMachine):
         assert self.c.held() <= held
 
 
+@pytest.mark.hypothesis
 def test_udp_sockets_agree_with_the_model() -> None:
     run_state_machine_as_test(UdpModel, settings=settings(max_examples=examples(60), stateful_step_count=40))
