@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import socket
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +16,7 @@ from bypass import libbpf
 
 VERDICT_MAGIC = 0x42595053
 XDP_PASS = 2
+BPF_PROG_TYPE_RAW_TRACEPOINT = 17
 PORT = 9000
 
 Insn = tuple[str | None, int, int, int, int | str, int]  # label, code, dst, src, offset or label, immediate
@@ -107,6 +111,61 @@ class Redirect:
                 owned.close()
 
     def __enter__(self) -> Redirect:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RedirectErrors:
+    """Counts the tracepoint xdp:xdp_redirect_err for one map: the only place where the kernel shows packets that a
+    socket refused because they came by another queue."""
+
+    def __init__(self, map_fd: int) -> None:
+        mov, mov_r, add, ldd, stw, xadd = 0xB7, 0xBF, 0x07, 0x79, 0x62, 0xDB
+        jne, jeq, call, leave, ld64 = 0x55, 0x15, 0x85, 0x95, 0x18
+        self.counts = libbpf.Map(libbpf.MAP_ARRAY, "errors", 4, 8, 1)
+        info = Path(f"/proc/self/fdinfo/{map_fd}").read_text()
+        map_id = int(info.split("map_id:")[1].split()[0])
+        code: list[Insn] = [
+            (
+                None,
+                ldd,
+                2,
+                1,
+                5 * 8,
+                0,
+            ),  # include/trace/events/xdp.h: dev, xdp, tgt, err, map_type, map_id, index
+            (None, jne, 2, 0, "out", map_id),
+            (None, stw, 10, 0, -4, 0),
+            (None, mov_r, 2, 10, 0, 0),
+            (None, add, 2, 0, 0, -4),
+            (None, ld64, 1, 1, 0, self.counts.fd),
+            (None, 0, 0, 0, 0, 0),
+            (None, call, 0, 0, 0, 1),  # bpf_map_lookup_elem
+            (None, jeq, 0, 0, "out", 0),
+            (None, mov, 1, 0, 0, 1),
+            (None, xadd, 0, 1, 0, 0),
+            ("out", mov, 0, 0, 0, 0),
+            (None, leave, 0, 0, 0, 0),
+        ]
+        self.prog = libbpf.Prog(BPF_PROG_TYPE_RAW_TRACEPOINT, "count_errors", _assemble(code), 0, [])
+        self.link = ctypes.CDLL("libbpf.so.1").bpf_raw_tracepoint_open(b"xdp_redirect_err", self.prog.fd)
+        assert self.link >= 0
+
+    def count(self) -> int:
+        value = self.counts.get(bytes(4))
+        assert value is not None
+        return int.from_bytes(value, "little")
+
+    def close(self) -> None:
+        os.close(self.link)
+        self.prog.close()
+        self.counts.close()
+
+    def __enter__(self) -> RedirectErrors:
         return self
 
     def __exit__(

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from afxdp_fake import build
-from afxdp_support import PORT, Redirect
+from afxdp_support import PORT, Redirect, RedirectErrors
 
 from bypass import libbpf, netns
 from bypass.afxdp import AfxdpDevice, interface_queues
@@ -367,6 +367,26 @@ def test_packets_larger_than_a_frame_are_dropped_and_counted(
         assert len(payload(frame)) == 2972
         assert port.send([answer(frame.data)]) == 1
         assert s.recv(4000) == b"x" * 2972
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_packets_for_the_socket_of_another_queue_show_in_the_tracepoint_alone(
+    lab: Lab, client: Callable[[], socket.socket], crossed: bool
+) -> None:
+    """They are dropped and in no statistic of the socket. A device never puts a socket where it does not belong."""
+    with netns.entered(lab.server_ns), AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=4096) as dev:
+        slots = {0: dev.fds[1], 1: dev.fds[0]} if crossed else dev.fds
+        with Redirect(SERVER_IFNAME, slots) as redirect, RedirectErrors(redirect.map.fd) as errors:
+            for i in range(20):
+                client().send(b"%d" % i)
+            if crossed:
+                wait_for(lambda: errors.count() == 20, 5, "the tracepoint to count 20 packets")
+            else:
+                assert len(receive(RawPort(dev), 20)) == 20
+                assert errors.count() == 0
+        for queue in dev.statistics().values():
+            assert crossed is (queue["rx_packets"] == 0)
+            assert queue["rx_dropped"] == queue["rx_ring_full"] == queue["rx_fill_ring_empty_descs"] == 0
 
 
 # ---- Links and devices ----------------------------------------------------------------------------------------------
