@@ -259,6 +259,12 @@ class Prog(_Owned):
         result = out.raw[: opts.data_size_out]
         return ProgRun(opts.retval, result[after.data :], result[: after.data], opts.duration)
 
+    def run_skb(self, frame: bytes) -> int:
+        """Runs a tc program on a frame of 14 bytes or more that claims to leave by the loopback; its return value."""
+        opts = _TestRunOpts(sz=ctypes.sizeof(_TestRunOpts), data_in=frame, data_size_in=len(frame), repeat=1)
+        _check(_lib().bpf_prog_test_run_opts(self.fd, ctypes.byref(opts)), "test run")
+        return ctypes.c_int32(opts.retval).value
+
 
 def _last_fd() -> int:
     """A descriptor number above all others of this process.
