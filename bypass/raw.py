@@ -29,6 +29,7 @@ from bypass.errors import DeviceError, SteeringError
 
 if TYPE_CHECKING:
     from bypass.policy import Policy
+    from bypass.status import StatusServer
     from bypass.steering import Steering
 
 __all__ = ["Endpoint", "Frame", "RawPort", "open_port"]
@@ -68,11 +69,14 @@ class RawPort:
     Attributes:
         device: as given.
         steering: the steering that feeds the port, for counters and for more endpoints; None: not of `open_port()`.
+        status: answers `bypass flows` and `bypass stats` while recv() waits; in an event loop, poll() it when its
+            descriptor is readable. None: not of `open_port()`.
     """
 
     def __init__(self, device: Any, *, on_close: Callable[[], object] | None = None) -> None:
         self.device = device  # keeps the owner of the memory alive
         self.steering: Steering | None = None
+        self.status: StatusServer | None = None
         self._netdev: Any = getattr(device, "netdev", None) or getattr(device, "dev", device)
         self._on_close = on_close
         self._buffer = ffi.new("uint8_t[]", MAX_BATCH * self._netdev.stride)
@@ -119,9 +123,14 @@ class RawPort:
 
     def _wait(self, deadline: float | None) -> bool:
         """Sleeps until frames arrive or the deadline (False) has passed."""
-        fd = self.fileno()
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return bool(select.select([fd], [], [], left)[0])
+        fds = [self.fileno()] if self.status is None else [self.fileno(), self.status.fileno()]
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = select.select(fds, [], [], left)[0]
+            if self.status is not None and fds[1] in ready:
+                self.status.poll()
+            if fds[0] in ready or not ready:
+                return bool(ready)
 
     # ---- Sending -----------------------------------------------------------------------------------------------
     def send(self, frames: Sequence[bytes], queue: int = 0, timeout: float | None = None) -> int:
@@ -236,6 +245,7 @@ def open_port(
     from bypass.afxdp import AfxdpDevice, interface_queues
     from bypass.netlink import NetlinkSocket, read_addresses, steerable
     from bypass.policy import Policy, load_policy
+    from bypass.status import Snapshot, StatusServer
     from bypass.steering import Steering
 
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
@@ -256,8 +266,9 @@ def open_port(
             steering.set_socket(0, queue, fd)
         for endpoint in endpoints:
             _make_live(steering, endpoint)
+        status = undo.enter_context(StatusServer(ifname, Snapshot(steering, device, name="raw")))
         port = RawPort(device, on_close=undo.pop_all().close)
-        port.steering = steering
+        port.steering, port.status = steering, status
         return port
 
 

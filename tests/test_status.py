@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bypass import netns, status
+from bypass import netns, raw, status
 from bypass.cli import cli
 from bypass.cli.flows import print_flows
 from bypass.errors import BypassError
@@ -354,3 +354,29 @@ def test_a_killed_process_is_gone_from_the_list_at_once(lab: Lab) -> None:
         os.kill(pid, signal.SIGKILL)
         process.wait()
         wait_for(lambda: netns.run(lab.server_ns, instances) == [])
+
+
+@pytest.mark.netns
+def test_a_raw_port_answers_while_it_waits(lab: Lab) -> None:
+    text = POLICY.read_text().replace("tcp", "udp").replace("8080", "5000")
+    with netns.entered(lab.server_ns):
+        port = raw.open_port(parse_policy(text), [("udp", "192.0.2.10", 5000)])
+    end = threading.Event()
+
+    def receive() -> None:
+        while not end.is_set():
+            port.recv(timeout=0.1)
+
+    with port:
+        thread = threading.Thread(target=receive)
+        thread.start()
+        try:
+            with netns.entered(lab.server_ns):
+                (instance,) = instances("bypass0")
+                flows, stats = ask(instance, "flows"), ask(instance, "stats")
+        finally:
+            end.set()
+            thread.join()
+    assert [(e["proto"], e["local_port"]) for e in flows["entries"]] == [("udp", 5000)]
+    assert set(stats["rings"]) == {"0", "1"}
+    assert "stack" not in stats
