@@ -568,6 +568,24 @@ def test_a_stack_that_is_closed_ends_its_streams() -> None:
     world.close()
 
 
+@pytest.mark.parametrize("pace", ["virtual", "real"])
+def test_a_loop_may_end_before_its_stack(pace: str) -> None:
+    """Streams that nobody closed: the stack's end resets them."""
+    world = SimWorld(pace)
+
+    async def main() -> Streams:
+        server = await world.start_server(patient)
+        streams = await world.open_connection(world.port(server))
+        streams[1].write(b"x")
+        assert await streams[0].readexactly(1) == b"x"
+        return streams
+
+    kept = world.run(main())
+    assert world.client.audit()["conns"] == 1
+    world.net.close()
+    assert kept[1].transport.get_extra_info("peername")[0] == world.ip
+
+
 class Buffered(asyncio.BufferedProtocol):
     """Receives into its own buffer."""
 

@@ -84,6 +84,8 @@ class Hub:
     # -- the stack's side
     def notify(self, handle: Handle) -> None:
         """Lock held, any thread: the handle has something to do."""
+        if self.loop.is_closed():
+            return  # the program has left: nobody is there to be told
         self._ready.append(handle)
         if threading.get_ident() == self._thread:
             if not self._run_scheduled:
