@@ -282,7 +282,7 @@ def parse_policy(text: str, path: str = "policy") -> Policy:
     policy = check.policy(path)
     if policy is None:
         raise PolicyError(check.problems(text), path)
-    assert policy.compiled  # raises when the rules need too many masks or entries
+    _ = policy.compiled  # raises when the rules need too many masks or entries
     return policy
 
 
@@ -328,7 +328,7 @@ class _Check:
         try:
             head = HeadModel.model_validate(data)
         except ValidationError as error:
-            self.wrongs += _field_errors(error, HeadModel, ())
+            self.wrongs += _field_errors(error, ())
             return None
         b = head.backend
         least = 2 * b.ring_size * len(b.queues or (0,))
@@ -345,7 +345,7 @@ class _Check:
             try:
                 flow = FlowModel.model_validate(item)
             except ValidationError as error:
-                errors = _field_errors(error, FlowModel, at)
+                errors = _field_errors(error, at)
                 self.wrongs += errors
                 self.wrongs += _what_else(at, item, {e.path[2:] for e in errors})
                 name = item.get("name") if isinstance(item, dict) else None
@@ -463,8 +463,8 @@ def _where(path: Path) -> tuple[str, str]:
     return "", str(path[0]) if path else ""
 
 
-def _field_errors(error: ValidationError, model: type[BaseModel], at: Path) -> list[_Wrong]:
-    """pydantic's errors in our words."""
+def _field_errors(error: ValidationError, at: Path) -> list[_Wrong]:
+    """pydantic's errors in our words. `at`: where the model that found them stands."""
     wrongs = []
     for detail in error.errors(include_url=False, include_input=False):
         path = (*at, *detail["loc"])

@@ -11,13 +11,14 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from bypass.policy_yaml import MAX_TEXT
 from bypass.rules import PROTOCOLS, Action, Network, PortRange
 
 MAX_QUEUES = 256
@@ -82,13 +83,16 @@ def _refuse(wrong: str = "", right: str = "", at: int | None = None) -> Pydantic
 def _one_of(*choices: str | int) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if type(value) not in (str, int) or value not in choices:
-            near = (
-                difflib.get_close_matches(value, [str(c) for c in choices], 1) if type(value) is str else ()
-            )
-            raise _refuse(right=f"did you mean {near[0]}?") if near else _refuse()
+            raise _refuse(right=_did_you_mean(value, [str(c) for c in choices]))
         return value
 
     return check
+
+
+def _did_you_mean(value: Any, choices: Iterable[str]) -> str:
+    """A hint, or nothing when no choice is near."""
+    near = difflib.get_close_matches(value[:MAX_TEXT].lower(), choices, 1) if type(value) is str else ()
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _matching(pattern: str) -> Callable[[Any], str]:
@@ -140,8 +144,7 @@ def _protocol(value: Any) -> int:
     if type(value) is not str:
         raise _refuse()
     if value not in PROTOCOLS:
-        near = difflib.get_close_matches(value.lower(), PROTOCOLS, 1)
-        raise _refuse(right=f"did you mean {near[0]}?") if near else _refuse()
+        raise _refuse(right=_did_you_mean(value, PROTOCOLS))
     return PROTOCOLS[value]
 
 
@@ -184,7 +187,8 @@ def _network_of(value: str) -> Network:
     except ValueError:
         raise _refuse() from None
     if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None:
-        raise _refuse("is IPv4 inside IPv6", f"write {host.ipv4_mapped}")
+        prefix = f"/{net.prefixlen - 96}" if 96 <= net.prefixlen < 128 else ""
+        raise _refuse("is IPv4 inside IPv6", f"write {host.ipv4_mapped}{prefix}")
     if host.is_unspecified and net.prefixlen == net.max_prefixlen:
         raise _refuse("is no address that a packet has", "leave the field out to match any address")
     if host != net.network_address:

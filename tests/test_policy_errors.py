@@ -99,6 +99,11 @@ MATCH_ERRORS = [
     ("local: 0.0.0.0", "local", "0.0.0.0 is no address that a packet has: leave the field out"),
     ("local: '::'", "local", ":: is no address that a packet has"),
     ("local: '::ffff:192.0.2.1'", "local", "::ffff:192.0.2.1 is IPv4 inside IPv6: write 192.0.2.1"),
+    (
+        "local: '::ffff:192.0.2.0/120'",
+        "local",
+        "::ffff:192.0.2.0/120 is IPv4 inside IPv6: write 192.0.2.0/24",
+    ),
     ("local: 'fe80::1%eth0'", "local", "fe80::1%eth0 is not an address or prefix"),
     (
         "local: 2001:10:20:30:40:50:59:1",
