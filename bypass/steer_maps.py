@@ -100,11 +100,12 @@ def endpoint_kind(e: Endpoint) -> int:
 
 
 def interface_maps(owners: int) -> Iterator[libbpf.Map]:
+    room = 2 * MAX_LOCALS  # new ones are added before old ones go
     yield libbpf.Map(libbpf.MAP_HASH, "endpoints", _ENDPOINT_KEY.size, _ENDPOINT.size, MAX_ENTRIES)
     yield libbpf.Map(libbpf.MAP_ARRAY, "config", 4, CONFIG.size, 1)
-    yield libbpf.Map(libbpf.MAP_HASH, "locals4", 4, 1, MAX_LOCALS)
-    yield libbpf.Map(libbpf.MAP_HASH, "locals6", 16, 1, MAX_LOCALS)
-    yield libbpf.Map(libbpf.MAP_HASH, "groups", 8, 1, MAX_LOCALS)
+    yield libbpf.Map(libbpf.MAP_HASH, "locals4", 4, 1, room)
+    yield libbpf.Map(libbpf.MAP_HASH, "locals6", 16, 1, room)
+    yield libbpf.Map(libbpf.MAP_HASH, "groups", 8, 1, room)
     yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "entry_count", 4, COUNT.size, MAX_ENTRIES)
     yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "reason_count", 4, COUNT.size, len(REASONS))
     yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "guard_count", 4, COUNT.size, len(GUARD_KINDS))

@@ -40,6 +40,7 @@ from bypass.steer_maps import (
     COUNT,
     GUARD_KINDS,
     MAX_ENTRIES,
+    MAX_LOCALS,
     MAX_QUEUES,
     REASONS,
     U32,
@@ -59,6 +60,7 @@ from bypass.steer_maps import (
 __all__ = [
     "GUARD_KINDS",
     "MAX_ENTRIES",
+    "MAX_LOCALS",
     "MAX_QUEUES",
     "REASONS",
     "Count",
@@ -351,8 +353,15 @@ class Steering:
     # ---- what the program compares with -----------------------------------------------------------------------
 
     def set_socket(self, owner: int, queue: int, fd: int) -> None:
-        """The AF_XDP socket for an owner's packets of a queue. When it closes, the kernel empties the slot."""
-        self._map("xsks").put(self._slot(owner, queue), U32.pack(fd))
+        """The AF_XDP socket for an owner's packets of a queue. When it closes, the kernel empties the slot.
+
+        Raises:
+            SteeringError: no such owner or queue, or fd is no AF_XDP socket.
+        """
+        try:
+            self._map("xsks").put(self._slot(owner, queue), U32.pack(fd))
+        except OSError as e:
+            raise SteeringError(f"{self.ifname}, queue {queue}: descriptor {fd} is no AF_XDP socket") from e
 
     def clear_socket(self, owner: int, queue: int) -> None:
         """Takes the socket out: live TCP of that queue is dropped, UDP passes."""
@@ -364,13 +373,22 @@ class Steering:
         return U32.pack(owner * MAX_QUEUES + queue)
 
     def set_locals(self, addresses: Iterable[str | Address]) -> None:
-        """The addresses of this host (IPv4 and IPv6): only what is sent to them is taken or dropped."""
+        """The addresses of this host (IPv4 and IPv6): only what is sent to them is taken or dropped.
+
+        Raises:
+            SteeringError: more than MAX_LOCALS of a family.
+        """
         wanted = {ipaddress.ip_address(a) for a in addresses}
-        set_keys(self._map("locals4"), {a.packed for a in wanted if a.version == 4})
-        set_keys(self._map("locals6"), {a.packed for a in wanted if a.version == 6})
+        for name, version in (("locals4", 4), ("locals6", 6)):
+            keys = {a.packed for a in wanted if a.version == version}
+            if len(keys) > MAX_LOCALS:
+                raise SteeringError(
+                    f"{self.ifname}: {len(keys)} IPv{version} addresses; steering knows {MAX_LOCALS}"
+                )
+            set_keys(self._map(name), keys)
 
     def set_groups(self, macs: Iterable[bytes]) -> None:
-        """Group MAC addresses that are joined: UDP to them can be steered."""
+        """Group MAC addresses that are joined, at most MAX_LOCALS: UDP to them can be steered."""
         set_keys(self._map("groups"), {mac + bytes(2) for mac in macs})
 
     def set_mac(self, mac: bytes) -> None:

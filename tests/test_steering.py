@@ -19,7 +19,7 @@ from packets import policy_of
 from bypass.bpf import build
 from bypass.errors import BypassError, GrantError, PrivilegeError, SteeringError
 from bypass.rules import PortRange, Rule
-from bypass.steering import MAX_ENTRIES, REASONS, Steering
+from bypass.steering import MAX_ENTRIES, MAX_LOCALS, REASONS, Steering
 
 pytestmark = pytest.mark.netns
 
@@ -167,6 +167,23 @@ def test_a_closed_socket_leaves_its_slot(steering: Steering) -> None:
     steering.clear_socket(0, 0)  # an empty slot is nothing
     with pytest.raises(SteeringError, match="no slot for owner 0, queue 256"):
         steering.clear_socket(0, 256)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(steering: Steering) -> None:
+    steering.add_endpoint(TCP, None, 80)
+    with (
+        pytest.raises(SteeringError, match=r"lo, queue 0: descriptor \d+ is no AF_XDP socket"),
+        open("/dev/null") as f,
+    ):
+        steering.set_socket(0, 0, f.fileno())
+    many = [ipaddress.IPv4Address(n) for n in range(1 << 24, (1 << 24) + MAX_LOCALS + 1)]
+    with pytest.raises(SteeringError, match="4097 IPv4 addresses"):
+        steering.set_locals(many)
+    assert reason(steering, frame()) == "steered"
+    steering.set_locals(many[1:])
+    assert reason(steering, frame()) == "not_local"
+    steering.set_locals([HOST])
+    assert reason(steering, frame()) == "steered"
 
 
 def test_packets_and_bytes_are_counted_in_one_place_of_each_kind(steering: Steering) -> None:

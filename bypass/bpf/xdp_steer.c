@@ -303,7 +303,7 @@ static inline int steer(struct xdp_md *ctx, const struct config *cfg, const stru
     if (p->flow.family != 4 || (proto != IPPROTO_TCP && proto != IPPROTO_UDP)) {
         return REASON_NO_ENDPOINT;
     }
-    if (p->tagged) {
+    if (p->tagged) { /* the kernel's, or a VLAN device's; resets of the kernel to a priority tag (VLAN 0): tc_guard.c */
         return REASON_VLAN;
     }
     if (p->group && (p->icmp || proto == IPPROTO_TCP)) { /* RFC 1122 3.2.1.3 */
