@@ -119,6 +119,16 @@ def test_our_own_announcement_come_back_is_no_conflict() -> None:
 
 
 # ---- Asking -------------------------------------------------------------------------------------------------------
+def test_the_answer_is_in_the_packet_not_in_the_frame() -> None:
+    """A bridge or proxy may have sent the frame: RFC 826 reads ar$sha."""
+    with Conversation(neighbours=()) as c:
+        c.stack.sendto(c.udp(), b"x", (PEER, 9))
+        c.sent()
+        c.inject(eth(OUR_MAC, PEER_MAC, ETH_ARP, arp(2, NEW_MAC, PEER, OUR_MAC, US)))
+        [frame] = c.sent()
+        assert frame[:6] == NEW_MAC
+
+
 def test_a_datagram_waits_for_the_answer() -> None:
     with Conversation(neighbours=()) as c:
         sock = c.udp(peer=(PEER, 9))
