@@ -69,6 +69,18 @@ def test_the_last_error_is_the_reason_when_the_connection_times_out() -> None:
         assert t.stack.error(conn) == errno.EHOSTUNREACH
 
 
+def test_an_error_that_passed_is_not_the_reason_for_a_later_timeout() -> None:
+    with Talk() as t:
+        conn = t.established()
+        t.write(100)
+        error(t, 3, 1, 1)
+        t.peer(". 1:1 ack 101")
+        t.write(100)
+        t.advance(1500)
+        t.out()
+        assert t.stack.error(conn) == errno.ETIMEDOUT
+
+
 @pytest.mark.parametrize("seq", [-1, 101, 5000, -(1 << 31)])
 def test_errors_that_quote_nothing_in_flight_are_ignored(seq: int) -> None:
     with Talk() as t:

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import errno
+import os
 from itertools import pairwise
 
 import pytest
 from bypass._core import lib
 from tcp_talk import Talk
+
+from bypass.core import Config
+from bypass.sim import Fate, Faults, Network
 
 MSS = 1000
 OPTS = f"mss {MSS}"
@@ -473,3 +477,45 @@ def test_a_transfer_survives_the_loss_of_every_seventh_segment() -> None:
         assert edge == total
         t.out()
         assert t.info.snd_queued == 0
+
+
+@pytest.mark.skipif("san" in os.environ.get("BYPASS_BUILD", ""), reason="2 GB are too much with sanitizers")
+def test_a_loss_after_two_gigabytes_is_still_recovered_from() -> None:
+    """`recover` must follow: half of the sequence space behind, it would look as if it were ahead."""
+    net = Network(1)
+    net.wire(faults=Faults(delay_ns=50_000))
+    config = Config(conns=4, sndbuf=1 << 20, rcvbuf=1 << 20)
+    a, b = (net.stack(f"10.0.0.{i}/24", config=config, mtu=9000) for i in (1, 2))
+    listener = b.core.socket(lib.BYPASS_STREAM)
+    b.core.bind(listener, ("10.0.0.2", 80))
+    b.core.listen(listener, 1)
+    client = a.core.socket(lib.BYPASS_STREAM)
+    a.core.connect(client, ("10.0.0.2", 80))
+    net.run(duration_ns=10_000_000)
+    server = b.core.accept(listener)
+    data, room = bytes(1 << 20), bytearray(1 << 20)
+    received = 0
+
+    def transfer(n: int) -> None:
+        nonlocal received
+        end = received + n
+
+        def step() -> bool:
+            nonlocal received
+            while a.core.send(client, data) > 0:
+                pass
+            while (got := b.core.recv_into(server, room)) > 0:
+                received += got
+            return received >= end
+
+        assert net.run(step, duration_ns=60_000_000_000)
+
+    transfer(2200 << 20)
+    assert a.port is not None
+    before = a.core.stats()
+    a.port.script([Fate.LOSE])
+    transfer(16 << 20)
+    after = a.core.stats()
+    assert after["tcp_fast_retransmits"] - before["tcp_fast_retransmits"] == 1
+    assert after["tcp_timeouts"] == before["tcp_timeouts"]
+    net.close()

@@ -90,6 +90,12 @@ MUTANTS = {
         "c->dupacks == 3 && seq_geq(c->snd_una, c->recover)",
         "loss::test_duplicates_at_the_end_of_a_recovery_do_not_begin_another",
     ),
+    "the last recovery is remembered for ever": Mutant(
+        "tcp_ack.c",
+        "c->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps",
+        "; /* keeps",
+        "loss::test_a_loss_after_two_gigabytes_is_still_recovered_from",
+    ),
     "a partial ACK ends the recovery": Mutant(
         "tcp_ack.c",
         "if (seq_geq(c->snd_una, c->recover))\n            leave_recovery(c);",

@@ -203,6 +203,17 @@ def test_segments_to_groups_are_ignored() -> None:
         assert t.stack.audit()["conns"] == 0
 
 
+@pytest.mark.parametrize("src", [US, "255.255.255.255", "224.0.0.1", "0.0.0.0", "127.0.0.1"])
+def test_segments_from_impossible_addresses_are_ignored(src: str) -> None:
+    """RFC 1122 3.2.1.3; our own address: the LAND attack."""
+    with Talk() as t:
+        t.server()
+        t.inject_ip(ipv4(src, US, TCP, tcp(src, US, 80, 80, 1, 0, SYN, 1000)))
+        t.silence()
+        assert t.stack.audit()["conns"] == 0
+        assert t.counted() == {"ip_in_bad_source": 1}
+
+
 # ---- Acknowledgments from nowhere (RFC 5961 5.2) ------------------------------------------------------------------
 @pytest.mark.parametrize("ack", [2, 1000, 1 << 20, (1 << 31) - 10, -65536, -100000])
 def test_data_with_an_impossible_ack_is_not_taken(ack: int) -> None:

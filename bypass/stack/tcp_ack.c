@@ -181,6 +181,7 @@ static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct seg
     }
     grow_cwnd(c, acked, flight);
     conn_cold(s, c)->unacked_since = now_ns(s);
+    conn_cold(s, c)->soft_error = 0; /* the path works again */
     if (c->snd_una.v == c->snd_nxt.v)
         c->rtx_at = 0; /* RFC 6298 5.2 */
     else
