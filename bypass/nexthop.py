@@ -172,7 +172,8 @@ class NextHops:
         macs: dict[Address, bytes | Unresolved] = {}
         for destination in self._questions(now_ns):
             before = self._known[destination]
-            after = self._look(destination, now_ns, macs, fresh=False)
+            # A neighbour that was there and fails may have a new MAC address: tried once more at once.
+            after = self._look(destination, now_ns, macs, fresh=isinstance(before.answer, NextHop))
             if after.answer != before.answer:
                 told[destination] = after.answer
         for gateway in [g for g in self._managed if not self._behind[g]]:

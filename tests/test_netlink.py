@@ -245,6 +245,14 @@ def test_a_route_change_moves_the_destination(place: Place) -> None:
     place.until(lambda: place.told[BEHIND] is UNREACHABLE)
 
 
+def test_an_ipv4_destination_behind_an_ipv6_gateway_has_its_mac(place: Place) -> None:
+    place.ip("address", "add", "2001:db8::10/64", "dev", "bypass0", "nodad")
+    gateway = ("2001:db8::20", "lladdr", "02:00:00:00:00:20", "dev", "bypass0", "nud", "permanent")
+    place.ip("neigh", "replace", *gateway)
+    place.ip("route", "add", "203.0.113.0/24", "via", "inet6", "2001:db8::20", "dev", "bypass0")
+    assert place.resolved(IP("203.0.113.7")) == NextHop(bytes.fromhex("020000000020"), 1500, SERVER)
+
+
 def test_a_permanent_neighbour_stays_permanent(place: Place) -> None:
     place.ip(
         "neigh", "replace", "192.0.2.30", "lladdr", "02:00:00:00:00:30", "dev", "bypass0", "nud", "permanent"
@@ -273,6 +281,24 @@ def test_a_neighbour_that_changes_its_mac_is_followed(place: Place) -> None:
     place.ip("neigh", "change", str(CLIENT), "lladdr", new, "dev", "bypass0", "nud", "reachable")
     place.until(lambda: CLIENT in place.told)
     answer = place.told[CLIENT]
+    assert isinstance(answer, NextHop)
+    assert answer.mac == bytes.fromhex(new.replace(":", ""))
+
+
+def test_a_neighbour_that_fails_is_looked_for_again_at_once(place: Place) -> None:
+    place.resolved(CLIENT)
+    new = "02:00:00:00:00:66"
+    ip(place.lab.client_ns, "link", "set", "bypass1", "address", new)
+    place.ip("neigh", "change", str(CLIENT), "dev", "bypass0", "nud", "failed")
+    answers = []
+
+    def found() -> bool:
+        answers.append(place.told.get(CLIENT))
+        return isinstance(answers[-1], NextHop)
+
+    place.until(found)
+    assert UNREACHABLE not in answers
+    answer = answers[-1]
     assert isinstance(answer, NextHop)
     assert answer.mac == bytes.fromhex(new.replace(":", ""))
 
