@@ -204,9 +204,11 @@ class Conversation:
 
     def starve(self, *, starved: bool = True) -> None:
         """From now on the device gives no frames for sending, though it has some."""
-        faults = ffi.new("struct sim_device_faults *")
-        faults.alloc_fail_ppm = 1_000_000 if starved else 0
-        lib.sim_port_device_faults(self.port, faults)
+        self.device(alloc_fail_ppm=1_000_000 if starved else 0)
+
+    def device(self, **faults: int) -> None:
+        """What is wrong with the device from now on: fields of struct sim_device_faults; the others are 0."""
+        lib.sim_port_device_faults(self.port, ffi.new("struct sim_device_faults *", faults))
 
     # ---- end
     def close(self, *, check: bool = True) -> None:

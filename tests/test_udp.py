@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import examples
 from wire import ICMP, UDP, icmp, ipv4, join, parse_udp, udp
 
-from bypass.core import Config
+from bypass.core import FOREVER, Config
 
 EAGAIN = -errno.EAGAIN
 
@@ -446,6 +446,22 @@ def test_a_sender_in_a_loop_is_stopped_and_told_when_to_go_on() -> None:
         assert len(c.sent()) == sent
         assert c.stack.ready(sock) & lib.BYPASS_OUT
         assert c.stack.sendto(sock, b"x", (PEER, 9)) == 1
+
+
+def test_a_blocked_sender_is_woken_when_the_device_has_sent_and_nobody_is_woken_without_one() -> None:
+    with Conversation(frames=64) as c:
+        sock = c.udp(7)
+        c.settle()
+        assert c.stack.deadline() == FOREVER
+        c.device(complete_ns=5_000_000)
+        while c.stack.sendto(sock, b"x", (PEER, 9)) == 1:
+            pass
+        assert c.taken(sock) == 0
+        c.advance(0.004)
+        assert c.taken(sock) == 0
+        c.advance(0.003)
+        assert c.taken(sock) == lib.BYPASS_OUT
+        assert c.stack.deadline() == FOREVER
 
 
 @pytest.mark.parametrize("closed", range(3))
