@@ -147,6 +147,7 @@ void tx_queue(struct bypass_stack *s, bypass_pkt p);
 /* ---- Randomness, hashing ------------------------------------------------------------------------ */
 uint64_t core_random(struct bypass_stack *s); /* unpredictable, from the secrets of creation */
 uint64_t siphash13(const uint64_t key[2], const void *data, size_t len);
+uint64_t siphash13_12(const uint64_t key[2], uint64_t first, uint32_t rest);
 void core_log(const struct bypass_stack *s, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 /* ---- In: each consumes the frame (keeps or frees it) -------------------------------------------- */

@@ -173,7 +173,7 @@ uint32_t csum_copy(void *dst, const void *src, size_t len, uint32_t sum)
 
 /* An IPv4 address in its IPv6 form brings 0xffff along, which is zero in ones'-complement arithmetic: one formula
  * serves both families. The IPv6 pseudo-header has a 32-bit length and the IPv4 one 16 bits: the same sum. */
-uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len)
+uint32_t csum_pseudo_any(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len)
 {
     uint64_t sum = (uint64_t)__builtin_bswap32(len) + __builtin_bswap32(proto);
     sum = add_carry(sum, load64(src->b));

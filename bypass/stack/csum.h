@@ -34,8 +34,26 @@ static inline uint16_t csum_ipv4_header(uint64_t first, uint64_t second, uint32_
     sum = __builtin_add_overflow(first, second, &sum) ? sum + 1 : sum;
     return csum_fold64(__builtin_add_overflow(sum, third, &sum) ? sum + 1 : sum);
 }
+/* csum_bytes() of n words in registers. */
+static inline uint32_t csum_words(const uint64_t *w, uint32_t n, uint32_t sum)
+{
+    uint64_t a = sum;
+    for (uint32_t i = 0; i < n; i++)
+        a = __builtin_add_overflow(a, w[i], &a) ? a + 1 : a;
+    return csum_add((uint32_t)a, (uint32_t)(a >> 32));
+}
+
 /* Partial sum of the IPv4 or IPv6 pseudo-header (RFC 9293 3.1, RFC 8200 8.1). */
-uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len);
+uint32_t csum_pseudo_any(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len);
+static inline uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len)
+{
+    uint32_t a, b;
+    if (unlikely(!addr_is_v4(dst)))
+        return csum_pseudo_any(src, dst, proto, len);
+    memcpy(&a, addr_v4(src), 4); /* what stands in front of it, ::ffff, is zero in ones'-complement arithmetic */
+    memcpy(&b, addr_v4(dst), 4);
+    return csum_add(csum_add(a, b), (uint32_t)__builtin_bswap16((uint16_t)len) + __builtin_bswap16(proto));
+}
 
 /* The variants that csum_bytes() and csum_copy() choose from, for tests. The wide ones need csum_has_avx2(). */
 uint32_t csum_bytes_portable(const void *data, size_t len, uint32_t sum);

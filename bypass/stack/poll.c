@@ -56,7 +56,8 @@ int bypass_poll(struct bypass_stack *s, uint64_t now_ns, int budget)
     tcp_timers(s);
     net_timers(s);
     tcp_output_pending(s);
-    int err = bypass_flush(s);
+    const struct core *c = core(s);
+    int err = c->txq_head != c->txq_tail || c->kick_again ? bypass_flush(s) : 0;
     if (n < 0)
         return n;
     return err < 0 ? err : done;

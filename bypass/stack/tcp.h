@@ -172,16 +172,15 @@ struct flow_slot {
 struct tcp *tcp_head(const struct bypass_stack *s);
 static inline struct tcp_conn *conn_at(const struct bypass_stack *s, uint32_t i)
 {
-    return pool_at(s, &core(s)->conns, i);
+    return (struct tcp_conn *)at(s, core(s)->conns.off) + i;
 }
 static inline struct tcp_cold *cold_at(const struct bypass_stack *s, uint32_t i)
 {
-    return pool_at(s, &core(s)->colds, i);
+    return (struct tcp_cold *)at(s, core(s)->colds.off) + i;
 }
 static inline uint32_t conn_index(const struct bypass_stack *s, const struct tcp_conn *c)
 {
-    const struct pool *p = &core(s)->conns;
-    return (uint32_t)(((const uint8_t *)c - (const uint8_t *)at(s, p->off)) / p->size);
+    return (uint32_t)(c - conn_at(s, 0)); /* the entry's size is known here: a shift, no division */
 }
 static inline struct tcp_cold *conn_cold(const struct bypass_stack *s, const struct tcp_conn *c)
 {
@@ -196,6 +195,7 @@ static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return (uint3
 /* ---- A segment, parsed (host order) --------------------------------------------------------------- */
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG = 32 };
 enum { TCP_HDR = 20, TCP_TS_BYTES = 12, TCP_MIN_MSS = 48, TCP_DEFAULT_MSS = 536 };
+enum { TCP_TS_PREFIX = 0x0a080101 }; /* NOP NOP, timestamps, 10 bytes (RFC 7323 appendix A), as it lies in memory */
 
 struct tcp_opts {
     uint16_t mss; /* 0: absent */
@@ -298,7 +298,16 @@ enum {                /* meta.seg_flags beyond core.h's */
 };
 
 /* tcp_out.c */
-void tcp_output(struct bypass_stack *s, struct tcp_conn *c);          /* all that may go now */
+void tcp_output_now(struct bypass_stack *s, struct tcp_conn *c);
+static inline bool tcp_has_output(const struct tcp_conn *c)
+{
+    return c->sndq_next != BYPASS_PKT_NONE || c->lost_bytes > 0 || (c->flags & (TF_FIN_QUEUED | TF_FIN_LOST));
+}
+static inline void tcp_output(struct bypass_stack *s, struct tcp_conn *c) /* all that may go now */
+{
+    if (tcp_has_output(c) || (c->flags & TF_ACK_NOW))
+        tcp_output_now(s, c);
+}
 void tcp_resume(struct bypass_stack *s, struct tcp_conn *c);          /* after conn_blocked() */
 void tcp_retransmit_head(struct bypass_stack *s, struct tcp_conn *c); /* at once, whatever cwnd says */
 void tcp_send_ack(struct bypass_stack *s, struct tcp_conn *c);

@@ -7,12 +7,11 @@
 
 enum { OPT_END = 0, OPT_NOP = 1, OPT_MSS = 2, OPT_WSCALE = 3, OPT_TS = 8, MAX_WSCALE = 14 };
 
-/* NOP NOP timestamps: what nearly every segment carries (RFC 7323 appendix A). */
-static const uint8_t ts_prefix[4] = {OPT_NOP, OPT_NOP, OPT_TS, 10};
+static_assert(TCP_TS_PREFIX == (10 << 24 | OPT_TS << 16 | OPT_NOP << 8 | OPT_NOP), "little-endian");
 
 bool tcp_opt_parse_ts(const uint8_t *p, uint32_t len, struct tcp_opts *out)
 {
-    if (len != TCP_TS_BYTES || memcmp(p, ts_prefix, 4) != 0)
+    if (len != TCP_TS_BYTES || rd32(p) != __builtin_bswap32(TCP_TS_PREFIX))
         return false;
     out->has_ts = true;
     out->ts_val = rd32(p + 4);
@@ -54,7 +53,7 @@ bool tcp_opt_parse(const uint8_t *p, uint32_t len, struct tcp_opts *out)
 
 uint32_t tcp_opt_write_ts(uint8_t *p, uint32_t val, uint32_t ecr)
 {
-    memcpy(p, ts_prefix, 4);
+    wr32(p, __builtin_bswap32(TCP_TS_PREFIX));
     wr32(p + 4, val);
     wr32(p + 8, ecr);
     return TCP_TS_BYTES;

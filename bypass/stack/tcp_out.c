@@ -15,44 +15,74 @@ struct header {
     uint8_t flags;
     uint16_t wnd;
     uint16_t src_port, dst_port;
+    bool has_ts; /* timestamps are the only options; else opts */
+    uint32_t ts_val, ts_ecr;
     const uint8_t *opts;
     uint32_t opts_len;
 };
+
+/* The first 16 bytes, as they lie in memory. Built and summed in registers: reading back what was just written
+ * in smaller pieces would wait for the stores. */
+static inline void header_words(const struct header *h, uint32_t len, uint64_t w[2])
+{
+    w[0] = (uint64_t)__builtin_bswap32(h->seq.v) << 32 | (uint32_t)__builtin_bswap16(h->dst_port) << 16 |
+           __builtin_bswap16(h->src_port);
+    w[1] = (uint64_t)__builtin_bswap16(h->wnd) << 48 | (uint64_t)h->flags << 40 | (uint64_t)(len << 2) << 32 |
+           __builtin_bswap32(h->ack.v);
+}
+
+/* With timestamps and nothing else: what nearly every segment carries. sum: of the pseudo-header and payload. */
+static inline void header_put_ts(uint8_t *b, const struct header *h, uint32_t sum)
+{
+    uint64_t w[4];
+    header_words(h, TCP_HDR + TCP_TS_BYTES, w);
+    w[2] = (uint64_t)TCP_TS_PREFIX << 32; /* behind checksum and urgent pointer */
+    w[3] = (uint64_t)__builtin_bswap32(h->ts_ecr) << 32 | __builtin_bswap32(h->ts_val);
+    w[2] |= csum_fold(csum_words(w, 4, sum));
+    memcpy(b, w, sizeof w);
+}
+
+static void header_put(uint8_t *b, const struct header *h, uint32_t sum)
+{
+    uint64_t w[2];
+    uint32_t len = TCP_HDR + h->opts_len;
+    header_words(h, len, w);
+    memcpy(b, w, sizeof w);
+    memset(b + 16, 0, 4);
+    if (h->opts_len > 0)
+        memcpy(b + TCP_HDR, h->opts, h->opts_len);
+    uint16_t check = csum_fold(csum_bytes(b, len, sum));
+    memcpy(b + 16, &check, 2);
+}
 
 /* Writes the TCP header in front of meta.off and the checksum over it and the payload, whose partial sum
  * the caller knows. */
 static void push_header(struct bypass_stack *s, bypass_pkt p, const struct header *h, const addr_t *src,
                         const addr_t *dst, uint32_t payload_sum)
 {
-    uint32_t payload = pkt_meta(s, p)->len, len = TCP_HDR + h->opts_len;
+    uint32_t payload = pkt_meta(s, p)->len, len = TCP_HDR + (h->has_ts ? TCP_TS_BYTES : h->opts_len);
+    uint32_t sum = csum_add(csum_pseudo(src, dst, 6, len + payload), payload_sum);
     uint8_t *b = pkt_push(s, p, (uint16_t)len);
-    wr16(b, h->src_port);
-    wr16(b + 2, h->dst_port);
-    wr32(b + 4, h->seq.v);
-    wr32(b + 8, h->ack.v);
-    b[12] = (uint8_t)(len << 2);
-    b[13] = h->flags;
-    wr16(b + 14, h->wnd);
-    memset(b + 16, 0, 4);
-    if (h->opts_len > 0)
-        memcpy(b + TCP_HDR, h->opts, h->opts_len);
-    uint32_t sum = csum_pseudo(src, dst, 6, len + payload);
-    sum = csum_bytes(b, len, csum_add(sum, payload_sum));
-    uint16_t check = csum_fold(sum);
-    memcpy(b + 16, &check, 2);
+    if (likely(h->has_ts))
+        header_put_ts(b, h, sum);
+    else
+        header_put(b, h, sum);
     STAT(s, tcp_out);
 }
 
 /* The connection's own half of a header: ACK, window, timestamps. It counts as an acknowledgment. */
-static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t *opts, uint8_t flags)
+static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t flags)
 {
     h->src_port = c->lport;
     h->dst_port = c->rport;
     h->ack = c->rcv_nxt;
     h->flags = flags | TCP_ACK;
     h->wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
-    h->opts = opts;
-    h->opts_len = c->flags & TF_TS ? tcp_opt_write_ts(opts, tcp_ts_now(s, c), c->ts_recent) : 0;
+    if (likely(c->flags & TF_TS)) {
+        h->has_ts = true;
+        h->ts_val = tcp_ts_now(s, c);
+        h->ts_ecr = c->ts_recent;
+    }
     c->last_ack_sent = c->rcv_nxt;
     c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER);
     c->ack_at = 0;
@@ -90,9 +120,8 @@ static bool send_bare(struct bypass_stack *s, struct tcp_conn *c, seq_t at, uint
         conn_blocked(s, c, false);
         return false;
     }
-    uint8_t opts[TCP_TS_BYTES];
     struct header h = {.seq = at};
-    conn_header(s, c, &h, opts, flags);
+    conn_header(s, c, &h, flags);
     push_header(s, p, &h, &c->laddr, &c->raddr, 0);
     pkt_meta(s, p)->queue = c->queue;
     struct ip_tx tx = conn_ip(s, c);
@@ -203,9 +232,8 @@ static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     struct bypass_pkt_meta *m = pkt_meta(s, p);
     if ((m->holders & BYPASS_HOLD_DEV) || (m->seg_flags & IN_TXQ))
         return BUSY;
-    uint8_t opts[TCP_TS_BYTES];
     struct header h = {.seq = seq(m->seq)};
-    conn_header(s, c, &h, opts, (uint8_t)((m->seg_flags & SEG_PSH ? TCP_PSH : 0) | (fin ? TCP_FIN : 0)));
+    conn_header(s, c, &h, (uint8_t)((m->seg_flags & SEG_PSH ? TCP_PSH : 0) | (fin ? TCP_FIN : 0)));
     m->off = m->data_off;
     m->len = m->data_len;
     m->queue = c->queue;
@@ -351,7 +379,7 @@ static void output_fin(struct bypass_stack *s, struct tcp_conn *c)
     c->snd_nxt = seq_add(c->snd_nxt, 1);
 }
 
-static bool state_sends_data(uint8_t state)
+static inline bool state_sends_data(uint8_t state)
 {
     static const uint16_t mask = 1u << BYPASS_ESTABLISHED | 1u << BYPASS_CLOSE_WAIT | 1u << BYPASS_FIN_WAIT_1 |
                                  1u << BYPASS_CLOSING | 1u << BYPASS_LAST_ACK;
@@ -375,10 +403,9 @@ static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c)
     }
 }
 
-void tcp_output(struct bypass_stack *s, struct tcp_conn *c)
+void tcp_output_now(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (state_sends_data(c->state) &&
-        (c->sndq_next != BYPASS_PKT_NONE || c->lost_bytes > 0 || (c->flags & (TF_FIN_QUEUED | TF_FIN_LOST)))) {
+    if (state_sends_data(c->state) && tcp_has_output(c)) {
         struct dst *d = conn_dst(s, c);
         if (d && d->mtu && c->path_mtu != d->mtu) {
             c->path_mtu = d->mtu;
