@@ -132,6 +132,34 @@ def test_a_smaller_path_mtu_resends_in_smaller_segments(mtu: int, mss: int) -> N
         assert "tcp_timeouts" not in t.counted()
 
 
+def test_only_what_was_too_large_is_sent_again() -> None:
+    with Talk() as t:
+        t.established(TCP_NODELAY=1)
+        t.write(100)
+        t.write(1460)
+        t.write(100)
+        t.hears("P. 1:101", "P. 101:1561", "P. 1561:1661")
+        error(t, 3, 4, 101, mtu=1040)
+        t.hears(". 101:1101", "P. 1101:1561")
+        t.peer(". 1:1 ack 1661")
+        assert t.info.snd_queued == 0
+
+
+def test_cutting_segments_waits_for_frames() -> None:
+    with Talk() as t:
+        t.established()
+        t.write(2 * 1460)
+        assert len(t.out()) == 2
+        t.faults(alloc_fail_ppm=1_000_000)
+        error(t, 3, 4, 1, mtu=1040)
+        t.silence(0.01)
+        t.faults()
+        t.advance(0.01)
+        assert [s.seq for s in t.out()] == [1, 1001, 1461, 2461]
+        t.peer(". 1:1 ack 2921")
+        assert t.info.snd_queued == 0
+
+
 def test_an_unstated_mtu_is_the_next_plateau() -> None:
     """RFC 1191 7.1."""
     with Talk() as t:

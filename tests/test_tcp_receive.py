@@ -321,6 +321,21 @@ def test_one_connections_out_of_order_data_leaves_chunks_for_others() -> None:
         t.sent()
 
 
+def test_data_in_order_takes_the_place_of_data_ahead_when_all_chunks_are_used() -> None:
+    with Talk(chunks=16) as t:
+        t.established()
+        for first in range(3001, 3025, 2):
+            t.peer(f". {first}:{first + 1}")
+        for first in range(1, 2501, 100):
+            t.peer(f". {first}:{first + 100}")
+        assert t.out()[-1].ack == 2501
+        assert t.counted()["tcp_ooo_pruned"] == 1
+        assert t.read() == stream(1, 2501)
+        t.peer(". 2501:3101")
+        assert t.read() == stream(2501, 3101)
+        t.sent()
+
+
 def test_data_is_accepted_when_every_frame_is_held() -> None:
     with Talk(frames=32) as t:
         t.established()

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from bypass._core import lib
+from conversation import PEER, PEER_MAC
 from tcp_talk import Talk
 
 OUT = lib.BYPASS_OUT
@@ -342,6 +343,84 @@ def test_frames_that_are_short_are_waited_for() -> None:
         assert 0 < took < 60000
         t.sent()
         assert t.taken(conn) == 0
+
+
+def test_an_acknowledgment_waits_for_a_frame() -> None:
+    with Talk() as t:
+        t.established()
+        t.faults(alloc_fail_ppm=1_000_000)
+        t.peer(". 1:1461", ". 1461:2921")
+        t.silence(0.01)
+        t.faults()
+        t.advance(0.001)
+        t.hears(". 1:1 ack 2921")
+
+
+def test_a_fin_waits_for_a_frame() -> None:
+    with Talk() as t:
+        t.established()
+        t.faults(alloc_fail_ppm=1_000_000)
+        t.shutdown()
+        t.silence(0.01)
+        t.faults()
+        t.advance(0.001)
+        t.hears("F. 1:1 ack 1")
+
+
+def test_a_piece_of_a_segment_waits_for_a_frame() -> None:
+    with Talk() as t:
+        t.established()
+        t.peer(". 1:1 ack 1 win 700")
+        t.write(1460)
+        t.advance(0.1)
+        t.faults(alloc_fail_ppm=1_000_000)
+        t.silence(0.2)
+        t.faults()
+        t.advance(0.5)
+        assert t.out()[0].end == 701
+        t.peer(". 1:1 ack 701 win 40000")
+        t.hears("P. 701:1461")
+
+
+def test_a_write_waits_for_a_frame() -> None:
+    with Talk() as t:
+        conn = t.established()
+        t.faults(alloc_fail_ppm=1_000_000)
+        assert t.stack.send(conn, b"x") == -errno.EAGAIN
+        t.silence(0.01)
+        t.faults()
+        t.advance(0.001)
+        assert t.taken(conn) == OUT
+        t.write(1)
+        t.hears("P. 1:2")
+
+
+def test_a_next_hop_that_fails_for_a_while_is_no_end() -> None:
+    with Talk() as t:
+        conn = t.established()
+        t.stack.nexthop_set(PEER, None)
+        t.write(100)
+        t.silence(1.9)
+        t.stack.nexthop_set(PEER, PEER_MAC)
+        t.advance(3)
+        got = t.out()
+        assert got
+        assert {(s.seq, s.end) for s in got} == {(1, 101)}
+        t.peer(". 1:1 ack 101")
+        assert t.stack.error(conn) == 0
+
+
+def test_a_next_hop_that_never_comes_is_the_reason_of_the_time_out() -> None:
+    with Talk() as t:
+        conn = t.established()
+        t.stack.nexthop_set(PEER, None)
+        t.write(100)
+        for _ in range(600):
+            t.advance(5)
+            if t.stack.nexthop_wanted():
+                t.stack.nexthop_set(PEER, None)
+        t.silence()
+        assert t.stack.error(conn) == errno.EHOSTUNREACH
 
 
 def test_a_segment_that_acknowledges_carries_the_delayed_ack() -> None:

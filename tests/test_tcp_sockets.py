@@ -225,6 +225,45 @@ def test_a_foreign_address_cannot_be_bound() -> None:
             t.stack.bind(sock, ("", 81))
 
 
+def test_listening_without_a_name_chooses_a_port() -> None:
+    with Talk() as t:
+        sock = t.stack.socket(STREAM)
+        t.stack.listen(sock, 1)
+        address, port = t.stack.local(sock)
+        assert (address, port >= 32768) == ("0.0.0.0", True)
+        info = t.stack.tcp_info(sock)
+        assert (info.state, info.local) == ("LISTEN", (address, port))
+        assert t.stack.error(sock) == 0
+
+
+def test_a_connection_speaks_through_the_datagram_calls_too() -> None:
+    with Talk() as t:
+        conn = t.established()
+        t.peer("P. 1:11")
+        assert t.stack.recvfrom(conn, 100) == (stream(1, 11), (PEER, 40000), 10)
+        assert t.stack.sendto(conn, stream(1, 6), None) == 5
+        t.hears("P. 1:6")
+        assert t.stack.sendto(conn, b"x", (PEER, 1)) == -errno.EISCONN
+
+
+def test_too_many_connections_are_an_error_of_connect() -> None:
+    with Talk(conns=2) as t:
+        socks = [t.stack.socket(STREAM) for _ in range(3)]
+        results = [t.stack.connect(s, (PEER, 9)) for s in socks]
+        assert results == [-errno.EINPROGRESS, -errno.EINPROGRESS, -errno.ENOBUFS]
+        assert t.stack.ready(socks[2]) == OUT | HUP
+        t.stack.close_socket(socks[0])
+        assert t.stack.connect(socks[2], (PEER, 9)) == -errno.EINPROGRESS, "it may be tried again"
+        t.sent()
+
+
+def test_without_an_address_of_our_own_nothing_is_reached() -> None:
+    with Talk() as t:
+        t.stack.addr_del(US)
+        sock = t.stack.socket(STREAM)
+        assert t.stack.connect(sock, (PEER, 9)) == -errno.ENETUNREACH
+
+
 # ---- Options ------------------------------------------------------------------------------------------------------
 OPTIONS = {
     "SO_SNDBUF": (4096, 1 << 30),
@@ -270,6 +309,19 @@ def test_an_accepted_connection_inherits_the_listeners_options(name: str) -> Non
         conn = t.established(**{name: value})
         assert t.stack.getopt(conn, getattr(lib, f"BYPASS_{name}")) == value
         assert low <= value
+
+
+def test_options_of_the_moment() -> None:
+    with Talk() as t:
+        conn = t.established()
+        get = t.stack.getopt
+        assert get(conn, lib.BYPASS_TCP_MAXSEG) == 1460, "what segments carry now"
+        assert get(conn, lib.BYPASS_TCP_QUICKACK) == 1
+        t.option("TCP_QUICKACK", 0)
+        assert get(conn, lib.BYPASS_TCP_QUICKACK) == 0
+        assert get(t.listener, lib.BYPASS_SO_REUSEADDR) == 0
+        t.stack.setopt(conn, lib.BYPASS_SO_RCVBUF, 1 << 40)
+        assert get(conn, lib.BYPASS_SO_RCVBUF) == 1 << 30
 
 
 def test_unknown_options_are_refused() -> None:
