@@ -217,7 +217,7 @@ def on_interface(size: int, facts: dict[str, Any]) -> None:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="bypass-demo-")))
         say(f"a file of {size / 1e6:.0f} MB, and a lab: two hosts in network namespaces, joined by a veth")
         expected = make_body(folder / "body.bin", size)
-        place = undo.enter_context(Lab("demo"))
+        place = undo.enter_context(Lab(f"demo-{os.getpid()}"))
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         http = [
             sys.executable,
