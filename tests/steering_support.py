@@ -98,6 +98,8 @@ class Bench:
             ip.link("add", ifname="in0", kind="veth", peer={"ifname": "in1", **counts}, **counts)
             for name in ("lo", "in0"):  # in1 stays down: no packet comes by the wire
                 ip.link("set", index=socket.if_nametoindex(name), state="up")
+            for name in ("in0", "in1"):
+                _show_tags(name)
             for net in ("192.0.2.0/24", "198.51.100.0/24"):
                 ip.route("add", dst=net, oif=1, table=255, type="local", scope=254)
             self.mac = bytes.fromhex(
@@ -166,6 +168,20 @@ class Bench:
             kernel = [k for k in self.kernel if any(meets(r, TCP, k[0], k[1]) for r in rules)]
             world = World(rules, self.mac, list(endpoints), kernel)
             yield Case(steering, model, world, bytes(252) if bare else b"")
+
+
+def _show_tags(ifname: str) -> None:
+    """VLAN tags stay in the packet, where XDP sees them: else rules about VLANs are refused."""
+    from pyroute2.ethtool.ioctl import IoctlEthtool
+
+    ethtool = IoctlEthtool(ifname)
+    try:
+        features = ethtool.get_features()
+        for name in ("tx-vlan-hw-insert", "tx-vlan-stag-hw-insert"):
+            features[name] = False
+        ethtool.set_features(features)
+    finally:
+        ethtool.close()
 
 
 def _draw_endpoints(
