@@ -190,7 +190,7 @@ def test_address_mtu_and_queues_are_the_interfaces(lab: Lab) -> None:
         assert dev.mtu == port.mtu == 1500
         assert dev.queue_numbers == (0, 1)
         assert len(set(dev.fds.values())) == 2
-        assert netns.run(lab.server_ns, dev.queues_now) == 2
+        assert dev.queues_now() == 2
 
 
 def test_all_six_kernel_statistics_are_exported(lab: Lab) -> None:
@@ -462,6 +462,75 @@ def test_closing_is_bounded_when_completions_never_come(lab: Lab) -> None:
     assert dev.close() == 0
     with pytest.raises(DeviceError, match="closed"):
         dev.audit()
+
+
+def set_queues(lab: Lab, count: int) -> None:
+    """Of both ends, as `ethtool -L IFACE combined COUNT` does. A veth's receive queues are the peer's to fill."""
+    for ns, ifname in ((lab.server_ns, SERVER_IFNAME), (lab.client_ns, CLIENT_IFNAME)):
+        subprocess.run(
+            ["ip", "netns", "exec", ns, "ethtool", "-L", ifname, "rx", str(count), "tx", str(count)],
+            check=True,
+        )
+
+
+@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
+def test_queues_that_appear_later_are_taken(lab: Lab, client: Callable[[], socket.socket]) -> None:
+    set_queues(lab, 1)
+    with netns.entered(lab.server_ns):
+        dev = AfxdpDevice(SERVER_IFNAME, ring_size=256, frames=512)
+    with dev, RawPort(dev) as port:
+        assert dev.take_new_queues() == {}
+        assert dev.audit().rx == 256
+        set_queues(lab, 4)
+        new = dev.take_new_queues()
+        assert sorted(new) == [1, 2, 3]
+        assert dev.queue_numbers == (0, 1, 2, 3)
+        assert port.queues == 4
+        audit = dev.audit()
+        assert audit.conserved
+        assert audit.rx == 256 + 3 * 64  # each now keeps its share; the first comes down to it in use
+        with netns.entered(lab.server_ns), Redirect(SERVER_IFNAME, dev.fds):
+            for _ in range(8):
+                socks = [client() for _ in range(64)]
+                for i, s in enumerate(socks):
+                    s.send(b"%d" % i)
+                got = receive(port, 64)
+                assert sorted(payload(f) for f in got) == sorted(b"%d" % i for i in range(64))
+                assert {f.queue for f in got} == {0, 1, 2, 3}
+        audit = dev.audit()
+        assert audit.conserved
+        assert audit.rx < 256 + 3 * 64
+
+
+@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
+def test_a_queue_that_cannot_be_taken_leaves_the_device_as_it_was(lab: Lab) -> None:
+    set_queues(lab, 1)
+    with attached(lab, ring_size=256, frames=512, bind_wait_s=0.02) as (dev, _):
+        set_queues(lab, 3)
+        with netns.entered(lab.server_ns), AfxdpDevice(SERVER_IFNAME, queues=[2], ring_size=256, frames=1024):
+            with pytest.raises(DeviceError, match=r"queue 2: binding failed: .* this process"):
+                dev.take_new_queues()
+            audit = dev.audit()
+            assert dev.queue_numbers == (0, 1)
+            assert audit.conserved
+            assert audit.rx == 256 + 85
+        wait_for(lambda: _taken(dev) == (0, 1, 2), 5, "the queue to be free again")
+
+
+def _taken(dev: AfxdpDevice) -> tuple[int, ...]:
+    with suppress(DeviceError):
+        dev.take_new_queues()
+    return dev.queue_numbers
+
+
+@pytest.mark.parametrize("lab", [{"queues": 2}], indirect=True)
+def test_too_few_frames_for_one_more_queue_are_reported(lab: Lab) -> None:
+    set_queues(lab, 1)
+    with attached(lab, ring_size=32, frames=64, fill_target=32) as (dev, _):
+        set_queues(lab, 2)
+        with pytest.raises(DeviceError, match="queue 1, for which 64 frames are too few"):
+            dev.take_new_queues()
+        assert dev.audit().conserved
 
 
 # ---- Queues in use --------------------------------------------------------------------------------------------------

@@ -165,6 +165,7 @@ class AfxdpDevice:
             raise DeviceError(f"mode {mode!r}: it is one of auto, {', '.join(MODES)}")
         self.ifname = ifname
         self.requested_mode: Mode = mode
+        self._all_queues = queues == "all"
         available = interface_queues(ifname)
         self.queue_numbers: tuple[int, ...] = self._queue_numbers(queues, available)
         frames = frames if frames is not None else 4 * ring_size * len(self.queue_numbers)
@@ -358,9 +359,35 @@ class AfxdpDevice:
         return -int(lib.afxdp_health(self._live()))
 
     def queues_now(self) -> int:
-        """Receive queues that the interface has by now; more than were opened: packets of the new ones cannot be
-        taken, and the device has to be opened anew."""
-        return interface_queues(self.ifname)
+        """Receive queues that the interface has by now. Packets of those that were not opened cannot be taken."""
+        count = int(lib.afxdp_queues_now(self._live()))
+        return count if count > 0 else len(self.queue_numbers)  # a driver that cannot tell, or is gone
+
+    def take_new_queues(self) -> dict[int, int]:
+        """Opens the queues that the interface has got since (`ethtool -L`), where all were asked for. There are never
+        fewer: the kernel refuses to take away a queue with an AF_XDP socket.
+
+        Returns:
+            The sockets of the new queues by queue number, for the XSKMAP; `fds` and `queue_numbers` have them too.
+
+        Raises:
+            DeviceError: one cannot be opened; those before it are, and the device goes on as before.
+        """
+        before = len(self.queue_numbers)
+        error = ffi.new("struct afxdp_error *")
+        now = self.queues_now() if self._all_queues else 0
+        for number in range(before, now):
+            index = int(lib.afxdp_add_queue(self._live(), number, now, error))
+            if index == -errno.ENOSPC:
+                raise DeviceError(
+                    f"{self.ifname} has got a queue {number}, for which {self._config.frames} frames are too few, or "
+                    f"it is one more than {lib.AFXDP_MAX_QUEUES}: its packets cannot be taken. Open the device anew"
+                )
+            if index < 0:
+                raise self._explain(error)
+            self.queue_numbers += (number,)
+            self.fds[number] = int(lib.afxdp_fd(self._live(), index))
+        return {number: self.fds[number] for number in self.queue_numbers[before:]}
 
     # ---- Looking -----------------------------------------------------------------------------------------------
     def statistics(self) -> dict[int, dict[str, int]]:

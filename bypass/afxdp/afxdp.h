@@ -82,6 +82,10 @@ BYPASS_API void afxdp_mem_unmap(void *mem, size_t size, int fd);
 /* Opens a device in mem (zeroed, page-aligned), which must live until afxdp_close() has returned. Blocks for
  * bind_wait_ms at most. NULL: *error says why, and nothing is left open. */
 BYPASS_API struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error);
+/* Opens one more queue of the interface, which has got more of them; `of`: how many there are going to be, to share
+ * the frames. From any network namespace (another one than the device's needs CAP_SYS_ADMIN). Its index, or -errno:
+ * *error says why, and the device goes on as before. -ENOSPC: more than AFXDP_MAX_QUEUES, or too few frames. */
+BYPASS_API int afxdp_add_queue(struct afxdp *dev, uint16_t number, uint32_t of, struct afxdp_error *error);
 /* Waits up to wait_ms for transmissions to complete, then closes the sockets in any case and frees the view.
  * Afterwards mem may be unmapped. Returns the number of frames that the kernel had not completed. */
 BYPASS_API int afxdp_close(struct afxdp *dev, int wait_ms);
@@ -92,8 +96,10 @@ BYPASS_API struct bypass_netdev *afxdp_netdev(struct afxdp *dev);
 BYPASS_API int afxdp_fd(const struct afxdp *dev, int queue_index); /* the socket, for the XSKMAP; -EINVAL */
 /* XDP_OPTIONS read back from every socket: 1 zero-copy on all, 0 copy on any, or -errno. */
 BYPASS_API int afxdp_zerocopy(const struct afxdp *dev);
-/* Receive queues the interface has now (ethtool channels), or -errno (-EOPNOTSUPP: the driver cannot tell). */
+/* Receive queues that an interface has now (ethtool channels), or -errno (-EOPNOTSUPP: the driver cannot tell): by
+ * name in the network namespace of the calling thread, and of an open device wherever it is called. */
 BYPASS_API int afxdp_interface_queues(const char *ifname);
+BYPASS_API int afxdp_queues_now(const struct afxdp *dev);
 /* 0: usable; -ENETDOWN: interface down, recovers by itself; -ENXIO: gone for good; reap
  * then gives back every frame under transmission. Needed because an idle device makes no system call and poll() stays silent when the interface is
  * deleted. Also takes over a changed MTU or MAC address. */

@@ -61,10 +61,12 @@ struct afxdp {
     const struct afxdp_sys *sys;
     bool busy_poll; /* reception has to be driven by system calls */
     bool rx_csum_trust;
-    uint32_t rx_off; /* where the kernel puts packets in a frame; the verdict ends there */
-    int epoll_fd;    /* -1 with one queue: its socket serves */
-    int control_fd;  /* for questions about the interface, in its network namespace */
+    uint32_t rx_off;  /* where the kernel puts packets in a frame; the verdict ends there */
+    int epoll_fd;     /* -1 with one queue: its socket serves */
+    int namespace_fd; /* the network namespace that it was opened in */
+    int control_fd;   /* for questions about the interface, in its network namespace */
     uint32_t ifindex;
+    struct afxdp_config cfg; /* as it was opened */
     struct queue queue[AFXDP_MAX_QUEUES];
 };
 _Static_assert(offsetof(struct afxdp, nd) == 0, "the netdev is the first member");
@@ -75,8 +77,8 @@ static inline struct bypass_pkt_meta *meta_at(const struct afxdp *d, uint32_t fr
 }
 
 /* umem.c */
+uint32_t umem_fill_target(const struct afxdp_config *cfg); /* what a queue keeps for reception; 0: too few frames */
 int umem_init(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size); /* 0, -EINVAL, -ENOMEM */
-uint32_t config_fill_target(const struct afxdp_config *cfg);
 bool config_valid(const struct afxdp_config *cfg);
 static inline void frame_to_pool(struct afxdp *d, uint32_t frame)
 {
@@ -99,6 +101,7 @@ static inline void umem_check(struct afxdp *d, const char *where) { (void)d, (vo
 /* netdev.c */
 extern const struct bypass_netdev_ops afxdp_ops;
 void fill_refill(struct afxdp *d, uint32_t qi);
+void fill_undo(struct afxdp *d, uint32_t qi); /* of a queue that was never bound: its frames are free again */
 /* The interface is gone: reap will give back all frames that the device held for transmission. */
 void device_gone(struct afxdp *d);
 

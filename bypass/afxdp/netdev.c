@@ -46,7 +46,7 @@ void fill_refill(struct afxdp *d, uint32_t qi)
     struct afxdp_state *st = d->st;
     struct queue_state *qs = &st->queue[qi];
     const struct ring *fill = &d->queue[qi].fill;
-    uint32_t want = st->fill_target - qs->rx_frames;
+    uint32_t want = st->fill_target > qs->rx_frames ? st->fill_target - qs->rx_frames : 0; /* it may have shrunk */
     uint32_t n = want < st->free_count ? want : st->free_count;
 
     st->hungry &= ~(1ull << qi);
@@ -67,6 +67,19 @@ void fill_refill(struct afxdp *d, uint32_t qi)
     }
     qs->rx_frames += n;
     ring_produce(fill, &qs->fill, n);
+}
+
+void fill_undo(struct afxdp *d, uint32_t qi)
+{
+    struct queue_state *qs = &d->st->queue[qi];
+
+    for (; qs->rx_frames; qs->rx_frames--) {
+        uint32_t frame = (uint32_t)(*ring_addr(&d->queue[qi].fill, --qs->fill.prod) >> d->st->shift);
+
+        meta_at(d, frame)->holders = 0;
+        frame_to_pool(d, frame);
+    }
+    d->st->hungry &= ~(1ull << qi);
 }
 
 static void rx_meta(const struct afxdp *d, struct bypass_pkt_meta *m, uint32_t frame, uint32_t off)
@@ -469,12 +482,7 @@ static int afxdp_kick(struct bypass_netdev *nd)
     return err;
 }
 
-static int afxdp_wait_fd(struct bypass_netdev *nd)
-{
-    struct afxdp *d = device(nd);
-
-    return d->epoll_fd >= 0 ? d->epoll_fd : d->queue[0].fd;
-}
+static int afxdp_wait_fd(struct bypass_netdev *nd) { return device(nd)->epoll_fd; }
 
 const struct bypass_netdev_ops afxdp_ops = {
     .alloc = afxdp_alloc,

@@ -9,16 +9,19 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/ethtool.h>
 #include <linux/if_xdp.h>
 #include <linux/sockios.h>
 #include <net/if.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -30,6 +33,8 @@ enum {                            /* newer than the UAPI headers of older distri
        OPT_BUSY_POLL_BUDGET = 70, /* SO_BUSY_POLL_BUDGET, kernel 5.11 */
        BIND_PAUSE_NS = 5000000,
 };
+
+#define NAMESPACE "/proc/thread-self/ns/net"
 
 static uint64_t clock_ns(void)
 {
@@ -69,11 +74,18 @@ static const struct afxdp_sys kernel = {.wake_tx = wake_tx, .wake_rx = wake_rx};
 
 /* ---- The interface ----------------------------------------------------------------------------------------- */
 
-/* Receive queues by name, in the network namespace of the calling thread. */
-int afxdp_interface_queues(const char *ifname)
+/* Receive queues of ifr's interface, through a socket of its network namespace. */
+static int count_queues(int fd, struct ifreq *ifr)
 {
     struct ethtool_channels ch = {.cmd = ETHTOOL_GCHANNELS};
-    struct ifreq ifr = {.ifr_data = (char *)&ch};
+
+    ifr->ifr_data = (char *)&ch;
+    return ioctl(fd, SIOCETHTOOL, ifr) < 0 ? -errno : (int)(ch.rx_count + ch.combined_count);
+}
+
+int afxdp_interface_queues(const char *ifname)
+{
+    struct ifreq ifr = {0};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     int ret;
 
@@ -81,9 +93,16 @@ int afxdp_interface_queues(const char *ifname)
         return -errno;
     }
     memcpy(ifr.ifr_name, ifname, strnlen(ifname, IFNAMSIZ - 1));
-    ret = ioctl(fd, SIOCETHTOOL, &ifr) < 0 ? -errno : (int)(ch.rx_count + ch.combined_count);
+    ret = count_queues(fd, &ifr);
     close(fd);
     return ret;
+}
+
+int afxdp_queues_now(const struct afxdp *d)
+{
+    struct ifreq ifr = {.ifr_ifindex = (int)d->ifindex};
+
+    return ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0 ? -errno : count_queues(d->control_fd, &ifr);
 }
 
 /* MAC address and MTU into the netdev. The interface is found by its index, so that it may be renamed, and through
@@ -110,8 +129,9 @@ static int interface_find(struct afxdp *d, const char *ifname)
     struct ifreq ifr = {0};
 
     d->control_fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    d->namespace_fd = open(NAMESPACE, O_RDONLY | O_CLOEXEC);
     memcpy(ifr.ifr_name, ifname, strnlen(ifname, IFNAMSIZ - 1));
-    if (d->control_fd < 0 || ioctl(d->control_fd, SIOCGIFINDEX, &ifr) < 0) {
+    if (d->control_fd < 0 || d->namespace_fd < 0 || ioctl(d->control_fd, SIOCGIFINDEX, &ifr) < 0) {
         return -1;
     }
     d->ifindex = (uint32_t)ifr.ifr_ifindex;
@@ -264,6 +284,16 @@ static int bind_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *c
     return 0;
 }
 
+static int watch_queue(struct afxdp *d, uint32_t qi, struct afxdp_error *error)
+{
+    struct epoll_event ev = {.events = EPOLLIN, .data.u32 = qi};
+
+    if (epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, d->queue[qi].fd, &ev) < 0) {
+        return fail(error, AFXDP_STEP_POLL, d->queue[qi].number, 0);
+    }
+    return 0;
+}
+
 static int open_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, uint64_t deadline_ns,
                       struct afxdp_error *error)
 {
@@ -281,47 +311,36 @@ static int open_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *c
         return -1;
     }
     fill_refill(d, qi);
-    return bind_queue(d, qi, cfg, deadline_ns, error);
+    if (watch_queue(d, qi, error) < 0) {
+        return -1;
+    }
+    return bind_queue(d, qi, cfg, deadline_ns, error); /* last: from here on frames may be the kernel's */
 }
 
-static int open_epoll(struct afxdp *d, struct afxdp_error *error)
+static void release_queue(struct queue *q)
 {
-    if (d->st->queues == 1) {
-        return 0;
-    }
-    d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (d->epoll_fd < 0) {
-        return fail(error, AFXDP_STEP_POLL, -1, 0);
-    }
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
-        struct epoll_event ev = {.events = EPOLLIN, .data.u32 = qi};
-
-        if (epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, d->queue[qi].fd, &ev) < 0) {
-            return fail(error, AFXDP_STEP_POLL, d->queue[qi].number, 0);
+    for (int i = 0; i < 4; i++) { /* a mapping keeps the socket of a closed descriptor alive */
+        if (q->map[i].at) {
+            munmap(q->map[i].at, q->map[i].size);
         }
     }
-    return 0;
+    if (q->fd >= 0) {
+        close(q->fd);
+    }
+    *q = (struct queue){.fd = -1};
 }
 
 static void release(struct afxdp *d)
 {
-    if (d->epoll_fd >= 0) {
-        close(d->epoll_fd);
-    }
-    if (d->control_fd >= 0) {
-        close(d->control_fd);
+    const int fds[] = {d->epoll_fd, d->control_fd, d->namespace_fd};
+
+    for (unsigned i = 0; i < sizeof fds / sizeof *fds; i++) {
+        if (fds[i] >= 0) {
+            close(fds[i]);
+        }
     }
     for (uint32_t qi = AFXDP_MAX_QUEUES; qi-- > 0;) {
-        struct queue *q = &d->queue[qi];
-
-        for (int i = 0; i < 4; i++) { /* a mapping keeps the socket of a closed descriptor alive */
-            if (q->map[i].at) {
-                munmap(q->map[i].at, q->map[i].size);
-            }
-        }
-        if (q->fd >= 0) {
-            close(q->fd);
-        }
+        release_queue(&d->queue[qi]);
     }
     free(d);
 }
@@ -338,12 +357,16 @@ static int open_all(struct afxdp *d, const struct afxdp_config *cfg, void *mem, 
     if (interface_find(d, cfg->ifname) < 0) {
         return fail(error, AFXDP_STEP_INTERFACE, -1, 0);
     }
+    d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (d->epoll_fd < 0) {
+        return fail(error, AFXDP_STEP_POLL, -1, 0);
+    }
     for (uint32_t qi = 0; qi < cfg->queue_count; qi++) {
         if (open_queue(d, qi, cfg, deadline_ns, error) < 0) {
             return -1;
         }
     }
-    return open_epoll(d, error);
+    return 0;
 }
 
 struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error)
@@ -358,7 +381,8 @@ struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size,
     for (uint32_t qi = 0; qi < AFXDP_MAX_QUEUES; qi++) {
         d->queue[qi].fd = -1;
     }
-    d->epoll_fd = d->control_fd = -1;
+    d->epoll_fd = d->control_fd = d->namespace_fd = -1;
+    d->cfg = *cfg;
     d->nd.ops = &afxdp_ops;
     d->sys = &kernel;
     d->rx_off = KERNEL_HEADROOM + cfg->rx_headroom;
@@ -370,6 +394,75 @@ struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size,
         return NULL;
     }
     return d;
+}
+
+/* Makes the calling thread's network namespace the device's, for sockets belong to the one they are made in. A
+ * descriptor of the one it was in, for leave_namespace(); -1: it is in the right one already; -2: errno. */
+static int enter_namespace(const struct afxdp *d)
+{
+    int here = open(NAMESPACE, O_RDONLY | O_CLOEXEC);
+    struct stat a, b;
+
+    if (here < 0) {
+        return -2;
+    }
+    if (fstat(here, &a) == 0 && fstat(d->namespace_fd, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev) {
+        close(here);
+        return -1;
+    }
+    if (setns(d->namespace_fd, CLONE_NEWNET) < 0) {
+        int err = errno;
+
+        close(here);
+        errno = err;
+        return -2;
+    }
+    return here;
+}
+
+static void leave_namespace(int back)
+{
+    if (back >= 0) {
+        setns(back, CLONE_NEWNET);
+        close(back);
+    }
+}
+
+static int open_added(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, struct afxdp_error *error)
+{
+    int back = enter_namespace(d);
+    int ret = back == -2 ? fail(error, AFXDP_STEP_SOCKET, cfg->queues[qi], 0)
+                         : open_queue(d, qi, cfg, clock_ns() + cfg->bind_wait_ms * 1000000ull, error);
+
+    leave_namespace(back);
+    return ret;
+}
+
+int afxdp_add_queue(struct afxdp *d, uint16_t number, uint32_t of, struct afxdp_error *error)
+{
+    struct afxdp_config cfg = d->cfg;
+    uint32_t qi = cfg.queue_count, before = d->st->fill_target, target;
+
+    cfg.queue_count = of > qi ? of : qi + 1;
+    target = cfg.queue_count <= AFXDP_MAX_QUEUES ? umem_fill_target(&cfg) : 0;
+    cfg.queue_count = qi + 1;
+    *error = (struct afxdp_error){.err = ENOSPC, .step = AFXDP_STEP_CONFIG, .queue = number};
+    if (target == 0) {
+        return -ENOSPC;
+    }
+    cfg.queues[qi] = number;
+    d->st->fill_target = target; /* the others come down to it as packets arrive */
+    d->st->queue[qi] = (struct queue_state){0};
+    if (open_added(d, qi, &cfg, error) < 0) {
+        fill_undo(d, qi);
+        release_queue(&d->queue[qi]);
+        d->st->fill_target = before;
+        return -error->err;
+    }
+    d->cfg = cfg;
+    d->st->queues = cfg.queue_count;
+    d->nd.queues = (uint16_t)cfg.queue_count;
+    return (int)qi;
 }
 
 /* ---- Closing ----------------------------------------------------------------------------------------------- */

@@ -23,13 +23,15 @@ static bool power_of_two(uint32_t n) { return n && !(n & (n - 1)); }
 
 static uint32_t fill_size(const struct afxdp_config *cfg) { return cfg->fill_size ? cfg->fill_size : cfg->ring_size; }
 
-/* What a queue keeps for reception: all that its fill ring takes, but together at most half of the frames. */
-uint32_t config_fill_target(const struct afxdp_config *cfg)
+/* All that its fill ring takes, but all queues together at most half of the frames. */
+uint32_t umem_fill_target(const struct afxdp_config *cfg)
 {
-    uint32_t share = cfg->frames / 2 / (cfg->queue_count ? cfg->queue_count : 1);
+    uint32_t queues = cfg->queue_count ? cfg->queue_count : 1;
+    uint32_t share = cfg->frames / 2 / queues;
     uint32_t target = fill_size(cfg) < share ? fill_size(cfg) : share;
 
-    return cfg->fill_target ? cfg->fill_target : target;
+    target = cfg->fill_target ? cfg->fill_target : target;
+    return target >= MIN_FILL && target <= fill_size(cfg) && (uint64_t)target * queues < cfg->frames ? target : 0;
 }
 
 static bool queues_valid(const struct afxdp_config *cfg)
@@ -49,13 +51,11 @@ static bool queues_valid(const struct afxdp_config *cfg)
 
 bool config_valid(const struct afxdp_config *cfg)
 {
-    uint32_t target = config_fill_target(cfg);
     uint32_t tx_headroom = cfg->tx_headroom ? cfg->tx_headroom : 128;
 
     return queues_valid(cfg) && (cfg->frame_size == 2048 || cfg->frame_size == 4096) && power_of_two(cfg->ring_size) &&
            power_of_two(fill_size(cfg)) && cfg->ring_size <= 1u << 20 && fill_size(cfg) <= 1u << 20 &&
-           cfg->frames >= 64 && cfg->frames <= 1u << 24 && target >= MIN_FILL && target <= fill_size(cfg) &&
-           (uint64_t)target * cfg->queue_count < cfg->frames && tx_headroom >= 128 &&
+           cfg->frames >= 64 && cfg->frames <= 1u << 24 && umem_fill_target(cfg) && tx_headroom >= 128 &&
            tx_headroom <= cfg->frame_size / 2 && cfg->rx_headroom <= cfg->frame_size / 4 && cfg->mode <= AFXDP_ZEROCOPY;
 }
 
@@ -123,7 +123,7 @@ int umem_init(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t
     st->stride = cfg->frame_size;
     st->shift = (uint32_t)__builtin_ctz(cfg->frame_size);
     st->queues = cfg->queue_count;
-    st->fill_target = config_fill_target(cfg);
+    st->fill_target = umem_fill_target(cfg);
     d->st = st;
     d->free_list = (uint32_t *)((uint8_t *)mem + st->free_off);
     d->nd.mem = (uint8_t *)mem + st->umem_off;
