@@ -68,7 +68,7 @@ def without_network(parts: tuple[str, ...], quick: bool, step: Callable[[str], N
     if "simulated" in parts:
         step("bulk over the simulated wire")
         found["sim_bulk"] = simulated.bulk(1 if quick else 5, 20 if quick else 1000)
-        found["idle_connection"] = simulated.idle_connection()
+        found["idle_connection"] = simulated.idle_connection(20_000 if quick else 100_000)
     return found
 
 
@@ -76,7 +76,7 @@ def with_network(
     parts: tuple[str, ...], quick: bool, rounds: int, step: Callable[[str], None]
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    warmup_ms, measure_ms = (20, 50) if quick else (100, 600)
+    warmup_ms, measure_ms = (20, 100) if quick else (100, 600)
     with Lab(f"{os.getpid()}-bench", queues=1) as lab:
         if "network" in parts:
             found["tests"] = network.run(

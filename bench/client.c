@@ -23,6 +23,7 @@
 #include "ports.h"
 
 enum { MAX_PARALLEL = 1024, MAX_SIZE = 1472, BULK = 262144, LOST_NS = 20000000 };
+#define PATIENCE_NS 10000000000ull
 
 struct flow {
     int fd;
@@ -83,6 +84,8 @@ static bool on_time(struct run *r, uint64_t now)
         r->end_ns += clock_ns() - r->begin_ns;
         r->begin_ns = clock_ns();
     }
+    if (r->measuring && r->ops == 0 && r->bytes == 0)
+        return now < r->end_ns + PATIENCE_NS; /* on a busy machine: at least one answer */
     return now < r->end_ns;
 }
 

@@ -34,8 +34,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "idle_connection" in result:
         i = result["idle_connection"]
         console.print(
-            f"[bold]Idle connection[/]: {i['bytes']:.0f} bytes (budget: {i['budget']}); an arena for 1,000,000: "
-            f"{i['arena_bytes_1m'] / 1e6:.0f} MB"
+            f"[bold]Idle connection[/]: {i['bytes']:.0f} bytes, {i['conns']:,} of them (budget: {i['budget']}); "
+            f"address space for 1,000,000: {i['arena_bytes_1m'] / 1e6:.0f} MB"
         )
     if "costs" in result:
         _costs(result["costs"], console)
