@@ -30,7 +30,7 @@ from packets import (
     policy_of,
 )
 
-from bypass import netns
+from bypass import libbpf, netns, probe
 from bypass.bpf import build
 from bypass.errors import GrantError
 from bypass.rules import Address, Rule
@@ -72,6 +72,11 @@ class Bench:
             self._stack.callback(netns.remove, self.name)
             self._stack.enter_context(netns.entered(self.name))
             self._wire()
+            self._enable_queues()
+            # An AF_XDP socket need not be bound to be in the map, and a test run redirects nothing.
+            self._xsks = [
+                self._stack.enter_context(socket.socket(AF_XDP, socket.SOCK_RAW)) for _ in SOCKET_QUEUES
+            ]
             for address in KERNEL_LOCALS:
                 for port in KERNEL_PORTS:
                     listener = self._stack.enter_context(socket.create_server((address, port)))
@@ -98,13 +103,18 @@ class Bench:
             ip.link("add", ifname="in0", kind="veth", peer={"ifname": "in1", **counts}, **counts)
             for name in ("lo", "in0"):  # in1 stays down: no packet comes by the wire
                 ip.link("set", index=socket.if_nametoindex(name), state="up")
-            for name in ("in0", "in1"):
-                _show_tags(name)
             for net in ("192.0.2.0/24", "198.51.100.0/24"):
                 ip.route("add", dst=net, oif=1, table=255, type="local", scope=254)
             self.mac = bytes.fromhex(
                 ip.get_links(socket.if_nametoindex("in0"))[0].get("address").replace(":", "")
             )
+
+    def _enable_queues(self) -> None:
+        """A veth has receive queues for test runs to name while any XDP program is attached."""
+        prog = libbpf.Prog(libbpf.PROG_XDP, "pass", probe.PASS_PROGRAM, libbpf.ATTACH_XDP, [])
+        self._stack.callback(prog.close)
+        link = libbpf.Link(prog, socket.if_nametoindex("in0"), libbpf.ATTACH_XDP, libbpf.XDP_DRV_MODE)
+        self._stack.callback(link.close)
 
     def _connection(self, address: str, port: int, peer: str, remote_port: int, *, close: bool) -> None:
         """A connection of the kernel's; `close`: its server side is in TIME_WAIT."""
@@ -147,12 +157,11 @@ class Bench:
         policy = policy_of(rules, "in0")
         with ExitStack() as stack:
             text = without_metadata() if bare else text
-            steering = stack.enter_context(Steering(policy, "in0", queues=QUEUES, owners=2, text=text))
-            for queue in SOCKET_QUEUES:
-                # An AF_XDP socket need not be bound to be in the map, and a test run redirects nothing.
-                steering.set_socket(
-                    0, queue, stack.enter_context(socket.socket(AF_XDP, socket.SOCK_RAW)).fileno()
-                )
+            steering = stack.enter_context(
+                Steering(policy, "in0", queues=QUEUES, owners=2, attach=False, text=text)
+            )
+            for queue, xsk in zip(SOCKET_QUEUES, self._xsks, strict=True):
+                steering.set_socket(0, queue, xsk.fileno())
             steering.set_locals(LOCALS)
             steering.set_groups(GROUP_MACS)
             endpoints = _draw_endpoints(rng, steering, rules, list(self.kernel))
@@ -168,20 +177,6 @@ class Bench:
             kernel = [k for k in self.kernel if any(meets(r, TCP, k[0], k[1]) for r in rules)]
             world = World(rules, self.mac, list(endpoints), kernel)
             yield Case(steering, model, world, bytes(252) if bare else b"")
-
-
-def _show_tags(ifname: str) -> None:
-    """VLAN tags stay in the packet, where XDP sees them: else rules about VLANs are refused."""
-    from pyroute2.ethtool.ioctl import IoctlEthtool
-
-    ethtool = IoctlEthtool(ifname)
-    try:
-        features = ethtool.get_features()
-        for name in ("tx-vlan-hw-insert", "tx-vlan-stag-hw-insert"):
-            features[name] = False
-        ethtool.set_features(features)
-    finally:
-        ethtool.close()
 
 
 def _draw_endpoints(
