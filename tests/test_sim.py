@@ -9,6 +9,7 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dpkt
 import pytest
@@ -17,7 +18,7 @@ from bypass._core import ffi, lib
 from exchange import exchange, random_exchange
 
 from bypass.core import Config, CoreStack
-from bypass.sim import DeviceFaults, Fate, Faults, Network, RawPort, Recorder, SimulationError
+from bypass.sim import DeviceFaults, Fate, Faults, Network, Port, RawPort, Recorder, SimulationError
 
 A_MAC, B_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 MS = 1_000_000
@@ -177,6 +178,35 @@ def test_checksums_find_every_corruption(net: Network, kind: str, size: int) -> 
         assert len(places) > 700, "only a part of the packet is ever hit"
 
 
+def flipped(a: RawPort, b: RawPort, frame: bytes, times: int) -> dict[int, int]:
+    """Bits that corruption flipped, by offset in the frame."""
+    masks: dict[int, int] = {}
+    for _ in range(times):
+        a.send(frame)
+        [(_, bad)] = b.recv()
+        for at, (x, y) in enumerate(zip(frame, bad, strict=True)):
+            if x != y:
+                masks[at] = masks.get(at, 0) | x ^ y
+    return masks
+
+
+def test_corruption_spares_what_a_checksum_depends_on_or_does_not_cover(net: Network) -> None:
+    a, b = pair(net, Faults(corrupt=1.0))
+    masks = flipped(a, b, udp_frame(0, 1), 5000)
+    assert masks[14] == 0xF0, "the header length decides what the sum covers"
+    assert not {38, 39} & set(masks), "so does UDP's length"
+    assert set(masks) == set(range(14, 47)) - {38, 39}, "everything else is hit"
+
+    fragment = w.ipv4("10.0.0.1", "10.0.0.2", w.UDP, bytes(8), frag=1)
+    assert {38, 39} <= set(flipped(a, b, w.eth(B_MAC, A_MAC, w.ETH_IPV4, fragment), 2000)), (
+        "there is none here"
+    )
+
+    packet = b"\x60" + bytes(5) + b"\x11\x40" + bytes(32) + bytes(8)
+    masks = flipped(a, b, w.eth(B_MAC, A_MAC, 0x86DD, packet), 3000)
+    assert set(masks) == set(range(14 + 8, 14 + 48)), "IPv6 has no checksum of its header"
+
+
 def intact(frame: bytes) -> bool:
     """What a receiver accepts: lengths that agree, right checksums."""
     ip = frame[14:]
@@ -276,6 +306,25 @@ def test_hub_reaches_everybody_and_switch_only_whom_it_concerns(net: Network) ->
         assert [p.stats().rx_frames for p in ports] == [expected[1] + 1, 2, expected[1] + 1]
 
 
+def test_slots_of_the_wire_are_used_again(net: Network) -> None:
+    segment = net.wire(faults=Faults(delay_ns=MS))
+    a, b = segment.raw_port(), segment.raw_port(in_flight=3)
+    for i in range(1000):
+        a.send(udp_frame(i, i))
+        a.send(udp_frame(i + 1, 7))
+        net.run(duration_ns=2 * MS)
+        assert [f for _, f in b.recv()] == [udp_frame(i, i), udp_frame(i + 1, 7)]
+    assert b.stats().in_flight_dropped == 0
+
+
+def test_a_raw_port_sees_all_frames_of_a_switch(net: Network) -> None:
+    segment = net.wire(switch=True)
+    sender, target, watcher = segment.raw_port(), segment.port(mac="02:00:00:00:00:02"), segment.raw_port()
+    sender.send(udp_frame(1))
+    assert target.stats().rx_frames == 1
+    assert [f for _, f in watcher.recv()] == [udp_frame(1)]
+
+
 def test_memory_on_the_wire_and_in_the_port_is_bounded(net: Network) -> None:
     segment = net.wire(faults=Faults(delay_ns=MS))
     a, b = segment.raw_port(), segment.port(in_flight=10, frames=16)
@@ -325,6 +374,104 @@ def test_frames_are_held_by_whom_they_should(net: Network) -> None:
     lib.sim_port_device_faults(dev, DeviceFaults().c())
     with pytest.raises(SimulationError, match="misuse"):
         net.close()
+
+
+def meta_of(dev: Any, frame: int) -> Any:
+    return ffi.cast("struct bypass_pkt_meta *", ffi.cast("uint8_t *", dev.meta) + frame * dev.meta_stride)
+
+
+def receive(port: Port) -> tuple[bytes, Any]:
+    """The oldest received frame and its metadata, as a stack takes them."""
+    out = ffi.new("bypass_pkt[1]")
+    assert port.dev.ops.rx_burst(port.dev, out, 1) == 1
+    meta = meta_of(port.dev, out[0])
+    data = ffi.buffer(port.dev.mem + out[0] * port.dev.stride + meta.off, meta.len)[:]
+    copy = ffi.new("struct bypass_pkt_meta *", meta[0])
+    port.dev.ops.free(port.dev, out, 1)
+    return data, copy
+
+
+def test_a_device_vouches_only_for_what_is_intact(net: Network) -> None:
+    segment = net.wire()
+    a = segment.raw_port()
+    with_offload, without = segment.port(caps=lib.BYPASS_CAP_RX_CSUM), segment.port()
+    a.script([Fate.PASS, Fate.CORRUPT])
+    for _ in range(2):
+        a.send(udp_frame(1))
+    assert [receive(with_offload)[1].flags for _ in range(2)] == [lib.BYPASS_RX_CSUM_OK, 0]
+    assert [receive(without)[1].flags for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 1001])
+def test_the_device_completes_checksums(net: Network, size: int) -> None:
+    segment = net.wire()
+    port, raw = segment.port(caps=lib.BYPASS_CAP_TX_CSUM), segment.raw_port()
+    for i in range(200):
+        good = udp_frame(i, size)
+        start = w.checksum(w.pseudo("10.0.0.1", "10.0.0.2", w.UDP, len(good) - 34)) ^ 0xFFFF
+        partial = good[:40] + start.to_bytes(2, "big") + good[42:]
+        [frame] = burst(port.dev, 1)
+        meta = meta_of(port.dev, frame)
+        ffi.memmove(port.dev.mem + frame * port.dev.stride + meta.off, partial, len(partial))
+        meta.len, meta.flags, meta.csum_start, meta.csum_off = len(partial), lib.BYPASS_TX_CSUM, 34, 6
+        batch, done = ffi.new("bypass_pkt[]", [frame]), ffi.new("bypass_pkt[1]")
+        assert port.dev.ops.tx_burst(port.dev, batch, 1) == 1
+        port.dev.ops.free(port.dev, batch, 1)
+        assert port.dev.ops.reap(port.dev, done, 1) == 0
+        [(_, sent)] = raw.recv()
+        assert sent == good
+
+
+def test_a_computed_checksum_of_zero_is_sent_as_ones(net: Network) -> None:
+    """RFC 768: zero would mean that there is none."""
+    segment = net.wire()
+    port, raw = segment.port(caps=lib.BYPASS_CAP_TX_CSUM), segment.raw_port()
+    [frame] = burst(port.dev, 1)
+    meta = meta_of(port.dev, frame)
+    meta.len, meta.flags, meta.csum_start, meta.csum_off = 18, lib.BYPASS_TX_CSUM, 14, 0
+    ffi.memmove(port.dev.mem + frame * port.dev.stride + meta.off, bytes(14) + b"\xff\x0f\x00\xf0", 18)
+    batch = ffi.new("bypass_pkt[]", [frame])
+    assert port.dev.ops.tx_burst(port.dev, batch, 1) == 1
+    assert raw.recv()[0][1][14:16] == b"\xff\xff"
+    port.dev.ops.free(port.dev, batch, 1)
+    port.dev.ops.reap(port.dev, batch, 1)
+
+
+def test_flows_spread_over_queues_and_each_keeps_its_own(net: Network) -> None:
+    segment = net.wire()
+    a, b = segment.raw_port(), segment.port(queues=4)
+    seen: dict[int, set[int]] = {}
+    for repeat in range(2):
+        for flow in range(64):
+            data = w.udp("10.0.0.1", "10.0.0.2", 1000 + flow, 53, bytes([repeat]))
+            a.send(w.eth(B_MAC, A_MAC, w.ETH_IPV4, w.ipv4("10.0.0.1", "10.0.0.2", w.UDP, data)))
+            seen.setdefault(flow, set()).add(receive(b)[1].queue)
+    assert all(len(queues) == 1 for queues in seen.values())
+    assert {q for queues in seen.values() for q in queues} == {0, 1, 2, 3}
+
+
+def test_bytes_are_equal_with_checksum_offload_on_a_corrupting_wire(net: Network) -> None:
+    rng = random.Random(10)
+    net.wire(faults=Faults(corrupt=0.05, delay_ns=100_000))
+    caps = lib.BYPASS_CAP_RX_CSUM | lib.BYPASS_CAP_TX_CSUM
+    a, b = net.stack("10.0.0.1/24", caps=caps), net.stack("10.0.0.2/24", caps=caps)
+    exchange(net, a, b, rng.randbytes(300_000), rng.randbytes(300_000), rng)
+
+
+def test_a_late_completion_is_noticed_without_any_other_event(net: Network) -> None:
+    """The clock stops when a transmission completes: the stack gets its frame back then, not with the next packet."""
+    a = net.stack("10.0.0.1/24", tx_ring=4)
+    net.raw_port(mac="02:00:00:00:00:99")
+    assert a.port is not None
+    a.port.set_device_faults(DeviceFaults(complete_ns=3 * MS))
+    with a.socket(socket.SOCK_DGRAM) as sock:
+        with net.lock:
+            a.core.nexthop_set("10.0.0.9", bytes.fromhex("020000000099"))
+        sock.sendto(b"x", ("10.0.0.9", 9))
+        net.run(duration_ns=2 * MS)
+        assert a.port.stats().unreaped == 1
+        net.run(duration_ns=2 * MS)
+        assert a.port.stats().unreaped == 0
 
 
 @pytest.mark.parametrize(

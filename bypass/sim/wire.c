@@ -75,7 +75,7 @@ static void deliver(struct port *to, const struct outgoing *out, const struct fa
 {
     uint64_t now_ns = to->sim->now_ns;
     uint8_t flags = fate->corrupt_mask ? 0 : BYPASS_RX_CSUM_OK;
-    if (time_ns > now_ns || wire_next(to) <= now_ns) {
+    if (time_ns > now_ns) {
         fly(to, out, fate, time_ns, flags);
         return;
     }
