@@ -27,12 +27,13 @@ from typing import Any
 
 from bypass._core import ffi, lib
 from conversation import PEER, SECOND, US, Conversation
-from wire import ACK, FIN, PSH, RST, SYN, TCP, URG, Ip, checksum, ipv4, parse_ip, pseudo, tcp
+from wire import ACK, FIN, ICMP, PSH, RST, SYN, TCP, URG, Ip, checksum, icmp, ipv4, parse_ip, pseudo, tcp
 
 from bypass.core import Config, check
 
 WRAP = 1 << 32
 PORT, PEER_PORT = 80, 40000
+ROUTER = "192.0.2.254"
 OUR_ISS = WRAP - 2000
 PEER_ISS = WRAP - 1500
 TICK = 0.0011  # seconds: timers run at most a tick of the wheel (2^20 ns) late
@@ -282,6 +283,14 @@ class Talk(Conversation):
             m = SPEC.fullmatch(spec)
             assert m
             self.nxt = max(self.nxt, int(m["end"]) + ("S" in m["flags"]) + ("F" in m["flags"]))
+
+    def icmp(self, kind: int, code: int, seq: int, *, mtu: int = 0, port: int | None = None) -> None:
+        """An ICMP error arrives that quotes eight bytes of our segment at this (relative) number."""
+        quoted = tcp(
+            US, self.address, port or self.our_port, self.peer_port, (self.iss or 0) + seq, 0, ACK, 0
+        )
+        packet = ipv4(US, self.address, TCP, quoted[:8], total=1500)
+        self.inject_ip(ipv4(ROUTER, US, ICMP, icmp(kind, code, struct.pack("!HH", 0, mtu), packet)))
 
     # ---- what the stack sends
     def out(self) -> list[Segment]:

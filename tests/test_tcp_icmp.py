@@ -4,24 +4,10 @@
 from __future__ import annotations
 
 import errno
-import struct
 
 import pytest
 from bypass._core import lib
-from conversation import US
 from tcp_talk import Talk
-from wire import ICMP, TCP, icmp, ipv4, tcp
-
-ROUTER = "192.0.2.254"
-
-
-def error(t: Talk, kind: int, code: int, seq: int, *, mtu: int = 0, port: int | None = None) -> None:
-    """An ICMP error arrives that quotes eight bytes of our segment at this (relative) number."""
-    quoted = tcp(
-        US, t.address, t.our_port if port is None else port, t.peer_port, (t.iss or 0) + seq, 0, 16, 0
-    )
-    packet = ipv4(US, t.address, TCP, quoted[:8], total=1500)
-    t.inject_ip(ipv4(ROUTER, US, ICMP, icmp(kind, code, struct.pack("!HH", 0, mtu), packet)))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +25,7 @@ def test_an_error_about_our_syn_ends_the_attempt(kind: int, code: int, err: int)
     with Talk() as t:
         conn = t.client()
         t.hears("S 0:0")
-        error(t, kind, code, 0)
+        t.icmp(kind, code, 0)
         assert t.taken(conn) & lib.BYPASS_ERR
         assert t.stack.error(conn) == err
         t.silence(10)
@@ -51,7 +37,7 @@ def test_an_established_connection_lives_on_after_any_error(kind: int, code: int
         conn = t.established()
         t.write(100)
         t.hears("P. 1:101")
-        error(t, kind, code, 1)
+        t.icmp(kind, code, 1)
         assert t.taken(conn) == 0
         t.peer(". 1:1 ack 101")
         assert t.state() == "ESTABLISHED"
@@ -63,7 +49,7 @@ def test_the_last_error_is_the_reason_when_the_connection_times_out() -> None:
         conn = t.established()
         t.write(100)
         t.advance(700)
-        error(t, 3, 1, 1)
+        t.icmp(3, 1, 1)
         t.advance(700)
         t.out()
         assert t.stack.error(conn) == errno.EHOSTUNREACH
@@ -73,7 +59,7 @@ def test_an_error_that_passed_is_not_the_reason_for_a_later_timeout() -> None:
     with Talk() as t:
         conn = t.established()
         t.write(100)
-        error(t, 3, 1, 1)
+        t.icmp(3, 1, 1)
         t.peer(". 1:1 ack 101")
         t.write(100)
         t.advance(1500)
@@ -87,7 +73,7 @@ def test_errors_that_quote_nothing_in_flight_are_ignored(seq: int) -> None:
         t.established()
         t.write(100)
         t.hears("P. 1:101")
-        error(t, 3, 4, seq, mtu=600)
+        t.icmp(3, 4, seq, mtu=600)
         t.silence()
         assert t.info.snd_mss == 1460
         assert "tcp_in_error_quoted" not in t.counted()
@@ -99,7 +85,7 @@ def test_errors_about_another_flow_are_ignored() -> None:
         t.established()
         t.write(100)
         t.hears("P. 1:101")
-        error(t, 3, 4, 1, mtu=600, port=81)
+        t.icmp(3, 4, 1, mtu=600, port=81)
         t.silence()
         assert t.info.snd_mss == 1460
         t.peer(". 1:1 ack 101")
@@ -113,7 +99,7 @@ def test_a_smaller_path_mtu_resends_in_smaller_segments(mtu: int, mss: int) -> N
         t.write(4 * 1460)
         assert len(t.out()) == 4
         cwnd = t.info.cwnd
-        error(t, 3, 4, 1, mtu=mtu)
+        t.icmp(3, 4, 1, mtu=mtu)
         assert t.info.snd_mss == mss
         again = t.out()
         assert again[0].seq == 1
@@ -139,7 +125,7 @@ def test_only_what_was_too_large_is_sent_again() -> None:
         t.write(1460)
         t.write(100)
         t.hears("P. 1:101", "P. 101:1561", "P. 1561:1661")
-        error(t, 3, 4, 101, mtu=1040)
+        t.icmp(3, 4, 101, mtu=1040)
         t.hears(". 101:1101", "P. 1101:1561")
         t.peer(". 1:1 ack 1661")
         assert t.info.snd_queued == 0
@@ -151,7 +137,7 @@ def test_cutting_segments_waits_for_frames() -> None:
         t.write(2 * 1460)
         assert len(t.out()) == 2
         t.faults(alloc_fail_ppm=1_000_000)
-        error(t, 3, 4, 1, mtu=1040)
+        t.icmp(3, 4, 1, mtu=1040)
         t.silence(0.01)
         t.faults()
         t.advance(0.01)
@@ -166,7 +152,7 @@ def test_an_unstated_mtu_is_the_next_plateau() -> None:
         t.established()
         t.write(1460)
         t.out()
-        error(t, 3, 4, 1)
+        t.icmp(3, 4, 1)
         assert t.info.snd_mss == 1492 - 40
         t.sent()
         t.peer(". 1:1 ack 1461")
@@ -177,7 +163,7 @@ def test_a_larger_mtu_changes_nothing() -> None:
         t.established()
         t.write(1460)
         t.out()
-        error(t, 3, 4, 1, mtu=1500)
+        t.icmp(3, 4, 1, mtu=1500)
         t.silence()
         assert t.info.snd_mss == 1460
         t.peer(". 1:1 ack 1461")
@@ -189,7 +175,7 @@ def test_the_lower_mtu_holds_for_other_connections_and_for_ten_minutes() -> None
         t.established()
         t.write(1460)
         t.out()
-        error(t, 3, 4, 1, mtu=1000)
+        t.icmp(3, 4, 1, mtu=1000)
         t.sent()
         t.peer(". 1:1 ack 1461")
         t.peer_port, t.iss = 40001, None
@@ -211,7 +197,7 @@ def test_a_syn_received_survives_soft_errors() -> None:
         t.server()
         t.peer("S 0:0")
         t.hears("S. 0:0")
-        error(t, 3, 1, 0)
+        t.icmp(3, 1, 0)
         assert t.state() == "SYN_RECEIVED"
-        error(t, 3, 3, 0)
+        t.icmp(3, 3, 0)
         assert t.state() == ""
