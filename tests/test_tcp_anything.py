@@ -147,6 +147,11 @@ def test_whatever_the_peer_says_the_stack_keeps_to_itself(
         assert got == stream(1, 1 + len(got)), "bytes that the peer did not send there"
         w.look()
         event(f"ended {t.state() or 'closed'}")
+        t.close_sock()
+        t.advance(3600)
+        t.sent()
+        left = {k: v for k, v in t.stack.audit().items() if v and k not in ("listeners", "handles")}
+        assert not left, f"what no program owns ends by itself: {left}"
 
 
 @given(steps=st.lists(step, min_size=1, max_size=40))

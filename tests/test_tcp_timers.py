@@ -6,7 +6,10 @@ from __future__ import annotations
 import errno
 
 from bypass._core import lib
+from conversation import PEER, PEER_MAC, SECOND
 from tcp_talk import Talk
+
+from bypass.core import FOREVER
 
 KEEP = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 4}
 PROBE = ". 0:0 ack 1"
@@ -17,6 +20,32 @@ def test_without_the_option_silence_is_eternal() -> None:
         t.established()
         t.silence(7 * 86400)
         assert t.state() == "ESTABLISHED"
+
+
+def test_an_idle_connection_wakes_nobody() -> None:
+    with Talk() as t:
+        t.established()
+        t.write(100)
+        t.out()
+        t.peer("P. 1:101 ack 101")
+        t.advance(10)
+        t.out()
+        assert t.stack.deadline() == FOREVER
+
+
+def test_waiting_for_a_next_hop_or_a_peer_is_no_busy_waiting() -> None:
+    with Talk(neighbours=(), iss=None) as t:
+        t.client()
+        t.settle()
+        assert t.stack.deadline() >= t.now + SECOND // 10
+        t.stack.nexthop_set(PEER, PEER_MAC)
+        t.hears("S 0:0")
+        assert t.stack.deadline() >= t.now + SECOND // 2
+        t.peer("S. 0:0")
+        t.stack.nexthop_set(PEER, None)
+        t.write(100)
+        t.sent()
+        assert t.stack.deadline() >= t.now + SECOND // 10
 
 
 def test_an_idle_connection_is_probed_and_ended_when_nobody_answers() -> None:
