@@ -35,11 +35,13 @@ PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h) bypas
 EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so
 LIB := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass.so
 
-# How Python is started: the sanitizers' runtime has to be there before the interpreter.
-RUN_san = BYPASS_BUILD=$(CURDIR)/$(OUT)/py LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:handle_segv=1 UBSAN_OPTIONS=print_stacktrace=1
-RUN_debug = BYPASS_BUILD=$(CURDIR)/$(OUT)/py
-RUN = $(RUN_$(VARIANT)) $(CURDIR)/$(PY)
+# How Python is started. The sanitizers' runtime has to be there before the interpreter, hence a script, which also
+# starts the Python children of tests; other programs do without it (curl's threads hang under it now and then).
+RUN_release := $(CURDIR)/$(PY)
+RUN_debug := BYPASS_BUILD=$(CURDIR)/$(OUT)/py $(CURDIR)/$(PY)
+RUN_san := $(CURDIR)/$(OUT)/python
+RUN := $(RUN_$(VARIANT))
+ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
 .PHONY: help setup build demo test bench lint fuzz clean
 
@@ -51,7 +53,7 @@ help: ## This list
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
-build: $(VENV)/.stamp $(EXT) $(LIB) ## The C core: bypass/_core*.so for Python and build/libbypass.so
+build: $(VENV)/.stamp $(EXT) $(LIB) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python and build/libbypass.so
 
 demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
 	@$(RUN) -m bypass.demo $(ARGS)
@@ -113,6 +115,15 @@ $(LIB): $(STACK_OBJ) $(OUT)/sources scripts/libbypass.map
 	@mkdir -p $(@D)
 	@echo '  LINK $@'
 	$(Q)$(CC) -shared $(LDFLAGS) $(if $(SAN),,-Wl$(comma)-z$(comma)defs) -Wl,--version-script=scripts/libbypass.map $(STACK_OBJ) -o $@
+
+$(OUT)/python: Makefile
+	@mkdir -p $(@D)
+	@printf '%s\n' '#!/bin/sh' '# Python with the sanitizers: made by the Makefile' \
+		'export BYPASS_BUILD="$(CURDIR)/$(OUT)/py" BYPASS_PYTHON="$(CURDIR)/$@"' \
+		'export ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1' \
+		"export LD_PRELOAD='$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)'" \
+		'exec "$(CURDIR)/$(PY)" "$$@"' > $@
+	@chmod +x $@
 
 # A removed or added source file has to link anew too: the list is a file that changes only with the list.
 $(OUT)/sources: FORCE

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from support import FUZZ
 
 from bypass import netns, probe
 from bypass.lab import Lab
+
+if "BYPASS_PYTHON" in os.environ:  # the sanitizers' build: their runtime is for Python's children, not for curl
+    os.environ.pop("LD_PRELOAD", None)
+    sys.executable = os.environ["BYPASS_PYTHON"]
 
 hypothesis.settings.register_profile(
     "bypass",
