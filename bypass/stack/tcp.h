@@ -336,7 +336,7 @@ enum {
     QUICK_ACKS = 16,
     CHALLENGE_PER_S = 1000,
     SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
-    WINDOW_LOW = 32768, /* bytes: with less on offer the peer may be waiting */
+    WINDOW_LOW = 32768,   /* bytes: with less on offer the peer may be waiting */
 };
 
 /* Public calls on a TCP object by sock.c */
