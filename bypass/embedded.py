@@ -23,7 +23,7 @@ from bypass.afxdp import AfxdpDevice, interface_queues
 from bypass.control import PolicyControl
 from bypass.core import FOREVER, Config, CoreStack
 from bypass.driver import Driver
-from bypass.errors import DeviceError
+from bypass.errors import BypassError, DeviceError
 from bypass.policy import Policy, load_policy
 from bypass.sim.pcap import DeviceCapture
 from bypass.stack_api import Stack
@@ -74,6 +74,7 @@ class DeviceDriver(Driver):
         self._down = False
         self._tick_ns = 0
         self._news = False  # netlink has something
+        self._queue_trouble = ""  # said already
         self._tick_wanted = True
         self._status_ns = 0
         self._device_fd = int(device.netdev.ops.wait_fd(device.netdev))
@@ -157,6 +158,8 @@ class DeviceDriver(Driver):
             self.watch.resolve(wanted)
         due = self.watch.due_ns()
         if wanted or self._news or now >= self._tick_ns or (due is not None and now >= due):
+            if self._news:  # what changes queues takes the carrier away for a moment, which netlink tells
+                self._take_new_queues()
             self._news = False
             self._trouble(self.watch.update())
         if now >= self._tick_ns:
@@ -169,6 +172,21 @@ class DeviceDriver(Driver):
         if now >= self._status_ns:
             self._status_ns = now + STATUS_NS
             self.status.poll()
+
+    def _take_new_queues(self) -> None:
+        """`ethtool -L`: live TCP of a queue without socket is dropped."""
+        try:
+            new = self.device.take_new_queues()
+            for queue, fd in new.items():
+                self.steering.set_socket(0, queue, fd)
+            if new:
+                # A veth runs no XDP on queues that appear below an attached program, until one is attached anew.
+                self.steering.swap(self.steering.policy)
+                log.warning("%s has got queues, which are served from now on: %s", self.device.ifname, [*new])
+        except BypassError as e:
+            if str(e) != self._queue_trouble:
+                log.error("%s", e)
+            self._queue_trouble = str(e)
 
     def _want_tick(self) -> None:
         self._tick_wanted = True

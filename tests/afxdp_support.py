@@ -7,12 +7,14 @@ import ctypes
 import os
 import socket
 import struct
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from bypass import libbpf
+from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, Lab
 
 VERDICT_MAGIC = 0x42595053
 XDP_PASS = 2
@@ -172,3 +174,12 @@ class RedirectErrors:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def set_queues(lab: Lab, count: int) -> None:
+    """Of both ends, as `ethtool -L IFACE combined COUNT` does. A veth's receive queues are the peer's to fill."""
+    for ns, ifname in ((lab.server_ns, SERVER_IFNAME), (lab.client_ns, CLIENT_IFNAME)):
+        subprocess.run(
+            ["ip", "netns", "exec", ns, "ethtool", "-L", ifname, "rx", str(count), "tx", str(count)],
+            check=True,
+        )

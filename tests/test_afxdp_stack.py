@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from afxdp_support import set_queues
 
 import bypass
 from bypass import netns
@@ -93,6 +94,42 @@ def test_a_transfer_survives_link_flaps_at_either_end(lab: Lab, side: str) -> No
         audit = stack.driver.device.audit()
         assert audit.conserved
         assert (audit.misplaced, audit.bad_free) == (0, 0)
+
+
+@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
+def test_connections_by_queues_that_appear_later_are_served(lab: Lab) -> None:
+    """`ethtool -L` below a running stack: nothing but netlink tells it."""
+    set_queues(lab, 1)
+    done: list[bytes] = []
+
+    def ask(count: int) -> None:
+        for i in range(count):
+            with client(lab, socket.SOCK_STREAM) as s:
+                s.connect((SERVER_IP, PORT))
+                s.sendall(b"%d" % i)
+                done.append(s.recv(100))
+
+    def serve(server: Any, count: int) -> None:
+        thread = threading.Thread(target=ask, args=(count,))
+        thread.start()
+        for _ in range(count):
+            conn, _peer = server.accept()
+            with conn:
+                conn.sendall(conn.recv(100))
+        thread.join()
+
+    with served(lab) as stack, stack.create_server((SERVER_IP, PORT)) as server:
+        server.settimeout(20)
+        serve(server, 4)
+        thread = threading.Thread(target=set_queues, args=(lab, 4))
+        thread.start()
+        device = stack.driver.device
+        while len(device.fds) < 4:
+            assert not stack.run(timeout=0.05)
+        thread.join()
+        serve(server, 64)
+        assert all(queue["rx_packets"] for queue in device.statistics().values())
+    assert done == [b"%d" % i for i in range(4)] + [b"%d" % i for i in range(64)]
 
 
 def test_deletion_of_the_interface_ends_waiting_calls_with_its_name(lab: Lab) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from afxdp_fake import build
-from afxdp_support import PORT, Redirect, RedirectErrors
+from afxdp_support import PORT, Redirect, RedirectErrors, set_queues
 
 from bypass import libbpf, netns
 from bypass.afxdp import AfxdpDevice, interface_queues
@@ -462,15 +462,6 @@ def test_closing_is_bounded_when_completions_never_come(lab: Lab) -> None:
     assert dev.close() == 0
     with pytest.raises(DeviceError, match="closed"):
         dev.audit()
-
-
-def set_queues(lab: Lab, count: int) -> None:
-    """Of both ends, as `ethtool -L IFACE combined COUNT` does. A veth's receive queues are the peer's to fill."""
-    for ns, ifname in ((lab.server_ns, SERVER_IFNAME), (lab.client_ns, CLIENT_IFNAME)):
-        subprocess.run(
-            ["ip", "netns", "exec", ns, "ethtool", "-L", ifname, "rx", str(count), "tx", str(count)],
-            check=True,
-        )
 
 
 @pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
