@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from bypass._core import ffi, lib
 from wire import BROADCAST, ETH_ARP, ETH_IPV4, Ip, Udp, arp, eth, parse_ip, parse_udp
@@ -226,7 +226,7 @@ class Conversation:
             assert held == 0, f"{held} frames leaked"
             assert misuse == 0, f"{misuse} frames freed or sent without being held"
 
-    def __enter__(self) -> Conversation:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
