@@ -24,6 +24,8 @@ from bypass.rules import Address
 
 log = logging.getLogger("bypass")
 
+TRIED_AGAIN = 64
+"""Destinations without a way that are looked at again when routes change; the others are when the stack asks."""
 STACK_ADDRESSES = 16
 """Addresses that a stack can have (MAX_ADDRS of bypass/stack/core.h)."""
 
@@ -71,6 +73,7 @@ class KernelWatch:
         self._steering = steering
         self._device = device
         self._told: dict[Address, int] = {}  # addresses of the stack, with their prefix lengths
+        self._unreachable: dict[Address, None] = {}  # told so, latest last
         with ExitStack() as undo:
             self.watcher = undo.enter_context(Watcher(ifname))
             self._diag = undo.enter_context(NetlinkSocket(NETLINK_SOCK_DIAG))
@@ -113,6 +116,10 @@ class KernelWatch:
             self._steering.set_mac(self.watcher.interface.mac)
         if change & (Change.LINK | Change.MTU | Change.MAC | Change.GONE):
             self._device.health()  # takes over MTU and MAC
+        if change & (Change.LINK | Change.ROUTES | Change.ADDRESSES) and self._unreachable:
+            # The stack asks again only after two seconds, and its connections when their timers say so.
+            again, self._unreachable = self._unreachable, {}
+            self.resolve(str(address) for address in again)
         for address, answer in self._next_hops.update(time.monotonic_ns()).items():
             self._tell_next_hop(address, answer)
         if self.watcher.gone:
@@ -124,6 +131,7 @@ class KernelWatch:
         return self._next_hops.due_ns()
 
     def _tell_next_hop(self, address: Address, answer: Answer | None) -> None:
+        self._unreachable.pop(address, None)
         if answer is None or answer is PENDING:
             self._core.nexthop_forget(
                 str(address)
@@ -134,6 +142,9 @@ class KernelWatch:
                 self._core.nexthop_set(str(address), answer.mac, answer.mtu)
             else:
                 self._core.nexthop_set(str(address), None)
+                self._unreachable[address] = None
+                if len(self._unreachable) > TRIED_AGAIN:
+                    del self._unreachable[next(iter(self._unreachable))]
         except OSError as error:
             if error.errno != errno.ENOSPC:  # its table is full of destinations in use: it asks again
                 raise

@@ -490,6 +490,21 @@ def test_next_hops_are_told_when_they_are_found_and_when_they_change(lab: Lab, w
     assert watch.tcp_connections(8080) == 0
 
 
+def test_what_had_no_way_is_told_as_soon_as_there_is_one(lab: Lab, watched: Any) -> None:
+    """Nobody asks again meanwhile: connections must not wait for their timers after a flap."""
+    watch, told, until = watched
+    mac = mac_of(lab.client_ns, "bypass1")
+    watch.resolve(["192.0.2.20", "203.0.113.9"])
+    until(lambda: told.hops.get("192.0.2.20") == (mac, 1500))
+    assert told.hops["203.0.113.9"] == (None, 0)
+    ip(lab.server_ns, "link", "set", "bypass0", "down")
+    until(lambda: told.hops["192.0.2.20"] == (None, 0))
+    ip(lab.server_ns, "link", "set", "bypass0", "up")
+    until(lambda: told.hops["192.0.2.20"] == (mac, 1500))
+    ip(lab.server_ns, "route", "add", "203.0.113.0/24", "via", "192.0.2.20")
+    until(lambda: told.hops["203.0.113.9"] == (mac, 1500))
+
+
 def test_update_says_when_the_link_is_down_and_when_it_is_gone(lab: Lab, watched: Any) -> None:
     watch, told, until = watched
     assert watch.update() == 0
