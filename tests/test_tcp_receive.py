@@ -407,6 +407,21 @@ def test_an_old_timestamp_marks_an_old_duplicate() -> None:
         assert t.read() == stream(11, 21)
 
 
+def test_a_repeated_retransmission_is_the_one_that_is_echoed() -> None:
+    """The ACK of the first copy was lost: its sender would measure since the first one went out."""
+    with Talk() as t:
+        t.established(opts="mss 1460, nop, nop, ts 1000 0", ts=True)
+        t.peer("P. 1:11 ack 1 <nop, nop, ts 2000 0>")
+        assert t.read() == stream(1, 11)
+        t.advance(1)
+        t.out()
+        for ack, ts, echo in ((1, 2200, 2200), (1, 2600, 2600), (-70000, 2700, 2600), (2, 2800, 2600)):
+            t.peer(f"P. 1:11 ack {ack} <nop, nop, ts {ts} 0>")
+            [answer] = t.out()
+            assert (answer.flags, answer.ack, answer.opts["ts"][1]) == (".", 11, echo), "a bad ACK is no proof"
+        assert t.counted()["tcp_in_duplicate"] == 4
+
+
 def test_timestamps_wrap() -> None:
     with Talk() as t:
         t.ts_base = 4294967290

@@ -137,6 +137,26 @@ static void acknowledge(struct bypass_stack *s, struct tcp_conn *c, const struct
         tcp_challenge(s, c);
 }
 
+static void take_timestamp(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    /* RFC 7323 4.3 (2): of the segment that holds the last byte acknowledged, not of later ones */
+    if ((c->flags & TF_TS) && g->opt.has_ts && seq_leq(g->seq, c->last_ack_sent) &&
+        (int32_t)(g->opt.ts_val - c->ts_recent) >= 0) {
+        c->ts_recent = g->opt.ts_val;
+        c->ts_recent_ms = conn_now_ms(s);
+    }
+}
+
+/* The answer to data that came before echoes this copy of it, not the first: its sender times the round trip by the
+ * echo (RFC 7323 4.3), and a lost ACK would cost it the age of the original, which doubles with each timeout. R2 of
+ * 5.3 passes over such segments because their sequence numbers are easy to guess; here the ACK has to be good too. */
+static void echo_retransmission(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    uint32_t oldest = max_u32(c->snd_wnd_max, 65535); /* RFC 5961 5.2 */
+    if ((g->flags & TCP_ACK) && seq_leq(g->ack, c->snd_nxt) && seq_geq(seq_add(g->ack, oldest), c->snd_una))
+        take_timestamp(s, c, g);
+}
+
 /* First: sequence number, with PAWS before it. */
 static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {
@@ -170,7 +190,8 @@ static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c,
             c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS; /* eighth: our last ACK was lost, the wait starts over */
             tcp_timer_update(s, c);
         }
-        tcp_send_ack(s, c); /* a retransmission: its sender waits for this */
+        echo_retransmission(s, c, g);
+        tcp_send_ack(s, c); /* its sender waits for this */
         return STOP;
     }
     STAT(s, tcp_in_out_of_window);
@@ -235,16 +256,6 @@ static enum next_step fin_acked(struct bypass_stack *s, struct tcp_conn *c)
         return STOP;
     }
     return GO_ON;
-}
-
-static void take_timestamp(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
-{
-    /* RFC 7323 4.3 (2): of the segment that holds the last byte acknowledged, not of later ones */
-    if ((c->flags & TF_TS) && g->opt.has_ts && seq_leq(g->seq, c->last_ack_sent) &&
-        (int32_t)(g->opt.ts_val - c->ts_recent) >= 0) {
-        c->ts_recent = g->opt.ts_val;
-        c->ts_recent_ms = conn_now_ms(s);
-    }
 }
 
 /* RFC 1122 4.2.2.13: the program is gone, data that comes now is lost: say so. */
