@@ -22,6 +22,7 @@ from bypass._core import lib
 from bypass.afxdp import AfxdpDevice, interface_queues
 from bypass.control import PolicyControl
 from bypass.core import FOREVER, Config, CoreStack
+from bypass.doctor import choose_mode
 from bypass.driver import Driver
 from bypass.errors import BypassError, DeviceError
 from bypass.policy import Policy, load_policy
@@ -320,8 +321,9 @@ def open_stack(
     b = policy.backend
     ifname = policy.interface
     with contextlib.ExitStack() as undo:
+        generic = choose_mode(ifname, b.mode)[0] == "skb"  # also where the driver has no native XDP
         steering = Steering(
-            policy, ifname, queues=interface_queues(ifname), mode="skb" if b.mode == "skb" else "native"
+            policy, ifname, queues=interface_queues(ifname), mode="skb" if generic else "native"
         )
         undo.callback(steering.close)
         device = AfxdpDevice(
