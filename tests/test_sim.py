@@ -527,6 +527,22 @@ def test_run_stops_where_it_was_told(net: Network) -> None:
     assert net.run(lambda: True)
 
 
+def test_calls_between_runs_happen_at_the_clock_s_time(net: Network) -> None:
+    """A stack that slept for long knows what time it is when the program calls it: its timers start then."""
+    stack, raw = net.stack("10.0.0.1/24"), net.raw_port()
+    net.run(duration_ns=1000 * 10**9)
+    start = net.now_ns()
+    with stack.socket() as sock:
+        sock.setblocking(False)
+        with net.lock:
+            stack.core.nexthop_set("10.0.0.9", raw.mac)
+        assert sock.connect_ex(("10.0.0.9", 80)) == errno.EINPROGRESS
+        net.run(duration_ns=1_500_000_000)
+    first, second = (t - start for t, _ in raw.recv())
+    assert first == 0
+    assert 10**9 <= second < 10**9 + 2 * MS, "RFC 6298: one second"
+
+
 def test_a_raw_port_may_answer_as_frames_come(net: Network) -> None:
     """A peer in Python: it answers ARP."""
     stack, raw = net.stack("10.0.0.1/24"), net.raw_port(mac="02:00:00:00:00:99")
