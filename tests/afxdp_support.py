@@ -8,13 +8,16 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bypass import libbpf
-from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, Lab
+from bypass import libbpf, netns
+from bypass.afxdp import AfxdpDevice
+from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, SERVER_IP, Lab
+from bypass.raw import Frame, RawPort
 
 VERDICT_MAGIC = 0x42595053
 XDP_PASS = 2
@@ -183,3 +186,86 @@ def set_queues(lab: Lab, count: int) -> None:
             ["ip", "netns", "exec", ns, "ethtool", "-L", ifname, "rx", str(count), "tx", str(count)],
             check=True,
         )
+
+
+@contextmanager
+def udp_clients(lab: Lab) -> Iterator[Callable[[], socket.socket]]:
+    """Makes UDP sockets of the client, connected to the server's PORT."""
+    with ExitStack() as stack:
+
+        def make() -> socket.socket:
+            with netns.entered(lab.client_ns):
+                s = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            s.settimeout(5)
+            s.connect((SERVER_IP, PORT))
+            return s
+
+        yield make
+
+
+@contextmanager
+def attached(
+    lab: Lab, *, verdict: tuple[int, int, int] | None = None, skb: bool = False, **options: Any
+) -> Iterator[tuple[AfxdpDevice, RawPort]]:
+    """The server's interface open, all its IPv4 UDP and TCP steered into it."""
+    settings = {"ring_size": 256, "frames": 4096} | options
+    with ExitStack() as stack:
+        with netns.entered(lab.server_ns):
+            dev = stack.enter_context(AfxdpDevice(SERVER_IFNAME, **settings))
+            stack.enter_context(Redirect(SERVER_IFNAME, dev.fds, verdict=verdict, skb=skb))
+        yield dev, stack.enter_context(RawPort(dev))
+
+
+def xdp_socket(fd: int) -> socket.socket:
+    """The device's socket once more, for its options."""
+    return socket.socket(44, socket.SOCK_RAW, 0, fileno=os.dup(fd))
+
+
+def answer(frame: bytes) -> bytes:
+    """UDP or TCP over IPv4 with both ends swapped; no checksum changes by it."""
+    return b"".join(
+        frame[a:b] for a, b in ((6, 12), (0, 6), (12, 26), (30, 34), (26, 30), (36, 38), (34, 36), (38, None))
+    )
+
+
+def sum16(data: bytes) -> int:
+    """The Internet checksum's sum (RFC 1071), not complemented."""
+    data += bytes(len(data) % 2)
+    n = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while n >> 16:
+        n = (n & 0xFFFF) + (n >> 16)
+    return n
+
+
+def with_data(frame: bytes, data: bytes) -> bytes:
+    """A UDP frame with other data, and no UDP checksum."""
+    ip = frame[14:16] + (28 + len(data)).to_bytes(2, "big") + frame[18:24] + b"\0\0" + frame[26:34]
+    ip = ip[:10] + (~sum16(ip) & 0xFFFF).to_bytes(2, "big") + ip[12:]
+    return frame[:14] + ip + frame[34:38] + (8 + len(data)).to_bytes(2, "big") + b"\0\0" + data
+
+
+def payload(frame: Frame | bytes) -> bytes:
+    data = frame.data if isinstance(frame, Frame) else frame
+    return data[42 : 14 + int.from_bytes(data[16:18], "big")]
+
+
+def receive(port: RawPort, count: int) -> list[Frame]:
+    """Exactly that many frames, or fewer when none comes for 2 s."""
+    got: list[Frame] = []
+    while len(got) < count:
+        more = port.recv(min(64, count - len(got)), timeout=2)
+        if not more:
+            break
+        got += more
+    return got
+
+
+def link(ns: str, ifname: str, **what: Any) -> None:
+    from pyroute2 import IPRoute
+
+    with IPRoute(netns=ns) as ip:
+        ip.link("set", index=ip.link_lookup(ifname=ifname)[0], **what)
+
+
+def total(dev: AfxdpDevice, name: str) -> int:
+    return sum(q[name] for q in dev.statistics().values())

@@ -100,9 +100,9 @@ BYPASS_API int afxdp_zerocopy(const struct afxdp *dev);
  * name in the network namespace of the calling thread, and of an open device wherever it is called. */
 BYPASS_API int afxdp_interface_queues(const char *ifname);
 BYPASS_API int afxdp_queues_now(const struct afxdp *dev);
-/* 0: usable; -ENETDOWN: interface down, recovers by itself; -ENXIO: gone for good; reap
- * then gives back every frame under transmission. Needed because an idle device makes no system call and poll() stays silent when the interface is
- * deleted. Also takes over a changed MTU or MAC address. */
+/* 0: usable; -ENETDOWN: interface down, recovers by itself; -ENXIO: gone for good, and reap gives back every frame
+ * under transmission. Needed because an idle device makes no system call and poll() stays silent when the interface
+ * is deleted. Also takes over a changed MTU or MAC address. */
 BYPASS_API int afxdp_health(struct afxdp *dev);
 
 /* ---- Counters ------------------------------------------------------------------------------------ */
