@@ -516,7 +516,7 @@ def test_a_chosen_port_is_free_and_not_predictable() -> None:
     assert len(set(ports)) >= 20, "of 24 with 8 seeds"
 
 
-def test_the_options_helper_writes_what_the_rfc_says() -> None:
+def test_options_are_written_as_the_rfc_says() -> None:
     assert options_bytes("mss 1460, nop, ws 7, ts 1 2") == bytes.fromhex(
         "020405b4 01 030307 080a 00000001 00000002"
     )

@@ -418,7 +418,9 @@ def test_a_repeated_retransmission_is_the_one_that_is_echoed() -> None:
         for ack, ts, echo in ((1, 2200, 2200), (1, 2600, 2600), (-70000, 2700, 2600), (2, 2800, 2600)):
             t.peer(f"P. 1:11 ack {ack} <nop, nop, ts {ts} 0>")
             [answer] = t.out()
-            assert (answer.flags, answer.ack, answer.opts["ts"][1]) == (".", 11, echo), "a bad ACK is no proof"
+            assert (answer.flags, answer.ack, answer.opts["ts"][1]) == (".", 11, echo), (
+                "a bad ACK is no proof"
+            )
         assert t.counted()["tcp_in_duplicate"] == 4
 
 
