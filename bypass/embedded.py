@@ -73,6 +73,7 @@ class DeviceDriver(Driver):
         self._sleeping_until: int | None = None
         self._driving = False
         self._down = False
+        self._said = 0  # the last error of the device that was logged
         self._tick_ns = 0
         self._news = False  # netlink has something
         self._queue_trouble = ""  # said already
@@ -149,8 +150,9 @@ class DeviceDriver(Driver):
             if not self._down:
                 log.warning("%s is down; connections wait for it", self.device.ifname)
             self._down = True
-        elif code != errno.EAGAIN:
+        elif code not in (errno.EAGAIN, self._said):
             log.error("%s: %s", self.device.ifname, os.strerror(code))
+            self._said = code
 
     def _housekeeping(self) -> None:
         """What has to be asked of, or told to, the kernel."""

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from bypass._core import lib
 from bypass.core import FOREVER, Address
+from bypass.errors import DeviceError
 from bypass.stack_api import KINDS, Stack
 
 __all__ = ["Socket", "create_connection", "create_server"]
@@ -75,8 +76,9 @@ class Socket:
     """A socket of a stack: SOCK_STREAM (TCP) or SOCK_DGRAM (UDP), with the methods of socket.socket.
 
     Raises:
-        OSError: as socket.socket does; PermissionError when no rule of the policy grants the flow (the message names
-            the flow and the rule that would); TimeoutError after settimeout().
+        OSError: as socket.socket does; ENODEV when the interface was deleted.
+        PermissionError: no rule of the policy grants the flow; the message names the flow and the rule that would.
+        TimeoutError: after settimeout().
     """
 
     family = _socket.AF_INET
@@ -113,7 +115,11 @@ class Socket:
             driver = self._stack.driver
             if deadline is None:
                 deadline = FOREVER if self._timeout is None else driver.now_ns() + round(self._timeout * 1e9)
-            if not driver.wait(deadline):
+            try:
+                expired = not driver.wait(deadline)
+            except DeviceError as e:
+                raise OSError(errno.ENODEV, str(e)) from e
+            if expired:
                 # What came at the last moment counts.
                 result = attempt(self._h())
                 if result is None:

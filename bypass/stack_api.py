@@ -307,8 +307,9 @@ class Stack:
                 for entry in sorted(self._by_handle.values(), key=lambda e: not e.listening):
                     self.close_handle(entry.handle)
                 deadline = driver.now_ns() + round(linger * 1e9)
-                while any(c.state not in SETTLED for c in self.core.conns()) and driver.wait(deadline):
-                    pass
+                while any(c.state not in SETTLED for c in self.core.conns()):
+                    if driver.failure is not None or not driver.wait(deadline):
+                        break
             finally:
                 self.destroy()
                 for handler in watchers:

@@ -289,15 +289,24 @@ def test_a_deleted_interface_is_reported_at_once(stack: Stack, lab: Lab) -> None
     from pyroute2 import IPRoute
 
     server = stack.create_server((SERVER_IP, 8080))
+    client = connected(lab, (SERVER_IP, 8080))
+    connection, _ = server.accept()
+    connection.sendall(b"x" * 100_000)
     with IPRoute() as ip:
         index = ip.link_lookup(ifname=SERVER_IFNAME)[0]
         timer = threading.Timer(0.2, lambda: ip.link("del", index=index))
         timer.start()
-        with pytest.raises(DeviceError, match=f"{SERVER_IFNAME} is gone"):
+        with pytest.raises(OSError, match=f"{SERVER_IFNAME} is gone") as e:
             server.accept()
+        assert e.value.errno == errno.ENODEV
         timer.join()
-    server.close()
-    stack.close(linger=1)
+    with pytest.raises(OSError, match="gone"):
+        connection.recv(1)
+    with pytest.raises(DeviceError, match="gone"):
+        stack.run(timeout=1)
+    for sock in (server, connection, client):
+        sock.close()
+    stack.close(linger=60)
 
 
 def test_threads_with_blocking_calls(stack: Stack, lab: Lab) -> None:
