@@ -36,7 +36,7 @@ POLICY = ROOT / "config" / "web.yaml"
 BYPASS_PORT, KERNEL_PORT = 8080, 8081
 START_S = 20.0
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, emoji=False, soft_wrap=True)
 
 
 class DemoError(BypassError):

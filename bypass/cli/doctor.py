@@ -43,7 +43,7 @@ def doctor(interface: str, as_json: bool) -> int:
     for c in report.checks:
         found = escape(c.found) + (f"\n[cyan]mend:[/] {escape(c.fix)}" if c.fix else "")
         rows.append([interface if c.group == "interface" else "", escape(c.name), styled(c.verdict), found])
-    print_table(["", "check", "verdict", "found"], rows)
+    print_table(["", "check", "verdict", "found"], rows, markup=True)
     out = console()
     if report.mode:
         out.print(f"mode: auto takes [bold]{report.mode}[/]: {escape(report.reason)}")
