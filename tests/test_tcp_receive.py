@@ -37,6 +37,17 @@ def test_every_second_full_segment_is_acknowledged_at_once() -> None:
         t.hears(". 1:1 ack 5841")
 
 
+def test_full_segments_that_come_together_share_an_acknowledgment() -> None:
+    """As behind a NIC that coalesces; but never more than eight, and none is left over."""
+    with Talk() as t:
+        t.established()
+        t.option("TCP_QUICKACK", 0)
+        t.peer(*(f". {1 + 1460 * i}:{1461 + 1460 * i}" for i in range(20)))
+        assert [s.ack for s in t.out()] == [1 + 1460 * n for n in (8, 16, 20)]
+        t.peer(". 29201:30661", ". 32121:33581")  # around a hole, at once
+        t.hears(". 1:1 ack 30661")
+
+
 def test_the_first_full_segments_are_acknowledged_each() -> None:
     """The peer is in slow start and lives on acknowledgments."""
     with Talk() as t:

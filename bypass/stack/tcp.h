@@ -47,6 +47,7 @@ enum {                     /* conn.flags */
        TF_ACCEPTABLE = 1 << 21,  /* established, in its listener's queue */
        TF_SYN_RTX = 1 << 22,     /* a SYN was repeated: its round trip is ambiguous (Karn) */
        TF_MORE = 1 << 24,        /* MSG_MORE of the last send() */
+       TF_ACK_BATCH = 1 << 25,   /* when the batch of received frames has been read */
        TF_BLOCKED_DST = 1 << 23, /* ... and it is a next hop that it waits for */
 };
 
@@ -251,6 +252,7 @@ void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c);
 void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask);
 /* Tries again at the next poll (no frame, device busy) or when a next hop was answered. */
 void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop);
+void conn_ack_batch(struct bypass_stack *s, struct tcp_conn *c); /* one ACK when this batch of frames is read */
 void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu);
 uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c);
 
@@ -334,6 +336,7 @@ enum {
     DATA_RETRIES = 15,
     ORPHAN_RETRIES = 8,
     QUICK_ACKS = 16,
+    ACK_BATCH_MAX = 8, /* segments of one batch that one ACK may stand for */
     CHALLENGE_PER_S = 1000,
     SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
     WINDOW_LOW = 32768,   /* bytes: with less on offer the peer may be waiting */

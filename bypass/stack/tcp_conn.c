@@ -260,15 +260,28 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
 }
 
 /* ---- Waiting for a frame (list 0) or a next hop (list 1) ------------------------------------------------ */
-void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop)
+static void link_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop)
 {
     struct tcp *t = tcp_head(s);
-    if (c->flags & TF_BLOCKED)
-        return;
-    STAT(s, tcp_blocked);
     c->flags |= TF_BLOCKED | (next_hop ? TF_BLOCKED_DST : 0);
     c->blocked_next = t->blocked_head[next_hop];
     t->blocked_head[next_hop] = conn_index(s, c);
+}
+
+void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop)
+{
+    if (c->flags & TF_BLOCKED)
+        return;
+    STAT(s, tcp_blocked);
+    link_blocked(s, c, next_hop);
+}
+
+/* The list is run at the end of bypass_poll(). Who is in it already, or waits for a next hop, has his ACK sent then. */
+void conn_ack_batch(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->flags |= TF_ACK_BATCH;
+    if (!(c->flags & TF_BLOCKED))
+        link_blocked(s, c, false);
 }
 
 static void unblock(struct bypass_stack *s, struct tcp_conn *c)

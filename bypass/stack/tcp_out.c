@@ -84,7 +84,7 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
         h->ts_ecr = c->ts_recent;
     }
     c->last_ack_sent = c->rcv_nxt;
-    c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER);
+    c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH);
     c->ack_at = 0;
 }
 
@@ -424,6 +424,8 @@ void tcp_output_now(struct bypass_stack *s, struct tcp_conn *c)
 void tcp_resume(struct bypass_stack *s, struct tcp_conn *c)
 {
     const struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    if (c->flags & TF_ACK_BATCH)
+        c->flags = (c->flags & ~(uint32_t)TF_ACK_BATCH) | TF_ACK_NOW;
     bool opening = c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED;
     if (opening && d && d->state == DST_FAILED) {
         conn_drop(s, c, EHOSTUNREACH);

@@ -218,9 +218,12 @@ static void ack_data(struct bypass_stack *s, struct tcp_conn *c, uint32_t len, b
     if (len > c->rcv_mss)
         c->rcv_mss = (uint16_t)min_u32(len, 65535);
     uint32_t waiting = c->rcv_nxt.v - c->last_ack_sent.v;
-    /* at least every second full segment, and at once around holes */
-    if (hole || c->ooo_head != NO_INDEX || waiting >= 2u * c->rcv_mss) {
+    /* At least every second full segment, and at once around holes. Of those that came in one batch one ACK tells for
+     * all (up to ACK_BATCH_MAX), as it would behind a NIC that coalesces: the batch is over in microseconds. */
+    if (hole || c->ooo_head != NO_INDEX || waiting >= ACK_BATCH_MAX * (uint32_t)c->rcv_mss) {
         c->flags |= TF_ACK_NOW;
+    } else if (waiting >= 2u * c->rcv_mss) {
+        conn_ack_batch(s, c);
     } else if (c->quick_acks > 0 && len >= c->rcv_mss && len >= TCP_DEFAULT_MSS) {
         c->quick_acks--; /* the peer is in slow start: feed its clock */
         c->flags |= TF_ACK_NOW;
