@@ -167,6 +167,7 @@ class AfxdpDevice:
         self.requested_mode: Mode = mode
         self._all_queues = queues == "all"
         available = interface_queues(ifname)
+        self._ifindex = socket.if_nametoindex(ifname)
         self.queue_numbers: tuple[int, ...] = self._queue_numbers(queues, available)
         frames = frames if frames is not None else 4 * ring_size * len(self.queue_numbers)
         self._config = ffi.new(
@@ -311,7 +312,7 @@ class AfxdpDevice:
         return DeviceError(text)
 
     def _busy_with(self, queue: int) -> str:
-        holders = queue_holders(socket.if_nametoindex(self.ifname), queue)
+        holders = queue_holders(self._ifindex, queue)
         names = ", ".join("this process" if h.pid == os.getpid() else str(h) for h in holders)
         if not names:
             return "another AF_XDP socket has it, and no process to blame is visible"
