@@ -79,9 +79,7 @@ def with_network(
     warmup_ms, measure_ms = (20, 100) if quick else (100, 600)
     with Lab(f"{os.getpid()}-bench", queues=1) as lab:
         if "network" in parts:
-            found["tests"] = network.run(
-                lab, rounds=rounds, warmup_ms=warmup_ms, measure_ms=measure_ms, step=step
-            )
+            found |= network.run(lab, rounds=rounds, warmup_ms=warmup_ms, measure_ms=measure_ms, step=step)
         if "drop" in parts:
             found["drop"] = drop.run(
                 lab, rounds=rounds, warmup_ms=warmup_ms, measure_ms=measure_ms, step=step

@@ -7,6 +7,7 @@ it. Ratios are taken within a round.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -157,9 +158,10 @@ def run(
     variants: Iterable[str] = tuple(VARIANTS),
     step: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """All rounds. `step` is told what is about to run. The result is `tests` of bench.json."""
+    """All rounds. `step` is told what is about to run. The result is `tests` and `counters` of bench.json."""
     names = list(variants)
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {t.name: {} for t in TESTS}
+    counters: dict[str, Counter[str]] = {}
     for number in range(rounds):
         turn = number % len(names)
         for variant in names[turn:] + names[:turn]:
@@ -172,7 +174,10 @@ def run(
                         step(f"round {number + 1}: {VARIANTS[variant][1]}: {test.title}")
                         result = measure(lab, server, test, warmup_ms, measure_ms)
                         runs[test.name].setdefault(variant, []).append(result)
-    return {t.name: summary(t, runs[t.name]) for t in TESTS}
+            for part, counts in server.report.items():
+                counters.setdefault(f"{variant} {part}", Counter()).update(counts)
+    tests = {t.name: summary(t, runs[t.name]) for t in TESTS}
+    return {"tests": tests, "counters": {name: dict(c) for name, c in counters.items()}}
 
 
 def summary(test: Test, by_variant: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import cffi
 from bypass._core import ffi as core_ffi
+from bypass._core import lib as core_lib
 
 from bench.programs import ROOT, program
 from bypass import netns
@@ -78,7 +79,8 @@ def server_library() -> tuple[cffi.FFI, Any]:
     return ffi, ffi.dlopen(program("libserver.so"))
 
 
-def serve_bypass(device: AfxdpDevice, lab: Lab, spin: bool, stop: threading.Event) -> None:
+def serve_bypass(device: AfxdpDevice, lab: Lab, spin: bool, stop: threading.Event) -> dict[str, int]:
+    """Returns the stack's counters that are not 0."""
     ffi, lib = server_library()
     sides = lab.sides()
     assert sides is not None
@@ -97,11 +99,14 @@ def serve_bypass(device: AfxdpDevice, lab: Lab, spin: bool, stop: threading.Even
     watcher = threading.Thread(target=end)
     watcher.start()
     print("ready", flush=True)
-    err = int(lib.server_run(netdev, args, flag))  # without the interpreter's lock
+    stats = ffi.new("uint64_t[]", core_lib.bypass_stat_count())
+    err = int(lib.server_run(netdev, args, flag, stats))  # without the interpreter's lock
     stop.set()
     watcher.join()
     if err < 0:
         raise OSError(-err, os.strerror(-err))
+    names = (core_ffi.string(core_lib.bypass_stat_name(i)).decode() for i in range(len(stats)))
+    return {name: int(n) for name, n in zip(names, stats, strict=True) if n}
 
 
 def serve_bare(device: AfxdpDevice, spin: bool, stop: threading.Event) -> None:
@@ -144,11 +149,13 @@ def main(variant: str, lab_name: str) -> None:
             print("{}")
             return
         with steered() as device:
+            counters: dict[str, int] = {}
             if variant.startswith("bare"):
                 serve_bare(device, variant.endswith("spin"), stop)
             else:
-                serve_bypass(device, lab, variant.endswith("spin"), stop)
-            print(json.dumps(device.statistics()[0]))
+                counters = serve_bypass(device, lab, variant.endswith("spin"), stop)
+            seen = {name: n for name, n in device.statistics()[0].items() if n}
+            print(json.dumps({"device": seen, "stack": counters}))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ static int open_stack(struct server *v, struct bypass_netdev *dev, const struct 
 }
 
 __attribute__((visibility("default"))) int server_run(struct bypass_netdev *dev, const struct server_args *args,
-                                                      volatile uint32_t *stop)
+                                                      volatile uint32_t *stop, uint64_t *stats)
 {
     struct server *v = calloc(1, sizeof *v);
     if (!v)
@@ -172,6 +172,7 @@ __attribute__((visibility("default"))) int server_run(struct bypass_netdev *dev,
     int err = open_stack(v, dev, args);
     if (err == 0) {
         err = loop(v, dev, args, stop);
+        memcpy(stats, bypass_stats(&v->stack), (size_t)bypass_stat_count() * sizeof *stats);
         bypass_destroy(&v->stack);
     }
     if (v->arena && v->arena != MAP_FAILED)

@@ -16,7 +16,8 @@ struct server_args {
     uint16_t flags;
     uint32_t spin_us; /* without SERVER_SPIN: polls so long after the last packet before it sleeps */
 };
-/* Serves on dev until *stop is not 0. 0, or -errno of the stack or the device. */
-int server_run(struct bypass_netdev *dev, const struct server_args *args, volatile uint32_t *stop);
+/* Serves on dev until *stop is not 0, then copies the stack's bypass_stat_count() counters to stats. 0, or -errno of
+ * the stack or the device. */
+int server_run(struct bypass_netdev *dev, const struct server_args *args, volatile uint32_t *stop, uint64_t *stats);
 
 #endif

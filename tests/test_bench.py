@@ -97,7 +97,13 @@ def test_simulated_bulk_and_idle_connection_have_figures(tmp_path: Path) -> None
 # ---- Network -----------------------------------------------------------------------------------------------------
 @pytest.mark.netns
 def test_every_test_has_every_server_that_can_do_it(tmp_path: Path) -> None:
-    tests = bench(tmp_path, "--only", "network")["tests"]
+    result = bench(tmp_path, "--only", "network")
+    tests = result["tests"]
+    for variant in ("bypass-spin", "bypass-sleep"):
+        stack = result["counters"][f"{variant} stack"]
+        assert stack["udp_in"] > 0
+        assert stack["tcp_established"] == 1 + 32 + 256 + 2
+        assert "tcp_out_resets" not in stack
     assert list(tests) == [t.name for t in network.TESTS]
     for test in network.TESTS:
         found = tests[test.name]
