@@ -314,7 +314,7 @@ def test_slots_of_the_wire_are_used_again(net: Network) -> None:
         a.send(udp_frame(i + 1, 7))
         net.run(duration_ns=2 * MS)
         assert [f for _, f in b.recv()] == [udp_frame(i, i), udp_frame(i + 1, 7)]
-    assert b.stats().in_flight_dropped == 0
+        assert (b.stats().in_flight_dropped, b.stats().misuse) == (0, 0)
 
 
 def test_a_raw_port_sees_all_frames_of_a_switch(net: Network) -> None:
@@ -639,6 +639,46 @@ def test_recorder_survives_every_way_of_wrapping() -> None:
                 if keep_last and times:
                     assert times == expected[-len(times) :]
                 expected, dropped = [], recorder.dropped
+
+
+def test_an_empty_recorder_takes_a_frame_of_its_whole_size() -> None:
+    """Wherever the last one ended."""
+    recorder = Recorder(1000)
+    for size in (600, 976, 300, 976):
+        lib.capture_add(recorder.c, 0, 0, 0, bytes(size), size)
+        assert [f.length for f in recorder.read()] == [size]
+    assert recorder.dropped == 0
+    lib.capture_add(recorder.c, 0, 0, 0, bytes(977), 977)
+    assert (recorder.read(), recorder.dropped) == ([], 1)
+
+
+def test_reading_stops_where_the_next_frame_does_not_fit() -> None:
+    recorder = Recorder(1000)
+    for i in range(3):
+        lib.capture_add(recorder.c, i, 0, 0, bytes(40), 40)
+    buffer = ffi.new("uint8_t[]", 1000)
+    assert lib.capture_read(recorder.c, buffer, 63) == 0
+    assert lib.capture_read(recorder.c, buffer, 64) == 64
+    assert lib.capture_read(recorder.c, buffer, 127) == 64
+    assert lib.capture_read(recorder.c, buffer, 1000) == 64
+
+
+def test_recording_device_counts_free_frames_as_the_device_below(net: Network) -> None:
+    segment = net.wire()
+    sender, port = segment.raw_port(), segment.port(frames=16)
+    recorder = Recorder()
+    dev = lib.capture_dev_create(port.dev, recorder.c, 0)
+    batch = ffi.new("bypass_pkt[]", 16)
+    for i in range(6):
+        sender.send(udp_frame(i))
+    assert dev.ops.rx_burst(dev, batch, 16) == 6
+    assert dev.free_frames == port.dev.free_frames == 6
+    assert dev.ops.alloc(dev, batch + 6, 2) == 2
+    assert dev.free_frames == port.dev.free_frames == 4
+    dev.ops.free(dev, batch, 8)
+    assert dev.free_frames == port.dev.free_frames == 12
+    assert [f.data for f in recorder.read()] == [udp_frame(i) for i in range(6)]
+    lib.capture_dev_destroy(dev)
 
 
 def test_recording_device_sees_both_directions_of_any_backend(net: Network) -> None:

@@ -400,6 +400,7 @@ void sim_port_stats(const struct bypass_netdev *dev, struct sim_port_stats *out)
     const struct port *p = port_of_const(dev);
     *out = p->stats;
     out->in_flight = p->flights_tail - p->flights_head;
+    out->misuse += p->slot_bump - p->slot_listed != out->in_flight; /* each frame on the wire has one slot */
     out->rx_waiting = port_rx_waiting(p);
     out->unreaped = p->done_tail - p->done_head;
     /* A frame that the stack keeps after sending it counts with the stack's, not with the unreaped. */
