@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulator keeps its promises: determinism, each impairment as asked for, recording, clean ends."""
+"""The simulator keeps its promises: determinism, each impairment as asked for, the clock, clean ends."""
 
 from __future__ import annotations
 
@@ -9,32 +9,14 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import dpkt
 import pytest
 import wire as w
 from bypass._core import ffi, lib
 from exchange import exchange, random_exchange
+from sim_ports import A_MAC, B_MAC, MS, number, pair, send_many, tcp_frame, udp_frame
 
-from bypass.core import Config, CoreStack
-from bypass.sim import DeviceFaults, Fate, Faults, Network, Port, RawPort, Recorder, SimulationError
-
-A_MAC, B_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
-MS = 1_000_000
-
-
-def udp_frame(n: int, size: int = 200) -> bytes:
-    """A UDP packet with the number n in it."""
-    data = n.to_bytes(4, "big") + random.Random(n).randbytes(size)
-    packet = w.ipv4("10.0.0.1", "10.0.0.2", w.UDP, w.udp("10.0.0.1", "10.0.0.2", 1, 2, data))
-    return w.eth(B_MAC, A_MAC, w.ETH_IPV4, packet)
-
-
-def tcp_frame(n: int, size: int) -> bytes:
-    data = random.Random(n).randbytes(size)
-    segment = w.tcp("10.0.0.1", "10.0.0.2", 1, 2, n, 0, w.ACK, 1000, data)
-    return w.eth(B_MAC, A_MAC, w.ETH_IPV4, w.ipv4("10.0.0.1", "10.0.0.2", w.TCP, segment))
+from bypass.sim import Fate, Faults, Network, RawPort, SimulationError
 
 
 @pytest.fixture
@@ -43,31 +25,7 @@ def net() -> Iterator[Network]:
         yield network
 
 
-def pair(net: Network, faults: Faults | None = None) -> tuple[RawPort, RawPort]:
-    """Two raw ports on a wire; the first one's frames meet the faults."""
-    wire = net.wire()
-    a, b = wire.raw_port("a"), wire.raw_port("b")
-    a.set_faults(faults or Faults())
-    return a, b
-
-
-def send_many(
-    net: Network, faults: Faults, n: int, gap_ns: int = 10_000
-) -> tuple[list[tuple[int, bytes]], RawPort]:
-    """n numbered frames, one each gap_ns: what arrived, and the sending port."""
-    a, b = pair(net, faults)
-    for i in range(n):
-        a.send(udp_frame(i, 20))
-        net.run(duration_ns=gap_ns)
-    net.run(duration_ns=10**10)
-    return b.recv(), a
-
-
-def number(frame: bytes) -> int:
-    return int.from_bytes(frame[42:46], "big")
-
-
-# ---- Determinism -------------------------------------------------------------------------------------------------
+# ---- Determinism --------------------------------------------------------------------------------------------------
 
 
 def recording(seed: int, path: Path) -> bytes:
@@ -113,7 +71,7 @@ def test_secrets_of_stacks_follow_the_seed_and_differ() -> None:
     assert len({words(1, 0), words(1, 1), words(2, 0), words(2, 1)}) == 4
 
 
-# ---- Impairments -------------------------------------------------------------------------------------------------
+# ---- Impairments --------------------------------------------------------------------------------------------------
 
 
 def test_perfect_wire_delivers_everything_in_order_at_once(net: Network) -> None:
@@ -338,178 +296,7 @@ def test_memory_on_the_wire_and_in_the_port_is_bounded(net: Network) -> None:
     assert (b.stats().rx_waiting, b.stats().no_frame) == (16, 4)
 
 
-# ---- The device --------------------------------------------------------------------------------------------------
-
-
-def burst(dev: object, n: int) -> list[int]:
-    out = ffi.new("bypass_pkt[]", n)
-    return list(out[0 : dev.ops.alloc(dev, out, n)])  # type: ignore[attr-defined]
-
-
-def test_frames_are_held_by_whom_they_should(net: Network) -> None:
-    port = net.wire().port(frames=16, tx_ring=2)
-    dev, ops = port.dev, port.dev.ops
-    frames = burst(dev, 100)
-    assert len(frames) == 12, "a quarter is kept for reception"
-    assert (dev.free_frames, port.stats().held) == (0, 12)
-    batch = ffi.new("bypass_pkt[]", frames)
-    for f in frames[:3]:
-        meta = ffi.cast("struct bypass_pkt_meta *", ffi.cast("uint8_t *", dev.meta) + f * dev.meta_stride)
-        assert (meta.off, meta.len, meta.holders) == (dev.headroom, 0, lib.BYPASS_HOLD_STACK)
-        meta.len = 60
-    assert ops.tx_burst(dev, batch, 3) == 2, "the ring holds two"
-    assert port.stats().unreaped == 2
-    ops.free(dev, batch, 1)  # the first: now only the device holds it
-    done = ffi.new("bypass_pkt[]", 8)
-    assert ops.reap(dev, done, 8) == 1
-    assert done[0] == frames[1]
-    assert dev.free_frames == 1
-    assert port.stats().misuse == 0
-
-    assert ops.tx_burst(dev, batch, 1) == 1, "a bad frame is skipped, not retried for ever"
-    ops.free(dev, batch, 1)
-    assert port.stats().misuse == 2, "sending and freeing what one does not hold"
-    ops.free(dev, batch + 1, 11)
-    assert port.stats().held == 0
-    lib.sim_port_device_faults(dev, DeviceFaults().c())
-    with pytest.raises(SimulationError, match="misuse"):
-        net.close()
-
-
-def meta_of(dev: Any, frame: int) -> Any:
-    return ffi.cast("struct bypass_pkt_meta *", ffi.cast("uint8_t *", dev.meta) + frame * dev.meta_stride)
-
-
-def receive(port: Port) -> tuple[bytes, Any]:
-    """The oldest received frame and its metadata, as a stack takes them."""
-    out = ffi.new("bypass_pkt[1]")
-    assert port.dev.ops.rx_burst(port.dev, out, 1) == 1
-    meta = meta_of(port.dev, out[0])
-    data = ffi.buffer(port.dev.mem + out[0] * port.dev.stride + meta.off, meta.len)[:]
-    copy = ffi.new("struct bypass_pkt_meta *", meta[0])
-    port.dev.ops.free(port.dev, out, 1)
-    return data, copy
-
-
-def test_a_device_vouches_only_for_what_is_intact(net: Network) -> None:
-    segment = net.wire()
-    a = segment.raw_port()
-    with_offload, without = segment.port(caps=lib.BYPASS_CAP_RX_CSUM), segment.port()
-    a.script([Fate.PASS, Fate.CORRUPT])
-    for _ in range(2):
-        a.send(udp_frame(1))
-    assert [receive(with_offload)[1].flags for _ in range(2)] == [lib.BYPASS_RX_CSUM_OK, 0]
-    assert [receive(without)[1].flags for _ in range(2)] == [0, 0]
-
-
-@pytest.mark.parametrize("size", [0, 1, 8, 1001])
-def test_the_device_completes_checksums(net: Network, size: int) -> None:
-    segment = net.wire()
-    port, raw = segment.port(caps=lib.BYPASS_CAP_TX_CSUM), segment.raw_port()
-    for i in range(200):
-        good = udp_frame(i, size)
-        start = w.checksum(w.pseudo("10.0.0.1", "10.0.0.2", w.UDP, len(good) - 34)) ^ 0xFFFF
-        partial = good[:40] + start.to_bytes(2, "big") + good[42:]
-        [frame] = burst(port.dev, 1)
-        meta = meta_of(port.dev, frame)
-        ffi.memmove(port.dev.mem + frame * port.dev.stride + meta.off, partial, len(partial))
-        meta.len, meta.flags, meta.csum_start, meta.csum_off = len(partial), lib.BYPASS_TX_CSUM, 34, 6
-        batch, done = ffi.new("bypass_pkt[]", [frame]), ffi.new("bypass_pkt[1]")
-        assert port.dev.ops.tx_burst(port.dev, batch, 1) == 1
-        port.dev.ops.free(port.dev, batch, 1)
-        assert port.dev.ops.reap(port.dev, done, 1) == 0
-        [(_, sent)] = raw.recv()
-        assert sent == good
-
-
-def test_a_computed_checksum_of_zero_is_sent_as_ones(net: Network) -> None:
-    """RFC 768: zero would mean that there is none."""
-    segment = net.wire()
-    port, raw = segment.port(caps=lib.BYPASS_CAP_TX_CSUM), segment.raw_port()
-    [frame] = burst(port.dev, 1)
-    meta = meta_of(port.dev, frame)
-    meta.len, meta.flags, meta.csum_start, meta.csum_off = 18, lib.BYPASS_TX_CSUM, 14, 0
-    ffi.memmove(port.dev.mem + frame * port.dev.stride + meta.off, bytes(14) + b"\xff\x0f\x00\xf0", 18)
-    batch = ffi.new("bypass_pkt[]", [frame])
-    assert port.dev.ops.tx_burst(port.dev, batch, 1) == 1
-    assert raw.recv()[0][1][14:16] == b"\xff\xff"
-    port.dev.ops.free(port.dev, batch, 1)
-    port.dev.ops.reap(port.dev, batch, 1)
-
-
-def test_flows_spread_over_queues_and_each_keeps_its_own(net: Network) -> None:
-    segment = net.wire()
-    a, b = segment.raw_port(), segment.port(queues=4)
-    seen: dict[int, set[int]] = {}
-    for repeat in range(2):
-        for flow in range(64):
-            data = w.udp("10.0.0.1", "10.0.0.2", 1000 + flow, 53, bytes([repeat]))
-            a.send(w.eth(B_MAC, A_MAC, w.ETH_IPV4, w.ipv4("10.0.0.1", "10.0.0.2", w.UDP, data)))
-            seen.setdefault(flow, set()).add(receive(b)[1].queue)
-    assert all(len(queues) == 1 for queues in seen.values())
-    assert {q for queues in seen.values() for q in queues} == {0, 1, 2, 3}
-
-
-def test_bytes_are_equal_with_checksum_offload_on_a_corrupting_wire(net: Network) -> None:
-    rng = random.Random(10)
-    net.wire(faults=Faults(corrupt=0.05, delay_ns=100_000))
-    caps = lib.BYPASS_CAP_RX_CSUM | lib.BYPASS_CAP_TX_CSUM
-    a, b = net.stack("10.0.0.1/24", caps=caps), net.stack("10.0.0.2/24", caps=caps)
-    exchange(net, a, b, rng.randbytes(300_000), rng.randbytes(300_000), rng)
-
-
-def test_a_late_completion_is_noticed_without_any_other_event(net: Network) -> None:
-    """The clock stops when a transmission completes: the stack gets its frame back then, not with the next packet."""
-    a = net.stack("10.0.0.1/24", tx_ring=4)
-    net.raw_port(mac="02:00:00:00:00:99")
-    assert a.port is not None
-    a.port.set_device_faults(DeviceFaults(complete_ns=3 * MS))
-    with a.socket(socket.SOCK_DGRAM) as sock:
-        with net.lock:
-            a.core.nexthop_set("10.0.0.9", bytes.fromhex("020000000099"))
-        sock.sendto(b"x", ("10.0.0.9", 9))
-        net.run(duration_ns=2 * MS)
-        assert a.port.stats().unreaped == 1
-        net.run(duration_ns=2 * MS)
-        assert a.port.stats().unreaped == 0
-
-
-@pytest.mark.parametrize(
-    "faults",
-    [
-        DeviceFaults(alloc_fail=0.2),
-        DeviceFaults(tx_short=0.5),
-        DeviceFaults(kick_again=0.5),
-        DeviceFaults(complete_ns=2 * MS),
-        DeviceFaults(alloc_fail=0.1, tx_short=0.3, kick_again=0.3, complete_ns=MS),
-    ],
-)
-def test_bytes_are_equal_over_a_bad_device(net: Network, faults: DeviceFaults) -> None:
-    rng = random.Random(9)
-    net.wire(faults=Faults(delay_ns=100_000))
-    a, b = net.stack("10.0.0.1/24", frames=256, tx_ring=16), net.stack("10.0.0.2/24", frames=256, tx_ring=16)
-    for stack in (a, b):
-        assert stack.port is not None
-        stack.port.set_device_faults(faults)
-    exchange(net, a, b, rng.randbytes(200_000), rng.randbytes(200_000), rng)
-
-
-def test_carrier_lost_and_found(net: Network) -> None:
-    a, b = net.stack("10.0.0.1/24"), net.stack("10.0.0.2/24")
-    assert a.port is not None
-    with b.create_server(("10.0.0.2", 80)) as server, a.create_connection(("10.0.0.2", 80)) as client:
-        connection, _ = server.accept()
-        a.port.set_device_faults(DeviceFaults(down=True))
-        client.sendall(b"while it is down")
-        assert not net.run(
-            lambda: bool(b.core.ready(connection._handle) & lib.BYPASS_IN), duration_ns=5 * 10**9
-        )
-        a.port.set_device_faults(DeviceFaults())
-        assert connection.recv(100) == b"while it is down"
-        connection.close()
-
-
-# ---- Clock -------------------------------------------------------------------------------------------------------
+# ---- Clock --------------------------------------------------------------------------------------------------------
 
 
 def test_idle_network_says_so_instead_of_waiting_for_ever(net: Network) -> None:
@@ -560,181 +347,7 @@ def test_a_raw_port_may_answer_as_frames_come(net: Network) -> None:
     assert raw.recv() == []
 
 
-# ---- Recording ---------------------------------------------------------------------------------------------------
-
-
-def test_pcapng_tells_time_place_and_fate(net: Network, tmp_path: Path) -> None:
-    a, b = pair(net, Faults(delay_ns=7))
-    path = tmp_path / "x.pcapng"
-    with net.capture(path, a, b):
-        a.script([Fate.PASS, Fate.LOSE, Fate.CORRUPT])
-        start = net.now_ns()
-        for i in range(3):
-            a.send(udp_frame(i))
-        net.run(duration_ns=10)
-    blocks = []
-    with path.open("rb") as file:
-        shb = dpkt.pcapng.SectionHeaderBlockLE(file.read(28))
-        assert shb.bom == 0x1A2B3C4D
-        raw = file.read()
-    names = []
-    while raw:
-        size = int.from_bytes(raw[4:8], "little")
-        kind = int.from_bytes(raw[:4], "little")
-        if kind == 1:
-            idb = dpkt.pcapng.InterfaceDescriptionBlockLE(raw[:size])
-            names.append(idb.opts[0].data)
-        else:
-            blocks.append(dpkt.pcapng.EnhancedPacketBlockLE(raw[:size]))
-        raw = raw[size:]
-    assert names == [b"a", b"b"]
-    seen = [
-        (
-            blk.iface_id,
-            (blk.ts_high << 32 | blk.ts_low) - start,
-            next((o.text for o in blk.opts if o.code == 1), ""),
-        )
-        for blk in blocks
-    ]
-    assert seen == [
-        (0, 0, ""), (0, 0, "lost"), (0, 0, "corrupted on the way"), (1, 7, ""), (1, 7, ""),
-    ]  # fmt: skip
-    assert blocks[0].pkt_data == udp_frame(0)
-
-
-def test_recorder_keeps_the_last_or_the_first() -> None:
-    for keep_last in (True, False):
-        recorder = Recorder(10_000, keep_last=keep_last)
-        for i in range(1000):
-            frame = bytes([i % 256]) * (1 + i % 300)
-            lib.capture_add(recorder.c, i, 3, lib.CAPTURE_RX, frame, len(frame))
-        frames = recorder.read()
-        times = [f.time_ns for f in frames]
-        assert recorder.dropped + len(frames) == 1000
-        assert (
-            times == list(range(1000 - len(frames), 1000)) if keep_last else times == list(range(len(frames)))
-        )
-        assert all(f.data == bytes([f.time_ns % 256]) * (1 + f.time_ns % 300) for f in frames)
-        assert 5_000 < sum(len(f.data) + 24 for f in frames) <= 10_000
-        assert recorder.read() == []
-
-
-def test_recorder_survives_every_way_of_wrapping() -> None:
-    rng = random.Random(3)
-    for keep_last in (True, False):
-        recorder = Recorder(4096, keep_last=keep_last, snap_len=700)
-        expected: list[int] = []
-        dropped = 0
-        for i in range(20_000):
-            frame = rng.randbytes(rng.choice([14, 60, 333, 900]))
-            lib.capture_add(recorder.c, i, 0, 0, frame, len(frame))
-            expected.append(i)
-            if rng.random() < 0.1:
-                got = recorder.read()
-                times = [f.time_ns for f in got]
-                assert all(len(f.data) == min(f.length, 700) for f in got)
-                assert times == sorted(times)
-                assert set(times) <= set(expected)
-                assert recorder.dropped - dropped == len(expected) - len(times)
-                if keep_last and times:
-                    assert times == expected[-len(times) :]
-                expected, dropped = [], recorder.dropped
-
-
-def test_an_empty_recorder_takes_a_frame_of_its_whole_size() -> None:
-    """Wherever the last one ended."""
-    recorder = Recorder(1000)
-    for size in (600, 976, 300, 976):
-        lib.capture_add(recorder.c, 0, 0, 0, bytes(size), size)
-        assert [f.length for f in recorder.read()] == [size]
-    assert recorder.dropped == 0
-    lib.capture_add(recorder.c, 0, 0, 0, bytes(977), 977)
-    assert (recorder.read(), recorder.dropped) == ([], 1)
-
-
-def test_reading_stops_where_the_next_frame_does_not_fit() -> None:
-    recorder = Recorder(1000)
-    for i in range(3):
-        lib.capture_add(recorder.c, i, 0, 0, bytes(40), 40)
-    buffer = ffi.new("uint8_t[]", 1000)
-    assert lib.capture_read(recorder.c, buffer, 63) == 0
-    assert lib.capture_read(recorder.c, buffer, 64) == 64
-    assert lib.capture_read(recorder.c, buffer, 127) == 64
-    assert lib.capture_read(recorder.c, buffer, 1000) == 64
-
-
-def test_recording_device_counts_free_frames_as_the_device_below(net: Network) -> None:
-    segment = net.wire()
-    sender, port = segment.raw_port(), segment.port(frames=16)
-    recorder = Recorder()
-    dev = lib.capture_dev_create(port.dev, recorder.c, 0)
-    batch = ffi.new("bypass_pkt[]", 16)
-    for i in range(6):
-        sender.send(udp_frame(i))
-    assert dev.ops.rx_burst(dev, batch, 16) == 6
-    assert dev.free_frames == port.dev.free_frames == 6
-    assert dev.ops.alloc(dev, batch + 6, 2) == 2
-    assert dev.free_frames == port.dev.free_frames == 4
-    dev.ops.free(dev, batch, 8)
-    assert dev.free_frames == port.dev.free_frames == 12
-    assert [f.data for f in recorder.read()] == [udp_frame(i) for i in range(6)]
-    lib.capture_dev_destroy(dev)
-
-
-def test_recording_device_sees_both_directions_of_any_backend(net: Network) -> None:
-    """What tcpdump cannot see on AF_XDP: the wrapper sits between a stack and its device."""
-    a = net.stack("10.0.0.1/24")
-    port = net.default_wire.port("b")
-    recorder = Recorder()
-    dev = lib.capture_dev_create(port.dev, recorder.c, 5)
-    core = CoreStack(dev, flags=lib.BYPASS_F_ARP, now_ns=net.now_ns(), config=Config(conns=4))
-    core.addr_add("10.0.0.2", 24)
-    number = lib.sim_stack_add(net.c, core.c, port.dev)
-    lib.capture_dev_now(dev, 77)
-    server = core.socket(lib.BYPASS_DGRAM)
-    core.bind(server, ("10.0.0.2", 7))
-    with a.socket(socket.SOCK_DGRAM) as sock:
-        sock.sendto(b"hello", ("10.0.0.2", 7))
-        net.run(duration_ns=MS)
-    got = core.recvfrom(server, 100)
-    assert isinstance(got, tuple)
-    assert got[0] == b"hello"
-    frames = recorder.read()
-    assert [(f.interface, f.time_ns, f.sent) for f in frames] == [
-        (5, 77, False),
-        (5, 77, True),
-        (5, 77, False),
-    ]
-    assert frames[0].data[12:14] == b"\x08\x06"
-    assert frames[2].data.endswith(b"hello")
-    core.close_socket(server)
-    lib.sim_stack_del(net.c, number)
-    core.close()
-    assert dev.free_frames == port.dev.free_frames
-    lib.capture_dev_destroy(dev)
-    assert port.stats().held == 0
-
-
-def test_a_failure_names_its_seed_and_shows_its_packets(tmp_path: Path) -> None:
-    path = tmp_path / "failed.pcapng"
-    net = Network(seed=4711)
-
-    def failing() -> None:
-        with net.explain_failure(path):
-            a, b = net.stack("10.0.0.1/24"), net.stack("10.0.0.2/24")
-            with b.create_server(("10.0.0.2", 80)), a.create_connection(("10.0.0.2", 80)):
-                raise RuntimeError("something is wrong")
-
-    with pytest.raises(RuntimeError) as failure:
-        failing()
-    net.close()
-    [note] = failure.value.__notes__
-    assert "4711" in note
-    assert str(path) in note
-    assert path.stat().st_size > 500
-
-
-# ---- Ends --------------------------------------------------------------------------------------------------------
+# ---- Ends ---------------------------------------------------------------------------------------------------------
 
 
 def test_closing_a_network_resets_what_is_open_and_leaves_nothing() -> None:
