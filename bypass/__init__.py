@@ -23,6 +23,7 @@ if os.environ.get("BYPASS_BUILD"):
 _EXPORTS = {
     "BypassError": "bypass.errors",
     "DeviceError": "bypass.errors",
+    "DeviceGoneError": "bypass.errors",
     "ForeignProgramError": "bypass.errors",
     "LabError": "bypass.errors",
     "PolicyError": "bypass.errors",
@@ -34,6 +35,7 @@ _EXPORTS = {
 __all__ = [
     "BypassError",
     "DeviceError",
+    "DeviceGoneError",
     "ForeignProgramError",
     "LabError",
     "PolicyError",
@@ -46,6 +48,7 @@ __all__ = [
 if TYPE_CHECKING:
     from bypass.errors import BypassError as BypassError
     from bypass.errors import DeviceError as DeviceError
+    from bypass.errors import DeviceGoneError as DeviceGoneError
     from bypass.errors import ForeignProgramError as ForeignProgramError
     from bypass.errors import LabError as LabError
     from bypass.errors import PolicyError as PolicyError

@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from bypass.errors import DeviceError
+from bypass.errors import DeviceGoneError
 
 if TYPE_CHECKING:
     from bypass.aio.loop import Hub
@@ -33,7 +33,7 @@ class Driver(ABC):
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.cond = threading.Condition(self.lock)
-        self.failure: DeviceError | None = None
+        self.failure: DeviceGoneError | None = None
         self.hubs: list[Hub] = []
 
     @abstractmethod

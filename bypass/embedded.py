@@ -24,7 +24,7 @@ from bypass.control import PolicyControl
 from bypass.core import FOREVER, Config, CoreStack
 from bypass.doctor import choose_mode
 from bypass.driver import Driver
-from bypass.errors import BypassError, DeviceError
+from bypass.errors import BypassError, DeviceGoneError
 from bypass.policy import Policy, load_policy
 from bypass.sim.pcap import DeviceCapture
 from bypass.stack_api import Stack
@@ -142,7 +142,7 @@ class DeviceDriver(Driver):
             self._down = False
         elif code == errno.ENXIO:
             if self.failure is None:
-                self.failure = DeviceError(f"{self.device.ifname} is gone")
+                self.failure = DeviceGoneError(f"{self.device.ifname} is gone")
                 log.error("%s", self.failure)
                 if self._stack is not None:
                     self._stack.alert()
@@ -204,7 +204,7 @@ class DeviceDriver(Driver):
     # ---- sleeping
     def wait(self, deadline_ns: int) -> bool:
         if self.failure is not None:
-            raise self.failure
+            raise DeviceGoneError(str(self.failure))
         if self._driving:  # another thread polls for us
             left = (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns != FOREVER else None
             if left is not None and left <= 0:

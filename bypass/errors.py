@@ -82,6 +82,16 @@ class DeviceError(BypassError):
     """The interface cannot do what is asked: no such queue or mode, or it is gone."""
 
 
+class DeviceGoneError(DeviceError, OSError):
+    """The interface was deleted, or moved to another namespace, while sockets were open on it (ENODEV)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENODEV, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class PrivilegeError(BypassError):
     """A capability, a limit or a kernel feature is missing."""
 

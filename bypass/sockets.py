@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 from bypass._core import lib
 from bypass.core import FOREVER, Address
-from bypass.errors import DeviceError
 from bypass.stack_api import KINDS, Stack
 
 __all__ = ["Socket", "create_connection", "create_server"]
@@ -76,7 +75,7 @@ class Socket:
     """A socket of a stack: SOCK_STREAM (TCP) or SOCK_DGRAM (UDP), with the methods of socket.socket.
 
     Raises:
-        OSError: as socket.socket does; ENODEV when the interface was deleted.
+        OSError: as socket.socket does; DeviceGoneError (ENODEV) when the interface was deleted.
         PermissionError: no rule of the policy grants the flow; the message names the flow and the rule that would.
         TimeoutError: after settimeout().
     """
@@ -115,11 +114,7 @@ class Socket:
             driver = self._stack.driver
             if deadline is None:
                 deadline = FOREVER if self._timeout is None else driver.now_ns() + round(self._timeout * 1e9)
-            try:
-                expired = not driver.wait(deadline)
-            except DeviceError as e:
-                raise OSError(errno.ENODEV, str(e)) from e
-            if expired:
+            if not driver.wait(deadline):
                 # What came at the last moment counts.
                 result = attempt(self._h())
                 if result is None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from bypass._core import lib
 from bypass.core import FOREVER
 from bypass.driver import Driver
+from bypass.errors import DeviceGoneError
 from bypass.sim.network import Network, SimulationError
 from bypass.stack_api import Stack
 
@@ -179,7 +180,7 @@ class Handle:
         if self.stack.core.closed:
             return OSError(errno.EBADF, "the stack is closed")
         failure = self.stack.driver.failure
-        return None if failure is None else OSError(errno.ENODEV, str(failure))
+        return None if failure is None else DeviceGoneError(str(failure))
 
     def drop(self, *, abort: bool = False) -> None:
         """Closes the handle."""
