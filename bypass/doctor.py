@@ -100,7 +100,7 @@ def choose_mode(ifname: str, requested: str) -> tuple[str, str]:
     Raises:
         DeviceError: no such interface, or no such mode.
     """
-    return choose(nic.read(ifname), requested)
+    return choose(nic.read(ifname, around=False), requested)
 
 
 def choose(facts: nic.Nic, requested: str) -> tuple[str, str]:

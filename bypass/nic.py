@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bypass import libbpf, netns
-from bypass.errors import DeviceError
+from bypass.errors import BypassError, DeviceError
 
 # linux/netdev.h: bits of xdp-features
 XDP_BASIC, XDP_REDIRECT, XDP_ZEROCOPY, XDP_RX_SG = 1, 2, 8, 32
@@ -101,8 +101,9 @@ def names() -> list[str]:
     return sorted(name for _, name in socket.if_nameindex())
 
 
-def read(ifname: str) -> Nic:
-    """Reads the facts of `ifname`.
+def read(ifname: str, *, around: bool = True) -> Nic:
+    """Reads the facts of `ifname`. `around`: also what takes a look at other processes and namespaces, `program` and
+    `peer`; without it both are None.
 
     Raises:
         DeviceError: there is no such interface; the message lists those that there are.
@@ -130,11 +131,11 @@ def read(ifname: str) -> Nic:
             max_queues=most,
             features=_features(ifname),
             xdp_features=xdp_features(index),
-            program=_program(index),
+            program=_program(index) if around else None,
             default_route=index in _carriers(ip, _default_route_devices(ip)),
             login=_login(ip, index),
             rps=_rps(ifname, link),
-            peer=_peer(ip, link) if kind == "veth" else None,
+            peer=_peer(ip, link) if around and kind == "veth" else None,
         )
 
 
@@ -315,25 +316,37 @@ def _peer(ip: Any, link: Any) -> Peer | None:
     if nsid is None:
         return _peer_here("", index)
     for name in netns.names():
-        try:
-            fd = os.open(netns.RUN_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            if ip.get_netnsid(fd=fd)["nsid"] == nsid:
+        if _nsid(ip, name) == nsid:
+            try:
                 return netns.run(name, _peer_here, name, index)
-        except OSError:
-            return None  # entering it needs CAP_SYS_ADMIN
-        finally:
-            os.close(fd)
+            except (OSError, BypassError):
+                return None  # entering it needs CAP_SYS_ADMIN; or it is gone by now
     return None
+
+
+def _nsid(ip: Any, name: str) -> int | None:
+    """The number by which this namespace knows the one called `name`, if it does."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        fd = os.open(netns.RUN_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return int(ip.get_netnsid(fd=fd)["nsid"])
+    except NetlinkError as e:
+        if e.code == errno.EINVAL:  # a name that is being made or removed just now: not a namespace
+            return None
+        raise
+    finally:
+        os.close(fd)
 
 
 def _peer_here(namespace: str, index: int) -> Peer | None:
     from pyroute2 import IPRoute
 
     with IPRoute() as ip:
-        links = ip.link("get", index=index)
+        links = [link for link in ip.get_links() if link["index"] == index]
         if not links:
             return None
         name = links[0].get("ifname")

@@ -324,3 +324,16 @@ def test_an_old_kernel_is_missing_for_xdp(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr(probe, "kernel_version", lambda: (6, 1))
     assert any(m.startswith("kernel 6.6 or later") for m in probe.missing_for_xdp())
+
+
+@pytest.mark.netns
+def test_a_name_that_is_no_namespace_yet_does_not_disturb(lab: Lab) -> None:
+    """As in the moment between `ip netns add` making the file and mounting the namespace on it."""
+    half_made = netns.RUN_DIR / f"bypass-{os.getpid()}-0-half"
+    half_made.touch()
+    try:
+        facts = inspect(lab)
+    finally:
+        half_made.unlink()
+    assert facts.peer is not None
+    assert facts.peer.namespace == lab.client_ns
