@@ -119,7 +119,7 @@ $(LIB): $(STACK_OBJ) $(OUT)/sources scripts/libbypass.map
 $(OUT)/python: Makefile
 	@mkdir -p $(@D)
 	@printf '%s\n' '#!/bin/sh' '# Python with the sanitizers: made by the Makefile' \
-		'export BYPASS_BUILD="$(CURDIR)/$(OUT)/py" BYPASS_PYTHON="$(CURDIR)/$@"' \
+		'export BYPASS_BUILD="$${BYPASS_BUILD:-$(CURDIR)/$(OUT)/py}" BYPASS_PYTHON="$(CURDIR)/$@"' \
 		'export ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1' \
 		"export LD_PRELOAD='$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)'" \
 		'exec "$(CURDIR)/$(PY)" "$$@"' > $@

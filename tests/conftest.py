@@ -20,7 +20,7 @@ from support import FUZZ
 from bypass import netns, probe
 from bypass.lab import Lab
 
-if "BYPASS_PYTHON" in os.environ:  # the sanitizers' build: their runtime is for Python's children, not for curl
+if "BYPASS_PYTHON" in os.environ:  # the sanitizers' build: their runtime is for Python, not for curl
     os.environ.pop("LD_PRELOAD", None)
     sys.executable = os.environ["BYPASS_PYTHON"]
 
