@@ -77,7 +77,7 @@ def _warn(tests: dict[str, Any], console: Console) -> None:
     if worst > QUIET_SHARE:
         console.print(
             f"[yellow]The machine was not quiet: other programs took up to {worst:.0%} of both cores. "
-            "CPU figures hold, rates and latencies are lower bounds."
+            "Rates and latencies say little then; the CPU of servers that sleep still does."
         )
 
 
