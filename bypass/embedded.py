@@ -195,6 +195,8 @@ class DeviceDriver(Driver):
         self._tick_wanted = True
 
     def next_ns(self) -> int:
+        if self.core.closed:  # a callback of the loop that was on its way
+            return FOREVER
         deadline = self.core.deadline()
         if self._tick_wanted:
             deadline = min(deadline, self._tick_ns)

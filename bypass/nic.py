@@ -21,6 +21,7 @@ from typing import Any
 
 from bypass import libbpf, netns
 from bypass.errors import BypassError, DeviceError
+from bypass.offloop import off_loop
 
 # linux/netdev.h: bits of xdp-features
 XDP_BASIC, XDP_REDIRECT, XDP_ZEROCOPY, XDP_RX_SG = 1, 2, 8, 32
@@ -101,6 +102,7 @@ def names() -> list[str]:
     return sorted(name for _, name in socket.if_nameindex())
 
 
+@off_loop
 def read(ifname: str, *, around: bool = True) -> Nic:
     """Reads the facts of `ifname`. `around`: also what takes a look at other processes and namespaces, `program` and
     `peer`; without it both are None.

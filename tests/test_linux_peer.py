@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from peer import (
+    POLICY,
     SERVER_PORT,
     Peer,
     Sniffer,
@@ -322,3 +323,37 @@ def test_threads_of_a_kernel_client_write_while_they_read(lab: Lab, tmp_path: Pa
             got += piece
         writer.join()
         s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+INSIDE_A_LOOP = """
+import asyncio, sys, bypass, bypass.aio
+
+async def main():
+    with bypass.Stack.from_policy(sys.argv[1]) as stack:
+        reader, writer = await bypass.aio.open_connection(stack, sys.argv[2], 8000)
+        writer.write(b"hello")
+        print((await reader.readexactly(5)).decode())
+        writer.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_stack_is_opened_and_closed_inside_a_coroutine(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    with client_socket(lab) as listener:
+        listener.bind((CLIENT_IP, 8000))
+        listener.listen()
+        argv = [sys.executable, "-c", INSIDE_A_LOOP, str(tmp_path / "policy.yaml"), CLIENT_IP]
+        program = subprocess.Popen(
+            lab.command("server", argv), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            served, _ = listener.accept()
+            with served:
+                served.sendall(served.recv(100))
+                assert program.communicate(timeout=30)[0] == "hello\n"
+            assert program.returncode == 0
+        finally:
+            program.kill()
+            program.wait()

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from bypass._core import ffi, lib
 from bypass.afxdp.who import queue_holders
 from bypass.errors import BypassError, DeviceError, PrivilegeError
+from bypass.offloop import off_loop
 
 __all__ = ["AfxdpDevice", "Audit", "Mode", "interface_queues"]
 
@@ -85,6 +86,7 @@ def interface_queues(ifname: str) -> int:
     return max(count, 1)
 
 
+@off_loop
 def _netlink_queues(ifname: str) -> int:
     """For drivers that answer no channel query: the queues that netlink knows."""
     from pyroute2 import IPRoute
