@@ -40,9 +40,7 @@ MUTANTS = (
     ),
     Mutant("half of the MAC address is not compared", "a[1] == b[1] && a[2] == b[2]", "a[1] == b[1]"),
     Mutant("TCP to a group MAC address is steered", "p->icmp || proto == IPPROTO_TCP", "0"),
-    Mutant(
-        "the VLAN identifier is read backwards", "__builtin_bswap16(tag->control)", "tag->control", "all"
-    ),
+    Mutant("the VLAN identifier is read backwards", "__builtin_bswap16(tag->control)", "tag->control", "all"),
     Mutant("a tagged frame is steered", "if (p->tagged) {", "if (0) {", "all"),
     Mutant("routed packets are taken", "if (!locals4.lookup(&local)) {", "if (0) {"),
     Mutant("Ethernet padding counts as payload", "|| p->l4 + FRAGMENT_MIN > p->end", ""),

@@ -155,7 +155,8 @@ def compile_programs(flags: tuple[str, ...], text: str | None = None) -> dict[st
             log.seek(0)
             raise _refused(log.read().decode(errors="replace"), str(e)) from e
         log.seek(0)
-        sys.stderr.write(log.read().decode(errors="replace"))  # warnings, and what other threads said meanwhile
+        # Warnings, and what other threads said meanwhile.
+        sys.stderr.write(log.read().decode(errors="replace"))
         try:
             return {name: _take(module, name) for name in (XDP, GUARD)}
         finally:
