@@ -435,6 +435,25 @@ def test_a_repeated_retransmission_is_the_one_that_is_echoed() -> None:
         assert t.counted()["tcp_in_duplicate"] == 4
 
 
+def test_an_old_forged_timestamp_is_not_echoed() -> None:
+    """Behind more than a window nothing is repeated: a timestamp ahead of time would stop the connection (PAWS)."""
+    with Talk() as t:
+        t.established(opts="mss 1460, nop, nop, ts 1000 0", ts=True)
+        t.stack.setopt(t.sock, lib.BYPASS_SO_RCVBUF, 4096)
+        for start in range(1, 70001, 1000):
+            t.peer(f"P. {start}:{start + 1000} ack 1 <nop, nop, ts 2000 0>")
+            assert t.read() == stream(start, start + 1000)
+        t.advance(1)
+        t.out()
+        t.peer("P. 1:11 ack 1 <nop, nop, ts 900000 0>")
+        [answer] = t.out()
+        assert answer.opts["ts"][1] == 2000
+        t.peer("P. 70001:70011 ack 1 <nop, nop, ts 2001 0>")
+        assert t.read() == stream(70001, 70011)
+        t.advance(1)
+        t.out()
+
+
 def test_timestamps_wrap() -> None:
     with Talk() as t:
         t.ts_base = 4294967290

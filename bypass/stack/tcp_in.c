@@ -149,11 +149,14 @@ static void take_timestamp(struct bypass_stack *s, struct tcp_conn *c, const str
 
 /* The answer to data that came before echoes this copy of it, not the first: its sender times the round trip by the
  * echo (RFC 7323 4.3), and a lost ACK would cost it the age of the original, which doubles with each timeout. R2 of
- * 5.3 passes over such segments because their sequence numbers are easy to guess; here the ACK has to be good too. */
+ * 5.3 passes over such segments because their sequence numbers are easy to guess, and a forged timestamp ahead of
+ * time would stop the connection; here they must lie less than a window back, and the ACK has to be good too. */
 static void echo_retransmission(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
 {
     uint32_t oldest = max_u32(c->snd_wnd_max, 65535); /* RFC 5961 5.2 */
-    if ((g->flags & TCP_ACK) && seq_leq(g->ack, c->snd_nxt) && seq_geq(seq_add(g->ack, oldest), c->snd_una))
+    bool recent = c->rcv_nxt.v - g->seq.v <= max_u32(c->rcvbuf, 65535);
+    bool acks = (g->flags & TCP_ACK) && seq_leq(g->ack, c->snd_nxt) && seq_geq(seq_add(g->ack, oldest), c->snd_una);
+    if (recent && acks)
         take_timestamp(s, c, g);
 }
 
