@@ -7,6 +7,7 @@ import asyncio
 import errno
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -354,8 +355,10 @@ def test_bad_use_is_refused() -> None:
 
 
 def test_blocking_sockets_and_asyncio_share_a_network() -> None:
-    """The peer of an asyncio server may be a blocking socket in another thread."""
+    """The peer of an asyncio server may be a blocking socket in another thread, and no event is lost between them."""
     world = SimWorld("real")
+    between_threads = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads change places in the middle of everything
 
     def ask(port: int) -> bytes:
         with world.client.create_connection((world.ip, port), timeout=30) as client:
@@ -370,5 +373,8 @@ def test_blocking_sockets_and_asyncio_share_a_network() -> None:
         server.close()
         await server.wait_closed()
 
-    world.run(main())
+    try:
+        world.run(main())
+    finally:
+        sys.setswitchinterval(between_threads)
     world.close()

@@ -127,8 +127,9 @@ class Hub:
     def _run_ready(self) -> None:
         self._run_scheduled = False
         for _ in range(len(self._ready)):
-            handle = self._ready.popleft()
-            mask, handle.mask = handle.mask, 0
+            with self.driver.lock:  # another thread may be noting an event just now
+                handle = self._ready.popleft()
+                mask, handle.mask = handle.mask, 0
             if mask:
                 try:
                     handle.on_ready(mask)
