@@ -51,6 +51,27 @@ enum {                     /* conn.flags */
        TF_BLOCKED_DST = 1 << 23, /* ... and it is a next hop that it waits for */
 };
 
+enum {                       /* conn.feat: what was agreed with the peer, and the marks of single mechanisms */
+       TX_SACK = 1 << 0,     /* selective acknowledgments agreed (RFC 2018) */
+       TX_ECN = 1 << 1,      /* ECN agreed (RFC 3168 6.1.1) */
+       TX_ECE = 1 << 2,      /* receiver: ECE on every ACK until a CWR comes */
+       TX_CWR = 1 << 3,      /* sender: CWR on the next new segment */
+       TX_DSACK = 1 << 4,    /* the next ACK reports cold.dsack first (RFC 2883) */
+       TX_SNDBUF_SET = 1 << 5, /* the program chose the size: no autotuning */
+       TX_RCVBUF_SET = 1 << 6,
+       TX_PACED = 1 << 7,      /* new segments leave at flight.pace_rate */
+       TX_URG_OUT = 1 << 8,    /* urgent data up to cold.snd_up is not acknowledged */
+       TX_URG_IN = 1 << 9,     /* cold.rcv_up is ahead of what was read */
+       TX_FASTOPEN = 1 << 10,  /* data went with the SYN, or came with it (RFC 7413) */
+       TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
+};
+
+enum { /* conn.rtx_kind: what rtx_at stands for */
+       RTX_NONE, /* decided by the state and TF_PROBING: retransmission, window probe, end of TIME_WAIT or FIN_WAIT_2 */
+       RTX_REORDER, /* RACK: then what was not delivered counts as lost (RFC 8985 6.3) */
+       RTX_TLP,     /* tail loss probe (RFC 8985 7) */
+};
+
 struct tcp_conn {
     /* line 0: who */
     uint32_t link; /* free list of the pool */
@@ -90,13 +111,15 @@ struct tcp_conn {
     uint32_t sndq_head;      /* first unacknowledged frame */
     uint32_t sndq_next;      /* first frame that was never sent */
     uint32_t sndq_tail;
-    uint32_t rtx_next;   /* no frame before it is marked lost */
     uint32_t snd_queued; /* bytes written and not acknowledged */
     uint32_t sndbuf;
     uint32_t lost_bytes; /* marked lost, not sent again yet */
-    uint16_t dupacks, path_mtu;
-    uint32_t acked_rest; /* congestion avoidance: bytes towards the next increase */
-    seq_t recover;
+    uint32_t flight;     /* index of its struct tcp_flight; NO_INDEX: nothing is in flight, and nothing was learned */
+    uint32_t feat;       /* TX_* */
+    uint16_t path_mtu;
+    uint8_t rtx_kind; /* RTX_* */
+    uint8_t pad;
+    uint32_t min_rtt_us; /* smallest round trip of the last minutes; UINT32_MAX: none */
     /* line 3: time */
     struct wheel_node timer;
     uint64_t rtx_at;  /* retransmission, window probe, TIME_WAIT or FIN_WAIT_2 end; 0: off */
@@ -107,6 +130,54 @@ struct tcp_conn {
 };
 static_assert(sizeof(struct tcp_conn) == 256, "hot state: four cache lines");
 static_assert(offsetof(struct tcp_conn, rcv_nxt) == 64, "line 1");
+
+/* What only a connection with data in flight needs, or one whose loss recovery or congestion control has
+ * learned something (keep). From a pool whose entries go round last in, first out, so that a million idle
+ * connections hold none, and those with a request in flight share a few that stay in the cache. Rules:
+ * tcp_flight_begin() before the first byte leaves; from then until snd_una == snd_nxt the record exists;
+ * tcp_flight_end() lets go of it unless `keep` is set. */
+enum { CC_STATE_WORDS = 16 };
+struct tcp_flight {
+    uint32_t link;
+    uint8_t keep;      /* FK_*: who wants to remember; 0: freed when nothing is in flight */
+    uint8_t ca_state;  /* CA_* */
+    uint16_t dupacks;
+    /* scoreboard */
+    uint32_t rtx_next; /* no frame before it is marked lost */
+    uint32_t sacked_bytes, rtx_bytes; /* SACKed above snd_una; sent again and still out */
+    seq_t recover;     /* recovery ends when this is acknowledged */
+    seq_t sack_high;   /* end of the highest SACKed block */
+    /* RACK-TLP (RFC 8985) */
+    uint64_t rack_xmit_ns;
+    seq_t rack_end;
+    uint32_t rack_rtt_us;
+    seq_t dsack_round; /* the reordering window grows once a round */
+    uint8_t reo_mult, reo_persist;
+    uint8_t reordering, tlp_rtx; /* was seen; the probe was a retransmission */
+    seq_t tlp_end;
+    uint32_t tlp_out;
+    /* PRR (RFC 6937) and undo */
+    uint32_t prr_delivered, prr_out, recover_fs;
+    uint32_t prior_cwnd, prior_ssthresh;
+    seq_t undo_una;
+    uint32_t undo_rtx;    /* retransmissions that no DSACK has called needless; 0: undo */
+    uint32_t rtx_ts;      /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
+    uint32_t frto;        /* F-RTO's step (RFC 5682) */
+    uint32_t acked_rest;  /* congestion avoidance: bytes towards the next increase */
+    /* delivery rate and pacing */
+    uint64_t delivered;   /* bytes, since the record began */
+    uint64_t lost;        /* bytes ever marked lost */
+    uint64_t delivered_ns, first_tx_ns;
+    uint64_t app_limited; /* value of `delivered` at which the bubble ends; 0: limited by cwnd */
+    uint64_t pace_rate;   /* bytes a second; 0: not paced */
+    uint64_t pace_at;     /* earliest time of the next new segment */
+    uint64_t rate;        /* last delivery rate, bytes a second */
+    seq_t ecn_high;       /* cwnd was reduced for a mark before this */
+    uint32_t pad;
+    uint64_t cc_state[CC_STATE_WORDS]; /* the congestion control's own; zero when the record begins */
+};
+enum { FK_CC = 1, FK_RACK = 2 };
+enum { CA_OPEN, CA_DISORDER, CA_CWR, CA_RECOVERY, CA_LOSS }; /* in Linux' order, as TCP_INFO shows them */
 
 struct tcp_cold {
     uint32_t link;
@@ -125,11 +196,21 @@ struct tcp_cold {
     uint64_t last_in;       /* when the last segment came */
     uint64_t challenge_ns;  /* when the last challenge ACK went */
     uint64_t syn_sent_ns;
-    uint64_t cc_state[2]; /* the congestion control's own */
+    uint32_t gen; /* counts uses of this slot: tells the program's handle from a reused one */
     uint16_t maxseg;
     uint8_t ttl, tos;
-    uint32_t gen; /* counts uses of this slot: tells the program's handle from a reused one */
+    seq_t dsack_first, dsack_end; /* TX_DSACK */
+    seq_t sack_recent;            /* where data out of order came last: its block is reported first (RFC 2018 4) */
+    seq_t snd_up, rcv_up;         /* urgent pointers */
+    /* receive autotuning: the round trip as seen from here, and what the program read in one */
+    uint32_t rcv_rtt_us;
+    seq_t rcv_rtt_seq, space_seq;
+    uint32_t rcv_rtt_at_us, space_at_us, space_bytes;
+    /* packetization-layer path MTU discovery (RFC 4821), bytes of IP packet */
+    uint16_t mtu_low, mtu_high, mtu_probe;
+    uint8_t mtu_state, mtu_fails;
 };
+static_assert(sizeof(struct tcp_cold) <= 192, "three cache lines");
 
 /* An endpoint that is not connected: fresh, bound, or listening. */
 struct tcp_endpoint {
@@ -191,18 +272,37 @@ static inline struct tcp_endpoint *endpoint_at(const struct bypass_stack *s, uin
 {
     return pool_at(s, &core(s)->listeners, i);
 }
+static inline struct tcp_flight *flight_at(const struct bypass_stack *s, uint32_t i)
+{
+    return pool_at(s, &core(s)->flights, i);
+}
+static inline struct tcp_flight *conn_flight(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return flight_at(s, c->flight); /* only while there is one */
+}
+static inline bool has_flight(const struct tcp_conn *c) { return c->flight != NO_INDEX; }
 static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return (uint32_t)(now_ns(s) / MSEC_NS); }
 
 /* ---- A segment, parsed (host order) --------------------------------------------------------------- */
-enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG = 32 };
+enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG = 32, TCP_ECE = 64, TCP_CWR = 128 };
 enum { TCP_HDR = 20, TCP_TS_BYTES = 12, TCP_MIN_MSS = 48, TCP_DEFAULT_MSS = 536 };
 enum { TCP_TS_PREFIX = 0x0a080101 }; /* NOP NOP, timestamps, 10 bytes (RFC 7323 appendix A), as it lies in memory */
 
+enum { SACK_BLOCKS = 4, FO_COOKIE_MAX = 16 };
+struct sack_block {
+    seq_t first, end; /* received: first..end-1 */
+};
 struct tcp_opts {
     uint16_t mss; /* 0: absent */
     uint8_t wscale;
     bool has_wscale, has_ts;
     uint32_t ts_val, ts_ecr;
+    bool sack_ok;     /* SACK-permitted */
+    bool has_fo;      /* Fast Open: cookie_len 0 asks for one (RFC 7413 4.1.1) */
+    uint8_t sacks;    /* blocks in sack[] */
+    uint8_t cookie_len;
+    struct sack_block sack[SACK_BLOCKS];
+    uint8_t cookie[FO_COOKIE_MAX];
 };
 struct segment {
     const struct rx_info *ri;
@@ -213,6 +313,7 @@ struct segment {
     uint32_t len;      /* payload bytes */
     uint16_t data_off; /* from meta.off */
     uint8_t flags;
+    uint16_t urg; /* urgent pointer */
     bool follows; /* a SYN that replaces a connection in TIME_WAIT, which had sent up to old_snd_nxt */
     seq_t old_snd_nxt;
     uint32_t hash;
@@ -227,8 +328,11 @@ static inline uint32_t seg_len(const struct segment *g)
 /* tcp_opt.c. false: malformed. */
 bool tcp_opt_parse(const uint8_t *p, uint32_t len, struct tcp_opts *out);
 bool tcp_opt_parse_ts(const uint8_t *p, uint32_t len, struct tcp_opts *out); /* the common layout only */
-uint32_t tcp_opt_write_syn(uint8_t *p, uint16_t mss, bool wscale, uint8_t shift, bool ts, uint32_t val, uint32_t ecr);
+/* Writes what `o` holds (MSS always), padded to a multiple of four; at most 40 bytes. Returns their number. */
+uint32_t tcp_opt_write_syn(uint8_t *p, const struct tcp_opts *o);
 uint32_t tcp_opt_write_ts(uint8_t *p, uint32_t val, uint32_t ecr);
+/* As many of the blocks as `room` bytes hold; 0: none. */
+uint32_t tcp_opt_write_sack(uint8_t *p, uint32_t room, const struct sack_block *b, uint32_t n);
 
 /* tcp_conn.c */
 void tcp_init(struct bypass_stack *s);
@@ -268,13 +372,16 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
 void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c); /* after snd_mss shrank */
-uint32_t tcp_pipe(const struct tcp_conn *c);                        /* bytes thought to be in the network */
+uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c); /* bytes thought to be in the network */
+void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_flight_end(struct bypass_stack *s, struct tcp_conn *c); /* nothing is in flight: frees it unless it is to be kept */
+void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c);
 
 /* tcp_cc.c */
 struct tcp_cc {
     const char *name;
     void (*init)(struct tcp_conn *c);
-    void (*acked)(struct tcp_conn *c, uint32_t bytes); /* outside recovery, when cwnd-limited */
+    void (*acked)(struct tcp_conn *c, struct tcp_flight *fl, uint32_t bytes); /* outside recovery, when cwnd-limited */
     uint32_t (*ssthresh)(const struct tcp_conn *c, uint32_t flight);
 };
 const struct tcp_cc *tcp_cc(const struct tcp_conn *c);

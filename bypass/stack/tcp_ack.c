@@ -10,11 +10,41 @@
  */
 #include "tcp.h"
 
-uint32_t tcp_pipe(const struct tcp_conn *c)
+void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
 {
+    if (has_flight(c)) /* what was learned before is kept */
+        return;
+    c->flight = pool_alloc(s, &core(s)->flights); /* there are as many as connections */
+    *conn_flight(s, c) = (struct tcp_flight){
+        .link = NO_INDEX,
+        .rtx_next = BYPASS_PKT_NONE,
+        .recover = seq_add(c->snd_una, (uint32_t)-1), /* RFC 6582 3.2 step 1 */
+        .sack_high = c->snd_una,
+    };
+}
+
+void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (!has_flight(c))
+        return;
+    pool_free(s, &core(s)->flights, c->flight);
+    c->flight = NO_INDEX;
+}
+
+void tcp_flight_end(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (has_flight(c) && conn_flight(s, c)->keep == 0 && c->ssthresh == UINT32_MAX)
+        tcp_flight_drop(s, c);
+}
+
+uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    if (!has_flight(c))
+        return 0;
+    const struct tcp_flight *fl = conn_flight(s, c);
     uint32_t out = c->snd_nxt.v - c->snd_una.v - c->lost_bytes - !!(c->flags & TF_FIN_LOST);
     /* outside of recovery no more than RFC 3042 allows, however many come */
-    uint32_t arrived = c->flags & (TF_RECOVERY | TF_LOSS) ? c->dupacks : min_u32(c->dupacks, 2);
+    uint32_t arrived = c->flags & (TF_RECOVERY | TF_LOSS) ? fl->dupacks : min_u32(fl->dupacks, 2);
     uint32_t left = arrived * c->snd_mss;
     return out > left ? out - left : 0;
 }
@@ -49,16 +79,17 @@ static void mark_lost(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p)
  * segment. A second timeout of the same data does not lower ssthresh again. */
 void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (!(c->flags & TF_LOSS) || seq_geq(c->snd_una, c->recover))
+    struct tcp_flight *fl = conn_flight(s, c);
+    if (!(c->flags & TF_LOSS) || seq_geq(c->snd_una, fl->recover))
         c->ssthresh = tcp_cc(c)->ssthresh(c, c->snd_nxt.v - c->snd_una.v);
     c->flags = (c->flags & ~(uint32_t)TF_RECOVERY) | TF_LOSS;
-    c->recover = c->snd_nxt;
+    fl->recover = c->snd_nxt;
     c->cwnd = c->snd_mss;
-    c->dupacks = 0;
-    c->acked_rest = 0;
+    fl->dupacks = 0;
+    fl->acked_rest = 0;
     for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
         mark_lost(s, c, p);
-    c->rtx_next = c->sndq_head;
+    fl->rtx_next = c->sndq_head;
     if (c->flags & TF_FIN_SENT)
         c->flags |= TF_FIN_LOST;
 }
@@ -70,27 +101,30 @@ void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c)
     for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
         if (pkt_meta(s, p)->data_len > c->snd_mss)
             mark_lost(s, c, p);
-    c->rtx_next = c->sndq_head;
+    if (has_flight(c))
+        conn_flight(s, c)->rtx_next = c->sndq_head;
 }
 
 /* At once; marked as lost first, so that it is not forgotten when there is no frame or the device still
  * holds it. */
 static void resend_head(struct bypass_stack *s, struct tcp_conn *c)
 {
+    struct tcp_flight *fl = conn_flight(s, c);
     if (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
         mark_lost(s, c, c->sndq_head);
-        c->rtx_next = c->sndq_head;
+        fl->rtx_next = c->sndq_head;
     }
     tcp_retransmit_head(s, c);
 }
 
 static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
 {
+    struct tcp_flight *fl = conn_flight(s, c);
     STAT(s, tcp_fast_retransmits);
     /* what limited transmit sent beyond cwnd does not count (RFC 5681 3.2 step 2) */
     c->ssthresh = tcp_cc(c)->ssthresh(c, min_u32(c->snd_nxt.v - c->snd_una.v, c->cwnd));
     c->cwnd = c->ssthresh;
-    c->recover = c->snd_nxt;
+    fl->recover = c->snd_nxt;
     c->flags |= TF_RECOVERY;
     resend_head(s, c);
 }
@@ -98,33 +132,35 @@ static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
 /* RFC 5681 2: a duplicate acknowledges nothing new, carries nothing, and changes no window. */
 static void duplicate_ack(struct bypass_stack *s, struct tcp_conn *c)
 {
+    struct tcp_flight *fl = conn_flight(s, c);
     STAT(s, tcp_dup_acks);
-    if (c->dupacks < UINT16_MAX && (uint32_t)c->dupacks * c->snd_mss < c->snd_nxt.v - c->snd_una.v)
-        c->dupacks++;
+    if (fl->dupacks < UINT16_MAX && (uint32_t)fl->dupacks * c->snd_mss < c->snd_nxt.v - c->snd_una.v)
+        fl->dupacks++;
     if (c->flags & (TF_RECOVERY | TF_LOSS))
         return;
     /* RFC 6582 3.2 step 2: only when more than the last recovery's data is acknowledged. Before that they
      * answer segments that it sent needlessly */
-    if (c->dupacks == 3 && seq_gt(c->snd_una, c->recover))
+    if (fl->dupacks == 3 && seq_gt(c->snd_una, fl->recover))
         enter_recovery(s, c);
 }
 
-static void leave_recovery(struct tcp_conn *c)
+static void leave_recovery(struct tcp_conn *c, struct tcp_flight *fl)
 {
     uint32_t flight = c->snd_nxt.v - c->snd_una.v;
     if (c->flags & TF_RECOVERY) /* RFC 6582 3.2 step 3, the form that does not burst */
         c->cwnd = min_u32(c->ssthresh, max_u32(flight, c->snd_mss) + c->snd_mss);
     c->flags &= ~(uint32_t)(TF_RECOVERY | TF_LOSS);
-    c->dupacks = 0;
+    fl->dupacks = 0;
 }
 
 /* RFC 6582 3.2 step 3, partial: the next hole starts at snd_una. `frames` left the network with this ACK;
  * all but the one that filled the hole had been counted by a duplicate. */
 static void partial_ack(struct bypass_stack *s, struct tcp_conn *c, uint32_t frames)
 {
+    struct tcp_flight *fl = conn_flight(s, c);
     STAT(s, tcp_partial_acks);
     uint32_t counted = frames > 0 ? frames - 1 : 0;
-    c->dupacks = (uint16_t)(c->dupacks > counted ? c->dupacks - counted : 0);
+    fl->dupacks = (uint16_t)(fl->dupacks > counted ? fl->dupacks - counted : 0);
     resend_head(s, c);
 }
 
@@ -140,14 +176,14 @@ static void take_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct se
         tcp_rtt_sample(c, rtt_us);
 }
 
-static void grow_cwnd(struct tcp_conn *c, uint32_t acked, uint32_t flight_before)
+static void grow_cwnd(struct tcp_conn *c, struct tcp_flight *fl, uint32_t acked, uint32_t flight_before)
 {
     if (c->flags & TF_RECOVERY)
         return;
     /* only a window that was used says that the network bears more (RFC 7661 1) */
     bool limited = flight_before + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * flight_before);
     if (limited || (c->flags & TF_LOSS))
-        tcp_cc(c)->acked(c, acked);
+        tcp_cc(c)->acked(c, fl, acked);
 }
 
 static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
@@ -160,6 +196,7 @@ static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
 
 static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
 {
+    struct tcp_flight *fl = conn_flight(s, c);
     uint32_t acked = g->ack.v - c->snd_una.v, flight = c->snd_nxt.v - c->snd_una.v, frames;
     uint64_t rtt_us;
     tcp_snd_ack(s, c, g->ack, &rtt_us, &frames);
@@ -170,22 +207,24 @@ static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct seg
         c->flags &= ~(uint32_t)TF_FIN_LOST;
     take_rtt(s, c, g, rtt_us);
     if (c->flags & (TF_RECOVERY | TF_LOSS)) {
-        if (seq_geq(c->snd_una, c->recover))
-            leave_recovery(c);
+        if (seq_geq(c->snd_una, fl->recover))
+            leave_recovery(c, fl);
         else if (c->flags & TF_RECOVERY)
             partial_ack(s, c, frames);
     } else {
-        c->dupacks = 0;
-        if (seq_lt(c->recover, c->snd_una))
-            c->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps it near: comparisons are modulo 2^32 */
+        fl->dupacks = 0;
+        if (seq_lt(fl->recover, c->snd_una))
+            fl->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps it near: comparisons are modulo 2^32 */
     }
-    grow_cwnd(c, acked, flight);
+    grow_cwnd(c, fl, acked, flight);
     conn_cold(s, c)->unacked_since = now_ns(s);
     conn_cold(s, c)->soft_error = 0; /* the path works again */
-    if (c->snd_una.v == c->snd_nxt.v)
+    if (c->snd_una.v == c->snd_nxt.v) {
         c->rtx_at = 0; /* RFC 6298 5.2 */
-    else
+        tcp_flight_end(s, c);
+    } else {
         tcp_rtx_restart(s, c); /* 5.3 */
+    }
     wake_writer(s, c);
 }
 

@@ -16,10 +16,9 @@ static void reno_init(struct tcp_conn *c)
 {
     c->cwnd = tcp_initial_window(c);
     c->ssthresh = UINT32_MAX;
-    c->acked_rest = 0;
 }
 
-static void reno_acked(struct tcp_conn *c, uint32_t bytes)
+static void reno_acked(struct tcp_conn *c, struct tcp_flight *fl, uint32_t bytes)
 {
     const uint32_t limit = 1u << 30;
     if (c->cwnd < c->ssthresh) { /* slow start, at most two segments an ACK (RFC 3465 2.2) */
@@ -27,9 +26,9 @@ static void reno_acked(struct tcp_conn *c, uint32_t bytes)
         c->cwnd = min_u32(c->cwnd + min_u32(bytes, most), limit);
         return;
     }
-    c->acked_rest += bytes;
-    if (c->acked_rest >= c->cwnd) {
-        c->acked_rest -= c->cwnd;
+    fl->acked_rest += bytes;
+    if (fl->acked_rest >= c->cwnd) {
+        fl->acked_rest -= c->cwnd;
         c->cwnd = min_u32(c->cwnd + c->snd_mss, limit);
     }
 }

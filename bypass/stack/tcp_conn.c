@@ -22,6 +22,7 @@ void tcp_layout(struct layout *l, struct core *c)
     c->tcp_state[3] = slots - 1;
     layout_pool(l, &c->conns, sizeof(struct tcp_conn), c->cfg.max_conns);
     layout_pool(l, &c->colds, sizeof(struct tcp_cold), c->cfg.max_conns);
+    layout_pool(l, &c->flights, sizeof(struct tcp_flight), c->cfg.max_conns);
     layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), min_u32(c->cfg.max_socks, UNCONNECTED_MAX));
 }
 
@@ -163,7 +164,7 @@ static struct tcp_conn *conn_alloc(struct bypass_stack *s)
         return NULL;
     }
     uint32_t gen = cold_at(s, i)->gen + 1;
-    *conn_at(s, i) = (struct tcp_conn){.link = NO_INDEX, .sock = NO_INDEX};
+    *conn_at(s, i) = (struct tcp_conn){.link = NO_INDEX, .sock = NO_INDEX, .flight = NO_INDEX, .min_rtt_us = UINT32_MAX};
     *cold_at(s, i) = (struct tcp_cold){.link = NO_INDEX, .gen = gen, .listener = NO_INDEX};
     return conn_at(s, i);
 }
@@ -198,7 +199,7 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
     c->state = BYPASS_CLOSED;
     c->timer.slot = WHEEL_OFF;
     c->rcvq_head = c->rcvq_tail = c->ooo_head = NO_INDEX;
-    c->sndq_head = c->sndq_next = c->sndq_tail = c->rtx_next = BYPASS_PKT_NONE;
+    c->sndq_head = c->sndq_next = c->sndq_tail = BYPASS_PKT_NONE;
     c->rto_us = RTO_INIT_US;
     c->quick_acks = QUICK_ACKS;
     c->syn_mss = TCP_DEFAULT_MSS;
@@ -206,7 +207,7 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
         c->rcv_wscale++;
     k->last_in = now_ns(s);
     choose_isn(s, c, k);
-    c->snd_una = c->snd_nxt = c->recover = k->iss;
+    c->snd_una = c->snd_nxt = k->iss;
     c->hash = flow_hash(s, laddr, raddr, lport, rport);
     flow_insert(s, c);
     return c;
@@ -244,7 +245,6 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
     conn_set_state(s, c, BYPASS_ESTABLISHED);
     c->rtx_at = 0;
     c->rtx_count = c->backoff = 0;
-    c->recover = seq_add(c->snd_una, (uint32_t)-1);
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     conn_update_mss(s, c, d ? d->mtu : 0);
     tcp_cc(c)->init(c);

@@ -40,8 +40,9 @@ static bool parse(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri
     g->dst_port = rd16(h + 2);
     g->seq = seq(rd32(h + 4));
     g->ack = seq(rd32(h + 8));
-    g->flags = h[13] & 0x3f;
+    g->flags = h[13];
     g->wnd = rd16(h + 14);
+    g->urg = rd16(h + 18);
     g->data_off = (uint16_t)(ri->l4_off + hdr_len);
     g->len = ri->l4_len - hdr_len;
     uint32_t opt_len = hdr_len - TCP_HDR;

@@ -141,8 +141,11 @@ static void take_syn_options(struct tcp_conn *c, const struct segment *g)
     const struct tcp_opts *o = &g->opt;
     c->syn_mss = o->mss ? (uint16_t)max_u32(o->mss, TCP_MIN_MSS + TCP_TS_BYTES) : TCP_DEFAULT_MSS;
     c->flags &= ~(uint32_t)(TF_TS | TF_WSCALE);
+    c->feat &= ~(uint32_t)TX_SACK;
     if (o->has_ts)
         c->flags |= TF_TS;
+    if (o->sack_ok)
+        c->feat |= TX_SACK;
     if (o->has_wscale) {
         c->flags |= TF_WSCALE;
         c->snd_wscale = o->wscale;
@@ -193,7 +196,7 @@ void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segme
     k->listener_gen = ep->gen;
     ep->syn_count++;
     if (g->follows && seq_leq(k->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
-        k->iss = c->snd_una = c->snd_nxt = c->recover = seq_add(g->old_snd_nxt, 65536);
+        k->iss = c->snd_una = c->snd_nxt = seq_add(g->old_snd_nxt, 65536);
     c->flags |= TF_PASSIVE;
     tcp_take_syn(s, c, g);
     conn_set_state(s, c, BYPASS_SYN_RECEIVED);

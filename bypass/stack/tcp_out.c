@@ -168,8 +168,14 @@ void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
     h.flags = answer ? TCP_SYN | TCP_ACK : TCP_SYN;
     h.ack = answer ? c->rcv_nxt : seq(0);
     h.wnd = (uint16_t)min_u32(c->rcvbuf, 65535); /* never scaled, RFC 7323 2.2 */
-    h.opts_len = tcp_opt_write_syn(opts, (uint16_t)mss, (c->flags & TF_WSCALE) != 0, c->rcv_wscale,
-                                   (c->flags & TF_TS) != 0, tcp_ts_now(s, c), answer ? c->ts_recent : 0);
+    const struct tcp_opts offer = {.mss = (uint16_t)mss,
+                                   .has_wscale = (c->flags & TF_WSCALE) != 0,
+                                   .wscale = c->rcv_wscale,
+                                   .has_ts = (c->flags & TF_TS) != 0,
+                                   .ts_val = tcp_ts_now(s, c),
+                                   .ts_ecr = answer ? c->ts_recent : 0,
+                                   .sack_ok = (c->feat & TX_SACK) != 0};
+    h.opts_len = tcp_opt_write_syn(opts, &offer);
     c->rcv_adv = seq_add(c->rcv_nxt, h.wnd);
     k->syn_sent_ns = now_ns(s);
     push_header(s, p, &h, &c->laddr, &c->raddr, 0);
@@ -271,20 +277,21 @@ static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_p
 /* What is marked lost, oldest first, as far as the congestion window goes. */
 static bool output_lost(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
 {
-    while (c->lost_bytes > 0 && c->rtx_next != BYPASS_PKT_NONE && c->rtx_next != c->sndq_next) {
-        bypass_pkt p = c->rtx_next;
+    struct tcp_flight *fl = has_flight(c) ? conn_flight(s, c) : NULL;
+    while (c->lost_bytes > 0 && fl->rtx_next != BYPASS_PKT_NONE && fl->rtx_next != c->sndq_next) {
+        bypass_pkt p = fl->rtx_next;
         if (!(pkt_meta(s, p)->seg_flags & SEG_LOST)) {
-            c->rtx_next = pkt_meta(s, p)->next;
+            fl->rtx_next = pkt_meta(s, p)->next;
             continue;
         }
         bool at_once = p == c->sndq_head && (c->flags & TF_RECOVERY); /* RFC 6582 3.2: cwnd does not matter */
-        if (!at_once && tcp_pipe(c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(c) > 0)
+        if (!at_once && tcp_pipe(s, c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(s, c) > 0)
             return false;
         if (retransmit(s, c, p, d) != SENT) {
             conn_blocked(s, c, false);
             return false;
         }
-        c->rtx_next = pkt_meta(s, p)->next;
+        fl->rtx_next = pkt_meta(s, p)->next;
     }
     if ((c->flags & TF_FIN_LOST) && c->sndq_head == BYPASS_PKT_NONE &&
         send_bare(s, c, seq_add(c->snd_nxt, (uint32_t)-1), TCP_FIN)) {
@@ -346,7 +353,7 @@ static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d
             return;
         if (c->snd_nxt.v == c->snd_una.v)
             restart_after_idle(s, c);
-        if (tcp_pipe(c) + len > c->cwnd && tcp_pipe(c) > 0)
+        if (tcp_pipe(s, c) + len > c->cwnd && tcp_pipe(s, c) > 0)
             return;
         if (len < frame_len && !tcp_snd_split(s, c, p, len)) {
             conn_blocked(s, c, false);
@@ -357,11 +364,14 @@ static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d
             conn_blocked(s, c, false);
             return;
         }
-        if (c->snd_nxt.v == c->snd_una.v)
+        if (c->snd_nxt.v == c->snd_una.v) {
             conn_cold(s, c)->unacked_since = now_ns(s);
+            tcp_flight_begin(s, c);
+        }
         c->sndq_next = pkt_meta(s, p)->next;
-        if (c->rtx_next == BYPASS_PKT_NONE)
-            c->rtx_next = p;
+        struct tcp_flight *fl = conn_flight(s, c);
+        if (fl->rtx_next == BYPASS_PKT_NONE)
+            fl->rtx_next = p;
         c->snd_nxt = seq_add(c->snd_nxt, len + fin);
         if (fin)
             c->flags |= TF_FIN_SENT;
@@ -375,6 +385,8 @@ static void output_fin(struct bypass_stack *s, struct tcp_conn *c)
         return;
     if (!send_bare(s, c, c->snd_nxt, TCP_FIN))
         return;
+    if (c->snd_nxt.v == c->snd_una.v)
+        tcp_flight_begin(s, c);
     c->flags |= TF_FIN_SENT;
     c->snd_nxt = seq_add(c->snd_nxt, 1);
 }

@@ -162,6 +162,7 @@ static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
  * twice (Karn), and the others waited behind it. *frames: how many frames were freed. */
 void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames)
 {
+    struct tcp_flight *fl = conn_flight(s, c);
     bool again = false;
     *rtt_us = 0;
     *frames = 0;
@@ -182,8 +183,8 @@ void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t
         *rtt_us = again ? 0 : max_u64((now_ns(s) - m->time_ns) / 1000, 1);
         c->snd_queued -= m->data_len;
         c->sndq_head = m->next;
-        if (c->rtx_next == p)
-            c->rtx_next = m->next;
+        if (fl->rtx_next == p)
+            fl->rtx_next = m->next;
         if (c->sndq_tail == p)
             c->sndq_tail = BYPASS_PKT_NONE;
         (*frames)++;
@@ -218,6 +219,7 @@ void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c)
         c->sndq_head = pkt_meta(s, p)->next;
         frame_release(s, p);
     }
-    c->sndq_next = c->sndq_tail = c->rtx_next = BYPASS_PKT_NONE;
+    c->sndq_next = c->sndq_tail = BYPASS_PKT_NONE;
     c->snd_queued = c->lost_bytes = 0;
+    tcp_flight_drop(s, c);
 }
