@@ -37,10 +37,10 @@ ROUTER = "192.0.2.254"
 OUR_ISS = WRAP - 2000
 PEER_ISS = WRAP - 1500
 TICK = 0.0011  # seconds: timers run at most a tick of the wheel (2^20 ns) late
-LETTERS = {"S": SYN, "F": FIN, "R": RST, "P": PSH, ".": ACK, "U": URG}
+LETTERS = {"S": SYN, "F": FIN, "R": RST, "P": PSH, ".": ACK, "U": URG, "E": 0x40, "W": 0x80}
 PATTERN = bytes((i * 31 + (i >> 8) * 17 + (i >> 16)) & 0xFF for i in range(1 << 20))
 SPEC = re.compile(
-    r"(?P<flags>[SFRPU.]+) (?P<seq>-?\d+):(?P<end>-?\d+)( ack (?P<ack>-?\d+))?( win (?P<win>\d+))?( <(?P<opts>[^>]*)>)?"
+    r"(?P<flags>[SFRPUEW.]+) (?P<seq>-?\d+):(?P<end>-?\d+)( ack (?P<ack>-?\d+))?( win (?P<win>\d+))?( <(?P<opts>[^>]*)>)?"
 )
 
 
@@ -72,12 +72,12 @@ class Segment:
 
     def __str__(self) -> str:
         ack = "" if self.ack is None else f" ack {self.ack}"
-        opts = " ".join(f"{k} {v}" for k, v in self.opts.items())
+        opts = ", ".join(f"{k} {v}" for k, v in self.opts.items())
         return f"{self.flags} {self.seq}:{self.end}{ack} win {self.win}" + (f" <{opts}>" if opts else "")
 
 
-def options_bytes(text: str) -> bytes:
-    """`mss 1460, ws 7, ts 1 0, nop, eol, hex 0504...`"""
+def options_bytes(text: str, iss: int = 0) -> bytes:
+    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, nop, eol, hex 0504...`; SACK blocks count from `iss`."""
     out = b""
     for word in (w.split() for w in text.split(",") if w.strip()):
         match word:
@@ -87,6 +87,11 @@ def options_bytes(text: str) -> bytes:
                 out += struct.pack("!BBB", 3, 3, int(n))
             case ["ts", val, ecr]:
                 out += struct.pack("!BBII", 8, 10, int(val) % WRAP, int(ecr) % WRAP)
+            case ["sackok"]:
+                out += b"\x04\x02"
+            case ["sack", *blocks]:
+                edges = [(iss + int(edge)) % WRAP for block in blocks for edge in block.split(":")]
+                out += struct.pack(f"!BB{len(edges)}I", 5, 2 + 4 * len(edges), *edges)
             case ["nop"]:
                 out += b"\x01"
             case ["eol"]:
@@ -98,8 +103,8 @@ def options_bytes(text: str) -> bytes:
     return out
 
 
-def options_dict(raw: bytes) -> dict[str, Any]:
-    """What a header's options say; asserts that they are well-formed."""
+def options_dict(raw: bytes, iss: int = 0) -> dict[str, Any]:
+    """What a header's options say; asserts that they are well-formed. SACK blocks ("first:end") count from `iss`."""
     found: dict[str, Any] = {}
     while raw:
         kind = raw[0]
@@ -111,9 +116,17 @@ def options_dict(raw: bytes) -> dict[str, Any]:
         size = raw[1]
         assert 2 <= size <= len(raw), "option length"
         value = raw[2:size]
-        name = {2: "mss", 3: "ws", 8: "ts"}[kind]
+        name = {2: "mss", 3: "ws", 4: "sackok", 5: "sack", 8: "ts", 34: "fo"}[kind]
         assert name not in found, f"{name} twice"
-        found[name] = struct.unpack("!II", value) if kind == 8 else int.from_bytes(value, "big")
+        if kind == 5:
+            edges = [(e - iss) % WRAP for e in struct.unpack(f"!{len(value) // 4}I", value)]
+            found[name] = tuple(f"{a}:{b}" for a, b in zip(edges[::2], edges[1::2], strict=True))
+        elif kind == 8:
+            found[name] = struct.unpack("!II", value)
+        elif kind in (4, 34):
+            found[name] = value.hex()
+        else:
+            found[name] = int.from_bytes(value, "big")
         raw = raw[size:]
     return found
 
@@ -271,7 +284,7 @@ class Talk(Conversation):
             flags,
             win,
             data,
-            options=options_bytes(opts.replace("nots", "")),
+            options=options_bytes(opts.replace("nots", ""), self.iss or 0),
             csum=csum,
         )
         return ipv4(self.address, US, TCP, segment)
@@ -306,13 +319,13 @@ class Talk(Conversation):
         assert checksum(pseudo(packet.src, packet.dst, TCP, len(raw)) + raw) == 0, "TCP checksum"
         sport, dport, seq, ack, offset, win, _, urgent = struct.unpack("!HHIIHHHH", raw[:20])
         assert (sport, dport) == (self.our_port, self.peer_port)
-        assert offset & 0x0FC0 == 0, "reserved bits"
+        assert offset & 0x0F00 == 0, "reserved bits"
         assert urgent == 0
         head = (offset >> 12) * 4
-        flags = offset & 0x3F
+        flags = offset & 0xFF
         if self.iss is None or (flags & SYN and seq != self.iss):
             self.iss, self.heard = seq, 0
-        opts = options_dict(raw[20:head])
+        opts = options_dict(raw[20:head], self.peer_iss)
         if self.ts is not None and "ts" in opts:
             self.ts = (self.ts[0], opts["ts"][0])
         if flags & SYN:
@@ -342,7 +355,7 @@ class Talk(Conversation):
         if m["win"] is not None and got.win != int(m["win"]):
             why.append(f"win {got.win}")
         if m["opts"] is not None:
-            want = dict(w.split(maxsplit=1) for w in m["opts"].split(", ") if w)
+            want = dict((w.split(maxsplit=1) + [""])[:2] for w in m["opts"].split(", ") if w)
             have = {k: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in got.opts.items()}
             have.pop("raw_seq", None)
             if have != want:

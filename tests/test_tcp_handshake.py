@@ -49,7 +49,7 @@ def test_a_passive_open_takes_three_segments() -> None:
         ("mss 1460, nop, ws 255", "mss 1460, ws 5"),
         ("mss 1460, ts 77 0", "mss 1460, ts TS 77"),
         ("mss 1460, ts 4294967295 0, nop, ws 0", "mss 1460, ts TS 4294967295, ws 5"),
-        ("mss 1460, hex 0402", "mss 1460"),  # SACK permitted is not answered
+        ("mss 1460, sackok", "mss 1460, sackok"),
         (
             "hex fd0a0102030405060708, mss 1200, hex 220a0000000000000000, nop, ws 3",
             "mss 1460, ws 5",

@@ -363,7 +363,7 @@ BYPASS_API const char *bypass_stat_name(int i);
 BYPASS_API const uint64_t *bypass_stats(const struct bypass_stack *s);
 
 struct bypass_audit { /* everything that is in use; all zero after an orderly end */
-    uint32_t conns, listeners, udp_socks, handles, timers, chunks, frags, dst_waiting, frames, tx_pending;
+    uint32_t conns, listeners, udp_socks, handles, timers, chunks, frags, dst_waiting, frames, tx_pending, flights;
 };
 BYPASS_API void bypass_audit(const struct bypass_stack *s, struct bypass_audit *out);
 

@@ -51,22 +51,22 @@ enum {                     /* conn.flags */
        TF_BLOCKED_DST = 1 << 23, /* ... and it is a next hop that it waits for */
 };
 
-enum {                       /* conn.feat: what was agreed with the peer, and the marks of single mechanisms */
-       TX_SACK = 1 << 0,     /* selective acknowledgments agreed (RFC 2018) */
-       TX_ECN = 1 << 1,      /* ECN agreed (RFC 3168 6.1.1) */
-       TX_ECE = 1 << 2,      /* receiver: ECE on every ACK until a CWR comes */
-       TX_CWR = 1 << 3,      /* sender: CWR on the next new segment */
-       TX_DSACK = 1 << 4,    /* the next ACK reports cold.dsack first (RFC 2883) */
+enum {                         /* conn.feat: what was agreed with the peer, and the marks of single mechanisms */
+       TX_SACK = 1 << 0,       /* selective acknowledgments agreed (RFC 2018) */
+       TX_ECN = 1 << 1,        /* ECN agreed (RFC 3168 6.1.1) */
+       TX_ECE = 1 << 2,        /* receiver: ECE on every ACK until a CWR comes */
+       TX_CWR = 1 << 3,        /* sender: CWR on the next new segment */
+       TX_DSACK = 1 << 4,      /* the next ACK reports cold.dsack first (RFC 2883) */
        TX_SNDBUF_SET = 1 << 5, /* the program chose the size: no autotuning */
        TX_RCVBUF_SET = 1 << 6,
-       TX_PACED = 1 << 7,      /* new segments leave at flight.pace_rate */
-       TX_URG_OUT = 1 << 8,    /* urgent data up to cold.snd_up is not acknowledged */
-       TX_URG_IN = 1 << 9,     /* cold.rcv_up is ahead of what was read */
-       TX_FASTOPEN = 1 << 10,  /* data went with the SYN, or came with it (RFC 7413) */
+       TX_PACED = 1 << 7,       /* new segments leave at flight.pace_rate */
+       TX_URG_OUT = 1 << 8,     /* urgent data up to cold.snd_up is not acknowledged */
+       TX_URG_IN = 1 << 9,      /* cold.rcv_up is ahead of what was read */
+       TX_FASTOPEN = 1 << 10,   /* data went with the SYN, or came with it (RFC 7413) */
        TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
 };
 
-enum { /* conn.rtx_kind: what rtx_at stands for */
+enum {           /* conn.rtx_kind: what rtx_at stands for */
        RTX_NONE, /* decided by the state and TF_PROBING: retransmission, window probe, end of TIME_WAIT or FIN_WAIT_2 */
        RTX_REORDER, /* RACK: then what was not delivered counts as lost (RFC 8985 6.3) */
        RTX_TLP,     /* tail loss probe (RFC 8985 7) */
@@ -139,14 +139,14 @@ static_assert(offsetof(struct tcp_conn, rcv_nxt) == 64, "line 1");
 enum { CC_STATE_WORDS = 16 };
 struct tcp_flight {
     uint32_t link;
-    uint8_t keep;      /* FK_*: who wants to remember; 0: freed when nothing is in flight */
-    uint8_t ca_state;  /* CA_* */
+    uint8_t keep;     /* FK_*: who wants to remember; 0: freed when nothing is in flight */
+    uint8_t ca_state; /* CA_* */
     uint16_t dupacks;
     /* scoreboard */
-    uint32_t rtx_next; /* no frame before it is marked lost */
+    uint32_t rtx_next;                /* no frame before it is marked lost */
     uint32_t sacked_bytes, rtx_bytes; /* SACKed above snd_una; sent again and still out */
-    seq_t recover;     /* recovery ends when this is acknowledged */
-    seq_t sack_high;   /* end of the highest SACKed block */
+    seq_t recover;                    /* recovery ends when this is acknowledged */
+    seq_t sack_high;                  /* end of the highest SACKed block */
     /* RACK-TLP (RFC 8985) */
     uint64_t rack_xmit_ns;
     seq_t rack_end;
@@ -160,13 +160,13 @@ struct tcp_flight {
     uint32_t prr_delivered, prr_out, recover_fs;
     uint32_t prior_cwnd, prior_ssthresh;
     seq_t undo_una;
-    uint32_t undo_rtx;    /* retransmissions that no DSACK has called needless; 0: undo */
-    uint32_t rtx_ts;      /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
-    uint32_t frto;        /* F-RTO's step (RFC 5682) */
-    uint32_t acked_rest;  /* congestion avoidance: bytes towards the next increase */
+    uint32_t undo_rtx;   /* retransmissions that no DSACK has called needless; 0: undo */
+    uint32_t rtx_ts;     /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
+    uint32_t frto;       /* F-RTO's step (RFC 5682) */
+    uint32_t acked_rest; /* congestion avoidance: bytes towards the next increase */
     /* delivery rate and pacing */
-    uint64_t delivered;   /* bytes, since the record began */
-    uint64_t lost;        /* bytes ever marked lost */
+    uint64_t delivered; /* bytes, since the record began */
+    uint64_t lost;      /* bytes ever marked lost */
     uint64_t delivered_ns, first_tx_ns;
     uint64_t app_limited; /* value of `delivered` at which the bubble ends; 0: limited by cwnd */
     uint64_t pace_rate;   /* bytes a second; 0: not paced */
@@ -297,9 +297,9 @@ struct tcp_opts {
     uint8_t wscale;
     bool has_wscale, has_ts;
     uint32_t ts_val, ts_ecr;
-    bool sack_ok;     /* SACK-permitted */
-    bool has_fo;      /* Fast Open: cookie_len 0 asks for one (RFC 7413 4.1.1) */
-    uint8_t sacks;    /* blocks in sack[] */
+    bool sack_ok;  /* SACK-permitted */
+    bool has_fo;   /* Fast Open: cookie_len 0 asks for one (RFC 7413 4.1.1) */
+    uint8_t sacks; /* blocks in sack[] */
     uint8_t cookie_len;
     struct sack_block sack[SACK_BLOCKS];
     uint8_t cookie[FO_COOKIE_MAX];
@@ -371,10 +371,11 @@ void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c); /* c dies be
 bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
 void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
-void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c); /* after snd_mss shrank */
+void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c);        /* after snd_mss shrank */
 uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c); /* bytes thought to be in the network */
 void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c);
-void tcp_flight_end(struct bypass_stack *s, struct tcp_conn *c); /* nothing is in flight: frees it unless it is to be kept */
+void tcp_flight_end(struct bypass_stack *s,
+                    struct tcp_conn *c); /* nothing is in flight: frees it unless it is to be kept */
 void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c);
 
 /* tcp_cc.c */

@@ -164,7 +164,8 @@ static struct tcp_conn *conn_alloc(struct bypass_stack *s)
         return NULL;
     }
     uint32_t gen = cold_at(s, i)->gen + 1;
-    *conn_at(s, i) = (struct tcp_conn){.link = NO_INDEX, .sock = NO_INDEX, .flight = NO_INDEX, .min_rtt_us = UINT32_MAX};
+    *conn_at(s, i) =
+        (struct tcp_conn){.link = NO_INDEX, .sock = NO_INDEX, .flight = NO_INDEX, .min_rtt_us = UINT32_MAX};
     *cold_at(s, i) = (struct tcp_cold){.link = NO_INDEX, .gen = gen, .listener = NO_INDEX};
     return conn_at(s, i);
 }
@@ -595,4 +596,5 @@ void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a)
     a->conns = core(s)->conns.used;
     a->listeners = core(s)->listeners.used;
     a->timers = tcp_head(s)->wheel.armed;
+    a->flights = core(s)->flights.used;
 }
