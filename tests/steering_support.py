@@ -17,7 +17,14 @@ from types import TracebackType
 from typing import Self
 
 from model import TCP_TIME_WAIT, Model
-from packets import (
+from steering_rules import policy_of
+
+from bypass import libbpf, netns, probe
+from bypass.bpf import build
+from bypass.errors import GrantError
+from bypass.rules import Address, Rule
+from bypass.steering import Steering
+from bypass.testing.flows import (
     GROUP_MACS,
     LOCALS,
     TCP,
@@ -27,14 +34,7 @@ from packets import (
     draw_frame,
     flow_of_rule,
     meets,
-    policy_of,
 )
-
-from bypass import libbpf, netns, probe
-from bypass.bpf import build
-from bypass.errors import GrantError
-from bypass.rules import Address, Rule
-from bypass.steering import Steering
 
 QUEUES = 4
 SOCKET_QUEUES = (0, 1, 2)  # queue 3 has no socket

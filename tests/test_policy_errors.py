@@ -10,12 +10,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import policy_text, rule_lists
 from support import examples
 
 from bypass import policy_yaml
 from bypass.errors import PolicyError, Problem
 from bypass.policy import load_policy, parse_policy
+from bypass.testing.policies import policy_text, rule_lists
 
 HEAD = "version: 1\ninterface: eth1\nbackend: {kind: afxdp}\n"
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import Flow, breadth, matches
-from strategies import document, policy_text, rule_lists
 from support import examples
 
 from bypass.cli import cli
 from bypass.policy import Backend, Policy, parse_policy
 from bypass.rules import TCP, UDP, Address, PortRange, Rule
+from bypass.testing.policies import document, policy_text, rule_lists
 
 HEAD = "version: 1\ninterface: eth1\nbackend: {kind: afxdp}\nflows:\n"
 

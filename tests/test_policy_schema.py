@@ -14,11 +14,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import documents
 from support import examples
 
 from bypass.errors import PolicyError
 from bypass.policy import parse_policy, policy_schema
+from bypass.testing.policies import policy_documents
 
 SCHEMA = policy_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -56,7 +56,7 @@ def test_every_field_explains_itself_to_an_editor() -> None:
 
 
 @settings(max_examples=examples(60))
-@given(documents())
+@given(policy_documents())
 def test_both_take_valid_policies(doc: dict[str, Any]) -> None:
     assert refusals(doc) == []
     VALIDATOR.validate(doc)
@@ -87,7 +87,7 @@ KEYS += ["frames", "frame_size", "proto", "local", "local_port", "remote", "remo
 @st.composite
 def damaged(draw: st.DrawFn) -> Any:
     """A policy with one to three values replaced, added or removed."""
-    doc = copy.deepcopy(draw(documents()))
+    doc = copy.deepcopy(draw(policy_documents()))
     for _ in range(draw(st.integers(1, 3))):
         places: list[Any] = []
         todo: list[Any] = [doc]

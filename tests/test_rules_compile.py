@@ -9,7 +9,6 @@ import random
 from typing import Any
 
 import pytest
-import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import Flow, breadth, matches
@@ -28,6 +27,7 @@ from bypass.rules import (
     compile_rules,
     port_prefixes,
 )
+from bypass.testing import policies as strategies
 
 
 def rule(index: int, action: Action, **match: Any) -> Rule:

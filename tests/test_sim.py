@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import pytest
 import wire as w
 from bypass._core import ffi, lib
-from exchange import exchange, random_exchange
+from exchange import Conditions, exchange_in, talk_of
 from sim_ports import A_MAC, B_MAC, MS, number, pair, send_many, tcp_frame, udp_frame
 
-from bypass.sim import Fate, Faults, Network, RawPort, SimulationError
+from bypass.sim import DeviceFaults, Fate, Faults, Network, RawPort, SimulationError
+from bypass.testing import play
 
 
 @pytest.fixture
@@ -30,7 +30,6 @@ def net() -> Iterator[Network]:
 
 def recording(seed: int, path: Path) -> bytes:
     """The pcapng file of an exchange with everything that can go wrong."""
-    rng = random.Random(5)
     with Network(seed) as net:
         net.wire(
             faults=Faults(
@@ -45,7 +44,7 @@ def recording(seed: int, path: Path) -> bytes:
         )
         a, b = net.stack("10.0.0.1/24", name="a"), net.stack("10.0.0.2/24", name="b")
         with net.capture(path):
-            exchange(net, a, b, rng.randbytes(100_000), rng.randbytes(50_000), rng)
+            play(net, a, b, talk_of((100_000, 50_000)))
     return path.read_bytes()
 
 
@@ -369,6 +368,8 @@ def test_closing_a_network_resets_what_is_open_and_leaves_nothing() -> None:
 
 
 def test_a_whole_simulation_is_the_same_again() -> None:
-    """The building block of the exchange tests: from the seed alone."""
-    random_exchange(7)
-    random_exchange(7)
+    """The building block of the exchange tests: nothing counts but what it is told."""
+    bad = Faults(loss=0.05, corrupt=0.05, reorder=0.05, duplicate=0.05, jitter_ns=MS)
+    c = Conditions(7, 65536, 4096, (1500, 576), (256, 256), (bad, bad), (DeviceFaults(alloc_fail=0.05),) * 2)
+    ends = {exchange_in(c, talk_of((30_000, 20_000))).now_ns() for _ in range(2)}
+    assert len(ends) == 1

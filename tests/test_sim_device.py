@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import random
 import socket
 from collections.abc import Iterator
 
 import pytest
 import wire as w
 from bypass._core import ffi, lib
-from exchange import exchange
+from exchange import talk_of
 from sim_ports import A_MAC, B_MAC, MS, burst, meta_of, receive, udp_frame
 
 from bypass.sim import DeviceFaults, Fate, Faults, Network, SimulationError
+from bypass.testing import play
 
 
 @pytest.fixture
@@ -112,11 +112,10 @@ def test_flows_spread_over_queues_and_each_keeps_its_own(net: Network) -> None:
 
 
 def test_bytes_are_equal_with_checksum_offload_on_a_corrupting_wire(net: Network) -> None:
-    rng = random.Random(10)
     net.wire(faults=Faults(corrupt=0.05, delay_ns=100_000))
     caps = lib.BYPASS_CAP_RX_CSUM | lib.BYPASS_CAP_TX_CSUM
     a, b = net.stack("10.0.0.1/24", caps=caps), net.stack("10.0.0.2/24", caps=caps)
-    exchange(net, a, b, rng.randbytes(300_000), rng.randbytes(300_000), rng)
+    play(net, a, b, talk_of((300_000, 300_000)))
 
 
 def test_a_late_completion_is_noticed_without_any_other_event(net: Network) -> None:
@@ -146,13 +145,12 @@ def test_a_late_completion_is_noticed_without_any_other_event(net: Network) -> N
     ],
 )
 def test_bytes_are_equal_over_a_bad_device(net: Network, faults: DeviceFaults) -> None:
-    rng = random.Random(9)
     net.wire(faults=Faults(delay_ns=100_000))
     a, b = net.stack("10.0.0.1/24", frames=256, tx_ring=16), net.stack("10.0.0.2/24", frames=256, tx_ring=16)
     for stack in (a, b):
         assert stack.port is not None
         stack.port.set_device_faults(faults)
-    exchange(net, a, b, rng.randbytes(200_000), rng.randbytes(200_000), rng)
+    play(net, a, b, talk_of((200_000, 200_000)))
 
 
 def test_carrier_lost_and_found(net: Network) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TCP over wires that lose, repeat, reorder, corrupt and delay: bytes received are bytes sent, and nothing is left.
 
-Each exchange follows from its seed: `random_exchange(seed)` in exchange.py repeats it alone. A failure carries the
-seed and a pcapng file of the last frames.
+hypothesis draws the conditions and what is said (bypass.testing). A failure carries both, made small, and a pcapng
+file of the last frames.
 """
 
 from __future__ import annotations
@@ -10,35 +10,35 @@ from __future__ import annotations
 import random
 
 import pytest
-from exchange import PCAP_FOLDER, check_clean, exchange, random_exchange
-from hypothesis import given, settings
+from exchange import PCAP_FOLDER, Conditions, conditions, exchange_in, talk_of
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from support import FUZZ, examples
 
 from bypass.core import Config
-from bypass.sim import Fate, Faults, Network
-
-BATCH = 100
-FATES = st.lists(
-    st.sampled_from([Fate.PASS] * 4 + [Fate.LOSE, Fate.DUPLICATE, Fate.CORRUPT, Fate.REORDER]), max_size=60
-)
+from bypass.sim import Faults, Network
+from bypass.testing import Exchange, exchanges, fates, play
+from bypass.testing.streams import assert_clean
 
 
-@pytest.mark.parametrize("batch", range(20 * FUZZ))
-def test_2000_random_exchanges(batch: int) -> None:
-    for seed in range(batch * BATCH, (batch + 1) * BATCH):
-        random_exchange(seed)
+@pytest.mark.timeout(300 * FUZZ)
+@given(conditions(), exchanges())
+@settings(max_examples=examples(3000))
+def test_random_exchanges(c: Conditions, talk: Exchange) -> None:
+    net = exchange_in(c, talk)
+    event(f"{10 ** len(str(net.now_ns() // 10**9))} s of virtual time")
 
 
-@pytest.mark.parametrize("batch", range(4 * FUZZ))
-def test_exchanges_over_wires_that_lose_a_third(batch: int) -> None:
-    for seed in range(batch * BATCH, (batch + 1) * BATCH):
-        random_exchange(seed, most_bytes=200_000, harsh=True)
+@pytest.mark.timeout(300 * FUZZ)
+@given(conditions(most=0.15), exchanges(most_bytes=200_000))
+@settings(max_examples=examples(600))
+def test_exchanges_over_wires_that_lose_a_third(c: Conditions, talk: Exchange) -> None:
+    exchange_in(c, talk)
 
 
 @given(
-    up=FATES,
-    down=FATES,
+    up=fates(),
+    down=fates(),
     sizes=st.tuples(st.integers(0, 20_000), st.integers(0, 20_000)),
     delay=st.sampled_from([0, 10**6]),
 )
@@ -47,7 +47,6 @@ def test_whatever_happens_to_the_first_frames(
     up: list[int], down: list[int], sizes: tuple[int, int], delay: int
 ) -> None:
     """hypothesis chooses the fate of every single frame, and finds the shortest story that fails."""
-    rng = random.Random(0)
     with Network(1) as net, net.explain_failure(PCAP_FOLDER / "fates.pcapng"):
         net.wire(faults=Faults(delay_ns=delay))
         config = Config(conns=4)
@@ -56,17 +55,16 @@ def test_whatever_happens_to_the_first_frames(
         assert b.port is not None
         a.port.script(up)
         b.port.script(down)
-        exchange(net, a, b, rng.randbytes(sizes[0]), rng.randbytes(sizes[1]), rng)
-        check_clean(net, a, b)
+        play(net, a, b, talk_of(sizes))
+        assert_clean(net, a, b)
 
 
 def test_twenty_megabytes_over_two_percent_loss() -> None:
-    rng = random.Random(2)
     with Network(2) as net, net.explain_failure(PCAP_FOLDER / "two-percent.pcapng"):
         net.wire(faults=Faults(loss=0.02, delay_ns=100_000))
         a, b = net.stack("10.0.0.1/24", name="a"), net.stack("10.0.0.2/24", name="b")
-        exchange(net, a, b, rng.randbytes(20_000_000), b"", rng)
-        check_clean(net, a, b)
+        play(net, a, b, Exchange(random.Random(2).randbytes(20_000_000), b""))
+        assert_clean(net, a, b)
         assert a.port is not None
         assert a.port.stats().lost > 100
 
@@ -100,4 +98,4 @@ def test_many_connections_at_once_share_a_bad_wire() -> None:
                 assert received == body
                 other.close()
                 client.close()
-        check_clean(net, a, b)
+        assert_clean(net, a, b)

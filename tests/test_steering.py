@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import wire
-from packets import policy_of
+from steering_rules import policy_of
 
 from bypass.bpf import build
 from bypass.errors import BypassError, GrantError, PrivilegeError, SteeringError

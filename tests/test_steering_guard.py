@@ -16,7 +16,7 @@ from itertools import count
 
 import pytest
 import wire
-from packets import policy_of
+from steering_rules import policy_of
 
 from bypass import netns
 from bypass.bpf import build

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import wire
-from packets import policy_of
+from steering_rules import policy_of
 
 from bypass import libbpf, netns, probe
 from bypass.afxdp import AfxdpDevice

@@ -2,7 +2,7 @@
 """The steering program decides as its model does: the same verdict, reason, rule and entry for the same bytes.
 
 The program runs in the kernel on packets that never were on a wire (BPF_PROG_TEST_RUN); the model (model.py) is
-plain Python over the rules themselves. Policies and packets: packets.py.
+plain Python over the rules themselves. Policies: steering_rules.py; packets: bypass.testing.flows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import VERDICTS
-from packets import draw_rules
+from steering_rules import draw_rules
 from steering_support import Bench, Case
 from support import FUZZ, examples
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from packets import draw_rules
+from steering_rules import draw_rules
 from steering_support import Bench
 
 from bypass.bpf import build
@@ -30,7 +30,7 @@ class Mutant:
     name: str
     right: str
     wrong: str
-    kind: str = "ip4"  # of policies (packets.draw_rules) that are about this line
+    kind: str = "ip4"  # of policies (steering_rules.draw_rules) that are about this line
 
 
 MUTANTS = (

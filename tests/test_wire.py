@@ -10,85 +10,15 @@ from conversation import ALL, KERNEL, OUR_MAC, PEER, PEER_MAC, US, Conversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import examples
-from wire import BROADCAST, ETH_ARP, ETH_IPV4, ICMP, TCP, UDP, arp, checksum, echo, eth, icmp, ipv4, tcp, udp
+
+from bypass.testing import mutated_frames
+from bypass.testing.wire import ETH_IPV4, ICMP, UDP, checksum, echo, eth, ipv4
 
 REFUSED = ("eth_in", "arp_in", "ip_in", "ip_frag", "icmp_in", "udp_in", "tcp_in")
 
-addresses = st.sampled_from(
-    [PEER, US, "192.0.2.3", "198.51.100.7", "0.0.0.0", "127.0.0.1", "224.0.0.1", "192.0.2.255"]
-)
-ports = st.sampled_from([7, 9, 80, 4000]) | st.integers(0, 65535)
-payloads = st.binary(max_size=200) | st.integers(0, 1400).map(bytes)
-
-
-@st.composite
-def udp_packets(draw: st.DrawFn) -> bytes:
-    src, data = draw(addresses), draw(payloads)
-    size = draw(st.none() | st.integers(0, 65535))
-    csum = draw(st.none() | st.sampled_from([0, 1, 0xFFFF]))
-    return ipv4(src, US, UDP, udp(src, US, draw(ports), draw(ports), data, size=size, csum=csum))
-
-
-@st.composite
-def tcp_packets(draw: st.DrawFn) -> bytes:
-    src, seq, ack = draw(addresses), draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**32 - 1))
-    options = draw(st.binary(max_size=40) | st.just(b"\2\4\5\xb4\1\3\3\7"))
-    flags, window, data = draw(st.integers(0, 255)), draw(st.integers(0, 65535)), draw(payloads)
-    return ipv4(
-        src, US, TCP, tcp(src, US, draw(ports), draw(ports), seq, ack, flags, window, data, options=options)
-    )
-
-
-@st.composite
-def icmp_packets(draw: st.DrawFn) -> bytes:
-    quote = ipv4(US, PEER, UDP, udp(US, PEER, 7, 9, b"")) if draw(st.booleans()) else draw(payloads)
-    kind = draw(st.sampled_from([0, 3, 4, 5, 8, 11, 12]) | st.integers(0, 255))
-    return ipv4(
-        draw(addresses),
-        US,
-        ICMP,
-        icmp(kind, draw(st.integers(0, 20)), draw(st.binary(min_size=4, max_size=4)), quote),
-    )
-
-
-@st.composite
-def odd_packets(draw: st.DrawFn) -> bytes:
-    frag = draw(st.integers(0, 0xFFFF) | st.sampled_from([0, 0x2000, 1, 0x2001]))
-    options = draw(st.integers(0, 10).flatmap(lambda n: st.binary(min_size=4 * n, max_size=4 * n)))
-    total = draw(st.none() | st.integers(0, 0xFFFF))
-    ihl = draw(st.none() | st.integers(0, 15))
-    proto = draw(st.sampled_from([ICMP, TCP, UDP]) | st.integers(0, 255))
-    dst = draw(st.just(US) | addresses)
-    return ipv4(draw(addresses), dst, proto, draw(payloads), frag=frag, options=options, total=total, ihl=ihl)
-
-
-arps = st.builds(
-    arp,
-    st.integers(0, 3),
-    st.sampled_from([PEER_MAC, OUR_MAC, BROADCAST]),
-    addresses,
-    st.just(bytes(6)),
-    addresses,
-)
-macs = st.sampled_from([OUR_MAC] * 6 + [BROADCAST, PEER_MAC])
-packets = udp_packets() | tcp_packets() | icmp_packets() | odd_packets()
-frames = st.builds(eth, macs, st.just(PEER_MAC), st.just(ETH_IPV4), packets) | st.builds(
-    eth, macs, st.just(PEER_MAC), st.just(ETH_ARP), arps
-)
-
-
-@st.composite
-def torn(draw: st.DrawFn) -> bytes:
-    """A frame, sometimes with flipped bits, cut short or with something behind."""
-    frame = bytearray(draw(frames))
-    for bit in draw(st.lists(st.integers(0, len(frame) * 8 - 1), max_size=3)):
-        frame[bit // 8] ^= 1 << bit % 8
-    cut = draw(st.none() | st.integers(14, len(frame)))
-    return (bytes(frame[:cut]) + draw(st.binary(max_size=30)))[:1514]
-
 
 @settings(max_examples=examples(300))
-@given(st.lists(torn(), min_size=1, max_size=30), st.sampled_from([ALL, KERNEL]))
+@given(st.lists(mutated_frames(), min_size=1, max_size=30), st.sampled_from([ALL, KERNEL]))
 def test_no_frame_harms_the_stack(rain: list[bytes], flags: int) -> None:
     with Conversation(flags=flags) as c:
         sock = c.udp(7)
@@ -110,7 +40,7 @@ def test_no_frame_harms_the_stack(rain: list[bytes], flags: int) -> None:
 
 
 @settings(max_examples=examples(300))
-@given(torn())
+@given(mutated_frames())
 def test_each_frame_is_counted_under_one_name(frame: bytes) -> None:
     """Exactly one reason to refuse, or what it was; TCP counts its segments and their fates by itself."""
     with Conversation() as c:

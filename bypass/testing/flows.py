@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies and packets for the tests of the steering program: derived from each other, then damaged.
+"""Frames that the rules of a policy are about, or just not about: derived from rules, live endpoints and kernel
+connections, then damaged.
 
 Packets drawn uniformly at random match no rule and test nothing. Here a packet begins as one that a rule, a live
 endpoint or a kernel connection is about, with values at the edges of ranges and prefixes, and then one or two things
 happen to it: another MAC, tags, fragments, options, extension headers, truncation, an ICMP error around it.
 
-Everything draws from a `random.Random`, so a seed repeats it, and hypothesis' own `randoms()` can drive it too.
+`policy_frames()` is the strategy. Underneath everything draws from a `random.Random`, so that a plain loop over seeds
+can draw millions: a seed repeats a frame.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import ipaddress
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from bypass.errors import PolicyError
-from bypass.policy import Backend, Policy
-from bypass.rules import Action, Address, Network, PortRange, Rule, check_conflicts, compile_rules
+from hypothesis import strategies as st
+
+from bypass.rules import Address, Network, PortRange, Rule
+
+__all__ = ["Flow", "World", "draw_flow", "draw_frame", "flow_of_rule", "meets", "policy_frames"]
 
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
 LOCALS = tuple(
@@ -27,93 +31,6 @@ LOCALS = tuple(
 )
 GROUP_MACS = (bytes.fromhex("01005e010203"), bytes.fromhex("0180c2000001"))
 PORTS = (22, 80, 443, 8000, 8007, 8015, 8016, 1000, 1999, 5353, 65535)
-BACKEND = Backend("afxdp", "auto", None, 2048, None, 2048)
-
-
-def policy_of(rules: list[Rule], interface: str = "lo") -> Policy:
-    """A policy of these rules, without YAML."""
-    return Policy(1, interface, BACKEND, tuple(rules), "test")
-
-
-# ---- Rules -------------------------------------------------------------------------------------------------------
-_LOCAL4 = ("192.0.2.10/32", "192.0.2.11/32", "192.0.2.0/26", "192.0.2.0/24", "239.1.2.3/32")
-_REMOTE4 = ("198.51.100.1/32", "198.51.100.2/32", "198.51.100.0/30", "198.51.100.0/24", "0.0.0.0/0")
-_LOCAL6 = ("2001:db8::10/128", "2001:db8::/64")
-_REMOTE6 = ("2001:db8:1::1/128", "2001:db8:1::/48", "::/0")
-# Of one mask here some rules rank higher and some lower than those of another: the order in which masks are tried does
-# not say which rule wins.
-_NESTED = (
-    PortRange(990, 1103),
-    PortRange(1090, 2100),
-    PortRange(2032, 2047),
-    PortRange(2000, 2023),
-    PortRange(3002, 3999),
-    PortRange(3000, 3003),
-    PortRange(8000, 8001),
-)
-_RANGES = (PortRange(8000, 8015), PortRange(1000, 1999), PortRange(8000, 8007), PortRange(1, 65535))
-
-
-def draw_rules(rng: random.Random, kind: str) -> list[Rule]:
-    """Rules without conflicts that fit 16 masks. `kind`: `steer` only steers, `ip4` adds pass and drop, `all` IPv6 and
-    VLANs as well, `ranges` has port ranges that overlap each other, and nothing else."""
-    draw = _draw_nested if kind == "ranges" else _draw_rule
-    rules = [
-        draw(rng, i, kind) for i in range(rng.choice((2, 5, 9, 14, 20)) if kind != "ranges" else len(_NESTED))
-    ]
-    while True:
-        conflicts = {int(p.path[6:-1]) for p in check_conflicts(rules)}
-        rules = [replace(r, index=i) for i, r in enumerate(r for r in rules if r.index not in conflicts)]
-        if conflicts:
-            continue
-        try:
-            compile_rules(rules)
-            return rules
-        except PolicyError:  # too many masks
-            rules = rules[:-1]
-
-
-def _draw_rule(rng: random.Random, index: int, kind: str) -> Rule:
-    action: Action = (
-        "steer" if kind == "steer" else rng.choice(("steer", "steer", "steer", "pass", "pass", "drop"))
-    )
-    v6 = kind == "all" and rng.random() < 0.3
-    if v6 and action == "steer":
-        action = rng.choice(("pass", "drop"))
-    # A drop rule that matches a lot leaves nothing to look at.
-    narrow = action == "drop" and not v6
-    proto = rng.choice((TCP, TCP, TCP, UDP, UDP, None, ICMPV6 if v6 else ICMP, 47))
-    ports = proto in (TCP, UDP, None)
-    lport = _draw_ports(rng, 0.8 if narrow else 0.7) if ports else None
-    return Rule(
-        index,
-        f"r{index}",
-        proto,
-        _draw_net(rng, _LOCAL6 if v6 else _LOCAL4, 0.5),
-        lport,
-        _draw_net(rng, _REMOTE6 if v6 else _REMOTE4, 0.8 if narrow else 0.3),
-        _draw_ports(rng, 0.15) if ports else None,
-        rng.choice((5, 6)) if kind == "all" and rng.random() < 0.15 else None,
-        action,
-    )
-
-
-def _draw_nested(rng: random.Random, index: int, kind: str) -> Rule:
-    action: Action = rng.choice(("steer", "steer", "pass"))
-    return Rule(index, f"r{index}", TCP, None, _NESTED[index], None, None, None, action)
-
-
-def _draw_net(rng: random.Random, pool: tuple[str, ...], probability: float) -> Network | None:
-    return ipaddress.ip_network(rng.choice(pool)) if rng.random() < probability else None
-
-
-def _draw_ports(rng: random.Random, probability: float) -> PortRange | None:
-    if rng.random() >= probability:
-        return None
-    if rng.random() < 0.3:
-        return rng.choice(_RANGES)
-    port = rng.choice(PORTS)
-    return PortRange(port, port)
 
 
 # ---- Flows -------------------------------------------------------------------------------------------------------
@@ -134,7 +51,14 @@ EndpointKey = tuple[int, Address | None, int, Address | None, int | None]
 
 @dataclass
 class World:
-    """What packets are derived from."""
+    """What packets are derived from.
+
+    Attributes:
+        rules: of the policy.
+        mac: the interface's MAC address, 6 bytes.
+        endpoints: sockets: (protocol, local address or None, local port, remote address or None, remote port or None).
+        kernel: connections of the kernel: (local address, local port, remote address, remote port).
+    """
 
     rules: list[Rule]
     mac: bytes
@@ -217,6 +141,20 @@ def draw_flow(rng: random.Random, world: World) -> Flow:
         name = rng.choice(("proto", "local_port", "remote_port", "vlan"))
         flow = replace(flow, **{name: getattr(other, name)})
     return flow
+
+
+def policy_frames(
+    rules: Sequence[Rule], mac: bytes, endpoints: Sequence[EndpointKey] = ()
+) -> st.SearchStrategy[bytes]:
+    """Frames that a policy's rules are about or just miss, damaged in one or two ways (or not at all).
+
+    Args:
+        rules: `Policy.flows`.
+        mac: the interface's MAC address, 6 bytes.
+        endpoints: as in World: most frames are for them.
+    """
+    world = World(list(rules), mac, list(endpoints))
+    return st.randoms(use_true_random=False).map(lambda rng: draw_frame(rng, world))
 
 
 # ---- Packets -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hypothesis strategies for rules and policies. Addresses and ports come from small pools that overlap in all the
-ways that matter (hosts in prefixes, prefixes in prefixes, ranges that share ports), so that rules compete for the
-same packets. Packets derived from rules are in packets.py.
+"""Rules and policy files, as docs/policy.md describes them.
+
+Addresses and ports come from small pools that overlap in all the ways that matter (hosts in prefixes, prefixes in
+prefixes, ranges that share ports), so that rules compete for the same packets. Frames derived from rules: flows.py.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def policy_text(rules: list[Rule], interface: str = "eth1") -> str:
 
 
 @st.composite
-def documents(draw: st.DrawFn) -> dict[str, Any]:
-    """Valid policies as plain data."""
+def policy_documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Valid policies as plain data: what `yaml.safe_load` reads of a policy file. `yaml.safe_dump` writes one."""
     interface = draw(st.from_regex(r"[a-z][a-z0-9.@_-]{0,14}", fullmatch=True))
     rules = draw(rule_lists().filter(bool))
     return document(rules, interface, draw(backends()))
