@@ -43,11 +43,11 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build demo test bench lint fuzz clean
+.PHONY: help setup build demo test test-oracle bench lint fuzz clean
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
-		printf '  make %-7s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
+		printf '  make %-11s %s\n' "$$t" "$$d"; done
 	@echo
 	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers), V=1 (commands).'
 
@@ -60,6 +60,9 @@ demo: setup ## The demonstration: kernel and bypass on one address; on the simul
 
 test: setup ## The whole test suite (ARGS="-k tcp" for a part of it)
 	@$(RUN) -m pytest $(ARGS)
+
+test-oracle: setup ## The TCP scripts against this machine's kernel, compared with the registered differences (root)
+	@$(RUN) tests/oracle.py $(ARGS)
 
 bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo (ROUNDS=5); leaves build/bench.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
