@@ -79,6 +79,12 @@ def test_the_simulation_is_the_same_each_time() -> None:
     assert "equal True" in runs.pop()
 
 
+def test_the_property_test_finds_nothing_wrong_with_the_echo_server() -> None:
+    argv = [sys.executable, str(EXAMPLES / "property_test.py"), "60"]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("60 conversations, ")
+
+
 def demo(tmp_path: Path, *args: str) -> dict:
     path = tmp_path / "demo.json"
     argv = [sys.executable, "-m", "bypass.demo", "--json", str(path), *args]

@@ -70,7 +70,7 @@ def addresses(dst: str = DST) -> st.SearchStrategy[str]:
     net = ipaddress.ip_network(f"{dst}/24", strict=False)
     peer = _peer(dst)
     odd = ["0.0.0.0", "127.0.0.1", "224.0.0.1", str(net.broadcast_address), "255.255.255.255"]
-    return st.sampled_from([peer, peer, peer, dst, str(net[3]), "198.51.100.7", *odd])
+    return st.sampled_from([*[peer] * 9, dst, str(net[3]), "198.51.100.7", *odd])
 
 
 def ports() -> st.SearchStrategy[int]:
@@ -107,10 +107,11 @@ def icmp_packets(draw: st.DrawFn, dst: str = DST) -> bytes:
     """IPv4 packets with ICMP (RFC 792): pings, and errors about a datagram that `dst` may have sent, or about none."""
     peer = _peer(dst)
     sent = ipv4(dst, peer, UDP, udp(dst, peer, 7, 9, b""))
-    quote = sent if draw(st.booleans()) else draw(payloads())
-    kind = draw(st.sampled_from([0, 3, 4, 5, 8, 11, 12]) | st.integers(0, 255))
+    quote = draw(st.just(sent) | st.just(sent) | payloads())
+    kind = draw(st.sampled_from([8, 8, 8, 3, 3, 3, 0, 4, 5, 11, 11, 12]) | st.integers(0, 255))
+    code = 0 if kind == 8 and draw(st.booleans()) else draw(st.integers(0, 20))
     rest = draw(st.binary(min_size=4, max_size=4))
-    return ipv4(draw(addresses(dst)), dst, ICMP, icmp(kind, draw(st.integers(0, 20)), rest, quote))
+    return ipv4(draw(addresses(dst)), dst, ICMP, icmp(kind, code, rest, quote))
 
 
 @st.composite

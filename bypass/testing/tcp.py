@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from hypothesis import strategies as st
 
@@ -252,6 +252,23 @@ _FLAGS = [
 ]
 
 
+def _changes(malformed: bool) -> dict[str, st.SearchStrategy[Any]]:
+    """What may be unusual about a segment: a field of it, and its values."""
+    seqs = st.tuples(
+        st.sampled_from(["next", "next", "next", "edge", "far"]), near(536, 1448, 1460, 4096, 65535)
+    )
+    acks = st.tuples(st.sampled_from(["una", "una", "nxt", "nxt", "far"]), near(536, 1448, 1460, 2920))
+    odd: dict[str, st.SearchStrategy[Any]] = {
+        "seq": seqs,
+        "ack": acks,
+        "window": windows(),
+        "options": options(malformed=malformed),
+        "stamped": st.just(False),
+        "urgent": st.sampled_from([0, 1, 1460, 65535]),
+    }
+    return odd | ({"offset": st.sampled_from([0, 4, 5, 6, 15])} if malformed else {})
+
+
 @st.composite
 def segments(
     draw: st.DrawFn,
@@ -260,25 +277,21 @@ def segments(
     sizes: st.SearchStrategy[int] | None = None,
     malformed: bool = True,
 ) -> Segment:
-    """Segments near a connection: mostly acceptable ones, or wrong in one place, at an edge.
+    """Segments near a connection: what it expects, but for up to three things, which are at an edge or wrong.
 
     Args:
         flags: None: mostly ACK, every sensible and some senseless combinations.
         sizes: payload bytes; None: none, one, and about a segment.
         malformed: also options and data offsets that lie.
     """
-    bits = draw(flags if flags is not None else st.sampled_from(_FLAGS))
-    size = draw(sizes if sizes is not None else st.sampled_from([0, 0, 0, 1, 100, 536, 1448, 1460]))
-    return Segment(
-        flags=bits,
-        seq_from=draw(st.sampled_from(["next"] * 8 + ["edge", "edge", "far"])),
-        seq=draw(st.just(0) | near(536, 1448, 1460, 4096, 65535)),
-        size=size,
-        ack_from=draw(st.sampled_from(["nxt", "nxt", "nxt", "una", "una", "una", "una", "far"])),
-        ack=draw(st.just(0) | near(536, 1448, 1460, 2920)),
-        window=draw(windows()),
-        options=draw(st.just(()) | options(syn=bool(bits & SYN), malformed=malformed)),
-        urgent=draw(st.sampled_from([0, 0, 0, 1, 1460, 65535])) if bits & URG else 0,
-        offset=draw(st.sampled_from([None] * 20 + [0, 4, 5, 6, 15])) if malformed else None,
-        stamped=draw(st.integers(0, 9)) > 0,
-    )
+    bits = draw(flags if flags is not None else st.just(ACK) | st.sampled_from(_FLAGS))
+    size = draw(sizes if sizes is not None else st.sampled_from([0, 0, 1, 100, 536, 1448, 1460]))
+    s = Segment(flags=bits, size=size, options=draw(options(syn=True, malformed=False)) if bits & SYN else ())
+    odd = _changes(malformed)
+    for name in draw(st.lists(st.sampled_from(sorted(odd)), max_size=3, unique=True)):
+        value = draw(odd[name])
+        if name in ("seq", "ack"):
+            s = replace(s, **{f"{name}_from": value[0], name: value[1]})
+        else:
+            s = replace(s, **{name: value})
+    return s

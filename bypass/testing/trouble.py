@@ -17,17 +17,24 @@ from bypass.sim import DeviceFaults, Fate, Faults
 __all__ = ["device_faults", "fates", "wire_faults"]
 
 
-@st.composite
-def wire_faults(draw: st.DrawFn, *, most: float = 0.06, slow: bool = True) -> Faults:
+def wire_faults(*, most: float = 0.06, slow: bool = True) -> st.SearchStrategy[Faults]:
     """One direction of a wire, from perfect to bad.
 
     Args:
         most: the largest probability of each of loss, duplication, corruption, reordering; at most 0.25, since a frame
             meets at most one of them.
         slow: also delays up to 40 ms, jitter, and rates down to 20 Mbit/s.
+
+    Raises:
+        ValueError: `most` is out of range.
     """
     if not 0 <= most <= 0.25:
         raise ValueError(f"most is a probability, 0..0.25, not {most}")
+    return _wire_faults(most, slow)
+
+
+@st.composite
+def _wire_faults(draw: st.DrawFn, most: float, slow: bool) -> Faults:
     chance = st.just(0.0) | st.sampled_from([most / 6, most / 2, most])
     loss, duplicate, corrupt, reorder = (draw(chance) for _ in range(4))
     faults = Faults(
