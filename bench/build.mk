@@ -9,7 +9,7 @@ STACK := $(patsubst %.c,build/release/%.o,$(wildcard bypass/stack/*.c))
 SIM := $(patsubst %.c,build/release/%.o,$(wildcard bypass/sim/*.c))
 HEADERS := $(wildcard bench/*.h) bypass/include/bypass.h bypass/sim/sim.h
 
-all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr idle sim_bulk libserver.so)
+all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr idle sim_bulk goodput libserver.so)
 
 $(OUT)/callgrind_rr $(OUT)/idle: $(OUT)/%: bench/%.c $(STACK) $(HEADERS)
 	@mkdir -p $(@D)
@@ -18,6 +18,10 @@ $(OUT)/callgrind_rr $(OUT)/idle: $(OUT)/%: bench/%.c $(STACK) $(HEADERS)
 $(OUT)/sim_bulk: bench/sim_bulk.c $(STACK) $(SIM) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Ibypass/include -Ibypass $< $(STACK) $(SIM) -o $@
+
+$(OUT)/goodput: $(wildcard bench/goodput/*.c) $(STACK) $(SIM) $(HEADERS) bench/goodput/goodput.h
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -Ibench -Ibypass/include -Ibypass $(filter %.c %.o,$^) -o $@
 
 $(OUT)/libserver.so: bench/server_bypass.c build/libbypass.so $(HEADERS)
 	@mkdir -p $(@D)
