@@ -182,6 +182,7 @@ class Talk(Conversation):
         self.peer_iss = peer_iss
         self.iss: int | None = None
         self.listener = self.sock = -1
+        self.ip_options = b""  # of the peer's packets
         self.nxt = 0  # what the peer sends next
         self.heard = 0  # what the peer acknowledges unless told otherwise
         self.win = 65535
@@ -287,7 +288,7 @@ class Talk(Conversation):
             options=options_bytes(opts.replace("nots", ""), self.iss or 0),
             csum=csum,
         )
-        return ipv4(self.address, US, TCP, segment)
+        return ipv4(self.address, US, TCP, segment, options=self.ip_options)
 
     def peer(self, *specs: str) -> None:
         """These segments arrive now, in one batch."""

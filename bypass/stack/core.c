@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * core.c - the arena and what every protocol needs from it: creation and layout, pools, frames, chunks,
- * the keyed hash and unpredictable numbers. No protocol lives here.
+ * unpredictable numbers. No protocol lives here.
  * Read first: bypass.h (frames, creation), core.h (the arena's head).
  */
 #include <errno.h>
@@ -103,7 +103,7 @@ int bypass_create(struct bypass_stack *s, void *arena, size_t size, const struct
     int err = env->random(env->ctx, secret, sizeof secret);
     if (err < 0)
         return err;
-    memcpy(c->hash_key, secret, 16);
+    hash_init(c, secret);
     memcpy(c->isn_key, secret + 2, 16);
     memcpy(c->port_key, secret + 4, 16);
     memcpy(c->rand_state, secret + 6, 16);
@@ -120,6 +120,8 @@ int bypass_attach(struct bypass_stack *s, void *arena, size_t size, struct bypas
     const struct core *c = arena;
     if (!arena || size < sizeof *c || c->magic != CORE_MAGIC || c->abi != BYPASS_ABI || size < c->size)
         return -EINVAL;
+    if (c->flow_aes && !hash_has_aes())
+        return -EINVAL; /* its flow tables are hashed by instructions that this processor lacks */
     *s = (struct bypass_stack){.arena = arena, .dev = dev, .env = *env};
     return 0;
 }
@@ -218,67 +220,7 @@ uint8_t *pkt_put(struct bypass_stack *s, bypass_pkt p, uint16_t n)
     return end;
 }
 
-/* ---- Hashing and randomness -------------------------------------------------------------------- */
-static inline uint64_t rotl64(uint64_t v, int n) { return v << n | v >> (64 - n); }
-
-#define SIP_ROUND(v0, v1, v2, v3)                                                                                      \
-    do {                                                                                                               \
-        v0 += v1, v1 = rotl64(v1, 13), v1 ^= v0, v0 = rotl64(v0, 32);                                                  \
-        v2 += v3, v3 = rotl64(v3, 16), v3 ^= v2;                                                                       \
-        v0 += v3, v3 = rotl64(v3, 21), v3 ^= v0;                                                                       \
-        v2 += v1, v1 = rotl64(v1, 17), v1 ^= v2, v2 = rotl64(v2, 32);                                                  \
-    } while (0)
-
-/* SipHash with one compression and three finalisation rounds (Aumasson, Bernstein 2012). */
-uint64_t siphash13(const uint64_t key[2], const void *data, size_t len)
-{
-    uint64_t v0 = 0x736f6d6570736575ull ^ key[0], v1 = 0x646f72616e646f6dull ^ key[1];
-    uint64_t v2 = 0x6c7967656e657261ull ^ key[0], v3 = 0x7465646279746573ull ^ key[1];
-    const uint8_t *p = data;
-    uint64_t last = (uint64_t)len << 56, word;
-    for (; len >= 8; len -= 8, p += 8) {
-        memcpy(&word, p, 8);
-        v3 ^= word;
-        SIP_ROUND(v0, v1, v2, v3);
-        v0 ^= word;
-    }
-    word = 0; /* the last 0 to 7 bytes, without a call for so few */
-    for (size_t at = len & ~(size_t)3; at < len; at++)
-        word |= (uint64_t)p[at] << 8 * at;
-    if (len & 4) {
-        uint32_t four;
-        memcpy(&four, p, 4);
-        word |= four;
-    }
-    last |= word;
-    v3 ^= last;
-    SIP_ROUND(v0, v1, v2, v3);
-    v0 ^= last;
-    v2 ^= 0xff;
-    SIP_ROUND(v0, v1, v2, v3);
-    SIP_ROUND(v0, v1, v2, v3);
-    SIP_ROUND(v0, v1, v2, v3);
-    return v0 ^ v1 ^ v2 ^ v3;
-}
-
-/* The same of 12 bytes in registers: an IPv4 flow, once for every segment. */
-uint64_t siphash13_12(const uint64_t key[2], uint64_t first, uint32_t rest)
-{
-    uint64_t v0 = 0x736f6d6570736575ull ^ key[0], v1 = 0x646f72616e646f6dull ^ key[1];
-    uint64_t v2 = 0x6c7967656e657261ull ^ key[0], v3 = 0x7465646279746573ull ^ key[1] ^ first;
-    uint64_t last = 12ull << 56 | rest;
-    SIP_ROUND(v0, v1, v2, v3);
-    v0 ^= first;
-    v3 ^= last;
-    SIP_ROUND(v0, v1, v2, v3);
-    v0 ^= last;
-    v2 ^= 0xff;
-    SIP_ROUND(v0, v1, v2, v3);
-    SIP_ROUND(v0, v1, v2, v3);
-    SIP_ROUND(v0, v1, v2, v3);
-    return v0 ^ v1 ^ v2 ^ v3;
-}
-
+/* ---- Randomness and the log -------------------------------------------------------------------- */
 uint64_t core_random(struct bypass_stack *s)
 {
     struct core *c = core(s);

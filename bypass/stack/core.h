@@ -3,7 +3,8 @@
  * core.h - what every file of the stack shares: the arena's head, pools, frames, the clock, counters,
  * and the seams between protocols. A packet meets, in order:
  *
- *   poll.c  -> eth.c -> arp.c
+ *   poll.c  -> tcp_fast.c (the usual TCP segment)
+ *           -> eth.c -> arp.c
  *                    -> ipv4.c (reass.c) -> icmp.c
  *                                        -> udp.c
  *                                        -> tcp_in.c -> tcp_rcv.c, tcp_out.c ... -> sock.c (events)
@@ -50,6 +51,8 @@ struct core {
     struct bypass_config cfg;
     uint64_t now_ns;
     uint64_t hash_key[2];   /* SipHash key of all flow tables */
+    uint64_t flow_key[4];   /* of hash_flow() */
+    uint32_t flow_aes, pad; /* how hash_flow() hashes: decided once, all who attach do the same */
     uint64_t isn_key[2];    /* RFC 6528 secret */
     uint64_t port_key[2];   /* RFC 6056 secret */
     uint64_t rand_state[4]; /* expanded from env->random at creation */
@@ -146,8 +149,19 @@ void tx_queue(struct bypass_stack *s, bypass_pkt p);
 
 /* ---- Randomness, hashing ------------------------------------------------------------------------ */
 uint64_t core_random(struct bypass_stack *s); /* unpredictable, from the secrets of creation */
+/* hash.c */
+void hash_init(struct core *c, const uint64_t secret[2]);
 uint64_t siphash13(const uint64_t key[2], const void *data, size_t len);
 uint64_t siphash13_12(const uint64_t key[2], uint64_t first, uint32_t rest);
+bool hash_has_aes(void);
+uint32_t hash_flow_aes(const uint64_t key[4], uint64_t hosts, uint32_t ports);
+/* Of an IPv4 flow, as it lies on the wire from the peer's side: source and destination address, both ports. */
+static inline uint32_t hash_flow(const struct bypass_stack *s, uint64_t hosts, uint32_t ports)
+{
+    const struct core *c = core(s);
+    return likely(c->flow_aes) ? hash_flow_aes(c->flow_key, hosts, ports)
+                               : (uint32_t)siphash13_12(c->flow_key, hosts, ports);
+}
 void core_log(const struct bypass_stack *s, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 /* ---- In: each consumes the frame (keeps or frees it) -------------------------------------------- */
@@ -157,7 +171,8 @@ struct rx_info { /* of the packet being processed; filled by eth_in and ipv4_in 
     uint16_t l4_len;
     uint8_t proto, ttl, tos;
     bool multicast;     /* sent to a group or broadcast, on either layer */
-    uint32_t flow_hash; /* of a TCP segment; set by tcp_prefetch */
+    uint32_t flow_hash; /* of a TCP segment, when has_hash */
+    bool has_hash;
 };
 /* 1: a TCP segment for a local address, unfragmented or reassembled, header checksum verified; ri is
  * filled and *p is the frame (a reassembled datagram may be another one). 0: consumed. */

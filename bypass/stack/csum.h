@@ -43,6 +43,23 @@ static inline uint32_t csum_words(const uint64_t *w, uint32_t n, uint32_t sum)
     return csum_add((uint32_t)a, (uint32_t)(a >> 32));
 }
 
+/* csum_bytes() of few bytes, in place: a header and a short payload. */
+static inline uint32_t csum_small(const uint8_t *p, size_t len, uint32_t sum)
+{
+    uint64_t a = sum, v;
+    if (len > 256)
+        return csum_bytes(p, len, sum);
+    for (; len >= 16; len -= 16, p += 16) {
+        memcpy(&v, p, 8);
+        a = __builtin_add_overflow(a, v, &a) ? a + 1 : a;
+        memcpy(&v, p + 8, 8);
+        a = __builtin_add_overflow(a, v, &a) ? a + 1 : a;
+    }
+    if (len > 0)
+        a = csum_add((uint32_t)a, (uint32_t)(a >> 32)) + (uint64_t)csum_bytes(p, len, 0);
+    return csum_add((uint32_t)a, (uint32_t)(a >> 32));
+}
+
 /* Partial sum of the IPv4 or IPv6 pseudo-header (RFC 9293 3.1, RFC 8200 8.1). */
 uint32_t csum_pseudo_any(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len);
 static inline uint32_t csum_pseudo(const addr_t *src, const addr_t *dst, uint8_t proto, uint32_t len)

@@ -17,24 +17,22 @@ static void reap(struct bypass_stack *s)
     while (n == RX_BATCH);
 }
 
-/* Parse all, then touch connections: the table and the connections of a batch are fetched together
- * instead of one cache miss after the other. */
 static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
 {
-    struct rx_info infos[RX_BATCH];
-    int m = 0;
+    struct rx_flow flows[RX_BATCH];
+    struct rx_info ri;
     STAT_ADD(s, rx_frames, (uint64_t)n);
+    tcp_fast_prefetch(s, pkts, flows, n);
     for (int i = 0; i < n; i++) {
         STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[i])->len);
-        if (i + 1 < n)
-            __builtin_prefetch(pkt_data(s, pkts[i + 1]));
+        if (likely(flows[i].plain) && tcp_fast_in(s, pkts[i], flows[i].hash))
+            continue;
+        ri.has_hash = flows[i].plain;
+        ri.flow_hash = flows[i].hash;
         bypass_pkt p = pkts[i];
-        if (eth_in(s, &p, &infos[m]))
-            pkts[m++] = p;
+        if (eth_in(s, &p, &ri))
+            tcp_in(s, p, &ri);
     }
-    tcp_prefetch(s, pkts, infos, m);
-    for (int i = 0; i < m; i++)
-        tcp_in(s, pkts[i], &infos[i]);
 }
 
 int bypass_poll(struct bypass_stack *s, uint64_t now_ns, int budget)

@@ -2,6 +2,7 @@
 /*
  * tcp.h - a TCP connection's memory, and the seams between the tcp_*.c files:
  *
+ *   tcp_fast.c      the short way of the usual segment
  *   tcp_in.c        a segment arrives: RFC 9293 3.10.7, in its order
  *   tcp_opt.c       options, both ways
  *   tcp_ack.c       what an acknowledgment does: RTT (RFC 6298), loss recovery (RFC 5681, 6582)
@@ -251,7 +252,8 @@ struct flow_slot {
     uint32_t hash, idx; /* idx NO_INDEX+1 == 0 means empty: stored as index + 1 */
 };
 
-struct tcp *tcp_head(const struct bypass_stack *s);
+static inline struct tcp *tcp_head(const struct bypass_stack *s) { return at(s, core(s)->tcp_state[0]); }
+static inline struct flow_slot *flow_table(const struct bypass_stack *s) { return at(s, tcp_head(s)->table_off); }
 static inline struct tcp_conn *conn_at(const struct bypass_stack *s, uint32_t i)
 {
     return (struct tcp_conn *)at(s, core(s)->conns.off) + i;
@@ -338,7 +340,6 @@ uint32_t tcp_opt_write_sack(uint8_t *p, uint32_t room, const struct sack_block *
 void tcp_init(struct bypass_stack *s);
 void tcp_destroy(struct bypass_stack *s);
 void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a);
-void tcp_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_info *infos, int n); /* fills flow_hash */
 uint32_t flow_hash(const struct bypass_stack *s, const addr_t *laddr, const addr_t *raddr, uint16_t lport,
                    uint16_t rport);
 struct tcp_conn *conn_find(const struct bypass_stack *s, uint32_t hash, const addr_t *laddr, const addr_t *raddr,
@@ -359,6 +360,14 @@ void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop);
 void conn_ack_batch(struct bypass_stack *s, struct tcp_conn *c); /* one ACK when this batch of frames is read */
 void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu);
 uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c);
+
+/* tcp_fast.c */
+struct rx_flow {
+    uint32_t hash; /* of the flow, when plain */
+    bool plain;    /* a TCP segment in an IPv4 packet without options */
+};
+void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_flow *flows, int n);
+bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash); /* false: it is unusual, nothing was done */
 
 /* tcp_listen.c */
 struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port);

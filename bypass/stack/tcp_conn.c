@@ -7,8 +7,6 @@
 
 #include "tcp.h"
 
-struct tcp *tcp_head(const struct bypass_stack *s) { return at(s, core(s)->tcp_state[0]); }
-
 static uint32_t *port_counts(const struct bypass_stack *s) { return at(s, core(s)->tcp_state[1]); }
 
 void tcp_layout(struct layout *l, struct core *c)
@@ -47,8 +45,11 @@ uint32_t flow_hash(const struct bypass_stack *s, const addr_t *laddr, const addr
         uint16_t lport, rport;
     } key;
     if (likely(addr_is_v4(raddr))) { /* a third of the bytes: an IPv4 flow hashes in five rounds */
-        uint64_t hosts = (uint64_t)rd32(addr_v4(raddr)) << 32 | rd32(addr_v4(laddr));
-        return (uint32_t)siphash13_12(core(s)->hash_key, hosts, (uint32_t)rport << 16 | lport);
+        uint32_t hosts[2];
+        memcpy(&hosts[0], addr_v4(raddr), 4);
+        memcpy(&hosts[1], addr_v4(laddr), 4);
+        return hash_flow(s, (uint64_t)hosts[1] << 32 | hosts[0],
+                         (uint32_t)__builtin_bswap16(lport) << 16 | __builtin_bswap16(rport));
     }
     memcpy(key.b, laddr, 16);
     memcpy(key.b + 16, raddr, 16);
@@ -56,8 +57,6 @@ uint32_t flow_hash(const struct bypass_stack *s, const addr_t *laddr, const addr
     key.rport = rport;
     return (uint32_t)siphash13(core(s)->hash_key, &key, sizeof key);
 }
-
-static struct flow_slot *flow_table(const struct bypass_stack *s) { return at(s, tcp_head(s)->table_off); }
 
 struct tcp_conn *conn_find(const struct bypass_stack *s, uint32_t hash, const addr_t *laddr, const addr_t *raddr,
                            uint16_t lport, uint16_t rport)
@@ -99,31 +98,6 @@ static void flow_remove(struct bypass_stack *s, const struct tcp_conn *c)
     }
     table[i] = (struct flow_slot){0};
     port_counts(s)[c->lport]--;
-}
-
-/* Two passes over a batch: the table's lines are fetched together, then the connections'. */
-void tcp_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_info *infos, int n)
-{
-    const struct flow_slot *table = flow_table(s);
-    uint32_t mask = tcp_head(s)->table_mask;
-    for (int i = 0; i < n; i++) {
-        struct rx_info *ri = &infos[i];
-        if (ri->l4_len < 4)
-            continue; /* tcp_in refuses it */
-        const uint8_t *h = pkt_data(s, pkts[i]) + ri->l4_off;
-        ri->flow_hash = flow_hash(s, &ri->dst, &ri->src, rd16(h + 2), rd16(h));
-        __builtin_prefetch(&table[ri->flow_hash & mask]);
-    }
-    if (n == 1)
-        return;
-    for (int i = 0; i < n; i++) {
-        uint32_t idx = infos[i].l4_len < 4 ? 0 : table[infos[i].flow_hash & mask].idx;
-        if (idx == 0)
-            continue;
-        const uint8_t *c = (const uint8_t *)conn_at(s, idx - 1);
-        for (uint32_t off = 0; off < sizeof(struct tcp_conn); off += 64)
-            __builtin_prefetch(c + off);
-    }
 }
 
 /* ---- Creation --------------------------------------------------------------------------------------- */

@@ -22,7 +22,7 @@ static bool checksum_ok(const struct bypass_stack *s, const struct segment *g, c
 static bool parse(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri, struct segment *g)
 {
     const uint8_t *h = pkt_data(s, p) + ri->l4_off;
-    *g = (struct segment){.ri = ri, .pkt = p, .hash = ri->flow_hash};
+    *g = (struct segment){.ri = ri, .pkt = p};
     if (ri->l4_len < TCP_HDR) {
         STAT(s, tcp_in_short);
         return false;
@@ -319,6 +319,8 @@ static bool replaces_time_wait(const struct tcp_conn *c, const struct segment *g
 
 static void dispatch(struct bypass_stack *s, struct segment *g)
 {
+    const struct rx_info *ri = g->ri;
+    g->hash = ri->has_hash ? ri->flow_hash : flow_hash(s, &ri->dst, &ri->src, g->dst_port, g->src_port);
     struct tcp_conn *c = conn_find(s, g->hash, &g->ri->dst, &g->ri->src, g->dst_port, g->src_port);
     if (c && unlikely(replaces_time_wait(c, g)) && endpoint_find(s, &g->ri->dst, g->dst_port)) {
         g->follows = true;
