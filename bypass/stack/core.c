@@ -97,6 +97,7 @@ int bypass_create(struct bypass_stack *s, void *arena, size_t size, const struct
     c->cfg = *cfg;
     c->size = need;
     c->now_ns = now_ns;
+    c->now_ms = (uint32_t)(now_ns / MSEC_NS);
     c->ev_head = c->ev_tail = NO_INDEX;
     (void)layout_all(c);
     uint64_t secret[8];
@@ -140,8 +141,10 @@ void bypass_destroy(struct bypass_stack *s)
 void bypass_now(struct bypass_stack *s, uint64_t now_ns)
 {
     struct core *c = core(s);
-    if (now_ns > c->now_ns)
+    if (now_ns > c->now_ns) {
         c->now_ns = now_ns;
+        c->now_ms = (uint32_t)(now_ns / MSEC_NS);
+    }
 }
 
 /* ---- Pools ------------------------------------------------------------------------------------- */

@@ -50,6 +50,7 @@ struct core {
     uint64_t size;
     struct bypass_config cfg;
     uint64_t now_ns;
+    uint32_t now_ms, pad0;  /* the same, for timestamps: modulo 2^32 */
     uint64_t hash_key[2];   /* SipHash key of all flow tables */
     uint64_t flow_key[4];   /* of hash_flow() */
     uint32_t flow_aes, pad; /* how hash_flow() hashes: decided once, all who attach do the same */

@@ -164,3 +164,107 @@ bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash)
         pkt_free(s, g.pkt);
     return true;
 }
+
+/* ---- Sending --------------------------------------------------------------------------------------------- */
+/* Copies a short payload and sums it on the way: csum_copy() in place. */
+static inline uint32_t copy_small(uint8_t *to, const uint8_t *from, uint32_t len)
+{
+    uint64_t a = 0, v;
+    uint32_t words = len & ~15u;
+    for (uint32_t i = 0; i < words; i += 16) {
+        v = load64(from + i);
+        memcpy(to + i, &v, 8);
+        a = __builtin_add_overflow(a, v, &a) ? a + 1 : a;
+        v = load64(from + i + 8);
+        memcpy(to + i + 8, &v, 8);
+        a = __builtin_add_overflow(a, v, &a) ? a + 1 : a;
+    }
+    uint32_t sum = csum_add((uint32_t)a, (uint32_t)(a >> 32));
+    return words == len ? sum : csum_copy(to + words, from + words, len - words, sum);
+}
+
+/* Ethernet, IP and TCP headers in front of the payload at b + PLAIN + PLAIN_TS, each word built and summed in
+ * registers. */
+static inline void put_headers(const struct bypass_stack *s, const struct tcp_conn *c, const struct tcp_cold *k,
+                               const struct dst *d, uint8_t *b, uint32_t len, uint32_t payload_sum, uint16_t wnd)
+{
+    uint32_t src = load32(addr_v4(&c->laddr)), dst = load32(addr_v4(&c->raddr)), tcp_len = PLAIN_TS + len;
+    uint16_t total = __builtin_bswap16((uint16_t)(IP4_LEN + tcp_len));
+    memcpy(b + ETH_DST, d->mac, 6);
+    memcpy(b + ETH_SRC, s->dev->mac, 6);
+    wr16(b + ETH_TYPE, ETH_TYPE_IPV4);
+    uint64_t w0 = (uint64_t)__builtin_bswap16(IP4_DF) << 48 | (uint32_t)total << 16 | (uint32_t)k->tos << 8 | 0x45;
+    uint64_t w1 = (uint64_t)src << 32 | PROTO_TCP << 8 | k->ttl;
+    w1 |= (uint32_t)csum_ipv4_header(w0, w1, dst) << 16;
+    memcpy(b + ETH_LEN, &w0, 8);
+    memcpy(b + ETH_LEN + 8, &w1, 8);
+    memcpy(b + ETH_LEN + IP4_DST, &dst, 4);
+    uint64_t t[4];
+    t[0] = (uint64_t)__builtin_bswap32(c->snd_nxt.v) << 32 | (uint32_t)__builtin_bswap16(c->rport) << 16 |
+           __builtin_bswap16(c->lport);
+    t[1] = (uint64_t)__builtin_bswap16(wnd) << 48 | (uint64_t)(TCP_ACK | TCP_PSH) << 40 |
+           (uint64_t)(PLAIN_TS << 2) << 32 | __builtin_bswap32(c->rcv_nxt.v);
+    t[2] = (uint64_t)TCP_TS_PREFIX << 32;
+    t[3] = (uint64_t)__builtin_bswap32(c->ts_recent) << 32 | __builtin_bswap32(conn_now_ms(s) + k->ts_offset);
+    uint64_t pseudo = (uint64_t)src + dst + __builtin_bswap16((uint16_t)tcp_len) + (PROTO_TCP << 8) + payload_sum;
+    t[2] |= csum_fold(csum_words(t, 4, csum_add((uint32_t)pseudo, (uint32_t)(pseudo >> 32))));
+    memcpy(b + PLAIN, t, sizeof t);
+}
+
+/* Nothing is queued or in flight, nothing has to wait: what one segment carries goes at once. */
+static inline bool may_go_at_once(struct bypass_stack *s, const struct tcp_conn *c, const struct tcp_cold *k, size_t n)
+{
+    const uint32_t flags = TF_TS | TF_FIN_QUEUED | TF_CORK | TF_RECOVERY | TF_LOSS | TF_BLOCKED | TF_PROBING | TF_DEAD;
+    const uint32_t feat = TX_ECN | TX_CWR | TX_ECE | TX_DSACK | TX_PACED | TX_URG_OUT;
+    return c->state == BYPASS_ESTABLISHED && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 &&
+           c->sndq_head == BYPASS_PKT_NONE && c->snd_nxt.v == c->snd_una.v && c->ooo_head == NO_INDEX &&
+           n - 1 < c->snd_mss && n <= c->snd_wnd && n <= c->sndbuf && k->error == 0 &&
+           s->dev->free_frames >= s->dev->frames / 4 && now_ns(s) - k->unacked_since <= c->rto_us * 1000ull;
+}
+
+/* The frame as the only one of the send queue. */
+static inline void enqueue(struct bypass_stack *s, struct tcp_conn *c, struct tcp_cold *k, bypass_pkt p, uint32_t n)
+{
+    c->sndq_head = c->sndq_tail = p;
+    c->snd_queued = n;
+    c->snd_nxt = seq_add(c->snd_nxt, n);
+    c->last_ack_sent = c->rcv_nxt;
+    c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH | TF_MORE | TF_PUSH_ALL);
+    c->ack_at = 0;
+    k->unacked_since = now_ns(s);
+}
+
+int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    bypass_pkt p;
+    if (unlikely(!may_go_at_once(s, c, k, n)))
+        return 0;
+    const struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    if (unlikely(!d || d->state != DST_OK || c->path_mtu != d->mtu || s->dev->ops->alloc(s->dev, &p, 1) != 1))
+        return 0;
+    uint16_t off = s->dev->headroom;
+    uint8_t *payload = pkt_frame(s, p) + off;
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->off = (uint16_t)(off - PLAIN - PLAIN_TS);
+    m->len = (uint16_t)(n + PLAIN + PLAIN_TS);
+    m->queue = c->queue;
+    m->flags = 0;
+    m->data_off = off;
+    m->data_len = (uint16_t)n;
+    m->seq = c->snd_nxt.v;
+    m->next = BYPASS_PKT_NONE;
+    m->seg_flags = IN_TCP | SEG_PSH;
+    m->time_ns = now_ns(s);
+    m->csum = copy_small(payload, buf, (uint32_t)n);
+    uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
+    put_headers(s, c, k, d, payload - PLAIN - PLAIN_TS, (uint32_t)n, m->csum, wnd);
+    tcp_flight_begin(s, c);
+    conn_flight(s, c)->rtx_next = p;
+    enqueue(s, c, k, p, (uint32_t)n);
+    tcp_rtx_restart(s, c);
+    STAT(s, tcp_out);
+    STAT(s, tcp_out_data_segments);
+    tx_queue(s, p);
+    return (int64_t)n;
+}

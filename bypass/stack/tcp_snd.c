@@ -117,6 +117,11 @@ static size_t queue_bytes(struct bypass_stack *s, struct tcp_conn *c, const uint
 
 int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags)
 {
+    if (likely(flags == 0)) {
+        int64_t sent = tcp_fast_send(s, c, buf, n);
+        if (sent > 0)
+            return sent;
+    }
     int err = send_allowed(c, conn_cold(s, c));
     if (err == -EAGAIN)
         c->flags |= TF_WANT_OUT;
