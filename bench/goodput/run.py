@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the program build/bench/goodput: one, or many beside each other as far as they do not disturb one another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from bench.goodput.conditions import Condition
+from bench.programs import BenchError, program
+
+LINUX, OURS = "linux", "ours"
+CAPACITY_MBIT = 200  # of all wires together: each 100 Mbit/s take 0.4 of a core
+LATE_MS = 20.0  # a frame so much too late means that the machine stood still: the run is not used
+RETRIES = 2
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Who sends to whom. cc: of the sender."""
+
+    sender: str
+    receiver: str
+    cc: str
+    start_s: float = 0
+
+    def argument(self, condition: Condition) -> str:
+        fields = (
+            self.sender, self.receiver, self.cc, round(self.start_s * 1000), condition.transfer_bytes,
+        )  # fmt: skip
+        return "flow=" + ",".join(str(f) for f in fields)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. Equal jobs with equal seeds meet equal fates as far as they send equal frames."""
+
+    condition: Condition
+    flows: tuple[Flow, ...]
+    seed: int
+    virtual: bool = False
+    sample_ms: int = 0
+
+    @property
+    def needs_linux(self) -> bool:
+        return any(LINUX in (f.sender, f.receiver) for f in self.flows)
+
+    def argv(self) -> list[str]:
+        return [
+            program("goodput"),
+            f"clock={'virtual' if self.virtual else 'real'}",
+            f"seed={self.seed}",
+            *([f"sample_ms={self.sample_ms}"] if self.sample_ms else []),
+            *self.condition.arguments(),
+            *(f.argument(self.condition) for f in self.flows for _ in range(self.condition.parallel)),
+        ]
+
+
+def once(job: Job) -> dict[str, Any]:
+    """What the program printed.
+
+    Raises:
+        BenchError: it failed; with its command line and what it said.
+    """
+    argv = job.argv()
+    limit = 60 + 2 * (job.condition.warmup_s + job.condition.seconds)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=limit, check=False)
+    if done.returncode != 0:
+        raise BenchError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip()}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def steady(job: Job) -> dict[str, Any]:
+    """A run during which the machine did not stand still; `disturbed` says how many were thrown away for it. The last
+    try is taken as it is, with `late_us` in it."""
+    disturbed = 0
+    result = once(job)
+    while result["late_us"]["max"] > LATE_MS * 1000 and disturbed < RETRIES:
+        disturbed += 1
+        result = once(job)
+    return result | {"disturbed": disturbed}
+
+
+def goodput(result: dict[str, Any]) -> float:
+    """Mbit/s of bytes that the receiving programs got, all flows."""
+    return float(sum(f["mbit"] for f in result["flows"]))
+
+
+class _Share:
+    """Lets jobs in while the sum of their rates stays below a capacity; one is always let in."""
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity = capacity
+        self.used = 0.0
+        self.cond = threading.Condition()
+
+    def __call__(self, weight: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        with self.cond:
+            self.cond.wait_for(lambda: self.used == 0 or self.used + weight <= self.capacity)
+            self.used += weight
+        try:
+            return work()
+        finally:
+            with self.cond:
+                self.used -= weight
+                self.cond.notify_all()
+
+
+def many(
+    jobs: Sequence[Job], at_once: int, done: Callable[[Job], None] = lambda job: None
+) -> Iterable[dict[str, Any]]:
+    """Results in the order of the jobs; `done` is called, by another thread, when one has ended."""
+    share = _Share(CAPACITY_MBIT)
+
+    def work(job: Job) -> dict[str, Any]:
+        weight = 0 if job.virtual else job.condition.fwd.rate_mbit
+        result = share(weight, lambda: steady(job))
+        done(job)
+        return result
+
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        yield from pool.map(work, jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def has(cc: str) -> bool:
+    """Whether this stack has that congestion control."""
+    argv = [program("goodput"), "clock=virtual", "ms=1", "warmup_ms=0", f"flow={OURS},{OURS},{cc}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0 and cc not in done.stderr:
+        raise BenchError(f"{' '.join(argv)}: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def missing_for_linux() -> list[str]:
+    """What the machine lacks for Linux as an end of the wire; nothing when it is all there."""
+    argv = [program("goodput"), "ms=1", "warmup_ms=0", f"flow={LINUX},{LINUX},reno"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    return [done.stderr.strip().removeprefix("goodput: ")] if done.returncode else []
