@@ -140,7 +140,7 @@ class Script:
         return int(self.last(directive, str(default)))
 
 
-DIRECTIVES = ("tolerance", "kernel", "stack", "cc", "mtu", "peer_iss")
+DIRECTIVES = ("tolerance", "kernel", "stack", "cc", "mtu", "peer_iss", "ignore")
 
 # ---- Reading ------------------------------------------------------------------------------------------------------
 LEADING = re.compile(r"\s*(?://|\#)(.*)")

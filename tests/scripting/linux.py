@@ -66,6 +66,7 @@ INFO_NAMES = (
 # Common ground of all scripts: what would make the kernel's answers depend on the machine or on its history is off.
 DEFAULTS = {
     "net.ipv4.tcp_no_metrics_save": "1",
+    "net.ipv4.tcp_wmem": "4096 262144 4194304",
     "net.ipv4.tcp_comp_sack_nr": "0",  # compressed ACKs (4.18) leave later than the segment that draws them
     "net.ipv6.conf.all.disable_ipv6": "1",
     "net.ipv6.conf.default.disable_ipv6": "1",
@@ -109,6 +110,7 @@ class Job:
 
 class Linux:
     flaky = True
+    late_share = 0.125  # the granularity of long timers (kernel/time/timer.c)
 
     def __init__(self, script: Script, tolerance_ms: int = 20) -> None:
         self.early_ns = self.late_ns = tolerance_ms * 1_000_000

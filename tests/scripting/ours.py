@@ -105,6 +105,7 @@ class OurStack:
 
     early_ns = 1
     late_ns = round(TICK * SECOND)
+    late_share = 0.0
     flaky = False
 
     def __init__(self, script: Script) -> None:

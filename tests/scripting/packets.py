@@ -231,15 +231,15 @@ def parse(flow: Flow, at_ns: int, raw: bytes) -> Heard:
     )
 
 
-def differs(flow: Flow, want: Segment, got: Heard, ts_slack: int) -> str:
+def differs(flow: Flow, want: Segment, got: Heard, ts_slack: int, ignored: str = "") -> str:
     """Why `got` is not what the script says, as far as it says something; "": it is. Learns timestamps and cookies.
 
-    ts_slack: milliseconds by which a timestamp may be off.
+    ts_slack: milliseconds by which a timestamp may be off. ignored: flags that do not matter.
     """
     why = [got.broken] if got.broken else []
     if got.port != (want.port or PEER_PORT):
         why.append(f"to port {got.port}")
-    if set(got.flags) != set(want.flags):
+    if set(got.flags) - set(ignored) != set(want.flags) - set(ignored):
         why.append(f"flags {got.flags}")
     if (got.seq, got.end) != (want.seq, want.end):
         why.append(f"{got.seq}:{got.end}({len(got.data)})")
