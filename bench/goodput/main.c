@@ -333,6 +333,8 @@ int main(int argc, char **argv)
         option(&b, &r.opt, argv[i]);
     if (b.flow_count == 0 || r.opt.ms == 0)
         die("no flow, or no time", -EINVAL);
+    if (b.is_virtual && !r.opt.faults[FWD].delay_ns && !r.opt.faults[REV].delay_ns)
+        die("with a virtual clock and without delay, time would stand still", 0);
     flow_init();
     b.epoll = epoll_create1(EPOLL_CLOEXEC);
     b.began_ns = b.now_ns = b.is_virtual ? START_NS : clock_ns();

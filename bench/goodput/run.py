@@ -133,7 +133,8 @@ def many(
 
 def has(cc: str) -> bool:
     """Whether this stack has that congestion control."""
-    argv = [program("goodput"), "clock=virtual", "ms=1", "warmup_ms=0", f"flow={OURS},{OURS},{cc}"]
+    argv = [program("goodput"), "clock=virtual", "ms=1", "warmup_ms=0", "both.delay_ns=1000000"]
+    argv.append(f"flow={OURS},{OURS},{cc}")
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode != 0 and cc not in done.stderr:
         raise BenchError(f"{' '.join(argv)}: {done.stderr.strip()}")
@@ -142,6 +143,6 @@ def has(cc: str) -> bool:
 
 def missing_for_linux() -> list[str]:
     """What the machine lacks for Linux as an end of the wire; nothing when it is all there."""
-    argv = [program("goodput"), "ms=1", "warmup_ms=0", f"flow={LINUX},{LINUX},reno"]
+    argv = [program("goodput"), "ms=1", "warmup_ms=0", "both.delay_ns=1000000", f"flow={LINUX},{LINUX},reno"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     return [done.stderr.strip().removeprefix("goodput: ")] if done.returncode else []
