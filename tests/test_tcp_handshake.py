@@ -313,7 +313,7 @@ def test_an_active_open_takes_three_segments() -> None:
     with Talk() as t:
         conn = t.client()
         [syn] = t.out()
-        t.match([syn], (f"S 0:0 win 65535 <mss 1460, ts {syn.opts['ts'][0]} 0, ws 5>",))
+        t.match([syn], (f"S 0:0 win 65535 <mss 1460, sackok, ts {syn.opts['ts'][0]} 0, ws 5>",))
         assert t.state() == "SYN_SENT"
         t.advance(0.030)
         t.peer("S. 0:0 <mss 1460>")

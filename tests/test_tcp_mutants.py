@@ -175,9 +175,9 @@ MUTANTS = {
         "receive::test_data_behind_the_peers_fin_is_not_delivered",
     ),
     "data that was filled in comes twice": Mutant(
-        "tcp_rcv.c",
-        "uint32_t have = c->rcv_nxt.v - *v.seq;",
-        "uint32_t have = 0;",
+        "tcp_ooo.c",
+        "uint32_t have = c->rcv_nxt.v - *v.seq, next = *v.next;",
+        "uint32_t have = 0, next = *v.next;",
         "receive::test_overlaps_of_every_shape_give_the_bytes_once",
     ),
     "the window follows every byte that is read": Mutant(
@@ -185,6 +185,30 @@ MUTANTS = {
         "if (room < offered + step)\n        return offered;",
         "",
         "receive::test_the_right_edge_moves_by_worthwhile_steps_only",
+    ),
+    "a duplicate is reported for ever": Mutant(
+        "tcp_sack_rcv.c",
+        "c->feat &= ~(uint32_t)TX_DSACK;",
+        "",
+        "sack_receive::test_a_duplicate_below_the_acknowledgment_is_reported_once",
+    ),
+    "the block that changed last comes anywhere": Mutant(
+        "tcp_ooo.c",
+        "recent_touch(o, at);",
+        "if (o->recents == 0)\n        recent_touch(o, at);",
+        "sack_receive::test_the_block_that_changed_last_comes_first",
+    ),
+    "a full segment swallows the report": Mutant(
+        "tcp_out.c",
+        "answered &= ~(uint32_t)TF_ACK_NOW; /* a full",
+        "; /* a full",
+        "sack_receive::test_an_ack_that_is_due_is_not_swallowed_by_a_full_segment",
+    ),
+    "ranges are not bounded": Mutant(
+        "tcp_ooo.c",
+        "uint32_t i = o->ranges < most ?",
+        "uint32_t i = most ?",
+        "sack_receive::test_a_sender_of_every_second_segment_gets_a_bounded_number_of_ranges",
     ),
     "out-of-order data may take every chunk": Mutant(
         "tcp_rcv.c",

@@ -340,7 +340,7 @@ def test_data_in_order_takes_the_place_of_data_ahead_when_all_chunks_are_used() 
         for first in range(1, 2501, 100):
             t.peer(f". {first}:{first + 100}")
         assert t.out()[-1].ack == 2501
-        assert t.counted()["tcp_ooo_pruned"] == 1
+        assert t.counted()["tcp_ooo_pruned"] == 2, "no more than needed"
         assert t.read() == stream(1, 2501)
         t.peer(". 2501:3101")
         assert t.read() == stream(2501, 3101)

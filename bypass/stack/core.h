@@ -74,7 +74,7 @@ struct core {
     struct pool socks;
     uint32_t ev_head, ev_tail; /* sockets with unreported events */
 
-    struct pool dsts, frags, udps, listeners, conns, colds, flights;
+    struct pool dsts, frags, udps, listeners, conns, colds, flights, ooos, ranges;
     uint64_t dst_state[16];  /* dst.c, arp.c: their own words (hash table offsets, clocks) */
     uint64_t frag_state[8];  /* reass.c */
     uint64_t icmp_state[8];  /* icmp.c: rate limit */

@@ -7,7 +7,9 @@
  *   tcp_opt.c       options, both ways
  *   tcp_ack.c       what an acknowledgment does: RTT (RFC 6298), loss recovery (RFC 5681, 6582)
  *   tcp_cc.c        congestion control, a table of algorithms
- *   tcp_rcv.c       received bytes: in order, out of order, the window we offer
+ *   tcp_rcv.c       received bytes: in order, the window we offer
+ *   tcp_ooo.c       ... and those ahead of it; tcp_item.h: what holds them
+ *   tcp_sack_rcv.c  the SACK blocks that our ACKs carry (RFC 2018, RFC 2883)
  *   tcp_snd.c       written bytes: the send queue
  *   tcp_out.c       which segment goes out now, and its header
  *   tcp_timer.c     what time alone causes
@@ -92,7 +94,7 @@ struct tcp_conn {
     uint32_t ts_recent;
     uint32_t ts_recent_ms;
     uint32_t rcvq_head, rcvq_tail; /* items in order */
-    uint32_t ooo_head;             /* items ahead of rcv_nxt, sorted */
+    uint32_t ooo;                  /* index of its struct tcp_ooo; NO_INDEX: nothing came ahead of rcv_nxt */
     uint32_t rcv_queued;           /* bytes to be read */
     uint32_t rcv_charged;          /* memory that received items hold */
     uint32_t rcvbuf;
@@ -201,7 +203,6 @@ struct tcp_cold {
     uint16_t maxseg;
     uint8_t ttl, tos;
     seq_t dsack_first, dsack_end; /* TX_DSACK */
-    seq_t sack_recent;            /* where data out of order came last: its block is reported first (RFC 2018 4) */
     seq_t snd_up, rcv_up;         /* urgent pointers */
     /* receive autotuning: the round trip as seen from here, and what the program read in one */
     uint32_t rcv_rtt_us;
@@ -287,7 +288,7 @@ static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return core(s
 
 /* ---- A segment, parsed (host order) --------------------------------------------------------------- */
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG = 32, TCP_ECE = 64, TCP_CWR = 128 };
-enum { TCP_HDR = 20, TCP_TS_BYTES = 12, TCP_MIN_MSS = 48, TCP_DEFAULT_MSS = 536 };
+enum { TCP_HDR = 20, TCP_OPTS_MAX = 40, TCP_TS_BYTES = 12, TCP_MIN_MSS = 48, TCP_DEFAULT_MSS = 536 };
 enum { TCP_TS_PREFIX = 0x0a080101 }; /* NOP NOP, timestamps, 10 bytes (RFC 7323 appendix A), as it lies in memory */
 
 enum { SACK_BLOCKS = 4, FO_COOKIE_MAX = 16 };
@@ -399,12 +400,42 @@ struct tcp_cc {
 const struct tcp_cc *tcp_cc(const struct tcp_conn *c);
 uint32_t tcp_initial_window(const struct tcp_conn *c); /* bytes, RFC 6928 */
 
+/* tcp_ooo.c */
+enum { OOO_RANGES_MAX = 512 };
+struct tcp_range {
+    uint32_t link, prev; /* in order of sequence numbers */
+    seq_t first, end;    /* first..end-1 */
+    uint32_t head, tail; /* items */
+};
+struct tcp_ooo {
+    uint32_t link;
+    uint32_t first, last; /* ranges */
+    uint32_t hint;        /* where an insertion was that was not at the end; NO_INDEX: nowhere */
+    uint32_t ranges;
+    uint32_t recents, recent[SACK_BLOCKS]; /* ranges that changed last, the latest first */
+};
+struct tcp_ooo *tcp_ooo_of(const struct bypass_stack *s, const struct tcp_conn *c); /* only while c->ooo is one */
+struct tcp_range *tcp_ooo_range(const struct bypass_stack *s, uint32_t i);
+void tcp_ooo_insert(struct bypass_stack *s, struct tcp_conn *c, uint32_t item);
+bool tcp_ooo_collect(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_ooo_prune(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_ooo_clear(struct bypass_stack *s, struct tcp_conn *c);
+
+/* tcp_sack_rcv.c */
+void tcp_sack_duplicate(struct bypass_stack *s, struct tcp_conn *c, seq_t first, seq_t end);
+void tcp_sack_old(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g);
+uint32_t tcp_sack_write(struct bypass_stack *s, struct tcp_conn *c, uint8_t *opt, uint32_t room);
+/* Headers of this connection carry more than an ACK, a window and timestamps. */
+static inline bool tcp_header_special(const struct tcp_conn *c) { return c->ooo != NO_INDEX || (c->feat & TX_DSACK); }
+
 /* tcp_rcv.c */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
 uint32_t tcp_rcv_window(struct tcp_conn *c); /* bytes to offer; never less than was offered */
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c); /* what waits to be read */
 void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c);
+/* Items head..tail with `len` bytes from rcv_nxt on become readable. */
+void tcp_rcv_append(struct bypass_stack *s, struct tcp_conn *c, uint32_t head, uint32_t tail, uint32_t len);
 
 /* tcp_snd.c */
 int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags);

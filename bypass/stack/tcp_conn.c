@@ -21,6 +21,9 @@ void tcp_layout(struct layout *l, struct core *c)
     layout_pool(l, &c->conns, sizeof(struct tcp_conn), c->cfg.max_conns);
     layout_pool(l, &c->colds, sizeof(struct tcp_cold), c->cfg.max_conns);
     layout_pool(l, &c->flights, sizeof(struct tcp_flight), c->cfg.max_conns);
+    layout_pool(l, &c->ooos, sizeof(struct tcp_ooo), c->cfg.max_conns);
+    layout_pool(l, &c->ranges, sizeof(struct tcp_range),
+                max_u32(4 * OOO_RANGES_MAX, min_u32(8 * c->cfg.max_conns, 1u << 18)));
     layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), min_u32(c->cfg.max_socks, UNCONNECTED_MAX));
 }
 
@@ -173,7 +176,7 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
     c->rport = rport;
     c->state = BYPASS_CLOSED;
     c->timer.slot = WHEEL_OFF;
-    c->rcvq_head = c->rcvq_tail = c->ooo_head = NO_INDEX;
+    c->rcvq_head = c->rcvq_tail = c->ooo = NO_INDEX;
     c->sndq_head = c->sndq_next = c->sndq_tail = BYPASS_PKT_NONE;
     c->rto_us = RTO_INIT_US;
     c->quick_acks = QUICK_ACKS;
@@ -484,6 +487,7 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
     if (!c)
         return -ENOBUFS;
     c->flags |= TF_TS | TF_WSCALE; /* offered; the answer decides */
+    c->feat |= TX_SACK;
     conn_set_state(s, c, BYPASS_SYN_SENT);
     STAT(s, tcp_active_opens);
     return conn_index(s, c);

@@ -195,6 +195,7 @@ static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c,
             tcp_timer_update(s, c);
         }
         echo_retransmission(s, c, g);
+        tcp_sack_old(s, c, g);
         tcp_send_ack(s, c); /* its sender waits for this */
         return STOP;
     }

@@ -70,9 +70,32 @@ static void push_header(struct bypass_stack *s, bypass_pkt p, const struct heade
     STAT(s, tcp_out);
 }
 
-/* The connection's own half of a header: ACK, window, timestamps. It counts as an acknowledgment. */
-static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t flags)
+/* Bytes for options beside `payload` bytes in a packet that is no larger than a full segment's. */
+static uint32_t conn_option_room(const struct tcp_conn *c, uint32_t payload)
 {
+    uint32_t full = c->snd_mss + (c->flags & TF_TS ? TCP_TS_BYTES : 0u);
+    return payload < full ? min_u32(full - payload, TCP_OPTS_MAX) : 0;
+}
+
+/* What few headers carry besides: selective acknowledgments, as far as the packet has room. true: all was said. */
+static bool special_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t *opts, uint32_t room)
+{
+    uint32_t len = h->has_ts ? tcp_opt_write_ts(opts, h->ts_val, h->ts_ecr) : 0;
+    uint32_t sack = room > len ? tcp_sack_write(s, c, opts + len, room - len) : 0;
+    if (sack == 0)
+        return false;
+    h->has_ts = false;
+    h->opts = opts;
+    h->opts_len = len + sack;
+    return true;
+}
+
+/* The connection's own half of a header: ACK, window, options. It counts as an acknowledgment. payload: bytes behind
+ * it; opts: memory for options, 40 bytes, used until the header is written. */
+static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t flags, uint32_t payload,
+                        uint8_t *opts)
+{
+    uint32_t answered = TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH;
     h->src_port = c->lport;
     h->dst_port = c->rport;
     h->ack = c->rcv_nxt;
@@ -83,8 +106,11 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
         h->ts_val = tcp_ts_now(s, c);
         h->ts_ecr = c->ts_recent;
     }
+    if (unlikely(tcp_header_special(c)) && !(flags & TCP_RST) &&
+        !special_header(s, c, h, opts, conn_option_room(c, payload)) && (c->feat & TX_SACK))
+        answered &= ~(uint32_t)TF_ACK_NOW; /* a full segment: the blocks go in an ACK of their own behind it */
     c->last_ack_sent = c->rcv_nxt;
-    c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH);
+    c->flags &= ~answered;
     c->ack_at = 0;
 }
 
@@ -120,8 +146,9 @@ static bool send_bare(struct bypass_stack *s, struct tcp_conn *c, seq_t at, uint
         conn_blocked(s, c, false);
         return false;
     }
+    uint8_t opts[TCP_OPTS_MAX];
     struct header h = {.seq = at};
-    conn_header(s, c, &h, flags);
+    conn_header(s, c, &h, flags, 0, opts);
     push_header(s, p, &h, &c->laddr, &c->raddr, 0);
     pkt_meta(s, p)->queue = c->queue;
     struct ip_tx tx = conn_ip(s, c);
@@ -238,8 +265,9 @@ static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     struct bypass_pkt_meta *m = pkt_meta(s, p);
     if ((m->holders & BYPASS_HOLD_DEV) || (m->seg_flags & IN_TXQ))
         return BUSY;
+    uint8_t opts[TCP_OPTS_MAX];
     struct header h = {.seq = seq(m->seq)};
-    conn_header(s, c, &h, (uint8_t)((m->seg_flags & SEG_PSH ? TCP_PSH : 0) | (fin ? TCP_FIN : 0)));
+    conn_header(s, c, &h, (uint8_t)((m->seg_flags & SEG_PSH ? TCP_PSH : 0) | (fin ? TCP_FIN : 0)), m->data_len, opts);
     m->off = m->data_off;
     m->len = m->data_len;
     m->queue = c->queue;

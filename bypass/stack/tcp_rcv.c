@@ -1,52 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tcp_rcv.c - received bytes: the queue in order, the list ahead of it, the window that we offer
- * (RFC 9293 3.8.6.2), recv(). Received data is a list of items, each a frame (kept without copying) or
- * an arena chunk (small payloads, and all of them when frames are short or the reader is slow).
+ * tcp_rcv.c - received bytes: the queue in order, the window that we offer (RFC 9293 3.8.6.2), recv().
+ * Received data is a list of items, each a frame (kept without copying) or an arena chunk (small payloads, and all
+ * of them when frames are short or the reader is slow). What comes ahead of rcv_nxt is tcp_ooo.c's.
  */
 #include <errno.h>
 
-#include "tcp.h"
-
-/* An item is a frame number, or a chunk's index with the top bit set. NO_INDEX ends a list. */
-enum { ITEM_CHUNK = 0x80000000 };
-
-struct item_view {
-    uint32_t *next;
-    uint16_t *off, *len; /* off: from the frame's start, or in chunk.data */
-    uint32_t *seq;
-    const uint8_t *data;
-    uint32_t charge;
-};
-
-static inline struct item_view item_view(struct bypass_stack *s, uint32_t item)
-{
-    if (item & ITEM_CHUNK) {
-        struct chunk *k = chunk_at(s, item & ~(uint32_t)ITEM_CHUNK);
-        return (struct item_view){&k->next, &k->off, &k->len, &k->owner[0], k->data + k->off, CHUNK_SIZE};
-    }
-    struct bypass_pkt_meta *m = pkt_meta(s, item);
-    return (struct item_view){&m->next,      &m->data_off, &m->data_len, &m->seq, pkt_frame(s, item) + m->data_off,
-                              s->dev->stride};
-}
-
-static void item_free(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
-{
-    if (item & ITEM_CHUNK) {
-        chunk_free(s, item & ~(uint32_t)ITEM_CHUNK);
-        c->rcv_charged -= CHUNK_SIZE;
-    } else {
-        pkt_free(s, item);
-        c->rcv_charged -= s->dev->stride;
-    }
-}
-
-static void item_trim_front(struct item_view *v, uint32_t n)
-{
-    *v->off = (uint16_t)(*v->off + n);
-    *v->len = (uint16_t)(*v->len - n);
-    *v->seq += n;
-}
+#include "tcp_item.h"
 
 /* ---- Storing --------------------------------------------------------------------------------------- */
 static void append(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
@@ -61,43 +21,15 @@ static void append(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
     c->rcv_queued += *v.len;
 }
 
-/* Links an item into the list ahead of rcv_nxt by its sequence number; what others already cover is cut
- * off or thrown away. */
-static void insert_ahead(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
+void tcp_rcv_append(struct bypass_stack *s, struct tcp_conn *c, uint32_t head, uint32_t tail, uint32_t len)
 {
-    struct item_view v = item_view(s, item);
-    uint32_t *link = &c->ooo_head;
-    while (*link != NO_INDEX) {
-        struct item_view w = item_view(s, *link);
-        seq_t end = seq(*w.seq + *w.len);
-        if (seq_lt(seq(*v.seq), seq(*w.seq)))
-            break;
-        if (seq_lt(seq(*v.seq), end)) { /* its front is here already */
-            uint32_t have = (uint32_t)seq_diff(end, seq(*v.seq));
-            if (have >= *v.len) {
-                STAT(s, tcp_in_duplicate);
-                item_free(s, c, item);
-                return;
-            }
-            item_trim_front(&v, have);
-        }
-        link = w.next;
-    }
-    while (*link != NO_INDEX) { /* followers that it covers */
-        uint32_t next = *link;
-        struct item_view w = item_view(s, next);
-        seq_t end = seq(*v.seq + *v.len);
-        if (seq_leq(end, seq(*w.seq)))
-            break;
-        if (seq_lt(end, seq(*w.seq + *w.len))) { /* keep the old bytes, cut the new one's tail */
-            *v.len = (uint16_t)(*w.seq - *v.seq);
-            break;
-        }
-        *link = *w.next;
-        item_free(s, c, next);
-    }
-    *v.next = *link;
-    *link = item;
+    if (c->rcvq_tail != NO_INDEX)
+        *item_view(s, c->rcvq_tail).next = head;
+    else
+        c->rcvq_head = head;
+    c->rcvq_tail = tail;
+    c->rcv_queued += len;
+    c->rcv_nxt = seq_add(c->rcv_nxt, len);
 }
 
 /* In order and small: into the room left in the last chunk, so that many small segments of a slow reader
@@ -114,15 +46,6 @@ static uint32_t fill_last_chunk(struct bypass_stack *s, struct tcp_conn *c, cons
     return n;
 }
 
-static void free_list(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
-{
-    while (item != NO_INDEX) {
-        uint32_t next = *item_view(s, item).next;
-        item_free(s, c, item);
-        item = next;
-    }
-}
-
 /* Data in order may use all chunks, at last in place of what this connection holds ahead of it. Data out
  * of order leaves a quarter of them, for all connections' data in order: a peer that sends every second
  * byte must not stop the others. */
@@ -131,11 +54,8 @@ static uint32_t take_chunk(struct bypass_stack *s, struct tcp_conn *c, bool in_o
     const struct pool *p = &core(s)->chunks;
     if (!in_order && p->used >= p->cap - p->cap / 4)
         return NO_INDEX;
-    if (in_order && p->used == p->cap && c->ooo_head != NO_INDEX) {
-        STAT(s, tcp_ooo_pruned);
-        free_list(s, c, c->ooo_head);
-        c->ooo_head = NO_INDEX;
-    }
+    while (in_order && p->used == p->cap && c->ooo != NO_INDEX)
+        tcp_ooo_prune(s, c);
     return chunk_alloc(s);
 }
 
@@ -157,7 +77,7 @@ static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const u
         if (in_order)
             append(s, c, i | ITEM_CHUNK);
         else
-            insert_ahead(s, c, i | ITEM_CHUNK);
+            tcp_ooo_insert(s, c, i | ITEM_CHUNK);
     }
     return done;
 }
@@ -185,31 +105,8 @@ static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment
     if (in_order)
         append(s, c, item);
     else
-        insert_ahead(s, c, item);
+        tcp_ooo_insert(s, c, item);
     return len;
-}
-
-/* Moves what has become in order. Returns true when a hole was filled. */
-static bool collect(struct bypass_stack *s, struct tcp_conn *c)
-{
-    bool any = false;
-    while (c->ooo_head != NO_INDEX) {
-        uint32_t item = c->ooo_head;
-        struct item_view v = item_view(s, item);
-        if (seq_gt(seq(*v.seq), c->rcv_nxt))
-            break;
-        c->ooo_head = *v.next;
-        any = true;
-        uint32_t have = c->rcv_nxt.v - *v.seq;
-        if (have >= *v.len) {
-            item_free(s, c, item);
-            continue;
-        }
-        item_trim_front(&v, have);
-        c->rcv_nxt = seq_add(c->rcv_nxt, *v.len);
-        append(s, c, item);
-    }
-    return any;
 }
 
 /* ---- Acknowledging (RFC 9293 3.8.6.3, RFC 5681 4.2) ---------------------------------------------------- */
@@ -220,7 +117,7 @@ static void ack_data(struct bypass_stack *s, struct tcp_conn *c, uint32_t len, b
     uint32_t waiting = c->rcv_nxt.v - c->last_ack_sent.v;
     /* At least every second full segment, and at once around holes. Of those that came in one batch one ACK tells for
      * all (up to ACK_BATCH_MAX), as it would behind a NIC that coalesces: the batch is over in microseconds. */
-    if (hole || c->ooo_head != NO_INDEX || waiting >= ACK_BATCH_MAX * (uint32_t)c->rcv_mss) {
+    if (hole || c->ooo != NO_INDEX || waiting >= ACK_BATCH_MAX * (uint32_t)c->rcv_mss) {
         c->flags |= TF_ACK_NOW;
     } else if (waiting >= 2u * c->rcv_mss) {
         conn_ack_batch(s, c);
@@ -249,14 +146,15 @@ static void take_in_order(struct bypass_stack *s, struct tcp_conn *c, struct seg
 {
     if (c->flags & TF_RCV_SHUT) { /* the program wants none: acknowledge and forget, as Linux does */
         c->rcv_nxt = seq_add(c->rcv_nxt, len);
-        (void)collect(s, c);
+        if (c->ooo != NO_INDEX)
+            (void)tcp_ooo_collect(s, c);
         tcp_rcv_discard(s, c);
         ack_data(s, c, len, false);
         return;
     }
     uint32_t kept = store(s, c, g, skip, len, true);
     c->rcv_nxt = seq_add(c->rcv_nxt, kept);
-    bool hole = c->ooo_head != NO_INDEX && collect(s, c);
+    bool hole = c->ooo != NO_INDEX && tcp_ooo_collect(s, c);
     ack_data(s, c, len, hole || kept < len);
     if (kept > 0)
         conn_event(s, c, BYPASS_IN);
@@ -279,6 +177,8 @@ void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
             fin = false;
             c->flags |= TF_ACK_NOW;
         }
+        if (unlikely(skip > 0))
+            tcp_sack_old(s, c, g);
         if (len == 0) {
             STAT(s, tcp_in_duplicate);
             c->flags |= TF_ACK_NOW; /* a repeated segment: our ACK was lost, or a window probe */
@@ -379,7 +279,7 @@ int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n
 
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)
 {
-    free_list(s, c, c->rcvq_head);
+    item_free_list(s, c, c->rcvq_head);
     c->rcvq_head = c->rcvq_tail = NO_INDEX;
     c->rcv_queued = 0;
 }
@@ -387,6 +287,5 @@ void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)
 void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c)
 {
     tcp_rcv_discard(s, c);
-    free_list(s, c, c->ooo_head);
-    c->ooo_head = NO_INDEX;
+    tcp_ooo_clear(s, c);
 }
