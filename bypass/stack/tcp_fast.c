@@ -93,7 +93,7 @@ static inline bool is_usual(const struct tcp_conn *c)
         TF_TS | TF_FIN_QUEUED | TF_FIN_IN | TF_FIN_AHEAD | TF_RECOVERY | TF_LOSS | TF_RCV_SHUT | TF_PROBING | TF_DEAD;
     const uint32_t feat = TX_ECE | TX_CWR | TX_DSACK | TX_URG_IN | TX_URG_OUT | TX_PMTU_PROBE;
     return c->state == BYPASS_ESTABLISHED && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 &&
-           c->ooo_head == NO_INDEX && c->sock != NO_INDEX;
+           c->ooo == NO_INDEX && c->sock != NO_INDEX;
 }
 
 static inline bool ip_ok(const uint8_t *ip, uint32_t len, uint32_t total)
