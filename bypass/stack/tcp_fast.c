@@ -217,7 +217,7 @@ static inline bool may_go_at_once(struct bypass_stack *s, const struct tcp_conn 
     const uint32_t flags = TF_TS | TF_FIN_QUEUED | TF_CORK | TF_RECOVERY | TF_LOSS | TF_BLOCKED | TF_PROBING | TF_DEAD;
     const uint32_t feat = TX_ECN | TX_CWR | TX_ECE | TX_DSACK | TX_PACED | TX_URG_OUT;
     return c->state == BYPASS_ESTABLISHED && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 &&
-           c->sndq_head == BYPASS_PKT_NONE && c->snd_nxt.v == c->snd_una.v && c->ooo_head == NO_INDEX &&
+           c->sndq_head == BYPASS_PKT_NONE && c->snd_nxt.v == c->snd_una.v && c->ooo == NO_INDEX &&
            n - 1 < c->snd_mss && n <= c->snd_wnd && n <= c->sndbuf && k->error == 0 &&
            s->dev->free_frames >= s->dev->frames / 4 && now_ns(s) - k->unacked_since <= c->rto_us * 1000ull;
 }
