@@ -43,11 +43,11 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build demo test test-oracle bench lint fuzz clean
+.PHONY: help setup build demo test test-oracle bench bench-goodput lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
-		printf '  make %-11s %s\n' "$$t" "$$d"; done
+		printf '  make %-13s %s\n' "$$t" "$$d"; done
 	@echo
 	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers), V=1 (commands).'
 
@@ -67,6 +67,10 @@ test-oracle: setup ## The TCP scripts against this machine's kernel, compared wi
 bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo (ROUNDS=5); leaves build/bench.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
+bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5, ~30 min; ARGS=--quick ROUNDS=1: 2 min)
+	@$(MAKE) --no-print-directory -s -f bench/build.mk
+	@$(RUN) -m bench.goodput $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
 	@scripts/lint
