@@ -143,10 +143,18 @@ uint32_t chunk_alloc(struct bypass_stack *s); /* NO_INDEX (counted) when there i
 void chunk_free(struct bypass_stack *s, uint32_t i);
 static inline struct chunk *chunk_at(const struct bypass_stack *s, uint32_t i)
 {
-    return pool_at(s, &core(s)->chunks, i);
+    return (struct chunk *)at(s, core(s)->chunks.off) + i; /* the size is known here: a shift, no multiplication */
 }
 /* Queues a complete Ethernet frame for transmission. Takes over the stack's hold unless IN_TCP. */
-void tx_queue(struct bypass_stack *s, bypass_pkt p);
+static inline void tx_queue(struct bypass_stack *s, bypass_pkt p)
+{
+    struct core *c = core(s);
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->seg_flags |= IN_TXQ;
+    STAT(s, tx_frames);
+    STAT_ADD(s, tx_bytes, m->len);
+    ((bypass_pkt *)at(s, c->txq_off))[c->txq_tail++ & (c->txq_cap - 1)] = p;
+}
 
 /* ---- Randomness, hashing ------------------------------------------------------------------------ */
 uint64_t core_random(struct bypass_stack *s); /* unpredictable, from the secrets of creation */
@@ -250,11 +258,8 @@ void ip_out_ready(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, 
 void icmp_unreachable(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri, int code);
 
 /* Timers of dst.c, arp.c, reass.c together; and of tcp. */
-void net_timers(struct bypass_stack *s);
 uint64_t net_deadline(const struct bypass_stack *s);
-void tcp_timers(struct bypass_stack *s);
 uint64_t tcp_deadline(const struct bypass_stack *s);
-void tcp_output_pending(struct bypass_stack *s); /* connections that waited for a frame or a next hop */
 
 /* ---- Sockets: handle table and events; a handle names an entry that names a protocol's object ------ */
 enum { SOCK_FREE, SOCK_TCP, SOCK_LISTEN, SOCK_UDP };
@@ -271,10 +276,20 @@ struct sock {
 };
 uint32_t sock_alloc(struct bypass_stack *s, int type, uint32_t idx); /* index into socks, or NO_INDEX */
 void sock_free(struct bypass_stack *s, uint32_t si);
-void sock_event(struct bypass_stack *s, uint32_t si, uint32_t mask); /* si may be NO_INDEX: no-op */
+void sock_event_queue(struct bypass_stack *s, uint32_t si); /* behind those that wait to be reported */
 static inline struct sock *sock_at(const struct bypass_stack *s, uint32_t si)
 {
-    return pool_at(s, &core(s)->socks, si);
+    return (struct sock *)at(s, core(s)->socks.off) + si;
+}
+
+static inline void sock_event(struct bypass_stack *s, uint32_t si, uint32_t mask) /* si may be NO_INDEX: no-op */
+{
+    if (si == NO_INDEX || mask == 0)
+        return;
+    struct sock *k = sock_at(s, si);
+    k->ev_mask |= (uint16_t)mask;
+    if (!k->ev_queued)
+        sock_event_queue(s, si);
 }
 
 /* UDP, by index of its socket; results as the public calls of the same name. `si`: its handle entry. */

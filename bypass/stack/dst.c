@@ -533,7 +533,7 @@ uint64_t dst_deadline(const struct bypass_stack *s)
     return link != 0 ? dst_at(s, link - 1)->due_ns : NO_DEADLINE;
 }
 
-void net_timers(struct bypass_stack *s)
+void net_timers_run(struct bypass_stack *s)
 {
     dst_timers(s);
     reass_timers(s);

@@ -71,6 +71,27 @@ int ip_out_fragments(struct bypass_stack *s, bypass_pkt head, const struct ip_tx
 void pkt_free_list(struct bypass_stack *s, bypass_pkt head); /* linked by meta.next */
 void ipv4_checksum_set(uint8_t *ip, uint32_t hlen);
 
+struct reass { /* lies in core.frag_state */
+    uint64_t table_off;
+    uint32_t mask;
+    uint32_t oldest, newest; /* index plus one */
+    uint32_t frames;         /* held by all datagrams together */
+};
+static_assert(sizeof(struct reass) <= sizeof(((struct core *)0)->frag_state), "fits the core's words");
+
+static inline struct reass *reass(const struct bypass_stack *s) { return (struct reass *)core(s)->frag_state; }
+
+/* Senders that wait for a frame: the first's index plus one. */
+static inline uint64_t *udp_blocked_head(const struct bypass_stack *s) { return &core(s)->udp_state[2]; }
+
+/* Timers of dst.c, reass.c and udp_out.c. Nearly always nothing waits anywhere: three words tell. */
+void net_timers_run(struct bypass_stack *s);
+static inline void net_timers(struct bypass_stack *s)
+{
+    if (unlikely(net(s)->ask[ASK_SENT].head != 0 || reass(s)->oldest != 0 || *udp_blocked_head(s) != 0))
+        net_timers_run(s);
+}
+
 /* reass.c. Consumes *p. 0: held or dropped. 1: *p is the whole datagram in one frame. 2: *p heads a list of frames
  * (meta.next), meta.off at the IP header and meta.data_len bytes behind it in each: too large for one frame. */
 int reass_in(struct bypass_stack *s, bypass_pkt *p, struct rx_info *ri);

@@ -5,7 +5,7 @@
  */
 #include <errno.h>
 
-#include "core.h"
+#include "net.h"
 #include "tcp.h"
 
 static void reap(struct bypass_stack *s)
@@ -76,21 +76,12 @@ static bypass_pkt *txq_slot(struct bypass_stack *s, uint32_t i)
     return (bypass_pkt *)at(s, c->txq_off) + (i & (c->txq_cap - 1));
 }
 
-void tx_queue(struct bypass_stack *s, bypass_pkt p)
-{
-    struct core *c = core(s);
-    struct bypass_pkt_meta *m = pkt_meta(s, p);
-    m->seg_flags |= IN_TXQ;
-    STAT(s, tx_frames);
-    STAT_ADD(s, tx_bytes, m->len);
-    *txq_slot(s, c->txq_tail++) = p;
-}
-
 static void tx_done(struct bypass_stack *s, uint32_t n)
 {
     struct core *c = core(s);
-    while (n-- > 0) {
-        bypass_pkt p = *txq_slot(s, c->txq_head++);
+    const bypass_pkt *ring = at(s, c->txq_off);
+    for (; n > 0; n--) {
+        bypass_pkt p = ring[c->txq_head++ & (c->txq_cap - 1)];
         struct bypass_pkt_meta *m = pkt_meta(s, p);
         m->seg_flags &= (uint16_t)~IN_TXQ;
         if (!(m->seg_flags & IN_TCP))

@@ -33,16 +33,6 @@ struct frag { /* a datagram under reassembly */
     uint64_t until_ns;
 };
 
-struct reass { /* lies in core.frag_state */
-    uint64_t table_off;
-    uint32_t mask;
-    uint32_t oldest, newest; /* index plus one */
-    uint32_t frames;         /* held by all datagrams together */
-};
-static_assert(sizeof(struct reass) <= sizeof(((struct core *)0)->frag_state), "fits the core's words");
-
-static struct reass *reass(const struct bypass_stack *s) { return (struct reass *)core(s)->frag_state; }
-
 static struct frag *frag_at(const struct bypass_stack *s, uint32_t i) { return pool_at(s, &core(s)->frags, i); }
 
 void reass_layout(struct layout *l, struct core *c)

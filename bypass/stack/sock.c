@@ -59,15 +59,10 @@ void sock_destroy(struct bypass_stack *s)
 }
 
 /* ---- Events: a list of handles whose readiness changed ---------------------------------------------- */
-void sock_event(struct bypass_stack *s, uint32_t si, uint32_t mask)
+void sock_event_queue(struct bypass_stack *s, uint32_t si)
 {
-    if (si == NO_INDEX || mask == 0)
-        return;
     struct core *c = core(s);
     struct sock *k = sock_at(s, si);
-    k->ev_mask |= (uint16_t)mask;
-    if (k->ev_queued)
-        return;
     k->ev_queued = 1;
     k->ev_next = NO_INDEX;
     if (c->ev_tail != NO_INDEX)

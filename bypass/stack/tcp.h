@@ -469,7 +469,21 @@ void tcp_send_probe(struct bypass_stack *s, struct tcp_conn *c);     /* one old 
 void tcp_reply_rst(struct bypass_stack *s, const struct segment *g); /* to a segment of no connection */
 void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c);      /* RFC 5961, rate-limited */
 
+/* connections that waited for a frame or a next hop, or owe an ACK for a batch */
+void tcp_resume_all(struct bypass_stack *s);
+static inline void tcp_output_pending(struct bypass_stack *s)
+{
+    if (tcp_head(s)->blocked_head[0] != NO_INDEX || tcp_head(s)->resume_all)
+        tcp_resume_all(s);
+}
+
 /* tcp_timer.c */
+void tcp_timers_run(struct bypass_stack *s);
+static inline void tcp_timers(struct bypass_stack *s)
+{
+    if (!wheel_at_rest(&tcp_head(s)->wheel, now_ns(s)))
+        tcp_timers_run(s);
+}
 void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c); /* after any deadline was set */
 void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c);

@@ -296,7 +296,7 @@ static void resume_list(struct bypass_stack *s, int list)
     }
 }
 
-void tcp_output_pending(struct bypass_stack *s)
+void tcp_resume_all(struct bypass_stack *s)
 {
     struct tcp *t = tcp_head(s);
     if (t->blocked_head[0] != NO_INDEX)

@@ -185,12 +185,10 @@ static void conn_due(struct bypass_stack *s, uint32_t i)
         tcp_timer_update(s, c);
 }
 
-void tcp_timers(struct bypass_stack *s)
+void tcp_timers_run(struct bypass_stack *s)
 {
     struct wheel *w = &tcp_head(s)->wheel;
     uint32_t i;
-    if (likely(wheel_at_rest(w, now_ns(s))))
-        return;
     while ((i = wheel_expire(s, w, now_ns(s))) != NO_INDEX)
         conn_due(s, i);
 }

@@ -24,16 +24,14 @@ static uint32_t spare_frames(const struct bypass_stack *s)
 
 bool udp_may_send(const struct bypass_stack *s) { return spare_frames(s) > 0; }
 
-static uint64_t *blocked_head(const struct bypass_stack *s) { return &core(s)->udp_state[2]; } /* index plus one */
-
 static int64_t block(struct bypass_stack *s, uint32_t idx)
 {
     struct udp *u = udp_at(s, idx);
     STAT(s, udp_out_blocked);
     if (!(u->flags & UDP_BLOCKED)) {
         u->flags |= UDP_BLOCKED;
-        u->blocked_next = (uint32_t)*blocked_head(s);
-        *blocked_head(s) = idx + 1;
+        u->blocked_next = (uint32_t)*udp_blocked_head(s);
+        *udp_blocked_head(s) = idx + 1;
     }
     return -EAGAIN;
 }
@@ -45,11 +43,11 @@ void udp_unblock(struct bypass_stack *s, uint32_t idx)
         return;
     }
     u->flags &= ~(uint32_t)UDP_BLOCKED;
-    if (*blocked_head(s) == idx + 1) {
-        *blocked_head(s) = u->blocked_next;
+    if (*udp_blocked_head(s) == idx + 1) {
+        *udp_blocked_head(s) = u->blocked_next;
         return;
     }
-    uint32_t *link = &udp_at(s, (uint32_t)*blocked_head(s) - 1)->blocked_next;
+    uint32_t *link = &udp_at(s, (uint32_t)*udp_blocked_head(s) - 1)->blocked_next;
     while (*link != idx + 1) {
         link = &udp_at(s, *link - 1)->blocked_next;
     }
@@ -58,8 +56,8 @@ void udp_unblock(struct bypass_stack *s, uint32_t idx)
 
 void udp_timers(struct bypass_stack *s)
 {
-    while (*blocked_head(s) != 0 && spare_frames(s) > 0) {
-        uint32_t idx = (uint32_t)*blocked_head(s) - 1;
+    while (*udp_blocked_head(s) != 0 && spare_frames(s) > 0) {
+        uint32_t idx = (uint32_t)*udp_blocked_head(s) - 1;
         udp_unblock(s, idx);
         sock_event(s, udp_at(s, idx)->sock, BYPASS_OUT);
     }
@@ -67,7 +65,7 @@ void udp_timers(struct bypass_stack *s)
 
 uint64_t udp_deadline(const struct bypass_stack *s)
 {
-    return *blocked_head(s) != 0 ? now_ns(s) + RETRY_NS : NO_DEADLINE;
+    return *udp_blocked_head(s) != 0 ? now_ns(s) + RETRY_NS : NO_DEADLINE;
 }
 
 /* ---- Building ----------------------------------------------------------------------------------- */
