@@ -34,7 +34,7 @@ CONSTANTS |= {
     "TCP_SAVE_SYN": 27, "TCP_THIN_LINEAR_TIMEOUTS": 16, "SIOCINQ": 0x541B, "FIONREAD": 0x541B, "SIOCOUTQ": 0x5411,
     "SIOCATMARK": 0x8905, "SIOCOUTQNSD": 0x894B, "MSG_FASTOPEN": 0x20000000, "SO_MAX_PACING_RATE": 47,
 }  # fmt: skip
-CONSTANTS |= infos.NAMES
+CONSTANTS |= infos.NAMES | {name: code for code, name in errno.errorcode.items()}
 
 
 class Differs(Exception):
