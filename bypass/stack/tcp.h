@@ -417,6 +417,7 @@ struct tcp_ooo {
 struct tcp_ooo *tcp_ooo_of(const struct bypass_stack *s, const struct tcp_conn *c); /* only while c->ooo is one */
 struct tcp_range *tcp_ooo_range(const struct bypass_stack *s, uint32_t i);
 void tcp_ooo_insert(struct bypass_stack *s, struct tcp_conn *c, uint32_t item);
+uint32_t tcp_ooo_fill(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len, seq_t first);
 bool tcp_ooo_collect(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_ooo_prune(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_ooo_clear(struct bypass_stack *s, struct tcp_conn *c);

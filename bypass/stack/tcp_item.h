@@ -51,6 +51,16 @@ static inline void item_free_list(struct bypass_stack *s, struct tcp_conn *c, ui
     }
 }
 
+/* Copies bytes into the room behind what a chunk holds. Returns how many. */
+static inline uint32_t item_fill_chunk(struct bypass_stack *s, uint32_t item, const uint8_t *data, uint32_t len)
+{
+    struct chunk *k = chunk_at(s, item & ~(uint32_t)ITEM_CHUNK);
+    uint32_t end = (uint32_t)k->off + k->len, n = min_u32(len, CHUNK_DATA - end);
+    memcpy(k->data + end, data, n);
+    k->len = (uint16_t)(k->len + n);
+    return n;
+}
+
 static inline void item_trim_front(struct item_view *v, uint32_t n)
 {
     *v->off = (uint16_t)(*v->off + n);

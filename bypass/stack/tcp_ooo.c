@@ -190,6 +190,23 @@ void tcp_ooo_insert(struct bypass_stack *s, struct tcp_conn *c, uint32_t item)
     record_end(s, c);
 }
 
+/* Bytes that continue the last range, into the room left in its last chunk: a burst of small segments does not take a
+ * chunk each. Returns how many. */
+uint32_t tcp_ooo_fill(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len, seq_t first)
+{
+    if (c->ooo == NO_INDEX)
+        return 0;
+    struct tcp_ooo *o = ooo_at(s, c->ooo);
+    struct tcp_range *r = range_at(s, o->last);
+    if (!seq_eq(r->end, first) || !(r->tail & ITEM_CHUNK))
+        return 0;
+    uint32_t n = item_fill_chunk(s, r->tail, data, len);
+    r->end = seq_add(r->end, n);
+    if (n > 0)
+        recent_touch(o, o->last);
+    return n;
+}
+
 /* Appends what begins at or before rcv_nxt to the queue in order. Returns true when a hole was filled. */
 bool tcp_ooo_collect(struct bypass_stack *s, struct tcp_conn *c)
 {

@@ -38,10 +38,7 @@ static uint32_t fill_last_chunk(struct bypass_stack *s, struct tcp_conn *c, cons
 {
     if (c->rcvq_tail == NO_INDEX || !(c->rcvq_tail & ITEM_CHUNK))
         return 0;
-    struct chunk *k = chunk_at(s, c->rcvq_tail & ~(uint32_t)ITEM_CHUNK);
-    uint32_t end = (uint32_t)k->off + k->len, n = min_u32(len, CHUNK_DATA - end);
-    memcpy(k->data + end, data, n);
-    k->len = (uint16_t)(k->len + n);
+    uint32_t n = item_fill_chunk(s, c->rcvq_tail, data, len);
     c->rcv_queued += n;
     return n;
 }
@@ -63,7 +60,7 @@ static uint32_t take_chunk(struct bypass_stack *s, struct tcp_conn *c, bool in_o
 static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len, seq_t at,
                              bool in_order)
 {
-    uint32_t done = in_order ? fill_last_chunk(s, c, data, len) : 0;
+    uint32_t done = in_order ? fill_last_chunk(s, c, data, len) : tcp_ooo_fill(s, c, data, len, at);
     while (done < len) {
         uint32_t i = take_chunk(s, c, in_order);
         if (i == NO_INDEX)
