@@ -109,6 +109,12 @@ class Config:
         dsts: destinations in the next-hop cache.
         frags: IPv4 datagrams under reassembly.
         sndbuf, rcvbuf: default buffers of a socket, bytes.
+        syn_backlog: half-open connections of all listeners together.
+        time_wait: connections in TIME_WAIT; of more the oldest ends early.
+        syn_cookies: 0 never, 1 while the queue of half-open connections is full, 2 always.
+        mtu_probing: packetization-layer path MTU discovery: 0 off, 1 once a path swallows large segments, 2 always.
+        fastopen: bits: 1 as a client, 2 as a server.
+        tw_reuse: connect() may take over a TIME_WAIT older than a second.
     """
 
     conns: int = 1024
@@ -118,6 +124,12 @@ class Config:
     frags: int | None = None
     sndbuf: int | None = None
     rcvbuf: int | None = None
+    syn_backlog: int | None = None
+    time_wait: int | None = None
+    syn_cookies: int | None = None
+    mtu_probing: int | None = None
+    fastopen: int | None = None
+    tw_reuse: bool | None = None
 
     def fill(self, flags: int) -> Any:
         """The C struct."""
@@ -131,6 +143,12 @@ class Config:
             ("max_frags", self.frags),
             ("sndbuf", self.sndbuf),
             ("rcvbuf", self.rcvbuf),
+            ("max_syn_backlog", self.syn_backlog),
+            ("max_time_wait", self.time_wait),
+            ("syn_cookies", self.syn_cookies),
+            ("mtu_probing", self.mtu_probing),
+            ("fastopen", self.fastopen),
+            ("tw_reuse", self.tw_reuse),
         ):
             if value is not None:
                 setattr(cfg, name, value)

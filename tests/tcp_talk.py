@@ -147,7 +147,7 @@ class Talk(Conversation):
     Args:
         iss: our first sequence number, arranged by the time at which the conversation begins.
         peer_iss: the peer's.
-        conns, sndbuf, rcvbuf: of the stack.
+        conns, sndbuf, rcvbuf: of the stack. config: the rest of its configuration.
     """
 
     def __init__(
@@ -163,6 +163,7 @@ class Talk(Conversation):
         sndbuf: int | None = None,
         rcvbuf: int | None = None,
         chunks: int | None = None,
+        config: dict[str, Any] | None = None,
         flags: int = lib.BYPASS_F_PING | lib.BYPASS_F_RST,
         neighbours: tuple[str, ...] | None = None,
         **kw: Any,
@@ -174,7 +175,7 @@ class Talk(Conversation):
         super().__init__(
             flags=flags,
             start_ns=start_ns,
-            config=Config(conns=conns, sndbuf=sndbuf, rcvbuf=rcvbuf, chunks=chunks),
+            config=Config(conns=conns, sndbuf=sndbuf, rcvbuf=rcvbuf, chunks=chunks, **(config or {})),
             neighbours=(address,) if neighbours is None else neighbours,
             **kw,
         )

@@ -533,6 +533,10 @@ def test_the_oldest_time_wait_makes_room_for_a_new_connection() -> None:
         t.peer_port, t.iss = 4, None
         t.peer("S 0:0")
         t.hears("S. 0:0 ack 1")
+        assert sorted(i.peer[1] for i in t.stack.conns()) == [1, 2, 3, 4], (
+            "a SYN alone costs nobody its place"
+        )
+        t.peer(". 1:1")
         assert sorted(i.peer[1] for i in t.stack.conns()) == [1, 3, 4]
         assert t.counted()["tcp_time_wait_reused"] == 1
 

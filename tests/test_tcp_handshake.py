@@ -220,7 +220,7 @@ def test_a_listener_ignores_what_begins_no_connection(flags: str) -> None:
 
 def test_a_full_accept_queue_drops_syns_and_they_are_counted() -> None:
     with Talk() as t:
-        listener = t.server(backlog=2)
+        listener = t.server(backlog=1)  # and one more, as on Linux
         for port in (40001, 40002):
             t.peer_port, t.iss = port, None
             t.peer("S 0:0")
@@ -238,7 +238,7 @@ def test_a_full_accept_queue_drops_syns_and_they_are_counted() -> None:
 
 def test_a_handshake_that_ends_when_the_queue_is_full_may_be_accepted_later() -> None:
     with Talk() as t:
-        listener = t.server(backlog=1)
+        listener = t.server(backlog=0)
         for port in (40001, 40002):
             t.peer_port, t.iss = port, None
             t.peer("S 0:0")
@@ -269,11 +269,34 @@ def test_many_half_open_connections_are_bounded() -> None:
 def test_connections_without_room_are_refused_silently_and_counted() -> None:
     with Talk(conns=2) as t:
         t.server()
-        for port in (1, 2, 3):
+        for port in (1, 2):
             t.peer_port, t.iss = port, None
             t.peer("S 0:0")
-        assert len(t.sent()) == 2
+            t.out()
+            t.peer(". 1:1")
+        t.peer_port, t.iss = 3, None
+        t.peer("S 0:0")
+        t.silence(2)
         assert t.counted()["tcp_no_conn"] == 1
+
+
+def test_a_handshake_that_ends_when_there_is_no_room_may_end_later() -> None:
+    with Talk(conns=1) as t:
+        listener = t.server()
+        for port in (40001, 40002):
+            t.peer_port, t.iss = port, None
+            t.peer("S 0:0")
+            t.out()
+        t.peer(". 1:1")
+        t.peer_port, t.iss = 40001, next(i for i in t.stack.conns() if i.peer[1] == 40001).snd_una
+        t.peer(". 1:1 ack 1")
+        assert t.state() == "SYN_RECEIVED"
+        assert t.counted()["tcp_no_conn"] == 1
+        t.stack.abort(t.stack.accept(listener))
+        t.sent()
+        t.at(1, "S. 0:0 ack 1")  # our SYN-ACK comes again, the peer answers it
+        t.peer(". 1:1 ack 1")
+        assert t.state() == "ESTABLISHED"
 
 
 def test_listening_on_one_address_comes_before_listening_on_all() -> None:

@@ -133,9 +133,9 @@ MUTANTS = {
         "handshake::test_a_simultaneous_open_becomes_one_connection",
     ),
     "what was not offered is answered": Mutant(
-        "tcp_listen.c",
-        "if (o->has_ts)\n        c->flags |= TF_TS;",
-        "c->flags |= TF_TS;",
+        "tcp_req.c",
+        "if (o->has_ts) {\n        r->flags |= REQ_TS;",
+        "{\n        r->flags |= REQ_TS;",
         "handshake::test_the_syn_ack_offers_only_what_the_syn_offered",
     ),
     "a reset that acknowledges nothing refuses a connection": Mutant(
@@ -224,8 +224,8 @@ MUTANTS = {
     ),
     "the ISN forgets the peer's port": Mutant(
         "tcp_conn.c",
-        "} id = {c->laddr, c->raddr, c->lport, c->rport};",
-        "} id = {c->laddr, c->raddr, c->lport, 0};",
+        "} id = {*laddr, *raddr, lport, rport};",
+        "} id = {*laddr, *raddr, lport, 0};",
         "isn::test_every_part_of_the_flows_name_changes_it",
     ),
     "stale handles live": Mutant(
@@ -233,6 +233,24 @@ MUTANTS = {
         "return k->type != SOCK_FREE && k->gen == gen ? k : NULL;",
         "return k->type != SOCK_FREE ? k : NULL;",
         "sockets::test_a_stale_handle_is_refused_by_every_call",
+    ),
+    "a cookie is good for any MSS": Mutant(
+        "tcp_cookie.c",
+        "} id = {g->ri->dst, g->ri->src, g->dst_port, g->src_port, irs.v, mss};",
+        "} id = {g->ri->dst, g->ri->src, g->dst_port, g->src_port, irs.v, 0};",
+        "cookies::test_what_is_not_exactly_a_cookie_draws_a_reset_and_leaves_nothing",
+    ),
+    "a cookie's secret is never renewed": Mutant(
+        "tcp_cookie.c",
+        "key[0] = core_random(s);",
+        "return now;",
+        "cookies::test_a_cookie_lives_for_one_period_of_the_secrets_and_not_for_three",
+    ),
+    "half-open connections have no bound": Mutant(
+        "tcp_listen.c",
+        "return ep->syn_count >= max_u32(ep->backlog, 128) || p->used == p->cap;",
+        "return p->used == p->cap;",
+        "handshake::test_many_half_open_connections_are_bounded",
     ),
     "removal leaves a hole in the flow table": Mutant(
         "tcp_conn.c",

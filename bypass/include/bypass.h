@@ -154,19 +154,39 @@ enum {
     BYPASS_F_ARP = 1,  /* resolve next hops by ARP and answer ARP; else ask bypass_nexthop_wanted() */
     BYPASS_F_PING = 2, /* answer ICMP echo requests */
     BYPASS_F_RST = 4,  /* answer TCP for which no socket exists with a reset, UDP with unreachable */
+
+    /* bypass_config.syn_cookies: a SYN that is answered without keeping anything about it (RFC 4987 3.6) */
+    BYPASS_COOKIES_OFF = 0,
+    BYPASS_COOKIES_WHEN_FULL = 1, /* only while the queue of half-open connections is full (default) */
+    BYPASS_COOKIES_ALWAYS = 2,
+
+    /* bypass_config.mtu_probing: packetization-layer path MTU discovery (RFC 4821) */
+    BYPASS_MTU_PROBING_OFF = 0,
+    BYPASS_MTU_PROBING_BLACKHOLE = 1, /* once a path has swallowed large segments (default) */
+    BYPASS_MTU_PROBING_ALWAYS = 2,    /* on every connection, from a small MTU upwards */
+
+    /* bypass_config.fastopen (RFC 7413), a set of bits */
+    BYPASS_FASTOPEN_CLIENT = 1,
+    BYPASS_FASTOPEN_SERVER = 2, /* on listeners that ask for it by BYPASS_TCP_FASTOPEN */
 };
 
 struct bypass_config {
-    uint32_t abi;         /* BYPASS_ABI */
-    uint32_t flags;       /* BYPASS_F_* */
-    uint32_t max_conns;   /* TCP connections, in all states */
-    uint32_t max_socks;   /* handles: listeners, UDP sockets, connections that a program holds */
-    uint32_t max_chunks;  /* 512-byte pieces for received data that is copied out of frames */
-    uint32_t max_dsts;    /* destinations in the next-hop cache */
-    uint32_t max_frags;   /* IPv4 datagrams under reassembly */
-    uint32_t sndbuf;      /* default send buffer, bytes */
-    uint32_t rcvbuf;      /* default receive buffer, bytes */
-    uint32_t reserved[7]; /* 0 */
+    uint32_t abi;             /* BYPASS_ABI */
+    uint32_t flags;           /* BYPASS_F_* */
+    uint32_t max_conns;       /* TCP connections, in all states */
+    uint32_t max_socks;       /* handles: listeners, UDP sockets, connections that a program holds */
+    uint32_t max_chunks;      /* 512-byte pieces for received data that is copied out of frames */
+    uint32_t max_dsts;        /* destinations in the next-hop cache */
+    uint32_t max_frags;       /* IPv4 datagrams under reassembly */
+    uint32_t sndbuf;          /* default send buffer, bytes */
+    uint32_t rcvbuf;          /* default receive buffer, bytes */
+    uint32_t max_syn_backlog; /* half-open connections of all listeners; one has at most its backlog, or 128 */
+    uint32_t max_time_wait;   /* connections in TIME_WAIT; of more the oldest ends early */
+    uint8_t syn_cookies;      /* BYPASS_COOKIES_* */
+    uint8_t mtu_probing;      /* BYPASS_MTU_PROBING_* */
+    uint8_t fastopen;         /* BYPASS_FASTOPEN_* */
+    uint8_t tw_reuse;         /* 1: connect() may take over a TIME_WAIT older than a second, when timestamps guard it */
+    uint32_t reserved[4];     /* 0 */
 };
 
 struct bypass_stack { /* process-local; treat as opaque */

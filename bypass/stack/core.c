@@ -60,6 +60,12 @@ void bypass_config_default(struct bypass_config *cfg, uint32_t max_conns)
         .max_frags = 64,
         .sndbuf = 1u << 20,
         .rcvbuf = 1u << 20,
+        .max_syn_backlog = max_u32(128, min_u32(max_conns, 4096)),
+        .max_time_wait = max_conns,
+        .syn_cookies = BYPASS_COOKIES_WHEN_FULL,
+        .mtu_probing = BYPASS_MTU_PROBING_BLACKHOLE,
+        .fastopen = BYPASS_FASTOPEN_CLIENT | BYPASS_FASTOPEN_SERVER,
+        .tw_reuse = 1,
     };
 }
 
@@ -71,6 +77,11 @@ static bool config_valid(const struct bypass_config *cfg)
     if (cfg->max_conns == 0 || cfg->max_conns > limit || cfg->max_socks == 0 || cfg->max_socks > limit)
         return false;
     if (cfg->max_chunks == 0 || cfg->max_chunks > limit || cfg->max_dsts == 0 || cfg->max_dsts > limit)
+        return false;
+    if (cfg->max_syn_backlog == 0 || cfg->max_syn_backlog > limit || cfg->max_time_wait == 0)
+        return false;
+    if (cfg->syn_cookies > BYPASS_COOKIES_ALWAYS || cfg->mtu_probing > BYPASS_MTU_PROBING_ALWAYS || cfg->fastopen > 3 ||
+        cfg->tw_reuse > 1)
         return false;
     return cfg->max_frags > 0 && cfg->max_frags <= 65536 && cfg->sndbuf >= 4096 && cfg->rcvbuf >= 4096 &&
            cfg->sndbuf <= 1u << 30 && cfg->rcvbuf <= 1u << 30;
@@ -100,7 +111,7 @@ int bypass_create(struct bypass_stack *s, void *arena, size_t size, const struct
     c->now_ms = (uint32_t)(now_ns / MSEC_NS);
     c->ev_head = c->ev_tail = NO_INDEX;
     (void)layout_all(c);
-    uint64_t secret[8];
+    uint64_t secret[10];
     int err = env->random(env->ctx, secret, sizeof secret);
     if (err < 0)
         return err;
@@ -108,6 +119,7 @@ int bypass_create(struct bypass_stack *s, void *arena, size_t size, const struct
     memcpy(c->isn_key, secret + 2, 16);
     memcpy(c->port_key, secret + 4, 16);
     memcpy(c->rand_state, secret + 6, 16);
+    memcpy(c->fastopen_key, secret + 8, 16);
     c->txq_cap = min_u32(TXQ_MAX, round_up_pow2(dev->frames)); /* each frame is in it at most once */
     tcp_init(s);
     c->abi = BYPASS_ABI;

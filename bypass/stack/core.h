@@ -50,13 +50,14 @@ struct core {
     uint64_t size;
     struct bypass_config cfg;
     uint64_t now_ns;
-    uint32_t now_ms, pad0;  /* the same, for timestamps: modulo 2^32 */
-    uint64_t hash_key[2];   /* SipHash key of all flow tables */
-    uint64_t flow_key[4];   /* of hash_flow() */
-    uint32_t flow_aes, pad; /* how hash_flow() hashes: decided once, all who attach do the same */
-    uint64_t isn_key[2];    /* RFC 6528 secret */
-    uint64_t port_key[2];   /* RFC 6056 secret */
-    uint64_t rand_state[4]; /* expanded from env->random at creation */
+    uint32_t now_ms, pad0;    /* the same, for timestamps: modulo 2^32 */
+    uint64_t hash_key[2];     /* SipHash key of all flow tables */
+    uint64_t flow_key[4];     /* of hash_flow() */
+    uint32_t flow_aes, pad;   /* how hash_flow() hashes: decided once, all who attach do the same */
+    uint64_t isn_key[2];      /* RFC 6528 secret */
+    uint64_t port_key[2];     /* RFC 6056 secret */
+    uint64_t fastopen_key[2]; /* RFC 7413 secret: its cookies */
+    uint64_t rand_state[4];   /* expanded from env->random at creation */
     uint64_t stats[ST_COUNT];
 
     struct local_addr addrs[MAX_ADDRS];
@@ -74,7 +75,7 @@ struct core {
     struct pool socks;
     uint32_t ev_head, ev_tail; /* sockets with unreported events */
 
-    struct pool dsts, frags, udps, listeners, conns, colds, flights, ooos, ranges;
+    struct pool dsts, frags, udps, listeners, conns, colds, flights, ooos, ranges, reqs;
     uint64_t dst_state[16];  /* dst.c, arp.c: their own words (hash table offsets, clocks) */
     uint64_t frag_state[8];  /* reass.c */
     uint64_t icmp_state[8];  /* icmp.c: rate limit */
@@ -252,6 +253,11 @@ struct ip_tx {
 int ip_out(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx);
 /* The fast half of ip_out for TCP: the entry is DST_OK and the packet fits. */
 void ip_out_ready(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, const struct dst *d);
+
+/* An answer that a stranger draws, to packet `to` as it came in: nothing is remembered for it. A destination that is
+ * known is reached as ever, another by the link address that `to` came from (a flood of forged sources must not fill
+ * the cache of next hops, nor make anybody ask for them). Takes over the frame. */
+void ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, bypass_pkt to);
 
 /* ICMP destination unreachable (RFC 792) that quotes packet p (an IPv4 packet at meta.off, left as it
  * is), rate-limited. code 3: port. */

@@ -248,6 +248,21 @@ void ip_out_ready(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, 
     headers_put(s, p, tx, d, 0, IP4_DF); /* RFC 6864 4.1: not cut, an identification has no meaning */
 }
 
+void ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, bypass_pkt to)
+{
+    const struct dst *known = dst_find(s, tx->dst);
+    const uint8_t *eth = pkt_data(s, to) - ETH_LEN; /* what a reassembled packet has there is not its own */
+    bool own = pkt_meta(s, to)->off >= ETH_LEN && memcmp(eth + ETH_DST, s->dev->mac, 6) == 0 &&
+               rd16(eth + ETH_TYPE) == ETH_TYPE_IPV4;
+    if (known != NULL || !own) {
+        (void)ip_out(s, p, tx); /* who cannot be reached gets no answer; ip_out() counts it */
+        return;
+    }
+    struct dst back = {.state = DST_OK, .mtu = s->dev->mtu};
+    memcpy(back.mac, eth + ETH_SRC, 6);
+    ip_out_ready(s, p, tx, &back);
+}
+
 void pkt_free_list(struct bypass_stack *s, bypass_pkt head)
 {
     while (head != BYPASS_PKT_NONE) {

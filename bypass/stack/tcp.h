@@ -15,6 +15,8 @@
  *   tcp_timer.c     what time alone causes
  *   tcp_conn.c      connections: table, open, close
  *   tcp_listen.c    endpoints that are not connected: bind, listen, accept
+ *   tcp_req.c       half-open connections: a SYN that was answered, until its ACK comes
+ *   tcp_cookie.c    SYN cookies: not even that is kept
  *
  * Hot state is four cache lines a connection, in a pool of its own; what only set-up, tear-down and
  * introspection need lies in a second pool at the same index (struct tcp_cold).
@@ -224,6 +226,7 @@ struct tcp_endpoint {
     uint32_t gen;
     uint32_t hash_next;
     uint32_t backlog, accept_count, syn_count;
+    uint64_t cookie_ns; /* when the last SYN cookie went out for it; 0: none did */
     uint32_t accept_head, accept_tail;
     /* options that connections inherit */
     uint32_t sndbuf, rcvbuf, flags;
@@ -237,6 +240,27 @@ struct tcp_endpoint {
 
 enum { TCP_PORT_BUCKETS = 256 };
 
+/* A SYN that was answered, and nothing more: what a flood of SYNs costs is this, and at most max_syn_backlog of it.
+ * The ACK that ends the handshake makes it a connection. */
+enum { REQ_TS = 1, REQ_WSCALE = 2, REQ_SACK = 4, REQ_ECN = 8, REQ_USED = 16 };
+struct tcp_req {
+    uint32_t link; /* in use: next in its bucket, index plus one */
+    addr_t laddr, raddr;
+    uint16_t lport, rport;
+    uint32_t hash;
+    uint32_t listener;
+    uint32_t prev, next; /* list of those whose SYN-ACK went equally often: all wait equally long, so it is in order */
+    seq_t iss, irs;
+    uint32_t ts_recent;
+    uint32_t challenge_ms;    /* when the last challenge ACK went; 0: none did */
+    uint64_t sent_ns;         /* the last SYN-ACK */
+    uint16_t mss, wnd, queue; /* of the SYN; mss 0: it had none */
+    uint8_t flags, wscale, tries;
+    uint8_t rcv_wscale;
+};
+static_assert(sizeof(struct tcp_req) == 96, "a cache line and a half");
+enum { SYNACK_RETRIES = 5 };
+
 struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint64_t table_off; /* flow table: struct flow_slot[table_mask + 1] */
     uint32_t table_mask;
@@ -245,7 +269,11 @@ struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint32_t challenge_tokens;
     uint32_t resume_all; /* a next hop was answered */
     uint64_t challenge_ns;
-    uint64_t port_clock; /* RFC 6056: table of counters, folded into one word */
+    uint64_t req_due; /* no request's time comes before; NO_DEADLINE: there is none */
+    uint32_t req_head[SYNACK_RETRIES + 1], req_tail[SYNACK_RETRIES + 1];
+    uint64_t cookie_key[2][2]; /* by the parity of cookie_period */
+    uint64_t cookie_period;    /* in which cookie_key was last renewed */
+    uint64_t port_clock;       /* RFC 6056: table of counters, folded into one word */
     uint32_t ports[TCP_PORT_BUCKETS];
     struct wheel wheel;
 };
@@ -284,6 +312,11 @@ static inline struct tcp_flight *conn_flight(const struct bypass_stack *s, const
     return flight_at(s, c->flight); /* only while there is one */
 }
 static inline bool has_flight(const struct tcp_conn *c) { return c->flight != NO_INDEX; }
+static inline struct tcp_req *req_at(const struct bypass_stack *s, uint32_t i) { return pool_at(s, &core(s)->reqs, i); }
+static inline uint32_t endpoint_index(const struct bypass_stack *s, const struct tcp_endpoint *ep)
+{
+    return (uint32_t)(ep - endpoint_at(s, 0));
+}
 static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return core(s)->now_ms; }
 
 /* ---- A segment, parsed (host order) --------------------------------------------------------------- */
@@ -361,6 +394,13 @@ void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop);
 void conn_ack_batch(struct bypass_stack *s, struct tcp_conn *c); /* one ACK when this batch of frames is read */
 void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu);
 uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c);
+struct flow_isn {
+    seq_t iss;
+    uint32_t ts_offset;
+};
+struct flow_isn tcp_flow_isn(const struct bypass_stack *s, const addr_t *laddr, uint16_t lport, const addr_t *raddr,
+                             uint16_t rport);
+bool conn_available(const struct bypass_stack *s); /* conn_new() would succeed */
 
 /* tcp_fast.c */
 struct rx_flow {
@@ -375,9 +415,42 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
 /* tcp_listen.c */
 struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port);
 void tcp_take_syn(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* peer's SYN: names, options */
-void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g);
+struct tcp_conn *tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g);
+bool tcp_accept_full(const struct tcp_endpoint *ep);                /* holds backlog + 1, as Linux' */
 bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c);  /* the handshake ended; false: queue full */
 void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c); /* c dies before it was accepted */
+
+/* tcp_req.c */
+void tcp_req_layout(struct layout *l, struct core *c);
+void tcp_req_init(struct bypass_stack *s);
+struct tcp_req *tcp_req_find(const struct bypass_stack *s, const struct segment *g);
+/* Answers a SYN and keeps a request. false: there is no room. */
+bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g);
+/* A segment for a request. The connection that it has become, in SYN_RECEIVED, for which the segment is then to be
+ * processed, or NULL. */
+struct tcp_conn *tcp_req_in(struct bypass_stack *s, struct tcp_req *r, const struct segment *g);
+/* A connection in SYN_RECEIVED out of what a SYN said, our answer to it having been iss. NULL: no room. */
+struct tcp_conn *tcp_req_promote(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *syn, seq_t iss);
+void tcp_req_icmp(struct bypass_stack *s, const struct icmp_error *e, uint32_t hash);
+void tcp_req_reset_all(struct bypass_stack *s, struct tcp_endpoint *ep); /* the listener goes */
+void tcp_req_timers(struct bypass_stack *s);
+bool tcp_req_info(const struct bypass_stack *s, uint32_t i, struct bypass_tcp_info *out); /* false: i is not in use */
+static inline bool tcp_req_due(const struct bypass_stack *s) { return unlikely(now_ns(s) >= tcp_head(s)->req_due); }
+static inline uint32_t tcp_syn_window(uint32_t rcvbuf) { return min_u32(rcvbuf, 65535); } /* RFC 7323 2.2: not scaled */
+static inline uint8_t tcp_wscale_for(uint32_t rcvbuf)
+{
+    uint8_t shift = 0;
+    while (rcvbuf >> shift > 65535 && shift < 14)
+        shift++;
+    return shift;
+}
+
+/* tcp_cookie.c */
+void tcp_cookie_init(struct bypass_stack *s);
+void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g);
+/* An ACK that might bring a cookie back: the connection that it makes, in SYN_RECEIVED, or NULL: *good tells whether it
+ * was one. */
+struct tcp_conn *tcp_cookie_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g, bool *good);
 
 /* tcp_ack.c */
 bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
@@ -469,6 +542,18 @@ void tcp_send_rst(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_send_probe(struct bypass_stack *s, struct tcp_conn *c);     /* one old sequence number: draws an ACK */
 void tcp_reply_rst(struct bypass_stack *s, const struct segment *g); /* to a segment of no connection */
 void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c);      /* RFC 5961, rate-limited */
+bool tcp_challenge_token(struct bypass_stack *s);                    /* of those of the whole stack */
+/* A segment of no connection, or of one that is only half there. */
+struct tcp_bare {
+    const addr_t *src, *dst;
+    uint16_t sport, dport, wnd, queue;
+    seq_t seq, ack;
+    uint8_t flags, ttl, tos;
+    const struct tcp_opts *opts; /* of a SYN all, of another segment the timestamps; may be NULL */
+};
+/* `to`: the packet that it answers, when nothing may be remembered for its sender, or BYPASS_PKT_NONE. false: no frame,
+ * or nobody to send it to. */
+bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, bypass_pkt to);
 
 /* connections that waited for a frame or a next hop, or owe an ACK for a batch */
 void tcp_resume_all(struct bypass_stack *s);
@@ -484,6 +569,8 @@ static inline void tcp_timers(struct bypass_stack *s)
 {
     if (!wheel_at_rest(&tcp_head(s)->wheel, now_ns(s)))
         tcp_timers_run(s);
+    if (tcp_req_due(s))
+        tcp_req_timers(s);
 }
 void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c); /* after any deadline was set */
 void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c);
@@ -497,12 +584,12 @@ enum {
     DELACK_MS = 40,
     TIME_WAIT_S = 60,
     SYN_RETRIES = 6,
-    SYNACK_RETRIES = 5,
     DATA_RETRIES = 15,
     ORPHAN_RETRIES = 8,
     QUICK_ACKS = 16,
     ACK_BATCH_MAX = 8, /* segments of one batch that one ACK may stand for */
     CHALLENGE_PER_S = 1000,
+    BACKLOG_MAX = 65535,
     SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
     WINDOW_LOW = 32768,   /* bytes: with less on offer the peer may be waiting */
 };

@@ -24,6 +24,7 @@ void tcp_layout(struct layout *l, struct core *c)
     layout_pool(l, &c->ooos, sizeof(struct tcp_ooo), c->cfg.max_conns);
     layout_pool(l, &c->ranges, sizeof(struct tcp_range),
                 max_u32(4 * OOO_RANGES_MAX, min_u32(8 * c->cfg.max_conns, 1u << 18)));
+    tcp_req_layout(l, c);
     layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), min_u32(c->cfg.max_socks, UNCONNECTED_MAX));
 }
 
@@ -36,6 +37,8 @@ void tcp_init(struct bypass_stack *s)
     for (int i = 0; i < 2; i++)
         t->blocked_head[i] = NO_INDEX;
     memset(t->ports, 0xff, sizeof t->ports);
+    tcp_req_init(s);
+    tcp_cookie_init(s);
     wheel_init(&t->wheel, now_ns(s));
 }
 
@@ -105,15 +108,16 @@ static void flow_remove(struct bypass_stack *s, const struct tcp_conn *c)
 
 /* ---- Creation --------------------------------------------------------------------------------------- */
 /* RFC 6528 3: a clock plus a keyed hash of the connection's names. */
-static void choose_isn(struct bypass_stack *s, struct tcp_conn *c, struct tcp_cold *k)
+struct flow_isn tcp_flow_isn(const struct bypass_stack *s, const addr_t *laddr, uint16_t lport, const addr_t *raddr,
+                             uint16_t rport)
 {
     struct {
         addr_t laddr, raddr;
         uint16_t lport, rport;
-    } id = {c->laddr, c->raddr, c->lport, c->rport};
+    } id = {*laddr, *raddr, lport, rport};
     uint64_t f = siphash13(core(s)->isn_key, &id, sizeof id);
-    k->iss = seq((uint32_t)f + (uint32_t)(now_ns(s) >> 6)); /* a tick of 64 ns: wraps in 275 s, over 2 MSL */
-    k->ts_offset = (uint32_t)(f >> 32);
+    uint32_t clock = (uint32_t)(now_ns(s) >> 6); /* a tick of 64 ns: wraps in 275 s, over 2 MSL */
+    return (struct flow_isn){.iss = seq((uint32_t)f + clock), .ts_offset = (uint32_t)(f >> 32)};
 }
 
 /* The oldest that no program holds. */
@@ -125,6 +129,17 @@ static bool drop_time_wait(struct bypass_stack *s)
             return true;
         }
     }
+    return false;
+}
+
+bool conn_available(const struct bypass_stack *s)
+{
+    const struct pool *p = &core(s)->conns;
+    if (likely(p->used < p->cap))
+        return true;
+    for (uint32_t i = tcp_head(s)->tw_head; i != NO_INDEX; i = cold_at(s, i)->tw_next)
+        if (conn_at(s, i)->sock == NO_INDEX)
+            return true;
     return false;
 }
 
@@ -181,11 +196,11 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
     c->rto_us = RTO_INIT_US;
     c->quick_acks = QUICK_ACKS;
     c->syn_mss = TCP_DEFAULT_MSS;
-    while (c->rcvbuf >> c->rcv_wscale > 65535 && c->rcv_wscale < 14)
-        c->rcv_wscale++;
+    c->rcv_wscale = tcp_wscale_for(c->rcvbuf);
     k->last_in = now_ns(s);
-    choose_isn(s, c, k);
-    c->snd_una = c->snd_nxt = k->iss;
+    struct flow_isn isn = tcp_flow_isn(s, laddr, lport, raddr, rport);
+    k->ts_offset = isn.ts_offset;
+    c->snd_una = c->snd_nxt = k->iss = isn.iss;
     c->hash = flow_hash(s, laddr, raddr, lport, rport);
     flow_insert(s, c);
     return c;
@@ -550,6 +565,11 @@ int bypass_conn_next(struct bypass_stack *s, uint32_t *cursor, struct bypass_tcp
         (*cursor)++;
         return 1;
     }
+    for (uint32_t i; (i = *cursor - tcp_head(s)->table_mask - 1) < core(s)->reqs.bump;) {
+        (*cursor)++;
+        if (tcp_req_info(s, i, out))
+            return 1;
+    }
     return 0;
 }
 
@@ -571,7 +591,7 @@ int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)
 
 void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a)
 {
-    a->conns = core(s)->conns.used;
+    a->conns = core(s)->conns.used + core(s)->reqs.used;
     a->listeners = core(s)->listeners.used;
     a->timers = tcp_head(s)->wheel.armed;
     a->flights = core(s)->flights.used;

@@ -237,8 +237,9 @@ static enum next_step handshake_ack(struct bypass_stack *s, struct tcp_conn *c, 
     c->snd_wnd_max = c->snd_wnd;
     c->snd_wl1 = g->seq;
     c->snd_wl2 = g->ack;
-    if (!(c->flags & TF_SYN_RTX))
-        tcp_rtt_sample(c, max_u64((now_ns(s) - conn_cold(s, c)->syn_sent_ns) / 1000, 1));
+    uint64_t sent_ns = conn_cold(s, c)->syn_sent_ns; /* 0: it was a cookie, and nobody remembers */
+    if (!(c->flags & TF_SYN_RTX) && sent_ns != 0)
+        tcp_rtt_sample(c, max_u64((now_ns(s) - sent_ns) / 1000, 1));
     conn_established(s, c);
     return GO_ON;
 }
@@ -318,6 +319,19 @@ static bool replaces_time_wait(const struct tcp_conn *c, const struct segment *g
     return seq_gt(g->seq, c->rcv_nxt);
 }
 
+static __attribute__((noinline)) void unconnected_in(struct bypass_stack *s, struct segment *g)
+{
+    struct tcp_req *r = tcp_req_find(s, g);
+    struct tcp_endpoint *ep = r ? NULL : endpoint_find(s, &g->ri->dst, g->dst_port);
+    struct tcp_conn *c = r ? tcp_req_in(s, r, g) : ep ? tcp_listen_in(s, ep, g) : NULL;
+    if (c) { /* the ACK of a handshake made it: it is this connection's first segment */
+        synchronised_in(s, c, g);
+    } else if (!r && !ep) {
+        STAT(s, tcp_in_no_socket);
+        tcp_reply_rst(s, g);
+    }
+}
+
 static void dispatch(struct bypass_stack *s, struct segment *g)
 {
     const struct rx_info *ri = g->ri;
@@ -338,13 +352,7 @@ static void dispatch(struct bypass_stack *s, struct segment *g)
             synchronised_in(s, c, g);
         return;
     }
-    struct tcp_endpoint *ep = endpoint_find(s, &g->ri->dst, g->dst_port);
-    if (ep) {
-        tcp_listen_in(s, ep, g);
-        return;
-    }
-    STAT(s, tcp_in_no_socket);
-    tcp_reply_rst(s, g);
+    unconnected_in(s, g);
 }
 
 void tcp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri)
@@ -378,6 +386,8 @@ void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e)
 {
     uint32_t hash = flow_hash(s, &e->src, &e->dst, e->src_port, e->dst_port);
     struct tcp_conn *c = conn_find(s, hash, &e->src, &e->dst, e->src_port, e->dst_port);
+    if (!c)
+        tcp_req_icmp(s, e, hash);
     if (!c || c->state == BYPASS_TIME_WAIT)
         return;
     if (seq_lt(seq(e->seq), c->snd_una) || seq_geq(seq(e->seq), c->snd_nxt))

@@ -12,11 +12,6 @@ static uint32_t *bucket(const struct bypass_stack *s, uint16_t port)
     return &tcp_head(s)->ports[port % TCP_PORT_BUCKETS];
 }
 
-static uint32_t endpoint_index(const struct bypass_stack *s, const struct tcp_endpoint *ep)
-{
-    return (uint32_t)(ep - endpoint_at(s, 0));
-}
-
 int tcp_create(struct bypass_stack *s, uint32_t *idx)
 {
     const struct bypass_config *cfg = &core(s)->cfg;
@@ -105,7 +100,7 @@ int tcp_listen(struct bypass_stack *s, uint32_t idx, int backlog)
     if (!ep->listening && port_taken(s, ep, &ep->addr, ep->port))
         return -EADDRINUSE;
     ep->listening = 1;
-    ep->backlog = backlog < 1 ? 1 : min_u32((uint32_t)backlog, 65535);
+    ep->backlog = min_u32((uint32_t)backlog, BACKLOG_MAX); /* a negative one is large, as on Linux */
     return 0;
 }
 
@@ -170,38 +165,51 @@ void tcp_take_syn(struct bypass_stack *s, struct tcp_conn *c, const struct segme
     conn_update_mss(s, c, 0);
 }
 
-void tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g)
+/* Linux' bound: one more than the backlog. */
+bool tcp_accept_full(const struct tcp_endpoint *ep) { return ep->accept_count > ep->backlog; }
+
+static bool syn_queue_full(const struct bypass_stack *s, const struct tcp_endpoint *ep)
 {
-    if (g->flags & TCP_RST)
-        return;
-    if (g->flags & TCP_ACK) {
-        tcp_reply_rst(s, g);
-        return;
-    }
-    if (!(g->flags & TCP_SYN) || (g->flags & TCP_FIN))
-        return;
-    if (ep->accept_count >= ep->backlog) {
+    const struct pool *p = &core(s)->reqs;
+    return ep->syn_count >= max_u32(ep->backlog, 128) || p->used == p->cap;
+}
+
+/* RFC 9293 3.10.7.2, third. Refusing costs nothing, keeping is bounded, and beyond that a cookie costs no memory. */
+static void syn_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g)
+{
+    uint8_t cookies = core(s)->cfg.syn_cookies;
+    if (tcp_accept_full(ep)) {
         STAT(s, tcp_listen_overflow);
         return;
     }
-    if (ep->syn_count >= max_u32(ep->backlog, 128)) {
-        STAT(s, tcp_syn_overflow);
+    if (!conn_available(s)) {
+        STAT(s, tcp_no_conn); /* those that are there live on; new ones are refused first */
         return;
     }
-    struct tcp_conn *c = conn_new(s, ep, &g->ri->dst, g->dst_port, &g->ri->src, g->src_port);
-    if (!c)
-        return;
-    struct tcp_cold *k = conn_cold(s, c);
-    k->listener = endpoint_index(s, ep);
-    k->listener_gen = ep->gen;
-    ep->syn_count++;
-    if (g->follows && seq_leq(k->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
-        k->iss = c->snd_una = c->snd_nxt = seq_add(g->old_snd_nxt, 65536);
-    c->flags |= TF_PASSIVE;
-    tcp_take_syn(s, c, g);
-    conn_set_state(s, c, BYPASS_SYN_RECEIVED);
-    STAT(s, tcp_passive_opens);
-    tcp_send_syn(s, c);
+    bool full = syn_queue_full(s, ep);
+    if (full)
+        STAT(s, tcp_syn_overflow);
+    /* a cookie cannot be told to follow a TIME_WAIT's sequence numbers (RFC 1122 4.2.2.13) */
+    if ((full || cookies == BYPASS_COOKIES_ALWAYS) && cookies != BYPASS_COOKIES_OFF && !g->follows)
+        tcp_cookie_send(s, ep, g);
+    else if (!full)
+        (void)tcp_req_new(s, ep, g);
+}
+
+struct tcp_conn *tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g)
+{
+    bool cookie;
+    if (g->flags & TCP_RST)
+        return NULL;
+    if (g->flags & TCP_ACK) {
+        struct tcp_conn *c = tcp_cookie_in(s, ep, g, &cookie);
+        if (!cookie)
+            tcp_reply_rst(s, g);
+        return c;
+    }
+    if ((g->flags & (TCP_SYN | TCP_FIN)) == TCP_SYN)
+        syn_in(s, ep, g);
+    return NULL;
 }
 
 static struct tcp_endpoint *listener_of(const struct bypass_stack *s, const struct tcp_cold *k)
@@ -218,7 +226,7 @@ bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c)
     struct tcp_endpoint *ep = listener_of(s, k);
     if (!ep)
         return false;
-    if (ep->accept_count >= ep->backlog) {
+    if (tcp_accept_full(ep)) {
         STAT(s, tcp_listen_overflow);
         return false;
     }
@@ -230,7 +238,6 @@ bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c)
         ep->accept_head = self;
     ep->accept_tail = self;
     ep->accept_count++;
-    ep->syn_count--;
     c->flags |= TF_ACCEPTABLE;
     sock_event(s, ep->sock, BYPASS_IN);
     return true;
@@ -255,8 +262,6 @@ void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c)
     struct tcp_endpoint *ep = listener_of(s, k);
     if (ep && (c->flags & TF_ACCEPTABLE))
         accept_unlink(s, ep, c);
-    else if (ep && c->state == BYPASS_SYN_RECEIVED)
-        ep->syn_count--;
     k->listener = NO_INDEX;
 }
 
@@ -279,12 +284,7 @@ static void reset_children(struct bypass_stack *s, struct tcp_endpoint *ep)
 {
     while (ep->accept_head != NO_INDEX)
         conn_reset(s, conn_at(s, ep->accept_head), 0);
-    const struct pool *p = &core(s)->conns;
-    for (uint32_t i = 0; ep->syn_count > 0 && i < p->bump; i++) {
-        struct tcp_conn *c = conn_at(s, i);
-        if (c->state == BYPASS_SYN_RECEIVED && listener_of(s, cold_at(s, i)) == ep)
-            conn_reset(s, c, 0);
-    }
+    tcp_req_reset_all(s, ep);
 }
 
 void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx)

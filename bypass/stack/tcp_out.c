@@ -216,41 +216,68 @@ void tcp_reply_rst(struct bypass_stack *s, const struct segment *g)
 {
     if ((g->flags & TCP_RST) || g->ri->multicast || !(core(s)->cfg.flags & BYPASS_F_RST))
         return;
-    bypass_pkt p = pkt_alloc(s);
-    if (p == BYPASS_PKT_NONE)
-        return;
-    struct header h = {.src_port = g->dst_port, .dst_port = g->src_port};
+    struct tcp_bare b = {.src = &g->ri->dst, .dst = &g->ri->src, .sport = g->dst_port, .dport = g->src_port, .ttl = 64};
     if (g->flags & TCP_ACK) {
-        h.seq = g->ack;
-        h.flags = TCP_RST;
+        b.seq = g->ack;
+        b.flags = TCP_RST;
     } else {
-        h.ack = seq_add(g->seq, seg_len(g));
-        h.flags = TCP_RST | TCP_ACK;
+        b.ack = seq_add(g->seq, seg_len(g));
+        b.flags = TCP_RST | TCP_ACK;
     }
-    push_header(s, p, &h, &g->ri->dst, &g->ri->src, 0);
     if (g->pkt != BYPASS_PKT_NONE)
-        pkt_meta(s, p)->queue = pkt_meta(s, g->pkt)->queue;
-    STAT(s, tcp_out_resets);
-    struct ip_tx tx = {.src = &g->ri->dst, .dst = &g->ri->src, .proto = 6, .ttl = 64, .df = true};
-    (void)ip_out(s, p, &tx);
+        b.queue = pkt_meta(s, g->pkt)->queue;
+    if (tcp_send_bare(s, &b, g->pkt))
+        STAT(s, tcp_out_resets);
+}
+
+bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, bypass_pkt to)
+{
+    bypass_pkt p = pkt_alloc(s);
+    uint8_t opts[40];
+    if (p == BYPASS_PKT_NONE)
+        return false;
+    struct header h = {.seq = b->seq, .ack = b->ack, .flags = b->flags, .wnd = b->wnd, .opts = opts};
+    h.src_port = b->sport;
+    h.dst_port = b->dport;
+    if (b->opts && (b->flags & TCP_SYN)) {
+        h.opts_len = tcp_opt_write_syn(opts, b->opts);
+    } else if (b->opts && b->opts->has_ts) {
+        h.has_ts = true;
+        h.ts_val = b->opts->ts_val;
+        h.ts_ecr = b->opts->ts_ecr;
+    }
+    push_header(s, p, &h, b->src, b->dst, 0);
+    pkt_meta(s, p)->queue = b->queue;
+    struct ip_tx tx = {.src = b->src, .dst = b->dst, .proto = 6, .ttl = b->ttl, .tos = b->tos, .df = true};
+    if (to == BYPASS_PKT_NONE)
+        return ip_out(s, p, &tx) == 0;
+    ip_out_back(s, p, &tx, to);
+    return true;
 }
 
 /* RFC 5961 7: an ACK that a blind attacker cannot use, and cannot draw without limit. */
-void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c)
+bool tcp_challenge_token(struct bypass_stack *s)
 {
     struct tcp *t = tcp_head(s);
-    struct tcp_cold *k = conn_cold(s, c);
     if (now_ns(s) - t->challenge_ns >= SEC_NS) {
         t->challenge_ns = now_ns(s);
         /* not a constant: a counter others can watch would be a side channel (CVE-2016-5696) */
         t->challenge_tokens = CHALLENGE_PER_S / 2 + (uint32_t)(core_random(s) % CHALLENGE_PER_S);
     }
+    if (t->challenge_tokens == 0)
+        return false;
+    t->challenge_tokens--;
+    return true;
+}
+
+void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp_cold *k = conn_cold(s, c);
     bool soon = k->challenge_ns != 0 && now_ns(s) - k->challenge_ns < SEC_NS / 2;
-    if (soon || t->challenge_tokens == 0) {
+    if (soon || !tcp_challenge_token(s)) {
         STAT(s, tcp_out_challenge_limited);
         return;
     }
-    t->challenge_tokens--;
     k->challenge_ns = now_ns(s);
     STAT(s, tcp_out_challenge_acks);
     tcp_send_ack(s, c);

@@ -59,7 +59,7 @@ static bool user_timeout_over(struct bypass_stack *s, struct tcp_conn *c)
 
 static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
-    uint32_t most = c->state == BYPASS_SYN_SENT ? SYN_RETRIES : SYNACK_RETRIES;
+    uint32_t most = c->state == BYPASS_SYN_SENT ? (uint32_t)SYN_RETRIES : (uint32_t)SYNACK_RETRIES;
     if (c->rtx_count >= most) {
         give_up(s, c);
         return;
@@ -195,7 +195,7 @@ void tcp_timers_run(struct bypass_stack *s)
 
 uint64_t tcp_deadline(const struct bypass_stack *s)
 {
-    uint64_t at = wheel_next(&tcp_head(s)->wheel);
+    uint64_t at = min_u64(wheel_next(&tcp_head(s)->wheel), tcp_head(s)->req_due);
     if (tcp_head(s)->resume_all)
         return 0;
     if (tcp_head(s)->blocked_head[0] != NO_INDEX) /* the device completes soon, but says so to nobody */
