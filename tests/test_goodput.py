@@ -135,7 +135,14 @@ def test_rounds_are_interleaved_and_begin_with_another_variant_each_time() -> No
     assert len(names) == 3 * 2 * 4
     assert names[0:4] == names[4:8]  # both conditions of one round
     assert names[8] == names[1]
-    assert [job.seed for *_, job in plan] == [1] * 8 + [2] * 8 + [3] * 8
+    assert [job.seed for *_, job in plan] == [1] * 8 + [101] * 8 + [201] * 8
+
+
+def test_where_chance_decides_a_figure_is_the_mean_of_several_runs() -> None:
+    satellite = BY_NAME["satellite"]
+    plan = matrix.jobs([satellite], ["reno"], [], rounds=1, linux=True)
+    assert [job.seed for *_, job in plan] == list(range(1, satellite.wires + 1))
+    assert matrix.means([1, 3, 5, 7], of=2) == [2, 6]
 
 
 def test_without_linux_and_without_the_algorithm_nothing_is_promised() -> None:

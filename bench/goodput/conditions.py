@@ -65,6 +65,8 @@ class Condition:
         warmup_s, seconds: before, and during the measurement.
         transfer_bytes: instead of one connection without end: transfers of this size, one after another, each on a
             connection of its own; `parallel` such sequences at once.
+        wires: how many independent runs are averaged for one figure, where chance decides much.
+        use: of the rate, by congestion control that takes losses for congestion; how much work a run is.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Condition:
     seconds: float = 10
     transfer_bytes: int = 0
     parallel: int = 1
+    wires: int = 1
+    use: float = 1
 
     def arguments(self) -> list[str]:
         return [
@@ -126,6 +130,8 @@ CONDITIONS = (
         why="one loss in many windows: fast recovery",
         fwd=Link(rate_mbit=50, delay_ms=15, queue_bytes=187_500, loss=0.01),
         rev=Link(rate_mbit=50, delay_ms=15),
+        wires=3,
+        use=0.1,
     ),
     Condition(
         name="loss3",
@@ -133,6 +139,8 @@ CONDITIONS = (
         why="small windows, several losses in one, lost retransmissions",
         fwd=Link(rate_mbit=50, delay_ms=15, queue_bytes=187_500, loss=0.03),
         rev=Link(rate_mbit=50, delay_ms=15),
+        wires=3,
+        use=0.05,
     ),
     Condition(
         name="burst",
@@ -140,6 +148,8 @@ CONDITIONS = (
         why="the end of a window with all its retransmissions is lost together",
         fwd=Link(rate_mbit=50, delay_ms=15, queue_bytes=187_500, burst=0.001, burst_frames=8),
         rev=Link(rate_mbit=50, delay_ms=15),
+        wires=2,
+        use=0.3,
     ),
     Condition(
         name="reorder",
@@ -157,6 +167,7 @@ CONDITIONS = (
         fwd=Link(rate_mbit=20, delay_ms=20, queue_bytes=100_000, jitter_ms=10, duplicate=0.001),
         rev=Link(rate_mbit=20, delay_ms=20, jitter_ms=10, duplicate=0.001),
         warmup_s=2,
+        wires=2,
     ),
     Condition(
         name="satellite",
@@ -168,6 +179,7 @@ CONDITIONS = (
         rev=Link(rate_mbit=1, delay_ms=200, loss=0.01, outage_every_ms=8000, outage_ms=1500),
         warmup_s=4,
         seconds=24,
+        wires=6,
     ),
     Condition(
         name="acks",
@@ -187,6 +199,7 @@ CONDITIONS = (
         seconds=14,
         transfer_bytes=100_000,
         parallel=3,
+        wires=2,
     ),
 )
 BY_NAME = {c.name: c for c in CONDITIONS}

@@ -28,6 +28,7 @@ SENDING = Variant("ours-linux", OURS, LINUX)
 RECEIVING = Variant("linux-ours", LINUX, OURS)
 BOTH = Variant("ours-ours", OURS, OURS, virtual=True)  # costs no time, and repeats exactly
 CCS = ("cubic", "reno", "bbr")
+SEEDS_A_ROUND = 100
 GOAL = 0.95  # of Linux' goodput
 
 
@@ -53,7 +54,9 @@ def jobs(
                 turn = number % len(columns) if columns else 0
                 for v in columns[turn:] + columns[:turn]:
                     flow = Flow(v.sender, v.receiver, cc)
-                    plan.append((cc, v, Job(condition, (flow,), seed=number + 1, virtual=v.virtual)))
+                    for wire in range(condition.wires):
+                        seed = number * SEEDS_A_ROUND + wire + 1
+                        plan.append((cc, v, Job(condition, (flow,), seed, virtual=v.virtual)))
     return plan
 
 
@@ -72,14 +75,15 @@ def run(
     results = many([job for _, _, job in plan], at_once, lambda job: step(job.condition.title))
     for (cc, v, job), result in zip(plan, results, strict=True):
         found.setdefault(cc, {}).setdefault(job.condition.name, {}).setdefault(v.name, []).append(result)
+    wires = {c.name: c.wires for c in conditions}
     return {
-        cc: {name: _entry(columns) for name, columns in by_condition.items()}
+        cc: {name: _entry(columns, wires[name]) for name, columns in by_condition.items()}
         for cc, by_condition in found.items()
     }
 
 
-def _entry(columns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    figures = {name: _figures(results) for name, results in columns.items()}
+def _entry(columns: dict[str, list[dict[str, Any]]], wires: int) -> dict[str, Any]:
+    figures = {name: _figures(results, wires) for name, results in columns.items()}
     ratios = {}
     if REFERENCE.name in figures:
         base = figures[REFERENCE.name]["mbit"]["median"]
@@ -91,11 +95,16 @@ def _entry(columns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"variants": figures, "ratios": ratios}
 
 
-def _figures(results: list[dict[str, Any]]) -> dict[str, Any]:
+def means(values: Sequence[float], of: int) -> list[float]:
+    """Of each `of` values in a row: one figure a round."""
+    return [statistics.fmean(values[i : i + of]) for i in range(0, len(values), of)]
+
+
+def _figures(results: list[dict[str, Any]], wires: int) -> dict[str, Any]:
     transfers = [t for r in results for f in r["flows"] for t in f["transfers_ms"]]
     errors = sorted({f["error"] for r in results for f in r["flows"] if f["error"]})
     return {
-        "mbit": spread([goodput(r) for r in results]),
+        "mbit": spread(means([goodput(r) for r in results], wires)),
         "retransmits": spread([sum(f["retransmits"] for f in r["flows"]) for r in results]),
         "queue_dropped": spread([r["fwd"]["queue_dropped"] for r in results]),
         "queue_mean_ms": spread([r["fwd"]["queue_mean_ms"] for r in results]),

@@ -47,8 +47,10 @@ class Job:
     sample_ms: int = 0
 
     @property
-    def needs_linux(self) -> bool:
-        return any(LINUX in (f.sender, f.receiver) for f in self.flows)
+    def weight_mbit(self) -> float:
+        """What it is likely to send: how much of the machine it takes."""
+        share = 1 if any(f.cc == "bbr" for f in self.flows) else self.condition.use
+        return 0 if self.virtual else self.condition.fwd.rate_mbit * share
 
     def argv(self) -> list[str]:
         return [
@@ -119,8 +121,7 @@ def many(
     share = _Share(CAPACITY_MBIT)
 
     def work(job: Job) -> dict[str, Any]:
-        weight = 0 if job.virtual else job.condition.fwd.rate_mbit
-        result = share(weight, lambda: steady(job))
+        result = share(job.weight_mbit, lambda: steady(job))
         done(job)
         return result
 
