@@ -121,9 +121,9 @@ MUTANTS = {
         "loss::test_no_round_trip_is_taken_from_a_segment_that_was_sent_twice",
     ),
     "slow start never ends": Mutant(
-        "tcp_cc.c",
-        "if (c->cwnd < c->ssthresh) {",
-        "if (true) {",
+        "tcp_reno.c",
+        "if (acked == 0 || cc->cwnd < cc->ssthresh)",
+        "if (true)",
         "loss::test_congestion_avoidance_adds_a_segment_each_round_trip",
     ),
     "a SYN's window is scaled": Mutant(

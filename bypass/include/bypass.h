@@ -189,10 +189,18 @@ struct bypass_config {
     uint32_t reserved[4];     /* 0 */
 };
 
+struct bypass_cc_ops;
+enum {
+    BYPASS_CC_MAX = 8 /* algorithms that a program may add */,
+    BYPASS_CC_NAME = 16 /* bytes of a name, with its 0 */
+};
+
 struct bypass_stack { /* process-local; treat as opaque */
     void *arena;
     struct bypass_netdev *dev;
     struct bypass_env env;
+    const struct bypass_cc_ops *cc[BYPASS_CC_MAX]; /* bypass_cc_register() */
+    uint32_t attached;                             /* not the process that created it */
 };
 
 /* Fills cfg with defaults for `max_conns` connections. */
@@ -340,6 +348,106 @@ struct bypass_event {
 };
 /* Takes up to max events, oldest first. Returns the number. */
 BYPASS_API int bypass_events(struct bypass_stack *s, struct bypass_event *out, int max);
+
+/* ---- Congestion control --------------------------------------------------------------------------
+ *
+ * An algorithm is a table of functions. Built in: "cubic" (RFC 9438, the default), "reno" (RFC 5681), "dctcp"
+ * (RFC 8257), "bbr". A program adds its own with bypass_cc_register(). What is lost, and when to send it again, is
+ * the stack's business; an algorithm says how much may be in flight and, if it likes, how fast it leaves.
+ *
+ * Functions run inside of bypass_poll() and the socket calls. They must not call the stack, block, or keep a pointer
+ * to what they are given beyond their return. Any of them may be NULL. They need no locking beyond the stack's own.
+ */
+enum {                           /* bypass_cc_ops.flags */
+       BYPASS_CC_EVERY_ACK = 1,  /* acked() also when the window was not used, and in recovery; else only when a
+                                   * larger window would have been used, outside recovery (RFC 7661) */
+       BYPASS_CC_OWN_WINDOW = 2, /* cwnd is the algorithm's in recovery too; else proportional rate reduction
+                                   * (RFC 6937) sets it there and what acked() writes to it is not taken */
+       BYPASS_CC_KEEP = 4,       /* `state` outlives pauses with nothing in flight. Else it ends with them, as long as
+                                   * ssthresh is UINT32_MAX, and init() begins anew: idle connections cost less */
+       BYPASS_CC_PACED = 8,      /* segments leave at pacing_rate; init() has to set it */
+       BYPASS_CC_EXACT_ECN = 16, /* asks for ECN, and marks are answered as RFC 8257 3 says, not as RFC 3168 */
+};
+enum { /* bypass_cc.ca_state */
+       BYPASS_CA_OPEN = 0,
+       BYPASS_CA_DISORDER = 1, /* duplicate ACKs or SACKs, nothing is lost yet */
+       BYPASS_CA_CWR = 2,      /* reducing the window for an ECN mark */
+       BYPASS_CA_RECOVERY = 3, /* fast recovery */
+       BYPASS_CA_LOSS = 4,     /* after a retransmission timeout */
+};
+enum {                        /* event() */
+       BYPASS_CC_EV_LOSS = 0, /* recovery begins; ssthresh() was asked before */
+       BYPASS_CC_EV_RTO = 1,  /* a retransmission timeout; ssthresh() was asked before, unless the same data was hit
+                                    * again. cwnd becomes one segment after it */
+       BYPASS_CC_EV_ECN = 2,  /* the peer says that a segment was marked; ssthresh() was asked before */
+       BYPASS_CC_EV_RECOVERED = 3, /* the three above are over */
+       BYPASS_CC_EV_UNDO = 4,      /* they were a mistake: cwnd and ssthresh have their values from before */
+       BYPASS_CC_EV_RESTART = 5,   /* sending begins again after nothing was in flight */
+};
+
+enum { BYPASS_CC_WORDS = 16 };
+struct bypass_cc { /* one connection, as a congestion control sees it; valid during the call */
+    /* may be changed */
+    uint64_t *state;      /* BYPASS_CC_WORDS words of the algorithm's own, 0 at init(). They lie in the arena */
+    uint64_t pacing_rate; /* bytes a second; 0: not paced. Above BYPASS_SO_MAX_PACING_RATE has no effect */
+    uint32_t cwnd;        /* congestion window, bytes; kept within one mss and 2^30 */
+    uint32_t ssthresh;    /* slow-start threshold, bytes; UINT32_MAX: none yet */
+    /* to read */
+    uint32_t mss;         /* payload bytes of a full segment */
+    uint32_t srtt_us;     /* smoothed round trip (RFC 6298), microseconds; 0: none yet */
+    uint32_t min_rtt_us;  /* smallest round trip of the last minutes; UINT32_MAX: none yet */
+    uint32_t in_flight;   /* bytes thought to be in the network now */
+    uint32_t flight_size; /* bytes sent and not acknowledged (RFC 5681 2); in ssthresh() at LOSS no more than cwnd */
+    uint32_t ca_state;    /* BYPASS_CA_* */
+    uint32_t snd_una;     /* sequence numbers: first byte not acknowledged, */
+    uint32_t snd_nxt;     /* and next to be sent. They wrap */
+    uint32_t random;      /* in init(): unpredictable */
+    uint32_t limited;     /* in acked(): the window was used in this round trip, a larger one would have been too */
+    uint64_t now_us;      /* the stack's clock, microseconds */
+};
+
+struct bypass_cc_sample {     /* what one ACK told; bytes and microseconds */
+    uint64_t delivered_all;   /* bytes delivered since init(), this ACK's included */
+    uint64_t prior_delivered; /* its value when the newest segment that this ACK delivered was sent */
+    uint64_t rate_bytes;      /* delivered since then: over interval_us the delivery rate */
+    uint64_t rtt_us;          /* of the newest segment acknowledged; 0: it tells none (Karn) */
+    uint32_t interval_us;     /* 0: no valid delivery rate */
+    uint32_t acked;           /* bytes newly acknowledged in order */
+    uint32_t delivered;       /* bytes that have left the network towards the peer, by ACK or SACK */
+    uint32_t lost;            /* bytes newly thought lost */
+    uint32_t prior_in_flight; /* bytes in flight before this ACK */
+    uint32_t ece;             /* 1: the ACK carried ECE */
+    uint32_t app_limited;     /* 1: the rate tells what the program wrote, not what the path takes */
+    uint32_t reserved;
+};
+
+struct bypass_cc_ops {
+    const char *name; /* at most BYPASS_CC_NAME - 1 bytes */
+    uint32_t flags;   /* BYPASS_CC_* */
+    /* Before the first segment. cwnd is the initial window (RFC 6928) or what was left of it. Also when a live
+     * connection is switched to this algorithm: then cwnd and ssthresh are those of the old one. */
+    void (*init)(struct bypass_cc *cc);
+    /* An ACK that delivered something (flags say when). */
+    void (*acked)(struct bypass_cc *cc, const struct bypass_cc_sample *sm);
+    /* The new slow-start threshold, bytes, when a loss, a timeout or an ECN mark was found. NULL: half of
+     * flight_size, at least two segments (RFC 5681 equation 4). */
+    uint32_t (*ssthresh)(struct bypass_cc *cc, int event);
+    void (*event)(struct bypass_cc *cc, int event);
+};
+/* Makes `ops` known to this view of the stack under its name; the table must outlive it. The arena remembers the name,
+ * not the pointer: a process that attaches registers the same algorithms before it calls anything else, in any order
+ * (bypass_poll() gives -EINVAL until it has). -EEXIST (built in, or registered), -ENOSPC, -EINVAL (no or too long a
+ * name; an attached process, and the arena does not know the name). */
+BYPASS_API int bypass_cc_register(struct bypass_stack *s, const struct bypass_cc_ops *ops);
+/* By name, for a socket: a listener's connections inherit it, a live connection is switched at once. -ENOENT: unknown,
+ * -EBADF, -EOPNOTSUPP (UDP). */
+BYPASS_API int bypass_cc_set(struct bypass_stack *s, bypass_sock sock, const char *name);
+/* The name, with its 0, into out[0..n). -ERANGE: n is too small. */
+BYPASS_API int bypass_cc_get(const struct bypass_stack *s, bypass_sock sock, char *out, size_t n);
+/* What sockets made from now on have. -ENOENT. */
+BYPASS_API int bypass_cc_default(struct bypass_stack *s, const char *name);
+/* Names there are, from i = 0 on; NULL behind the last. */
+BYPASS_API const char *bypass_cc_name(const struct bypass_stack *s, int i);
 
 /* ---- Introspection ------------------------------------------------------------------------------ */
 enum { /* connection states, RFC 9293 3.3.2, in the numbering of Linux' tcp_states.h */

@@ -135,7 +135,7 @@ int bypass_attach(struct bypass_stack *s, void *arena, size_t size, struct bypas
         return -EINVAL;
     if (c->flow_aes && !hash_has_aes())
         return -EINVAL; /* its flow tables are hashed by instructions that this processor lacks */
-    *s = (struct bypass_stack){.arena = arena, .dev = dev, .env = *env};
+    *s = (struct bypass_stack){.arena = arena, .dev = dev, .env = *env, .attached = 1};
     return 0;
 }
 

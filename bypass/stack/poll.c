@@ -39,6 +39,8 @@ int bypass_poll(struct bypass_stack *s, uint64_t now_ns, int budget)
 {
     bypass_pkt pkts[RX_BATCH];
     int done = 0, n = 0;
+    if (unlikely(s->attached) && !tcp_cc_complete(s))
+        return -EINVAL; /* connections may use algorithms that this process does not have */
     bypass_now(s, now_ns);
     reap(s);
     while (done < budget) {

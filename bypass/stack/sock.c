@@ -487,6 +487,27 @@ int64_t bypass_getopt(struct bypass_stack *s, bypass_sock h, int opt)
     return r.u32 ? *r.u32 : r.u16 ? *r.u16 : *r.u8;
 }
 
+int bypass_cc_set(struct bypass_stack *s, bypass_sock h, const char *name)
+{
+    struct sock *k = sock_get(s, h);
+    if (!k)
+        return -EBADF;
+    if (k->type == SOCK_UDP)
+        return -EOPNOTSUPP;
+    bool conn = k->type == SOCK_TCP;
+    return tcp_cc_set(s, conn ? NULL : endpoint_at(s, k->idx), conn ? conn_at(s, k->idx) : NULL, name);
+}
+
+int bypass_cc_get(const struct bypass_stack *s, bypass_sock h, char *out, size_t n)
+{
+    const struct sock *k = sock_get(s, h);
+    if (!k)
+        return -EBADF;
+    if (k->type == SOCK_UDP)
+        return -EOPNOTSUPP;
+    return tcp_cc_get(s, k->type == SOCK_TCP ? conn_at(s, k->idx)->cc : endpoint_at(s, k->idx)->cc, out, n);
+}
+
 int bypass_tcp_info(struct bypass_stack *s, bypass_sock h, struct bypass_tcp_info *out)
 {
     struct sock *k = sock_get(s, h);

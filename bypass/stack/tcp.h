@@ -6,7 +6,10 @@
  *   tcp_in.c        a segment arrives: RFC 9293 3.10.7, in its order
  *   tcp_opt.c       options, both ways
  *   tcp_ack.c       what an acknowledgment does: RTT (RFC 6298), loss recovery (RFC 5681, 6582)
- *   tcp_cc.c        congestion control, a table of algorithms
+ *   tcp_cc.c        congestion control: the table of algorithms, and when which of their functions is called
+ *   tcp_rate.c      how fast data was delivered (delivery rate estimation)
+ *   tcp_pace.c      pacing
+ *   tcp_ecn.c       explicit congestion notification (RFC 3168)
  *   tcp_rcv.c       received bytes: in order, the window we offer
  *   tcp_ooo.c       ... and those ahead of it; tcp_item.h: what holds them
  *   tcp_sack_rcv.c  the SACK blocks that our ACKs carry (RFC 2018, RFC 2883)
@@ -68,6 +71,7 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_URG_OUT = 1 << 8,     /* urgent data up to cold.snd_up is not acknowledged */
        TX_URG_IN = 1 << 9,      /* cold.rcv_up is ahead of what was read */
        TX_FASTOPEN = 1 << 10,   /* data went with the SYN, or came with it (RFC 7413) */
+       TX_PACE_WAIT = 1 << 16,  /* the next segment waits for flight.pace_at */
        TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
 };
 
@@ -141,7 +145,6 @@ static_assert(offsetof(struct tcp_conn, rcv_nxt) == 64, "line 1");
  * connections hold none, and those with a request in flight share a few that stay in the cache. Rules:
  * tcp_flight_begin() before the first byte leaves; from then until snd_una == snd_nxt the record exists;
  * tcp_flight_end() lets go of it unless `keep` is set. */
-enum { CC_STATE_WORDS = 16 };
 struct tcp_flight {
     uint32_t link;
     uint8_t keep;     /* FK_*: who wants to remember; 0: freed when nothing is in flight */
@@ -165,21 +168,22 @@ struct tcp_flight {
     uint32_t prr_delivered, prr_out, recover_fs;
     uint32_t prior_cwnd, prior_ssthresh;
     seq_t undo_una;
-    uint32_t undo_rtx;   /* retransmissions that no DSACK has called needless; 0: undo */
-    uint32_t rtx_ts;     /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
-    uint32_t frto;       /* F-RTO's step (RFC 5682) */
-    uint32_t acked_rest; /* congestion avoidance: bytes towards the next increase */
-    /* delivery rate and pacing */
-    uint64_t delivered; /* bytes, since the record began */
-    uint64_t lost;      /* bytes ever marked lost */
-    uint64_t delivered_ns, first_tx_ns;
-    uint64_t app_limited; /* value of `delivered` at which the bubble ends; 0: limited by cwnd */
-    uint64_t pace_rate;   /* bytes a second; 0: not paced */
-    uint64_t pace_at;     /* earliest time of the next new segment */
-    uint64_t rate;        /* last delivery rate, bytes a second */
-    seq_t ecn_high;       /* cwnd was reduced for a mark before this */
+    uint32_t undo_rtx; /* retransmissions that no DSACK has called needless; 0: undo */
+    uint32_t rtx_ts;   /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
+    uint32_t frto;     /* F-RTO's step (RFC 5682) */
+    /* delivery rate (tcp_rate.c) and pacing */
+    uint64_t delivered;                 /* bytes, since the record began */
+    uint64_t lost;                      /* bytes ever marked lost */
+    uint32_t delivered_at, first_tx_at; /* ticks: of the last delivery; of the first frame of the sample */
+    uint64_t app_limited;               /* value of `delivered` at which the bubble ends; 0: limited by cwnd */
+    uint32_t rate_bytes, rate_us;       /* the last delivery rate, as a fraction */
+    uint32_t used_most;                 /* most that was in flight in this round, until used_end is acknowledged */
+    seq_t used_end;
+    uint64_t pace_rate; /* bytes a second; 0: not paced */
+    uint64_t pace_at;   /* earliest time of the next segment */
+    seq_t ecn_high;     /* cwnd was reduced for a mark before this */
     uint32_t pad;
-    uint64_t cc_state[CC_STATE_WORDS]; /* the congestion control's own; zero when the record begins */
+    uint64_t cc_state[BYPASS_CC_WORDS]; /* the congestion control's own; zero when the record begins */
 };
 enum { FK_CC = 1, FK_RACK = 2 };
 enum { CA_OPEN, CA_DISORDER, CA_CWR, CA_RECOVERY, CA_LOSS }; /* in Linux' order, as TCP_INFO shows them */
@@ -235,7 +239,8 @@ struct tcp_endpoint {
     uint16_t maxseg;
     uint8_t ttl, tos;
     uint8_t used;
-    uint8_t pad[3];
+    uint8_t cc; /* index of the congestion control */
+    uint8_t pad[2];
 };
 
 enum { TCP_PORT_BUCKETS = 256 };
@@ -275,6 +280,9 @@ struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint64_t cookie_period;    /* in which cookie_key was last renewed */
     uint64_t port_clock;       /* RFC 6056: table of counters, folded into one word */
     uint32_t ports[TCP_PORT_BUCKETS];
+    uint32_t cc_count; /* algorithms that the program added: their names */
+    uint32_t cc_default;
+    char cc_names[BYPASS_CC_MAX][BYPASS_CC_NAME];
     struct wheel wheel;
 };
 struct flow_slot {
@@ -463,14 +471,47 @@ void tcp_flight_end(struct bypass_stack *s,
                     struct tcp_conn *c); /* nothing is in flight: frees it unless it is to be kept */
 void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c);
 
-/* tcp_cc.c */
-struct tcp_cc {
-    const char *name;
-    void (*init)(struct tcp_conn *c);
-    void (*acked)(struct tcp_conn *c, struct tcp_flight *fl, uint32_t bytes); /* outside recovery, when cwnd-limited */
-    uint32_t (*ssthresh)(const struct tcp_conn *c, uint32_t flight);
+/* What one ACK told. tcp_ack_in() keeps it on its stack, and whoever learns something fills it in. */
+struct tcp_sample {
+    uint32_t acked;     /* bytes by which snd_una moved */
+    uint32_t sacked;    /* bytes that became SACKed */
+    uint32_t delivered; /* bytes that left the network towards the peer: acked, less SACKed before, plus sacked */
+    uint32_t lost;      /* bytes that were marked lost since the last ACK */
+    uint32_t flight;    /* tcp_pipe() before this ACK */
+    uint64_t rtt_us;    /* of the newest segment acknowledged that was sent once; 0: none */
+    bool ece;           /* the ACK carried ECE */
+    bool rtx;           /* the newest frame delivered was a retransmission */
+    bool app_limited;   /* ... was sent while the program, not the window, was the limit */
+    /* tcp_rate_*: of the newest frame delivered. interval_us 0: no valid rate */
+    uint64_t prior_delivered; /* flight.delivered when it was sent */
+    uint64_t rate_bytes;      /* delivered since then */
+    uint32_t interval_us;
+    uint32_t prior_entry;                  /* prior_delivered modulo 2^32 */
+    uint32_t prior_at, first_tx_at, tx_at; /* ticks (tcp_rate_tick): delivered_at, first_tx_at, its own transmission */
+    bool prior;                            /* a frame was delivered: these four are valid */
 };
-const struct tcp_cc *tcp_cc(const struct tcp_conn *c);
+
+/* tcp_cc.c. Of a connection in CA_RECOVERY and CA_CWR the window is PRR's, unless tcp_cc_own_window(). */
+enum tcp_cc_ev {
+    CC_EV_LOSS = BYPASS_CC_EV_LOSS,           /* recovery begins: sets ssthresh */
+    CC_EV_RTO = BYPASS_CC_EV_RTO,             /* a retransmission timeout: sets ssthresh (the first for this data) */
+    CC_EV_ECN = BYPASS_CC_EV_ECN,             /* CWR begins: sets ssthresh */
+    CC_EV_RECOVERED = BYPASS_CC_EV_RECOVERED, /* recovery, CWR or loss is over, cwnd as recovery left it */
+    CC_EV_UNDO = BYPASS_CC_EV_UNDO,           /* it was spurious; cwnd and ssthresh are restored already */
+    CC_EV_RESTART = BYPASS_CC_EV_RESTART,     /* sending begins again after nothing was in flight */
+};
+void tcp_cc_init(struct bypass_stack *s, struct tcp_conn *c);  /* connection established */
+void tcp_cc_begin(struct bypass_stack *s, struct tcp_conn *c); /* its flight record begins */
+/* Every ACK that delivered something, after recovery has updated its state. */
+void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm);
+void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev);
+void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c,
+                    uint64_t idle_ns);                                          /* it was idle for longer than an RTO */
+bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c); /* also in recovery (BBR) */
+void tcp_cc_sent(struct bypass_stack *s, struct tcp_conn *c); /* new data went out: was the window used? (RFC 7661) */
+bool tcp_cc_complete(const struct bypass_stack *s);           /* this process knows all that the arena names */
+int tcp_cc_set(struct bypass_stack *s, struct tcp_endpoint *ep, struct tcp_conn *c, const char *name); /* ep or c */
+int tcp_cc_get(const struct bypass_stack *s, uint8_t cc, char *out, size_t n);
 uint32_t tcp_initial_window(const struct tcp_conn *c); /* bytes, RFC 6928 */
 
 /* tcp_ooo.c */
@@ -502,6 +543,33 @@ uint32_t tcp_sack_write(struct bypass_stack *s, struct tcp_conn *c, uint8_t *opt
 /* Headers of this connection carry more than an ACK, a window and timestamps. */
 static inline bool tcp_header_special(const struct tcp_conn *c) { return c->ooo != NO_INDEX || (c->feat & TX_DSACK); }
 
+/* tcp_rate.c. A tick is 1024 ns; counts modulo 2^32. */
+static inline uint32_t tcp_rate_tick(uint64_t ns) { return (uint32_t)(ns >> 10); }
+void tcp_rate_sent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p); /* at each transmission of a frame */
+void tcp_rate_delivered(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
+                        struct tcp_sample *sm); /* each frame newly acknowledged or SACKed: once in its life */
+void tcp_rate_done(struct bypass_stack *s, struct tcp_conn *c, struct tcp_sample *sm); /* after all of this ACK's */
+void tcp_rate_write(struct bypass_stack *s, struct tcp_conn *c);           /* the program writes: was there a gap? */
+uint64_t tcp_rate(const struct bypass_stack *s, const struct tcp_conn *c); /* bytes a second, for TCP_INFO */
+
+/* tcp_pace.c */
+bool tcp_pace_held(struct bypass_stack *s, struct tcp_conn *c); /* TX_PACED: not now; the timer is set */
+uint64_t tcp_pace_deadline(const struct bypass_stack *s, const struct tcp_conn *c); /* NO_DEADLINE: nothing is held */
+void tcp_pace_due(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_pace_spend(struct bypass_stack *s, struct tcp_conn *c, uint32_t bytes);
+static inline bool tcp_pace_may_send(struct bypass_stack *s, struct tcp_conn *c)
+{
+    return likely(!(c->feat & TX_PACED)) || !tcp_pace_held(s, c);
+}
+static inline void tcp_pace_sent(struct bypass_stack *s, struct tcp_conn *c, uint32_t bytes)
+{
+    if (unlikely(c->feat & TX_PACED))
+        tcp_pace_spend(s, c, bytes);
+}
+
+/* tcp_ecn.c */
+void tcp_ecn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
+
 /* tcp_rcv.c */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
 uint32_t tcp_rcv_window(struct tcp_conn *c); /* bytes to offer; never less than was offered */
@@ -513,7 +581,7 @@ void tcp_rcv_append(struct bypass_stack *s, struct tcp_conn *c, uint32_t head, u
 
 /* tcp_snd.c */
 int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags);
-void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames);
+void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, struct tcp_sample *sm, uint32_t *frames);
 bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
 uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c);
@@ -521,6 +589,7 @@ enum {                /* meta.seg_flags beyond core.h's */
        SEG_LOST = 16, /* counts in lost_bytes; to be sent again */
        SEG_RTX = 32,  /* was sent more than once: no round trip from it (Karn) */
        SEG_PSH = 64,
+       SEG_APP_LIMITED = 256, /* sent while the program was the limit (tcp_rate.c) */
 };
 
 /* tcp_out.c */

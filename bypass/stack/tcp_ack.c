@@ -21,6 +21,7 @@ void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
         .recover = seq_add(c->snd_una, (uint32_t)-1), /* RFC 6582 3.2 step 1 */
         .sack_high = c->snd_una,
     };
+    tcp_cc_begin(s, c);
 }
 
 void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c)
@@ -81,12 +82,11 @@ void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c)
 {
     struct tcp_flight *fl = conn_flight(s, c);
     if (!(c->flags & TF_LOSS) || seq_geq(c->snd_una, fl->recover))
-        c->ssthresh = tcp_cc(c)->ssthresh(c, c->snd_nxt.v - c->snd_una.v);
+        tcp_cc_event(s, c, CC_EV_RTO);
     c->flags = (c->flags & ~(uint32_t)TF_RECOVERY) | TF_LOSS;
     fl->recover = c->snd_nxt;
     c->cwnd = c->snd_mss;
     fl->dupacks = 0;
-    fl->acked_rest = 0;
     for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
         mark_lost(s, c, p);
     fl->rtx_next = c->sndq_head;
@@ -121,8 +121,7 @@ static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
 {
     struct tcp_flight *fl = conn_flight(s, c);
     STAT(s, tcp_fast_retransmits);
-    /* what limited transmit sent beyond cwnd does not count (RFC 5681 3.2 step 2) */
-    c->ssthresh = tcp_cc(c)->ssthresh(c, min_u32(c->snd_nxt.v - c->snd_una.v, c->cwnd));
+    tcp_cc_event(s, c, CC_EV_LOSS);
     c->cwnd = c->ssthresh;
     fl->recover = c->snd_nxt;
     c->flags |= TF_RECOVERY;
@@ -176,16 +175,6 @@ static void take_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct se
         tcp_rtt_sample(c, rtt_us);
 }
 
-static void grow_cwnd(struct tcp_conn *c, struct tcp_flight *fl, uint32_t acked, uint32_t flight_before)
-{
-    if (c->flags & TF_RECOVERY)
-        return;
-    /* only a window that was used says that the network bears more (RFC 7661 1) */
-    bool limited = flight_before + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * flight_before);
-    if (limited || (c->flags & TF_LOSS))
-        tcp_cc(c)->acked(c, fl, acked);
-}
-
 static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
 {
     if ((c->flags & TF_WANT_OUT) && tcp_snd_room(s, c) >= c->snd_queued / 2) { /* a third is free */
@@ -197,9 +186,13 @@ static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
 static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
 {
     struct tcp_flight *fl = conn_flight(s, c);
-    uint32_t acked = g->ack.v - c->snd_una.v, flight = c->snd_nxt.v - c->snd_una.v, frames;
+    uint32_t acked = g->ack.v - c->snd_una.v, frames;
     uint64_t rtt_us;
-    tcp_snd_ack(s, c, g->ack, &rtt_us, &frames);
+    struct tcp_sample sm = {.acked = acked, .delivered = acked, .flight = tcp_pipe(s, c)};
+    tcp_snd_ack(s, c, g->ack, &sm, &frames);
+    rtt_us = sm.rtt_us;
+    if (rtt_us != 0)
+        c->min_rtt_us = min_u32(c->min_rtt_us, (uint32_t)min_u64(rtt_us, RTO_MAX_US));
     c->snd_una = g->ack;
     c->rtx_count = 0;
     c->probes = 0;
@@ -216,7 +209,8 @@ static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct seg
         if (seq_lt(fl->recover, c->snd_una))
             fl->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps it near: comparisons are modulo 2^32 */
     }
-    grow_cwnd(c, fl, acked, flight);
+    tcp_rate_done(s, c, &sm);
+    tcp_cc_acked(s, c, &sm);
     conn_cold(s, c)->unacked_since = now_ns(s);
     conn_cold(s, c)->soft_error = 0; /* the path works again */
     if (c->snd_una.v == c->snd_nxt.v) {

@@ -1,45 +1,276 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tcp_cc.c - congestion control: a table of algorithms reached by index, so that no other file names
- * one. NewReno's window (RFC 5681 3.1 with appropriate byte counting, RFC 3465); what is lost and when
- * to send it again is tcp_ack.c's.
+ * tcp_cc.c - congestion control: algorithms are tables of functions reached by index, so that no other file names
+ * one. Here: the registry, the view of a connection that they get, and when which of their functions is called. What
+ * is lost and when to send it again is recovery's.
+ *
+ * Names are the arena's, pointers the process's (struct bypass_stack): index i of conn.cc means the same algorithm in
+ * every process, and one that this process does not know leaves the window alone.
  */
-#include "tcp.h"
+#include <errno.h>
 
+#include "tcp.h"
+#include "tcp_cc.h"
+
+enum { CWND_MAX = 1u << 30 };
+
+/* ---- Registry ------------------------------------------------------------------------------------------- */
+static const struct bypass_cc_ops *const builtin[] = {&tcp_reno};
+enum { BUILTINS = ARRAY_LEN(builtin) };
+
+static const struct bypass_cc_ops *cc_ops(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    static const struct bypass_cc_ops unknown = {.name = "?"};
+    if (likely(c->cc < BUILTINS))
+        return builtin[c->cc];
+    const struct bypass_cc_ops *ops = s->cc[c->cc - BUILTINS];
+    return ops ? ops : &unknown;
+}
+
+const char *bypass_cc_name(const struct bypass_stack *s, int i)
+{
+    const struct tcp *t = tcp_head(s);
+    if (i < 0 || i >= (int)(BUILTINS + t->cc_count))
+        return NULL;
+    return i < (int)BUILTINS ? builtin[i]->name : t->cc_names[i - (int)BUILTINS];
+}
+
+static int cc_find(const struct bypass_stack *s, const char *name)
+{
+    const char *have;
+    for (int i = 0; (have = bypass_cc_name(s, i)) != NULL; i++)
+        if (strcmp(have, name) == 0)
+            return i;
+    return -ENOENT;
+}
+
+int bypass_cc_register(struct bypass_stack *s, const struct bypass_cc_ops *ops)
+{
+    struct tcp *t = tcp_head(s);
+    if (!ops->name || ops->name[0] == 0 || strlen(ops->name) >= BYPASS_CC_NAME)
+        return -EINVAL;
+    int i = cc_find(s, ops->name);
+    if (i >= 0 && (i < (int)BUILTINS || s->cc[i - (int)BUILTINS]))
+        return -EEXIST;
+    if (i < 0) {
+        if (s->attached)
+            return -EINVAL;
+        if (t->cc_count == BYPASS_CC_MAX)
+            return -ENOSPC;
+        strcpy(t->cc_names[t->cc_count], ops->name);
+        i = (int)(BUILTINS + t->cc_count++);
+    }
+    s->cc[i - (int)BUILTINS] = ops;
+    return 0;
+}
+
+bool tcp_cc_complete(const struct bypass_stack *s)
+{
+    for (uint32_t i = 0; i < tcp_head(s)->cc_count; i++)
+        if (!s->cc[i])
+            return false;
+    return true;
+}
+
+int bypass_cc_default(struct bypass_stack *s, const char *name)
+{
+    int i = cc_find(s, name);
+    if (i < 0)
+        return i;
+    tcp_head(s)->cc_default = (uint8_t)i;
+    return 0;
+}
+
+/* ---- The view ------------------------------------------------------------------------------------------- */
+static uint32_t ca_state(const struct tcp_conn *c, const struct tcp_flight *fl)
+{
+    if (c->flags & TF_RECOVERY)
+        return CA_RECOVERY;
+    return c->flags & TF_LOSS ? (uint32_t)CA_LOSS : fl->ca_state;
+}
+
+static struct bypass_cc view(const struct bypass_stack *s, const struct tcp_conn *c, struct tcp_flight *fl)
+{
+    return (struct bypass_cc){
+        .state = fl->cc_state,
+        .pacing_rate = fl->pace_rate,
+        .cwnd = c->cwnd,
+        .ssthresh = c->ssthresh,
+        .mss = c->snd_mss,
+        .srtt_us = c->srtt_us,
+        .min_rtt_us = c->min_rtt_us,
+        .in_flight = tcp_pipe(s, c),
+        .flight_size = c->snd_nxt.v - c->snd_una.v,
+        .ca_state = ca_state(c, fl),
+        .snd_una = c->snd_una.v,
+        .snd_nxt = c->snd_nxt.v,
+        .now_us = now_ns(s) / 1000,
+    };
+}
+
+/* Takes what the algorithm changed. */
+static void view_store(struct tcp_conn *c, struct tcp_flight *fl, const struct bypass_cc *v, bool window)
+{
+    if (window) {
+        c->cwnd = max_u32(min_u32(v->cwnd, CWND_MAX), c->snd_mss);
+        c->ssthresh = v->ssthresh;
+    }
+    fl->pace_rate = v->pacing_rate;
+}
+
+/* ---- A connection's life --------------------------------------------------------------------------------- */
 uint32_t tcp_initial_window(const struct tcp_conn *c)
 {
     uint32_t mss = c->snd_mss;
     return min_u32(10 * mss, max_u32(2 * mss, 14600)); /* RFC 6928 2 */
 }
 
-static void reno_init(struct tcp_conn *c)
+void tcp_cc_init(struct bypass_stack *s, struct tcp_conn *c)
 {
+    (void)s;
     c->cwnd = tcp_initial_window(c);
     c->ssthresh = UINT32_MAX;
 }
 
-static void reno_acked(struct tcp_conn *c, struct tcp_flight *fl, uint32_t bytes)
+void tcp_cc_begin(struct bypass_stack *s, struct tcp_conn *c)
 {
-    const uint32_t limit = 1u << 30;
-    if (c->cwnd < c->ssthresh) { /* slow start, at most two segments an ACK (RFC 3465 2.2) */
-        uint32_t most = c->flags & TF_LOSS ? c->snd_mss : 2u * c->snd_mss;
-        c->cwnd = min_u32(c->cwnd + min_u32(bytes, most), limit);
+    const struct bypass_cc_ops *ops = cc_ops(s, c);
+    struct tcp_flight *fl = conn_flight(s, c);
+    fl->app_limited = 1; /* until the program has filled the window once */
+    if (ops->flags & BYPASS_CC_KEEP)
+        fl->keep |= FK_CC;
+    if (!ops->init)
         return;
-    }
-    fl->acked_rest += bytes;
-    if (fl->acked_rest >= c->cwnd) {
-        fl->acked_rest -= c->cwnd;
-        c->cwnd = min_u32(c->cwnd + c->snd_mss, limit);
-    }
+    struct bypass_cc v = view(s, c, fl);
+    v.random = (uint32_t)core_random(s);
+    ops->init(&v);
+    view_store(c, fl, &v, true);
 }
 
-static uint32_t reno_ssthresh(const struct tcp_conn *c, uint32_t flight)
+/* RFC 2861 3.2, RFC 7661: the most that was in flight in this round trip tells whether the window was used. */
+void tcp_cc_sent(struct bypass_stack *s, struct tcp_conn *c)
 {
-    return max_u32(flight / 2, 2u * c->snd_mss); /* RFC 5681 equation 4 */
+    struct tcp_flight *fl = conn_flight(s, c);
+    uint32_t flight = c->snd_nxt.v - c->snd_una.v;
+    if (flight > fl->used_most || seq_geq(c->snd_una, fl->used_end)) {
+        fl->used_most = flight;
+        fl->used_end = c->snd_nxt;
+    }
 }
 
-static const struct tcp_cc algorithms[] = {
-    {"reno", reno_init, reno_acked, reno_ssthresh},
-};
+/* Would a larger window have been used? In slow start, where it doubles, half of it is enough. */
+static bool window_limits(const struct tcp_conn *c, const struct tcp_flight *fl)
+{
+    return fl->used_most + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * fl->used_most);
+}
 
-const struct tcp_cc *tcp_cc(const struct tcp_conn *c) { return &algorithms[c->cc]; }
+static bool window_is_recoverys(const struct tcp_conn *c, const struct tcp_flight *fl, const struct bypass_cc_ops *ops)
+{
+    uint32_t state = ca_state(c, fl);
+    return (state == CA_RECOVERY || state == CA_CWR) && !(ops->flags & BYPASS_CC_OWN_WINDOW);
+}
+
+bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return cc_ops(s, c)->flags & BYPASS_CC_OWN_WINDOW;
+}
+
+static void call_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm, bool limited)
+{
+    const struct bypass_cc_ops *ops = cc_ops(s, c);
+    struct tcp_flight *fl = conn_flight(s, c);
+    struct bypass_cc v = view(s, c, fl);
+    v.limited = limited;
+    const struct bypass_cc_sample told = {
+        .delivered_all = fl->delivered,
+        .prior_delivered = sm->prior_delivered,
+        .rate_bytes = sm->rate_bytes,
+        .rtt_us = sm->rtt_us,
+        .interval_us = sm->interval_us,
+        .acked = sm->acked,
+        .delivered = sm->delivered,
+        .lost = sm->lost,
+        .prior_in_flight = sm->flight,
+        .ece = sm->ece,
+        .app_limited = sm->app_limited,
+    };
+    ops->acked(&v, &told);
+    view_store(c, fl, &v, !window_is_recoverys(c, fl, ops));
+}
+
+void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm)
+{
+    const struct bypass_cc_ops *ops = cc_ops(s, c);
+    struct tcp_flight *fl = conn_flight(s, c);
+    bool limited = window_limits(c, fl);
+    if (!(ops->flags & BYPASS_CC_EVERY_ACK)) {
+        bool slow_start = ca_state(c, fl) == CA_LOSS;
+        if ((!limited && !slow_start) || sm->acked == 0 || window_is_recoverys(c, fl, ops))
+            return;
+    }
+    if (ops->acked)
+        call_acked(s, c, sm, limited);
+}
+
+void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev)
+{
+    const struct bypass_cc_ops *ops = cc_ops(s, c);
+    struct tcp_flight *fl = conn_flight(s, c);
+    struct bypass_cc v = view(s, c, fl);
+    if (ev <= CC_EV_ECN) {
+        /* what limited transmit sent beyond cwnd does not count (RFC 5681 3.2 step 2) */
+        if (ev != CC_EV_RTO)
+            v.flight_size = min_u32(v.flight_size, v.cwnd);
+        v.ssthresh = (ops->ssthresh ? ops->ssthresh : tcp_reno_ssthresh)(&v, (int)ev);
+    }
+    if (ops->event)
+        ops->event(&v, (int)ev);
+    view_store(c, fl, &v, true);
+}
+
+/* RFC 5681 4.1: after a pause the window says less and less about the network. It is halved for each timeout that the
+ * pause lasted (RFC 2861 3.1), down to what a new connection has. */
+void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns)
+{
+    uint32_t floor = min_u32(c->cwnd, tcp_initial_window(c));
+    uint64_t rtos = idle_ns / (c->rto_us * 1000ull);
+    if (!tcp_cc_own_window(s, c))
+        c->cwnd = max_u32(rtos > 31 ? 0 : c->cwnd >> rtos, floor);
+}
+
+/* ---- Which one ------------------------------------------------------------------------------------------- */
+/* A live connection goes on with the window that the old algorithm left. */
+static void cc_switch(struct bypass_stack *s, struct tcp_conn *c, int i)
+{
+    c->cc = (uint8_t)i;
+    if (!has_flight(c))
+        return;
+    struct tcp_flight *fl = conn_flight(s, c);
+    fl->keep &= (uint8_t)~FK_CC;
+    fl->pace_rate = 0;
+    memset(fl->cc_state, 0, sizeof fl->cc_state);
+    tcp_cc_begin(s, c);
+    if (c->snd_nxt.v == c->snd_una.v)
+        tcp_flight_end(s, c);
+}
+
+int tcp_cc_set(struct bypass_stack *s, struct tcp_endpoint *ep, struct tcp_conn *c, const char *name)
+{
+    int i = cc_find(s, name);
+    if (i < 0)
+        return i;
+    if (ep)
+        ep->cc = (uint8_t)i;
+    else if (c->cc != i)
+        cc_switch(s, c, i);
+    return 0;
+}
+
+int tcp_cc_get(const struct bypass_stack *s, uint8_t cc, char *out, size_t n)
+{
+    const char *name = bypass_cc_name(s, cc);
+    if (strlen(name) >= n)
+        return -ERANGE;
+    strcpy(out, name);
+    return 0;
+}

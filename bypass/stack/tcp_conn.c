@@ -175,6 +175,7 @@ static void inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tcp_end
     k->maxseg = ep->maxseg;
     k->ttl = ep->ttl;
     k->tos = ep->tos;
+    c->cc = ep->cc;
 }
 
 struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep, const addr_t *laddr, uint16_t lport,
@@ -240,7 +241,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
     c->rtx_count = c->backoff = 0;
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     conn_update_mss(s, c, d ? d->mtu : 0);
-    tcp_cc(c)->init(c);
+    tcp_cc_init(s, c);
     if (c->flags & TF_SYN_RTX) {
         c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */
         c->rto_us = RTO_FALLBACK_US;

@@ -33,6 +33,7 @@ int tcp_create(struct bypass_stack *s, uint32_t *idx)
         .keep_intvl_s = 75,
         .keep_cnt = 9,
         .ttl = 64,
+        .cc = (uint8_t)tcp_head(s)->cc_default,
         .used = 1,
     };
     return 0;

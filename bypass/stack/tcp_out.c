@@ -299,6 +299,7 @@ static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     m->len = m->data_len;
     m->queue = c->queue;
     m->time_ns = now_ns(s);
+    tcp_rate_sent(s, c, p);
     push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
     struct ip_tx tx = conn_ip(s, c);
     ip_out_ready(s, p, &tx, d);
@@ -342,10 +343,13 @@ static bool output_lost(struct bypass_stack *s, struct tcp_conn *c, struct dst *
         bool at_once = p == c->sndq_head && (c->flags & TF_RECOVERY); /* RFC 6582 3.2: cwnd does not matter */
         if (!at_once && tcp_pipe(s, c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(s, c) > 0)
             return false;
+        if (!at_once && !tcp_pace_may_send(s, c))
+            return false;
         if (retransmit(s, c, p, d) != SENT) {
             conn_blocked(s, c, false);
             return false;
         }
+        tcp_pace_sent(s, c, pkt_meta(s, p)->data_len);
         fl->rtx_next = pkt_meta(s, p)->next;
     }
     if ((c->flags & TF_FIN_LOST) && c->sndq_head == BYPASS_PKT_NONE &&
@@ -391,11 +395,13 @@ static bool may_send(const struct tcp_conn *c, bypass_pkt p, uint32_t frame_len,
     return *len >= c->snd_wnd_max / 2 || (c->flags & (TF_PUSH_ALL | TF_PROBING)) == (TF_PUSH_ALL | TF_PROBING);
 }
 
-/* RFC 5681 4.1: after a pause the window says nothing about the network any more. */
-static void restart_after_idle(struct bypass_stack *s, struct tcp_conn *c)
+/* Nothing is in flight. */
+static void output_first(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (now_ns(s) - conn_cold(s, c)->unacked_since > c->rto_us * 1000ull)
-        c->cwnd = min_u32(c->cwnd, tcp_initial_window(c));
+    uint64_t idle_ns = now_ns(s) - conn_cold(s, c)->unacked_since;
+    if (idle_ns > c->rto_us * 1000ull)
+        tcp_cc_restart(s, c, idle_ns);
+    tcp_flight_begin(s, c);
 }
 
 static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
@@ -407,8 +413,10 @@ static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d
         if (usable <= 0 || !may_send(c, p, frame_len, (uint32_t)usable, &len))
             return;
         if (c->snd_nxt.v == c->snd_una.v)
-            restart_after_idle(s, c);
+            output_first(s, c);
         if (tcp_pipe(s, c) + len > c->cwnd && tcp_pipe(s, c) > 0)
+            return;
+        if (!tcp_pace_may_send(s, c))
             return;
         if (len < frame_len && !tcp_snd_split(s, c, p, len)) {
             conn_blocked(s, c, false);
@@ -419,10 +427,9 @@ static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d
             conn_blocked(s, c, false);
             return;
         }
-        if (c->snd_nxt.v == c->snd_una.v) {
+        if (c->snd_nxt.v == c->snd_una.v)
             conn_cold(s, c)->unacked_since = now_ns(s);
-            tcp_flight_begin(s, c);
-        }
+        tcp_pace_sent(s, c, len);
         c->sndq_next = pkt_meta(s, p)->next;
         struct tcp_flight *fl = conn_flight(s, c);
         if (fl->rtx_next == BYPASS_PKT_NONE)
@@ -430,6 +437,7 @@ static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d
         c->snd_nxt = seq_add(c->snd_nxt, len + fin);
         if (fin)
             c->flags |= TF_FIN_SENT;
+        tcp_cc_sent(s, c);
     }
     c->flags &= ~(uint32_t)TF_PUSH_ALL;
 }

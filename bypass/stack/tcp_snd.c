@@ -130,6 +130,7 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
     uint32_t room = tcp_snd_room(s, c);
     if (room > 0 && room < c->snd_mss)
         room = c->snd_mss; /* a frame is the unit: part of one saves nothing */
+    tcp_rate_write(s, c);
     size_t done = room == 0 ? 0 : queue_bytes(s, c, buf, n < room ? n : room);
     if (done < n)
         c->flags |= TF_WANT_OUT;
@@ -163,13 +164,13 @@ static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
     m->csum = csum_bytes(pkt_frame(s, p) + m->data_off, m->data_len, 0);
 }
 
-/* Frees what una covers. *rtt_us: round trip of the newest frame; 0: none is valid, because one was sent
+/* Frees what una covers. sm->rtt_us: round trip of the newest frame; 0: none is valid, because one was sent
  * twice (Karn), and the others waited behind it. *frames: how many frames were freed. */
-void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t *rtt_us, uint32_t *frames)
+void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, struct tcp_sample *sm, uint32_t *frames)
 {
     struct tcp_flight *fl = conn_flight(s, c);
     bool again = false;
-    *rtt_us = 0;
+    sm->rtt_us = 0;
     *frames = 0;
     while (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
         bypass_pkt p = c->sndq_head;
@@ -185,7 +186,8 @@ void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, uint64_t
         if (m->seg_flags & SEG_LOST)
             c->lost_bytes -= m->data_len;
         again = again || (m->seg_flags & SEG_RTX);
-        *rtt_us = again ? 0 : max_u64((now_ns(s) - m->time_ns) / 1000, 1);
+        tcp_rate_delivered(s, c, p, sm);
+        sm->rtt_us = again ? 0 : max_u64((now_ns(s) - m->time_ns) / 1000, 1);
         c->snd_queued -= m->data_len;
         c->sndq_head = m->next;
         if (fl->rtx_next == p)

@@ -16,6 +16,8 @@ void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c)
         at = min_u64(at, c->ack_at);
     if (c->keep_at)
         at = min_u64(at, c->keep_at);
+    if (unlikely(c->feat & TX_PACE_WAIT))
+        at = min_u64(at, tcp_pace_deadline(s, c));
     if (at != NO_DEADLINE)
         wheel_arm(s, &tcp_head(s)->wheel, conn_index(s, c), at);
 }
@@ -175,6 +177,8 @@ static void conn_due(struct bypass_stack *s, uint32_t i)
         c->flags &= ~(uint32_t)TF_ACK_LATER;
         tcp_send_ack(s, c);
     }
+    if (unlikely(c->feat & TX_PACE_WAIT))
+        tcp_pace_due(s, c);
     if (c->rtx_at && c->rtx_at <= now_ns(s))
         rtx_due(s, c);
     if (cold_at(s, i)->gen != gen || c->state == BYPASS_CLOSED)

@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The built-in algorithms. They use the public interface (bypass.h, "Congestion control") and nothing else. */
+#ifndef BYPASS_STACK_TCP_CC_H
+#define BYPASS_STACK_TCP_CC_H
+
+#include "types.h"
+
+extern const struct bypass_cc_ops tcp_reno;
+
+/* RFC 5681 equation 4. */
+uint32_t tcp_reno_ssthresh(struct bypass_cc *cc, int event);
+/* Slow start with appropriate byte counting (RFC 3465): what is left of `acked` when ssthresh is reached. */
+uint32_t tcp_reno_slow_start(struct bypass_cc *cc, uint32_t acked);
+
+#endif

@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * tcp_pace.c - pacing: segments leave at flight.pace_rate in place of in bursts. flight.pace_at is the time at which
+ * the next one is due; sending one moves it on by what its bytes take at that rate. The timer wheel runs up to a tick
+ * (1 ms) late, and then as much goes at once as that time was worth, so that the rate is kept on average; a pause of
+ * the program saves up no more than that.
+ */
+#include "tcp.h"
+
+enum { SAVED_NS = 3 << (WHEEL_TICK_SHIFT - 1) }; /* one and a half ticks */
+
+bool tcp_pace_held(struct bypass_stack *s, struct tcp_conn *c)
+{
+    const struct tcp_flight *fl = conn_flight(s, c);
+    if (fl->pace_at <= now_ns(s)) {
+        c->feat &= ~(uint32_t)TX_PACE_WAIT;
+        return false;
+    }
+    c->feat |= TX_PACE_WAIT;
+    if (!wheel_covers(&c->timer, fl->pace_at))
+        tcp_timer_update(s, c);
+    return true;
+}
+
+void tcp_pace_spend(struct bypass_stack *s, struct tcp_conn *c, uint32_t bytes)
+{
+    struct tcp_flight *fl = conn_flight(s, c);
+    if (fl->pace_rate == 0)
+        return;
+    uint64_t saved = now_ns(s) > SAVED_NS ? now_ns(s) - SAVED_NS : 0;
+    fl->pace_at = max_u64(fl->pace_at, saved) + bytes * SEC_NS / fl->pace_rate;
+}
+
+uint64_t tcp_pace_deadline(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return c->feat & TX_PACE_WAIT && has_flight(c) ? conn_flight(s, c)->pace_at : NO_DEADLINE;
+}
+
+/* Its time has come. */
+void tcp_pace_due(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (tcp_pace_deadline(s, c) > now_ns(s))
+        return;
+    c->feat &= ~(uint32_t)TX_PACE_WAIT;
+    tcp_output(s, c);
+}
