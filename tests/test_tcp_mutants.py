@@ -103,9 +103,9 @@ MUTANTS = {
         "loss::test_a_partial_ack_retransmits_the_next_hole_at_once",
     ),
     "limited transmit counts for ssthresh": Mutant(
-        "tcp_ack.c",
-        "min_u32(c->snd_nxt.v - c->snd_una.v, c->cwnd)",
-        "c->snd_nxt.v - c->snd_una.v",
+        "tcp_cc.c",
+        "min_u32(v.flight_size, v.cwnd)",
+        "v.flight_size",
         "loss::test_limited_transmit_sends_new_segments_on_the_first_two_duplicates",
     ),
     "timeouts do not back off": Mutant(

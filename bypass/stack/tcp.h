@@ -549,7 +549,12 @@ void tcp_rate_sent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p); /*
 void tcp_rate_delivered(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
                         struct tcp_sample *sm); /* each frame newly acknowledged or SACKed: once in its life */
 void tcp_rate_done(struct bypass_stack *s, struct tcp_conn *c, struct tcp_sample *sm); /* after all of this ACK's */
-void tcp_rate_write(struct bypass_stack *s, struct tcp_conn *c);           /* the program writes: was there a gap? */
+void tcp_rate_gap(struct bypass_stack *s, struct tcp_conn *c);
+static inline void tcp_rate_write(struct bypass_stack *s, struct tcp_conn *c) /* the program writes */
+{
+    if (unlikely(has_flight(c)))
+        tcp_rate_gap(s, c);
+}
 uint64_t tcp_rate(const struct bypass_stack *s, const struct tcp_conn *c); /* bytes a second, for TCP_INFO */
 
 /* tcp_pace.c */

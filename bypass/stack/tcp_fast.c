@@ -259,9 +259,12 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     m->csum = copy_small(payload, buf, (uint32_t)n);
     uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
     put_headers(s, c, k, d, payload - PLAIN - PLAIN_TS, (uint32_t)n, m->csum, wnd);
+    tcp_rate_write(s, c);
     tcp_flight_begin(s, c);
     conn_flight(s, c)->rtx_next = p;
+    tcp_rate_sent(s, c, p);
     enqueue(s, c, k, p, (uint32_t)n);
+    tcp_cc_sent(s, c);
     tcp_rtx_restart(s, c);
     STAT(s, tcp_out);
     STAT(s, tcp_out_data_segments);

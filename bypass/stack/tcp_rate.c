@@ -66,9 +66,9 @@ void tcp_rate_done(struct bypass_stack *s, struct tcp_conn *c, struct tcp_sample
 }
 
 /* 3.4, before the program's bytes are queued: nothing waits to be sent, and more could have been in flight. */
-void tcp_rate_write(struct bypass_stack *s, struct tcp_conn *c)
+void tcp_rate_gap(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (!has_flight(c) || c->sndq_next != BYPASS_PKT_NONE || c->lost_bytes > 0)
+    if (c->sndq_next != BYPASS_PKT_NONE || c->lost_bytes > 0)
         return;
     struct tcp_flight *fl = conn_flight(s, c);
     uint32_t pipe = tcp_pipe(s, c);
