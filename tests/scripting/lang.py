@@ -2,8 +2,8 @@
 """The language of scripts: packetdrill's, read into events. Nothing is executed here.
 
 A file is a header of comments and one event a line: a time and then a system call, a segment that arrives (<), a
-segment that has to leave (>), an ICMP error that arrives, or a block %{ ... }% of assertions. What is not understood is a
-ScriptError that names file, line and column.
+segment that has to leave (>), an ICMP error that arrives, or a block %{ ... }% of assertions. What is not understood
+is a ScriptError that names file, line and column.
 """
 
 from __future__ import annotations

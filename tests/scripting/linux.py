@@ -67,6 +67,7 @@ INFO_NAMES = (
 DEFAULTS = {
     "net.ipv4.tcp_no_metrics_save": "1",
     "net.ipv4.tcp_wmem": "4096 262144 4194304",
+    "net.ipv4.tcp_rmem": "4096 540000 15728640",
     "net.ipv4.tcp_comp_sack_nr": "0",  # compressed ACKs (4.18) leave later than the segment that draws them
     "net.ipv6.conf.all.disable_ipv6": "1",
     "net.ipv6.conf.default.disable_ipv6": "1",
