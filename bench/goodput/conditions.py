@@ -167,7 +167,7 @@ CONDITIONS = (
         fwd=Link(rate_mbit=20, delay_ms=20, queue_bytes=100_000, jitter_ms=10, duplicate=0.001),
         rev=Link(rate_mbit=20, delay_ms=20, jitter_ms=10, duplicate=0.001),
         warmup_s=2,
-        wires=2,
+        wires=3,
     ),
     Condition(
         name="satellite",
@@ -199,7 +199,7 @@ CONDITIONS = (
         seconds=14,
         transfer_bytes=100_000,
         parallel=3,
-        wires=2,
+        wires=3,
     ),
 )
 BY_NAME = {c.name: c for c in CONDITIONS}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def run(
     linux: bool,
     step: Callable[[str], None],
 ) -> dict[str, Any]:
-    """{cc: {condition: {"variants": {name: figures}, "ratios": {name: of Linux to Linux}}}}."""
+    """{cc: {condition: {"variants": {name: figures}, "ratios": {name: of Linux to Linux}, "noise": {name: its
+    standard error}}}}."""
     plan = jobs(conditions, ccs, ours, rounds, linux)
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     results = many([job for _, _, job in plan], at_once, lambda job: step(job.condition.title))
@@ -84,15 +86,15 @@ def run(
 
 def _entry(columns: dict[str, list[dict[str, Any]]], wires: int) -> dict[str, Any]:
     figures = {name: _figures(results, wires) for name, results in columns.items()}
-    ratios = {}
-    if REFERENCE.name in figures:
-        base = figures[REFERENCE.name]["mbit"]["median"]
-        ratios = {
-            name: significant(f["mbit"]["median"] / base, 4) if base else None
-            for name, f in figures.items()
-            if name != REFERENCE.name
-        }
-    return {"variants": figures, "ratios": ratios}
+    ratios: dict[str, float | None] = {}
+    noise: dict[str, float] = {}
+    base = figures.get(REFERENCE.name)
+    for name, f in figures.items():
+        if base and f is not base:
+            at = f["mbit"]["median"] / base["mbit"]["median"] if base["mbit"]["median"] else None
+            ratios[name] = at if at is None else significant(at, 4)
+            noise[name] = significant((at or 0) * math.hypot(base["error"], f["error"]), 2)
+    return {"variants": figures, "ratios": ratios, "noise": noise}
 
 
 def means(values: Sequence[float], of: int) -> list[float]:
@@ -105,6 +107,7 @@ def _figures(results: list[dict[str, Any]], wires: int) -> dict[str, Any]:
     errors = sorted({f["error"] for r in results for f in r["flows"] if f["error"]})
     return {
         "mbit": spread(means([goodput(r) for r in results], wires)),
+        "error": _error([goodput(r) for r in results]),
         "retransmits": spread([sum(f["retransmits"] for f in r["flows"]) for r in results]),
         "queue_dropped": spread([r["fwd"]["queue_dropped"] for r in results]),
         "queue_mean_ms": spread([r["fwd"]["queue_mean_ms"] for r in results]),
@@ -115,6 +118,14 @@ def _figures(results: list[dict[str, Any]], wires: int) -> dict[str, Any]:
         "errors": errors,
         **({"transfers_ms": _quantiles(transfers)} if transfers else {}),
     }
+
+
+def _error(values: list[float]) -> float:
+    """Standard error of the mean, relative to it."""
+    mean = statistics.fmean(values)
+    if len(values) < 2 or not mean:
+        return 0.0
+    return significant(statistics.stdev(values) / math.sqrt(len(values)) / mean, 2)
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:

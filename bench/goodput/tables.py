@@ -31,10 +31,11 @@ def _mbit(s: dict[str, float]) -> str:
     return f"{s['median']:.2f} ({s['min']:.2f} .. {s['max']:.2f})"
 
 
-def _ratio(ratio: float | None) -> str:
+def _ratio(ratio: float | None, noise: float) -> str:
     if ratio is None:
         return "-"
-    return f"{ratio:.2f}" if ratio >= matrix.GOAL else f"[red]{ratio:.2f}[/]"
+    text = f"{ratio:.2f} ± {noise:.2f}"
+    return text if ratio >= matrix.GOAL else f"[red]{text}[/]"
 
 
 def _matrix(cc: str, by_condition: dict[str, Any]) -> Table:
@@ -54,7 +55,7 @@ def _matrix(cc: str, by_condition: dict[str, Any]) -> Table:
             figures = entry["variants"].get(name)
             row.append(_mbit(figures["mbit"]) + (" !" if figures["errors"] else "") if figures else "")
             if name != matrix.REFERENCE.name and matrix.REFERENCE.name in names:
-                row.append(_ratio(entry["ratios"].get(name)))
+                row.append(_ratio(entry["ratios"].get(name), entry["noise"].get(name, 0)))
         table.add_row(*row)
     return table
 
