@@ -85,14 +85,6 @@ static int64_t ours_listen(struct host *h, uint16_t port, uint64_t tag)
     return err < 0 ? err : k;
 }
 
-/* The stack has one algorithm so far. */
-static int set_cc(struct bypass_stack *s, bypass_sock k, const char *cc)
-{
-    (void)s;
-    (void)k;
-    return strcmp(cc, "default") == 0 || strcmp(cc, "reno") == 0 ? 0 : -EINVAL;
-}
-
 static int64_t ours_connect(struct host *h, int to, uint16_t port, const char *cc, uint64_t tag)
 {
     struct ours_host *o = self(h);
@@ -102,7 +94,7 @@ static int64_t ours_connect(struct host *h, int to, uint16_t port, const char *c
     o->touched = true;
     if (k < 0)
         return k;
-    int err = set_cc(&o->stack, k, cc);
+    int err = strcmp(cc, "default") == 0 ? 0 : bypass_cc_set(&o->stack, k, cc);
     if (err == 0)
         err = bypass_set_user(&o->stack, k, tag);
     if (err == 0)
