@@ -374,6 +374,26 @@ class CoreStack:
         # Linger off is -1, which is also -EPERM: no option fails with that.
         return value if option == lib.BYPASS_SO_LINGER and value == -1 else check(value)
 
+    def cc_set(self, sock: int, name: str) -> None:
+        """Congestion control by name; of a listener: its connections'. ENOENT: unknown."""
+        check(lib.bypass_cc_set(self.c, sock, name.encode()))
+
+    def cc_get(self, sock: int) -> str:
+        out = ffi.new("char[]", lib.BYPASS_CC_NAME)
+        check(lib.bypass_cc_get(self.c, sock, out, len(out)))
+        return str(ffi.string(out).decode())
+
+    def cc_default(self, name: str) -> None:
+        """Of sockets that are made from now on. ENOENT: unknown."""
+        check(lib.bypass_cc_default(self.c, name.encode()))
+
+    def cc_names(self) -> list[str]:
+        """The algorithms that there are."""
+        names = []
+        while (name := lib.bypass_cc_name(self.c, len(names))) != ffi.NULL:
+            names.append(str(ffi.string(name).decode()))
+        return names
+
     def error(self, sock: int) -> int:
         """The pending errno, which is cleared; 0: none."""
         return check(lib.bypass_error(self.c, sock))

@@ -389,6 +389,9 @@ class Socket:
                 on, seconds = LINGER.unpack(value)  # type: ignore[arg-type]
                 core.setopt(handle, lib.BYPASS_SO_LINGER, seconds if on else -1)
                 return
+            if (level, optname) == (TCP, _socket.TCP_CONGESTION):
+                core.cc_set(handle, value.split(b"\0")[0].decode())  # type: ignore[union-attr]
+                return
             option = OPTIONS.get((level, optname))
             if option is None:
                 raise raised(errno.ENOPROTOOPT)
@@ -412,6 +415,8 @@ class Socket:
         if key == (SOL, _socket.SO_LINGER):
             seconds = core.getopt(handle, lib.BYPASS_SO_LINGER)
             return LINGER.pack(seconds >= 0, max(seconds, 0))
+        if key == (TCP, _socket.TCP_CONGESTION):
+            return str(core.cc_get(handle)).encode().ljust(lib.BYPASS_CC_NAME, b"\0")
         option = OPTIONS.get(key)
         if option is None:
             raise raised(errno.ENOPROTOOPT)

@@ -166,6 +166,7 @@ class Talk(Conversation):
         config: dict[str, Any] | None = None,
         flags: int = lib.BYPASS_F_PING | lib.BYPASS_F_RST,
         neighbours: tuple[str, ...] | None = None,
+        cc: str = "reno",
         **kw: Any,
     ) -> None:
         if start_ns is None:
@@ -179,6 +180,7 @@ class Talk(Conversation):
             neighbours=(address,) if neighbours is None else neighbours,
             **kw,
         )
+        self.stack.cc_default(cc)
         self.our_port, self.peer_port, self.address = our_port, peer_port, address
         self.peer_iss = peer_iss
         self.iss: int | None = None

@@ -385,10 +385,10 @@ enum {                        /* event() */
        BYPASS_CC_EV_RESTART = 5,   /* sending begins again after nothing was in flight */
 };
 
-enum { BYPASS_CC_WORDS = 16 };
+enum { BYPASS_CC_BYTES = 128 };
 struct bypass_cc { /* one connection, as a congestion control sees it; valid during the call */
     /* may be changed */
-    uint64_t *state;      /* BYPASS_CC_WORDS words of the algorithm's own, 0 at init(). They lie in the arena */
+    void *state; /* BYPASS_CC_BYTES of the algorithm's own, aligned to 8, zero at init(). In the arena: no pointers */
     uint64_t pacing_rate; /* bytes a second; 0: not paced. Above BYPASS_SO_MAX_PACING_RATE has no effect */
     uint32_t cwnd;        /* congestion window, bytes; kept within one mss and 2^30 */
     uint32_t ssthresh;    /* slow-start threshold, bytes; UINT32_MAX: none yet */
@@ -403,7 +403,9 @@ struct bypass_cc { /* one connection, as a congestion control sees it; valid dur
     uint32_t snd_nxt;     /* and next to be sent. They wrap */
     uint32_t random;      /* in init(): unpredictable */
     uint32_t limited;     /* in acked(): the window was used in this round trip, a larger one would have been too */
-    uint64_t now_us;      /* the stack's clock, microseconds */
+    uint32_t paused;      /* in acked(): since the last call there was a time in which it was not */
+    uint32_t reserved;
+    uint64_t now_us; /* the stack's clock, microseconds */
 };
 
 struct bypass_cc_sample {     /* what one ACK told; bytes and microseconds */
@@ -444,6 +446,8 @@ BYPASS_API int bypass_cc_register(struct bypass_stack *s, const struct bypass_cc
 BYPASS_API int bypass_cc_set(struct bypass_stack *s, bypass_sock sock, const char *name);
 /* The name, with its 0, into out[0..n). -ERANGE: n is too small. */
 BYPASS_API int bypass_cc_get(const struct bypass_stack *s, bypass_sock sock, char *out, size_t n);
+/* The table of an algorithm, built in or registered here, e.g. to build one's own upon it. NULL: unknown. */
+BYPASS_API const struct bypass_cc_ops *bypass_cc_table(const struct bypass_stack *s, const char *name);
 /* What sockets made from now on have. -ENOENT. */
 BYPASS_API int bypass_cc_default(struct bypass_stack *s, const char *name);
 /* Names there are, from i = 0 on; NULL behind the last. */

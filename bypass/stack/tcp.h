@@ -182,8 +182,9 @@ struct tcp_flight {
     uint64_t pace_rate; /* bytes a second; 0: not paced */
     uint64_t pace_at;   /* earliest time of the next segment */
     seq_t ecn_high;     /* cwnd was reduced for a mark before this */
-    uint32_t pad;
-    uint64_t cc_state[BYPASS_CC_WORDS]; /* the congestion control's own; zero when the record begins */
+    uint8_t paused;     /* the window was not used all the time since the congestion control was asked last */
+    uint8_t pad[3];
+    uint64_t cc_state[BYPASS_CC_BYTES / 8]; /* the congestion control's own; zero when the record begins */
 };
 enum { FK_CC = 1, FK_RACK = 2 };
 enum { CA_OPEN, CA_DISORDER, CA_CWR, CA_RECOVERY, CA_LOSS }; /* in Linux' order, as TCP_INFO shows them */

@@ -12,8 +12,10 @@
 
 void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (has_flight(c)) /* what was learned before is kept */
+    if (has_flight(c)) { /* what was learned before is kept */
+        conn_flight(s, c)->paused = 1;
         return;
+    }
     c->flight = pool_alloc(s, &core(s)->flights); /* there are as many as connections */
     *conn_flight(s, c) = (struct tcp_flight){
         .link = NO_INDEX,

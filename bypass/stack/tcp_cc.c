@@ -15,16 +15,21 @@
 enum { CWND_MAX = 1u << 30 };
 
 /* ---- Registry ------------------------------------------------------------------------------------------- */
-static const struct bypass_cc_ops *const builtin[] = {&tcp_reno};
+static const struct bypass_cc_ops *const builtin[] = {&tcp_cubic, &tcp_reno};
 enum { BUILTINS = ARRAY_LEN(builtin) };
+
+static const struct bypass_cc_ops *ops_at(const struct bypass_stack *s, uint32_t i)
+{
+    static const struct bypass_cc_ops unknown = {.name = "?"};
+    if (likely(i < BUILTINS))
+        return builtin[i];
+    const struct bypass_cc_ops *ops = s->cc[i - BUILTINS];
+    return ops ? ops : &unknown;
+}
 
 static const struct bypass_cc_ops *cc_ops(const struct bypass_stack *s, const struct tcp_conn *c)
 {
-    static const struct bypass_cc_ops unknown = {.name = "?"};
-    if (likely(c->cc < BUILTINS))
-        return builtin[c->cc];
-    const struct bypass_cc_ops *ops = s->cc[c->cc - BUILTINS];
-    return ops ? ops : &unknown;
+    return ops_at(s, c->cc);
 }
 
 const char *bypass_cc_name(const struct bypass_stack *s, int i)
@@ -70,6 +75,12 @@ bool tcp_cc_complete(const struct bypass_stack *s)
         if (!s->cc[i])
             return false;
     return true;
+}
+
+const struct bypass_cc_ops *bypass_cc_table(const struct bypass_stack *s, const char *name)
+{
+    int i = cc_find(s, name);
+    return i < 0 || (i >= (int)BUILTINS && !s->cc[i - (int)BUILTINS]) ? NULL : ops_at(s, (uint32_t)i);
 }
 
 int bypass_cc_default(struct bypass_stack *s, const char *name)
@@ -181,6 +192,8 @@ static void call_acked(struct bypass_stack *s, struct tcp_conn *c, const struct 
     struct tcp_flight *fl = conn_flight(s, c);
     struct bypass_cc v = view(s, c, fl);
     v.limited = limited;
+    v.paused = fl->paused;
+    fl->paused = 0;
     const struct bypass_cc_sample told = {
         .delivered_all = fl->delivered,
         .prior_delivered = sm->prior_delivered,
@@ -205,7 +218,11 @@ void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_s
     bool limited = window_limits(c, fl);
     if (!(ops->flags & BYPASS_CC_EVERY_ACK)) {
         bool slow_start = ca_state(c, fl) == CA_LOSS;
-        if ((!limited && !slow_start) || sm->acked == 0 || window_is_recoverys(c, fl, ops))
+        if (!limited && !slow_start) {
+            fl->paused = 1;
+            return;
+        }
+        if (sm->acked == 0 || window_is_recoverys(c, fl, ops))
             return;
     }
     if (ops->acked)

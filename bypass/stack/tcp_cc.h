@@ -5,11 +5,12 @@
 
 #include "types.h"
 
-extern const struct bypass_cc_ops tcp_reno;
+extern const struct bypass_cc_ops tcp_cubic, tcp_reno;
 
 /* RFC 5681 equation 4. */
 uint32_t tcp_reno_ssthresh(struct bypass_cc *cc, int event);
-/* Slow start with appropriate byte counting (RFC 3465): what is left of `acked` when ssthresh is reached. */
-uint32_t tcp_reno_slow_start(struct bypass_cc *cc, uint32_t acked);
+/* Slow start with appropriate byte counting (RFC 3465), by so many segments at most. Returns what is left of `acked`
+ * when ssthresh is reached. */
+uint32_t tcp_reno_slow_start(struct bypass_cc *cc, uint32_t acked, uint32_t segments);
 
 #endif

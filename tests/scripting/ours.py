@@ -229,8 +229,7 @@ class OurStack:
         fd = self.stack.socket(lib.BYPASS_STREAM)
         if kind & socket.SOCK_NONBLOCK:
             self.nonblocking.add(fd)
-        if hasattr(lib, "BYPASS_TCP_CONGESTION"):
-            yield from self.do_setsockopt(fd, 6, "TCP_CONGESTION", self.cc)
+        self.stack.cc_set(fd, self.cc)
         return fd
 
     def do_bind(self, fd: int) -> Op:
@@ -347,17 +346,13 @@ class OurStack:
 
     def do_setsockopt(self, fd: int, level: int, name: str, value: Any) -> Op:
         yield from ()
-        option = self.option(name)
+        if name == "TCP_CONGESTION":
+            self.stack.cc_set(fd, value)
+            return 0
         if name == "SO_LINGER":
             value = value["linger"] if value["onoff"] else -1
-        if isinstance(value, str):
-            self.stack.setopt(fd, option, self.congestion(value))
-        else:
-            self.stack.setopt(fd, option, value)
+        self.stack.setopt(fd, self.option(name), value)
         return 0
-
-    def congestion(self, name: str) -> int:
-        raise CodeError("the stack's congestion control is not chosen by name here")
 
     def do_getsockopt(self, fd: int, level: int, name: str, shape: Any) -> Op:
         yield from ()
