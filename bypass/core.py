@@ -371,8 +371,8 @@ class CoreStack:
 
     def getopt(self, sock: int, option: int) -> int:
         value = int(lib.bypass_getopt(self.c, sock, option))
-        # Linger off is -1, which is also -EPERM: no option fails with that.
-        return value if option == lib.BYPASS_SO_LINGER and value == -1 else check(value)
+        # Off is -1 for the two lingers, which is also -EPERM: no option fails with that.
+        return -1 if value == -1 else check(value)
 
     def cc_set(self, sock: int, name: str) -> None:
         """Congestion control by name; of a listener: its connections'. ENOENT: unknown."""

@@ -164,8 +164,8 @@ MUTANTS = {
     ),
     "unread data is forgotten on close": Mutant(
         "tcp_conn.c",
-        "if (c->rcv_queued > 0 || conn_cold(s, c)->linger_s == 0 ||",
-        "if (conn_cold(s, c)->linger_s == 0 ||",
+        "if (c->rcv_queued > 0 || conn_cold(s, c)->opt.linger_s == 0 ||",
+        "if (conn_cold(s, c)->opt.linger_s == 0 ||",
         "close::test_closing_with_unread_data_resets",
     ),
     "data comes after the end": Mutant(

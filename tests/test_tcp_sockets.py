@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP sockets as handles: generations, events (edge) and readiness (level), errors reported once, options."""
+"""TCP sockets as handles: generations, events (edge) and readiness (level), errors reported once."""
 
 from __future__ import annotations
 
@@ -262,74 +262,6 @@ def test_without_an_address_of_our_own_nothing_is_reached() -> None:
         t.stack.addr_del(US)
         sock = t.stack.socket(STREAM)
         assert t.stack.connect(sock, (PEER, 9)) == -errno.ENETUNREACH
-
-
-# ---- Options ------------------------------------------------------------------------------------------------------
-OPTIONS = {
-    "SO_SNDBUF": (4096, 1 << 30),
-    "SO_RCVBUF": (4096, 1 << 30),
-    "SO_KEEPALIVE": (0, 1),
-    "SO_LINGER": (-1, 32767),
-    "IP_TTL": (1, 255),
-    "IP_TOS": (0, 255),
-    "TCP_NODELAY": (0, 1),
-    "TCP_CORK": (0, 1),
-    "TCP_KEEPIDLE": (1, 32767),
-    "TCP_KEEPINTVL": (1, 32767),
-    "TCP_KEEPCNT": (1, 127),
-    "TCP_USER_TIMEOUT": (0, (1 << 31) - 1),
-}
-
-
-@pytest.mark.parametrize("connected", [False, True])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_an_option_is_what_it_was_set_to(name: str, connected: bool) -> None:
-    with Talk() as t:
-        sock = t.established() if connected else t.stack.socket(STREAM)
-        option = getattr(lib, f"BYPASS_{name}")
-        for value in OPTIONS[name]:
-            t.stack.setopt(sock, option, value)
-            assert t.stack.getopt(sock, option) == value
-        low, high = OPTIONS[name]
-        if name in ("SO_SNDBUF", "SO_RCVBUF"):
-            t.stack.setopt(sock, option, 1)
-            assert t.stack.getopt(sock, option) == low, "clamped, as the kernel does"
-        elif (low, high) != (0, 1):
-            for value in (low - 1, high + 1):
-                with pytest.raises(OSError, match="Invalid argument"):
-                    t.stack.setopt(sock, option, value)
-        t.stack.setopt(sock, lib.BYPASS_SO_LINGER, -1)
-
-
-@pytest.mark.parametrize("name", [n for n in OPTIONS if n not in ("SO_LINGER", "SO_SNDBUF", "SO_RCVBUF")])
-def test_an_accepted_connection_inherits_the_listeners_options(name: str) -> None:
-    with Talk() as t:
-        low, high = OPTIONS[name]
-        value = high if high < 1000 else 777
-        conn = t.established(**{name: value})
-        assert t.stack.getopt(conn, getattr(lib, f"BYPASS_{name}")) == value
-        assert low <= value
-
-
-def test_options_of_the_moment() -> None:
-    with Talk() as t:
-        conn = t.established()
-        get = t.stack.getopt
-        assert get(conn, lib.BYPASS_TCP_MAXSEG) == 1460, "what segments carry now"
-        assert get(conn, lib.BYPASS_TCP_QUICKACK) == 1
-        t.option("TCP_QUICKACK", 0)
-        assert get(conn, lib.BYPASS_TCP_QUICKACK) == 0
-        assert get(t.listener, lib.BYPASS_SO_REUSEADDR) == 0
-        t.stack.setopt(conn, lib.BYPASS_SO_RCVBUF, 1 << 40)
-        assert get(conn, lib.BYPASS_SO_RCVBUF) == 1 << 30
-
-
-def test_unknown_options_are_refused() -> None:
-    with Talk() as t:
-        sock = t.stack.socket(STREAM)
-        for call in (lambda: t.stack.setopt(sock, 99, 1), lambda: t.stack.getopt(sock, 99)):
-            with pytest.raises(OSError, match="Protocol not available"):
-                call()
 
 
 # ---- The flow table -----------------------------------------------------------------------------------------------

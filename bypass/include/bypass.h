@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 enum {
-    BYPASS_ABI = 1, /* changes whenever a struct of this header changes its layout */
+    BYPASS_ABI = 2, /* changes whenever a struct of this header changes its layout */
 };
 
 /* ---- Frames ------------------------------------------------------------------------------------
@@ -294,6 +294,13 @@ enum {
     BYPASS_SO_BROADCAST = 6,
     BYPASS_IP_TTL = 7,
     BYPASS_IP_TOS = 8,
+    BYPASS_SO_REUSEPORT = 9,
+    BYPASS_SO_OOBINLINE = 10,
+    BYPASS_SO_RCVLOWAT = 11,   /* bytes that make BYPASS_IN */
+    BYPASS_SO_TYPE = 12,       /* cannot be set; BYPASS_STREAM */
+    BYPASS_SO_ACCEPTCONN = 13, /* cannot be set; listening? */
+    BYPASS_IP_MTU = 14,        /* cannot be set; of a connection's path. -ENOTCONN */
+    BYPASS_IP_MTU_DISCOVER = 15,
     BYPASS_TCP_NODELAY = 16,
     BYPASS_TCP_MAXSEG = 17,
     BYPASS_TCP_QUICKACK = 18,
@@ -302,6 +309,10 @@ enum {
     BYPASS_TCP_KEEPINTVL = 21,
     BYPASS_TCP_KEEPCNT = 22,
     BYPASS_TCP_USER_TIMEOUT = 23, /* milliseconds */
+    BYPASS_TCP_SYNCNT = 24,
+    BYPASS_TCP_LINGER2 = 25,       /* seconds; -1: FIN_WAIT_2 ends with close() */
+    BYPASS_TCP_NOTSENT_LOWAT = 26, /* bytes that may wait to be sent; 0: no limit */
+    BYPASS_OPT_COUNT,
 };
 
 BYPASS_API bypass_sock bypass_socket(struct bypass_stack *s, int type);
@@ -468,21 +479,51 @@ enum { /* connection states, RFC 9293 3.3.2, in the numbering of Linux' tcp_stat
        BYPASS_CLOSING = 11,
 };
 
+enum { /* bypass_tcp_info.flags */
+       BYPASS_INFO_TIMESTAMPS = 1,
+       BYPASS_INFO_WSCALE = 2,
+       BYPASS_INFO_SACK = 4,
+       BYPASS_INFO_ECN = 8,
+       BYPASS_INFO_FASTOPEN = 16,    /* data went with the SYN, or came with it */
+       BYPASS_INFO_APP_LIMITED = 32, /* delivery_rate was limited by the program */
+};
+
 struct bypass_tcp_info {
     struct bypass_endpoint local, peer;
     uint32_t state;
     uint32_t snd_una, snd_nxt, rcv_nxt;
     uint32_t snd_wnd, rcv_wnd; /* bytes */
-    uint32_t cwnd, ssthresh;   /* bytes */
+    uint32_t cwnd, ssthresh;   /* bytes; ssthresh UINT32_MAX: none yet */
     uint32_t snd_mss;
     uint32_t snd_queued, rcv_queued; /* bytes: written and unacknowledged; received and unread */
     uint32_t srtt_us, rttvar_us, rto_us;
     uint32_t retransmits; /* segments, since the connection began */
-    uint32_t flags;       /* 1 timestamps, 2 window scaling */
+    uint32_t flags;       /* BYPASS_INFO_* */
     uint8_t snd_wscale, rcv_wscale;
-    uint8_t reserved[6];
+    uint8_t ca_state; /* 0 open, 1 disorder, 2 CWR, 3 recovery, 4 loss, as Linux numbers them */
+    uint8_t timeouts; /* in a row */
+    uint8_t probes;   /* unanswered */
+    uint8_t backoff;  /* doublings of the timeout */
+    uint8_t reserved[2];
+    uint32_t unacked, sacked, lost, retrans; /* segments in flight, and of these */
+    uint32_t notsent;                        /* bytes written and never sent */
+    uint32_t ato_us;                         /* delay of an acknowledgment */
+    uint32_t rcv_mss, advmss, pmtu;          /* largest seen; what our SYN offered; bytes of IP packet */
+    uint32_t rcv_limit;                      /* the most that the window may open to, bytes */
+    uint32_t rcv_rtt_us, rcv_space;          /* receive autotuning: round trip seen from here; bytes read in one */
+    uint32_t min_rtt_us;                     /* UINT32_MAX: none yet */
+    uint32_t segs_in, segs_out;              /* since the connection began */
+    uint32_t data_segs_in, data_segs_out;    /* of these with payload */
+    uint32_t delivered;                      /* segments of ours that arrived, the SYN included */
+    uint32_t timeouts_total;                 /* retransmission timeouts */
+    uint64_t bytes_acked, bytes_received;    /* with FIN, and the SYN of an active open, as RFC 4898 counts */
+    uint64_t bytes_sent, bytes_retrans;      /* payload; bytes_sent counts repetitions too */
+    uint64_t pacing_rate, delivery_rate;     /* bytes a second; pacing_rate 0: not paced */
 };
 BYPASS_API int bypass_tcp_info(struct bypass_stack *s, bypass_sock sock, struct bypass_tcp_info *out);
+/* The same in the layout of Linux' struct tcp_info (linux/tcp.h, as of 6.7), at most n bytes of it. Returns the
+ * number written. Times that Linux gives and this stack does not keep are 0. */
+BYPASS_API int bypass_tcp_info_linux(const struct bypass_tcp_info *info, void *out, size_t n);
 /* Connections in every state, also those that no handle owns: *cursor starts at 0; returns 1 and fills
  * out, or 0 at the end. */
 BYPASS_API int bypass_conn_next(struct bypass_stack *s, uint32_t *cursor, struct bypass_tcp_info *out);

@@ -282,7 +282,8 @@ struct sock {
 };
 uint32_t sock_alloc(struct bypass_stack *s, int type, uint32_t idx); /* index into socks, or NO_INDEX */
 void sock_free(struct bypass_stack *s, uint32_t si);
-void sock_event_queue(struct bypass_stack *s, uint32_t si); /* behind those that wait to be reported */
+void sock_event_queue(struct bypass_stack *s, uint32_t si);         /* behind those that wait to be reported */
+struct sock *sock_get(const struct bypass_stack *s, bypass_sock h); /* NULL: stale */
 static inline struct sock *sock_at(const struct bypass_stack *s, uint32_t si)
 {
     return (struct sock *)at(s, core(s)->socks.off) + si;

@@ -39,7 +39,7 @@ static bypass_sock handle(const struct bypass_stack *s, uint32_t si)
     return (bypass_sock)((uint64_t)sock_at(s, si)->gen << 32 | si);
 }
 
-static struct sock *sock_get(const struct bypass_stack *s, bypass_sock h)
+struct sock *sock_get(const struct bypass_stack *s, bypass_sock h)
 {
     uint32_t si = (uint32_t)h, gen = (uint32_t)((uint64_t)h >> 32);
     if (h < 0 || si >= core(s)->socks.bump)
@@ -303,7 +303,7 @@ int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock h, void *buf, size_t
     return bypass_recv(s, h, buf, n, flags);
 }
 
-/* ---- State and options ------------------------------------------------------------------------------------- */
+/* ---- State ------------------------------------------------------------------------------------------------ */
 int bypass_error(struct bypass_stack *s, bypass_sock h)
 {
     struct sock *k = sock_get(s, h);
@@ -335,158 +335,6 @@ int bypass_ready(struct bypass_stack *s, bypass_sock h)
     return tcp_conn_ready(s, conn_at(s, k->idx));
 }
 
-/* Options live in three places: the endpoint before, the connection and its cold half after connecting. */
-struct opt_ref {
-    uint32_t *u32;
-    int32_t *i32;
-    uint16_t *u16;
-    uint8_t *u8;
-    uint32_t flag; /* bit in *u32 */
-    int64_t min, max;
-};
-
-static bool opt_find(struct bypass_stack *s, const struct sock *k, int opt, struct opt_ref *r)
-{
-    bool conn = k->type == SOCK_TCP;
-    struct tcp_endpoint *ep = conn ? NULL : endpoint_at(s, k->idx);
-    struct tcp_conn *c = conn ? conn_at(s, k->idx) : NULL;
-    struct tcp_cold *d = conn ? cold_at(s, k->idx) : NULL;
-    uint32_t *flags = conn ? &c->flags : &ep->flags;
-#define FIELD(cold, name) (conn ? &(cold)->name : &ep->name)
-    switch (opt) {
-    case BYPASS_SO_SNDBUF:
-        *r = (struct opt_ref){.u32 = FIELD(c, sndbuf), .min = 4096, .max = 1 << 30};
-        break;
-    case BYPASS_SO_RCVBUF:
-        *r = (struct opt_ref){.u32 = FIELD(c, rcvbuf), .min = 4096, .max = 1 << 30};
-        break;
-    case BYPASS_SO_KEEPALIVE:
-        *r = (struct opt_ref){.u32 = flags, .flag = TF_KEEPALIVE, .max = 1};
-        break;
-    case BYPASS_TCP_NODELAY:
-        *r = (struct opt_ref){.u32 = flags, .flag = TF_NODELAY, .max = 1};
-        break;
-    case BYPASS_TCP_CORK:
-        *r = (struct opt_ref){.u32 = flags, .flag = TF_CORK, .max = 1};
-        break;
-    case BYPASS_SO_LINGER:
-        *r = (struct opt_ref){.i32 = FIELD(d, linger_s), .min = -1, .max = 32767};
-        break;
-    case BYPASS_IP_TTL:
-        *r = (struct opt_ref){.u8 = FIELD(d, ttl), .min = 1, .max = 255};
-        break;
-    case BYPASS_IP_TOS:
-        *r = (struct opt_ref){.u8 = FIELD(d, tos), .max = 255};
-        break;
-    case BYPASS_TCP_MAXSEG:
-        *r = (struct opt_ref){.u16 = FIELD(d, maxseg), .min = 88, .max = 32767};
-        break;
-    case BYPASS_TCP_KEEPIDLE:
-        *r = (struct opt_ref){.u32 = FIELD(d, keep_idle_s), .min = 1, .max = 32767};
-        break;
-    case BYPASS_TCP_KEEPINTVL:
-        *r = (struct opt_ref){.u32 = FIELD(d, keep_intvl_s), .min = 1, .max = 32767};
-        break;
-    case BYPASS_TCP_KEEPCNT:
-        *r = (struct opt_ref){.u32 = FIELD(d, keep_cnt), .min = 1, .max = 127};
-        break;
-    case BYPASS_TCP_USER_TIMEOUT:
-        *r = (struct opt_ref){.u32 = FIELD(d, user_timeout_ms), .max = INT32_MAX};
-        break;
-    default:
-        return false;
-    }
-#undef FIELD
-    return true;
-}
-
-static int opt_store(const struct opt_ref *r, int64_t value)
-{
-    if (r->flag && value != 0)
-        value = 1;
-    if (value > r->max && (r->max == 1 << 30))
-        value = r->max; /* buffer sizes are clamped, as the kernel does */
-    if (value < r->min && r->max == 1 << 30)
-        value = r->min;
-    if (value < r->min || value > r->max)
-        return -EINVAL;
-    if (r->flag)
-        *r->u32 = value ? *r->u32 | r->flag : *r->u32 & ~r->flag;
-    else if (r->u32)
-        *r->u32 = (uint32_t)value;
-    else if (r->i32)
-        *r->i32 = (int32_t)value;
-    else if (r->u16)
-        *r->u16 = (uint16_t)value;
-    else
-        *r->u8 = (uint8_t)value;
-    return 0;
-}
-
-/* What a changed option causes at once on a live connection. */
-static void opt_effect(struct bypass_stack *s, struct tcp_conn *c, int opt)
-{
-    if (c->flags & TF_DEAD)
-        return;
-    if (opt == BYPASS_SO_KEEPALIVE || opt == BYPASS_TCP_KEEPIDLE) {
-        c->keep_at = c->flags & TF_KEEPALIVE ? now_ns(s) + conn_cold(s, c)->keep_idle_s * SEC_NS : 0;
-        tcp_timer_update(s, c);
-    }
-    if (opt == BYPASS_TCP_NODELAY && (c->flags & TF_NODELAY) && c->sndq_next != BYPASS_PKT_NONE)
-        c->flags |= TF_PUSH_ALL; /* tcp(7): what is held back goes, even with TCP_CORK */
-    if (opt == BYPASS_TCP_NODELAY || opt == BYPASS_TCP_CORK)
-        tcp_output(s, c);
-}
-
-int bypass_setopt(struct bypass_stack *s, bypass_sock h, int opt, int64_t value)
-{
-    struct sock *k = sock_get(s, h);
-    if (!k)
-        return -EBADF;
-    if (k->type == SOCK_UDP)
-        return udp_setopt(s, k->idx, opt, value);
-    if (opt == BYPASS_SO_REUSEADDR) {
-        if (k->type == SOCK_LISTEN)
-            endpoint_at(s, k->idx)->reuse_addr = value != 0;
-        return 0;
-    }
-    if (opt == BYPASS_TCP_QUICKACK) {
-        if (k->type == SOCK_TCP)
-            conn_at(s, k->idx)->quick_acks = value ? QUICK_ACKS : 0;
-        return 0;
-    }
-    struct opt_ref r;
-    if (!opt_find(s, k, opt, &r))
-        return -ENOPROTOOPT;
-    int err = opt_store(&r, value);
-    if (err == 0 && k->type == SOCK_TCP)
-        opt_effect(s, conn_at(s, k->idx), opt);
-    return err;
-}
-
-int64_t bypass_getopt(struct bypass_stack *s, bypass_sock h, int opt)
-{
-    struct sock *k = sock_get(s, h);
-    if (!k)
-        return -EBADF;
-    if (k->type == SOCK_UDP)
-        return udp_getopt(s, k->idx, opt);
-    if (opt == BYPASS_SO_REUSEADDR)
-        return k->type == SOCK_LISTEN ? endpoint_at(s, k->idx)->reuse_addr : 1;
-    if (opt == BYPASS_TCP_QUICKACK)
-        return k->type == SOCK_TCP && conn_at(s, k->idx)->quick_acks > 0;
-    if (opt == BYPASS_TCP_MAXSEG && k->type == SOCK_TCP)
-        return conn_at(s, k->idx)->snd_mss;
-    struct opt_ref r;
-    if (!opt_find(s, k, opt, &r))
-        return -ENOPROTOOPT;
-    if (r.flag)
-        return (*r.u32 & r.flag) != 0;
-    if (r.i32)
-        return *r.i32;
-    return r.u32 ? *r.u32 : r.u16 ? *r.u16 : *r.u8;
-}
-
 int bypass_cc_set(struct bypass_stack *s, bypass_sock h, const char *name)
 {
     struct sock *k = sock_get(s, h);
@@ -506,26 +354,6 @@ int bypass_cc_get(const struct bypass_stack *s, bypass_sock h, char *out, size_t
     if (k->type == SOCK_UDP)
         return -EOPNOTSUPP;
     return tcp_cc_get(s, k->type == SOCK_TCP ? conn_at(s, k->idx)->cc : endpoint_at(s, k->idx)->cc, out, n);
-}
-
-int bypass_tcp_info(struct bypass_stack *s, bypass_sock h, struct bypass_tcp_info *out)
-{
-    struct sock *k = sock_get(s, h);
-    if (!k)
-        return -EBADF;
-    if (k->type == SOCK_UDP)
-        return -EOPNOTSUPP;
-    *out = (struct bypass_tcp_info){0};
-    if (k->type == SOCK_TCP) {
-        tcp_fill_info(s, conn_at(s, k->idx), out);
-        return 0;
-    }
-    const struct tcp_endpoint *ep = endpoint_at(s, k->idx);
-    out->local.addr = ep->addr;
-    out->local.port = ep->port;
-    out->state = ep->listening ? BYPASS_LISTEN : BYPASS_CLOSED;
-    out->rcv_queued = ep->accept_count;
-    return 0;
 }
 
 int bypass_port_users(struct bypass_stack *s, int type, const struct bypass_addr *addr, uint16_t port)

@@ -20,6 +20,8 @@
  *   tcp_listen.c    endpoints that are not connected: bind, listen, accept
  *   tcp_req.c       half-open connections: a SYN that was answered, until its ACK comes
  *   tcp_cookie.c    SYN cookies: not even that is kept
+ *   tcp_info.c      what a connection tells of itself (TCP_INFO)
+ *   sock_opt.c      what a program may set: one table
  *
  * Hot state is four cache lines a connection, in a pool of its own; what only set-up, tear-down and
  * introspection need lies in a second pool at the same index (struct tcp_cold).
@@ -73,6 +75,8 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_FASTOPEN = 1 << 10,   /* data went with the SYN, or came with it (RFC 7413) */
        TX_PACE_WAIT = 1 << 16,  /* the next segment waits for flight.pace_at */
        TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
+       TX_RCVLOWAT = 1 << 12,   /* cold.opt.rcvlowat is more than a byte */
+       TX_NOTSENT = 1 << 13,    /* cold.opt.notsent_lowat limits what is queued */
 };
 
 enum {           /* conn.rtx_kind: what rtx_at stands for */
@@ -189,6 +193,31 @@ struct tcp_flight {
 enum { FK_CC = 1, FK_RACK = 2 };
 enum { CA_OPEN, CA_DISORDER, CA_CWR, CA_RECOVERY, CA_LOSS }; /* in Linux' order, as TCP_INFO shows them */
 
+/* What a program may set (sock_opt.c has the table): of an endpoint, and by one copy of the connections made from it. */
+enum { /* tcp_options.bits */
+       OPT_REUSEADDR = 1 << 0,
+       OPT_REUSEPORT = 1 << 1,
+       OPT_OOBINLINE = 1 << 2,
+       OPT_BROADCAST = 1 << 3, /* means nothing to TCP; kept as Linux keeps it */
+       OPT_SLOWACK = 1 << 4,   /* TCP_QUICKACK was switched off */
+};
+struct tcp_options {
+    int32_t linger_s; /* -1: off */
+    uint32_t user_timeout_ms;
+    uint32_t rcvlowat;
+    uint32_t notsent_lowat; /* 0: no limit */
+    uint16_t bits;          /* OPT_* */
+    uint16_t maxseg;        /* 0: what the path allows */
+    uint16_t keep_idle_s, keep_intvl_s;
+    int16_t fin_wait_s; /* TCP_LINGER2: seconds in FIN_WAIT_2 without a program; -1: none at all */
+    uint8_t keep_cnt;
+    uint8_t syn_retries;
+    uint8_t ttl, tos;
+    uint8_t mtu_discover; /* as Linux numbers it */
+    uint8_t pad;
+};
+static_assert(sizeof(struct tcp_options) == 32, "in every connection's cold half");
+
 struct tcp_cold {
     uint32_t link;
     seq_t iss, irs, fin_ahead;
@@ -197,18 +226,20 @@ struct tcp_cold {
     uint32_t listener, listener_gen;
     uint32_t accept_next;
     uint32_t tw_next, tw_prev; /* list of TIME_WAIT, oldest first */
-    int32_t error;             /* positive errno for the program */
-    int32_t soft_error;        /* last ICMP error, the reason if the connection times out */
-    int32_t linger_s;
-    uint32_t keep_idle_s, keep_intvl_s, keep_cnt;
-    uint32_t user_timeout_ms;
+    int16_t error;             /* positive errno for the program */
+    int16_t soft_error;        /* last ICMP error, the reason if the connection times out */
+    struct tcp_options opt;
     uint64_t unacked_since; /* when the oldest data in flight began to wait; user timeout */
     uint64_t last_in;       /* when the last segment came */
-    uint64_t challenge_ns;  /* when the last challenge ACK went */
     uint64_t syn_sent_ns;
-    uint32_t gen; /* counts uses of this slot: tells the program's handle from a reused one */
-    uint16_t maxseg;
-    uint8_t ttl, tos;
+    /* counted for TCP_INFO; what can be told from sequence numbers is not */
+    uint32_t segs_in, segs_out, data_segs_in, data_segs_out;
+    uint32_t rtx_bytes;
+    uint16_t una_laps, nxt_laps; /* 2^31 bytes each, from iss to snd_una and from irs to rcv_nxt */
+    uint16_t timeouts;
+    uint16_t pad16;
+    uint32_t challenge_ms;        /* when the last challenge ACK went; 0: none */
+    uint32_t gen;                 /* counts uses of this slot: tells the program's handle from a reused one */
     seq_t dsack_first, dsack_end; /* TX_DSACK */
     seq_t snd_up, rcv_up;         /* urgent pointers */
     /* receive autotuning: the round trip as seen from here, and what the program read in one */
@@ -227,21 +258,18 @@ struct tcp_endpoint {
     uint32_t sock;
     addr_t addr;
     uint16_t port; /* 0: not bound */
-    uint8_t listening, reuse_addr;
+    uint8_t listening;
+    uint8_t used;
     uint32_t gen;
     uint32_t hash_next;
     uint32_t backlog, accept_count, syn_count;
     uint64_t cookie_ns; /* when the last SYN cookie went out for it; 0: none did */
     uint32_t accept_head, accept_tail;
     /* options that connections inherit */
-    uint32_t sndbuf, rcvbuf, flags;
-    int32_t linger_s;
-    uint32_t keep_idle_s, keep_intvl_s, keep_cnt, user_timeout_ms;
-    uint16_t maxseg;
-    uint8_t ttl, tos;
-    uint8_t used;
+    uint32_t sndbuf, rcvbuf, flags, feat;
+    struct tcp_options opt;
     uint8_t cc; /* index of the congestion control */
-    uint8_t pad[2];
+    uint8_t pad[7];
 };
 
 enum { TCP_PORT_BUCKETS = 256 };
@@ -327,6 +355,22 @@ static inline uint32_t endpoint_index(const struct bypass_stack *s, const struct
     return (uint32_t)(ep - endpoint_at(s, 0));
 }
 static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return core(s)->now_ms; }
+/* Half laps of a sequence number: the lowest bit is the distance's highest, so that a lap is noticed whenever this runs
+ * once in 2^31 bytes. */
+static inline uint16_t seq_laps(uint16_t laps, seq_t at, seq_t from)
+{
+    return (uint16_t)(laps + (((at.v - from.v) >> 31 ^ laps) & 1));
+}
+/* A segment of this connection came in. */
+static inline void conn_count_in(const struct bypass_stack *s, const struct tcp_conn *c, struct tcp_cold *k,
+                                 uint32_t len)
+{
+    k->last_in = now_ns(s);
+    k->segs_in++;
+    k->data_segs_in += len > 0;
+    k->una_laps = seq_laps(k->una_laps, c->snd_una, k->iss);
+    k->nxt_laps = seq_laps(k->nxt_laps, c->rcv_nxt, k->irs);
+}
 
 /* ---- A segment, parsed (host order) --------------------------------------------------------------- */
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG = 32, TCP_ECE = 64, TCP_CWR = 128 };
@@ -397,6 +441,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c);
 void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err);
 void conn_reset(struct bypass_stack *s, struct tcp_conn *c, int err); /* sends RST, then drops */
 void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c);
+bool conn_fin_wait(struct bypass_stack *s, struct tcp_conn *c);
 void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask);
 /* Tries again at the next poll (no frame, device busy) or when a next hop was answered. */
 void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop);
@@ -579,6 +624,13 @@ void tcp_ecn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct seg
 /* tcp_rcv.c */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
 uint32_t tcp_rcv_window(struct tcp_conn *c); /* bytes to offer; never less than was offered */
+/* Enough is there to tell the program (SO_RCVLOWAT). */
+static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    if (unlikely(c->feat & TX_RCVLOWAT)) /* no more than the buffer is sure to hold */
+        return c->rcv_queued >= min_u32(conn_cold(s, c)->opt.rcvlowat, c->rcvbuf / 2);
+    return c->rcv_queued > 0;
+}
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c); /* what waits to be read */
 void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c);
@@ -595,6 +647,7 @@ enum {                /* meta.seg_flags beyond core.h's */
        SEG_LOST = 16, /* counts in lost_bytes; to be sent again */
        SEG_RTX = 32,  /* was sent more than once: no round trip from it (Karn) */
        SEG_PSH = 64,
+       SEG_SACKED = 128,
        SEG_APP_LIMITED = 256, /* sent while the program was the limit (tcp_rate.c) */
 };
 
@@ -658,6 +711,7 @@ enum {
     RTO_FALLBACK_US = 3000000, /* RFC 6298 5.7: after a SYN that was repeated */
     DELACK_MS = 40,
     TIME_WAIT_S = 60,
+    FIN_WAIT_S = 60,
     SYN_RETRIES = 6,
     DATA_RETRIES = 15,
     ORPHAN_RETRIES = 8,
@@ -668,6 +722,11 @@ enum {
     SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
     WINDOW_LOW = 32768,   /* bytes: with less on offer the peer may be waiting */
 };
+
+/* sock_opt.c */
+void tcp_options_default(struct tcp_endpoint *ep, const struct bypass_config *cfg);
+void tcp_options_inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tcp_endpoint *ep);
+void tcp_options_return(struct tcp_endpoint *ep, const struct tcp_conn *c, const struct tcp_cold *k); /* disconnected */
 
 /* Public calls on a TCP object by sock.c */
 int tcp_create(struct bypass_stack *s, uint32_t *idx);
@@ -681,7 +740,6 @@ void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx);
 int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c);
 int tcp_listen_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
 int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
-void tcp_fill_info(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out);
 
 /* sock.c, poll.c */
 void sock_destroy(struct bypass_stack *s);

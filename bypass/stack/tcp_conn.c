@@ -162,22 +162,6 @@ static struct tcp_conn *conn_alloc(struct bypass_stack *s)
     return conn_at(s, i);
 }
 
-static void inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tcp_endpoint *ep)
-{
-    c->flags = ep->flags & (TF_NODELAY | TF_CORK | TF_KEEPALIVE);
-    c->sndbuf = ep->sndbuf;
-    c->rcvbuf = ep->rcvbuf;
-    k->linger_s = ep->linger_s;
-    k->keep_idle_s = ep->keep_idle_s;
-    k->keep_intvl_s = ep->keep_intvl_s;
-    k->keep_cnt = ep->keep_cnt;
-    k->user_timeout_ms = ep->user_timeout_ms;
-    k->maxseg = ep->maxseg;
-    k->ttl = ep->ttl;
-    k->tos = ep->tos;
-    c->cc = ep->cc;
-}
-
 struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep, const addr_t *laddr, uint16_t lport,
                           const addr_t *raddr, uint16_t rport)
 {
@@ -185,7 +169,7 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
     if (!c)
         return NULL;
     struct tcp_cold *k = conn_cold(s, c);
-    inherit(c, k, ep);
+    tcp_options_inherit(c, k, ep);
     c->laddr = *laddr;
     c->raddr = *raddr;
     c->lport = lport;
@@ -217,7 +201,7 @@ void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu)
 {
     uint32_t headers = 20 + TCP_HDR, frame = s->dev->stride - s->dev->headroom;
     uint32_t mss = min_u32(c->syn_mss, (mtu ? mtu : s->dev->mtu) - headers);
-    uint16_t maxseg = conn_cold(s, c)->maxseg;
+    uint16_t maxseg = conn_cold(s, c)->opt.maxseg;
     mss = min_u32(mss, frame);
     if (maxseg)
         mss = min_u32(mss, maxseg);
@@ -247,7 +231,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
         c->rto_us = RTO_FALLBACK_US;
     }
     if (c->flags & TF_KEEPALIVE)
-        c->keep_at = now_ns(s) + conn_cold(s, c)->keep_idle_s * SEC_NS;
+        c->keep_at = now_ns(s) + conn_cold(s, c)->opt.keep_idle_s * SEC_NS;
     tcp_timer_update(s, c);
     STAT(s, tcp_established);
     conn_event(s, c, BYPASS_OUT);
@@ -377,7 +361,7 @@ void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err)
     }
     /* the handle stays valid; data that arrived before stays readable */
     if (err)
-        k->error = err;
+        k->error = (int16_t)err;
     conn_event(s, c, BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP | (err ? BYPASS_ERR : 0));
 }
 
@@ -409,6 +393,20 @@ int tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how)
     return 0;
 }
 
+/* In FIN_WAIT_2 without a program: nobody reads any more, so the peer's end is not waited for without limit
+ * (TCP_LINGER2). false: not at all, the connection is gone. */
+bool conn_fin_wait(struct bypass_stack *s, struct tcp_conn *c)
+{
+    int16_t wait_s = conn_cold(s, c)->opt.fin_wait_s;
+    if (wait_s < 0) {
+        conn_reset(s, c, 0);
+        return false;
+    }
+    c->rtx_at = now_ns(s) + (uint64_t)wait_s * SEC_NS;
+    tcp_timer_update(s, c);
+    return true;
+}
+
 /* RFC 9293 3.10.4; unread data makes it a reset (RFC 2525 2.17), so does a linger time of zero. */
 void tcp_close(struct bypass_stack *s, struct tcp_conn *c)
 {
@@ -420,14 +418,13 @@ void tcp_close(struct bypass_stack *s, struct tcp_conn *c)
         conn_drop(s, c, 0);
         return;
     }
-    if (c->rcv_queued > 0 || conn_cold(s, c)->linger_s == 0 || c->state == BYPASS_SYN_RECEIVED) {
+    if (c->rcv_queued > 0 || conn_cold(s, c)->opt.linger_s == 0 || c->state == BYPASS_SYN_RECEIVED) {
         conn_reset(s, c, 0);
         return;
     }
     c->keep_at = 0;
     if (c->state == BYPASS_FIN_WAIT_2) { /* shut down before: now nobody waits for the peer's data */
-        c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS;
-        tcp_timer_update(s, c);
+        (void)conn_fin_wait(s, c);
     } else if (!(c->flags & TF_FIN_QUEUED)) {
         queue_fin(s, c);
     }
@@ -518,7 +515,7 @@ int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
         return BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP | (k->error ? BYPASS_ERR : 0);
     if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
         return k->error ? BYPASS_ERR : 0;
-    if (c->rcv_queued > 0 || (c->flags & (TF_FIN_IN | TF_RCV_SHUT)))
+    if (tcp_readable(s, c) || (c->flags & (TF_FIN_IN | TF_RCV_SHUT)))
         mask |= BYPASS_IN;
     if (c->flags & (TF_FIN_IN | TF_RCV_SHUT))
         mask |= BYPASS_RDHUP;
@@ -527,51 +524,6 @@ int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
     if ((c->flags & TF_FIN_QUEUED) && (c->flags & TF_FIN_IN))
         mask |= BYPASS_HUP;
     return mask | (k->error ? BYPASS_ERR : 0);
-}
-
-void tcp_fill_info(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
-{
-    const struct tcp_cold *k = conn_cold(s, c);
-    *out = (struct bypass_tcp_info){
-        .local = {.addr = c->laddr, .port = c->lport},
-        .peer = {.addr = c->raddr, .port = c->rport},
-        .state = c->state,
-        .snd_una = c->snd_una.v,
-        .snd_nxt = c->snd_nxt.v,
-        .rcv_nxt = c->rcv_nxt.v,
-        .snd_wnd = c->snd_wnd,
-        .rcv_wnd = c->rcv_adv.v - c->rcv_nxt.v,
-        .cwnd = c->cwnd,
-        .ssthresh = c->ssthresh,
-        .snd_mss = c->snd_mss,
-        .snd_queued = c->snd_queued,
-        .rcv_queued = c->rcv_queued,
-        .srtt_us = c->srtt_us,
-        .rttvar_us = c->rttvar_us,
-        .rto_us = c->rto_us,
-        .retransmits = k->retransmits,
-        .flags = (c->flags & TF_TS ? 1u : 0) | (c->flags & TF_WSCALE ? 2u : 0),
-        .snd_wscale = c->snd_wscale,
-        .rcv_wscale = c->rcv_wscale,
-    };
-}
-
-int bypass_conn_next(struct bypass_stack *s, uint32_t *cursor, struct bypass_tcp_info *out)
-{
-    const struct flow_slot *table = flow_table(s);
-    for (; *cursor <= tcp_head(s)->table_mask; (*cursor)++) {
-        if (table[*cursor].idx == 0)
-            continue;
-        tcp_fill_info(s, conn_at(s, table[*cursor].idx - 1), out);
-        (*cursor)++;
-        return 1;
-    }
-    for (uint32_t i; (i = *cursor - tcp_head(s)->table_mask - 1) < core(s)->reqs.bump;) {
-        (*cursor)++;
-        if (tcp_req_info(s, i, out))
-            return 1;
-    }
-    return 0;
 }
 
 int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)

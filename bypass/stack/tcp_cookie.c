@@ -86,7 +86,8 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
     struct flow_isn f = flow_part(s, g);
     uint32_t bits = secret << 31 | mss << TAG_BITS | tag(s, g, g->seq, secret, mss);
     bool ts = g->opt.has_ts;
-    const struct tcp_opts o = {.mss = (uint16_t)min_u32(s->dev->mtu - 40u, ep->maxseg ? ep->maxseg : UINT32_MAX),
+    const struct tcp_opts o = {.mss =
+                                   (uint16_t)min_u32(s->dev->mtu - 40u, ep->opt.maxseg ? ep->opt.maxseg : UINT32_MAX),
                                .has_ts = ts,
                                .ts_val = ts_with_options(conn_now_ms(s), &g->opt) + f.ts_offset,
                                .ts_ecr = g->opt.ts_val,
@@ -102,8 +103,8 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
                                .seq = seq(g->seq.v + f.iss.v + bits),
                                .ack = seq_add(g->seq, 1),
                                .flags = TCP_SYN | TCP_ACK,
-                               .ttl = ep->ttl,
-                               .tos = ep->tos,
+                               .ttl = ep->opt.ttl,
+                               .tos = ep->opt.tos,
                                .opts = &o};
     ep->cookie_ns = now_ns(s);
     if (tcp_send_bare(s, &b, g->pkt))

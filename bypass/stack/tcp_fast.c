@@ -151,7 +151,7 @@ bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash)
     STAT(s, tcp_in);
     STAT(s, tcp_in_fast);
     c->queue = m->queue;
-    conn_cold(s, c)->last_in = now_ns(s);
+    conn_count_in(s, c, conn_cold(s, c), g.len);
     if (seq_eq(c->last_ack_sent, c->rcv_nxt)) { /* RFC 7323 4.3 (2) */
         c->ts_recent = g.opt.ts_val;
         c->ts_recent_ms = conn_now_ms(s);
@@ -193,8 +193,8 @@ static inline void put_headers(const struct bypass_stack *s, const struct tcp_co
     memcpy(b + ETH_DST, d->mac, 6);
     memcpy(b + ETH_SRC, s->dev->mac, 6);
     wr16(b + ETH_TYPE, ETH_TYPE_IPV4);
-    uint64_t w0 = (uint64_t)__builtin_bswap16(IP4_DF) << 48 | (uint32_t)total << 16 | (uint32_t)k->tos << 8 | 0x45;
-    uint64_t w1 = (uint64_t)src << 32 | PROTO_TCP << 8 | k->ttl;
+    uint64_t w0 = (uint64_t)__builtin_bswap16(IP4_DF) << 48 | (uint32_t)total << 16 | (uint32_t)k->opt.tos << 8 | 0x45;
+    uint64_t w1 = (uint64_t)src << 32 | PROTO_TCP << 8 | k->opt.ttl;
     w1 |= (uint32_t)csum_ipv4_header(w0, w1, dst) << 16;
     memcpy(b + ETH_LEN, &w0, 8);
     memcpy(b + ETH_LEN + 8, &w1, 8);
@@ -232,6 +232,8 @@ static inline void enqueue(struct bypass_stack *s, struct tcp_conn *c, struct tc
     c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH | TF_MORE | TF_PUSH_ALL);
     c->ack_at = 0;
     k->unacked_since = now_ns(s);
+    k->segs_out++;
+    k->data_segs_out++;
 }
 
 int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n)

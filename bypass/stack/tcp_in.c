@@ -251,10 +251,8 @@ static enum next_step fin_acked(struct bypass_stack *s, struct tcp_conn *c)
         return GO_ON;
     if (c->state == BYPASS_FIN_WAIT_1) {
         conn_set_state(s, c, BYPASS_FIN_WAIT_2);
-        if (c->sock == NO_INDEX) { /* nobody reads any more: do not wait for the peer for ever */
-            c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS;
-            tcp_timer_update(s, c);
-        }
+        if (c->sock == NO_INDEX && !conn_fin_wait(s, c))
+            return STOP;
     } else if (c->state == BYPASS_CLOSING) {
         conn_time_wait(s, c);
     } else if (c->state == BYPASS_LAST_ACK) {
@@ -345,7 +343,7 @@ static void dispatch(struct bypass_stack *s, struct segment *g)
     }
     if (likely(c != NULL)) {
         c->queue = pkt_meta(s, g->pkt)->queue;
-        conn_cold(s, c)->last_in = now_ns(s);
+        conn_count_in(s, c, conn_cold(s, c), g->len);
         if (unlikely(c->state == BYPASS_SYN_SENT))
             syn_sent_in(s, c, g);
         else
@@ -402,5 +400,5 @@ void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e)
             conn_drop(s, c, e->err);
         return;
     }
-    conn_cold(s, c)->soft_error = e->err; /* RFC 1122 4.2.3.9: established ones live on */
+    conn_cold(s, c)->soft_error = (int16_t)e->err; /* RFC 1122 4.2.3.9: established ones live on */
 }

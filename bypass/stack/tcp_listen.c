@@ -14,7 +14,6 @@ static uint32_t *bucket(const struct bypass_stack *s, uint16_t port)
 
 int tcp_create(struct bypass_stack *s, uint32_t *idx)
 {
-    const struct bypass_config *cfg = &core(s)->cfg;
     *idx = pool_alloc(s, &core(s)->listeners);
     if (*idx == NO_INDEX)
         return -ENFILE;
@@ -26,16 +25,10 @@ int tcp_create(struct bypass_stack *s, uint32_t *idx)
         .addr = {{[10] = 0xff, [11] = 0xff}},
         .accept_head = NO_INDEX,
         .accept_tail = NO_INDEX,
-        .sndbuf = cfg->sndbuf,
-        .rcvbuf = cfg->rcvbuf,
-        .linger_s = -1,
-        .keep_idle_s = 7200, /* RFC 9293 3.8.4 */
-        .keep_intvl_s = 75,
-        .keep_cnt = 9,
-        .ttl = 64,
         .cc = (uint8_t)tcp_head(s)->cc_default,
         .used = 1,
     };
+    tcp_options_default(ep, &core(s)->cfg);
     return 0;
 }
 
@@ -51,7 +44,7 @@ static bool port_taken(const struct bypass_stack *s, const struct tcp_endpoint *
         const struct tcp_endpoint *ep = endpoint_at(s, i);
         if (ep == self || ep->port != port || !addr_overlaps(&ep->addr, addr))
             continue;
-        if (ep->listening || !ep->reuse_addr || !self->reuse_addr)
+        if (ep->listening || !(ep->opt.bits & self->opt.bits & OPT_REUSEADDR))
             return true;
     }
     return false;

@@ -109,6 +109,7 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
     if (unlikely(tcp_header_special(c)) && !(flags & TCP_RST) &&
         !special_header(s, c, h, opts, conn_option_room(c, payload)) && (c->feat & TX_SACK))
         answered &= ~(uint32_t)TF_ACK_NOW; /* a full segment: the blocks go in an ACK of their own behind it */
+    conn_cold(s, c)->segs_out++;
     c->last_ack_sent = c->rcv_nxt;
     c->flags &= ~answered;
     c->ack_at = 0;
@@ -117,8 +118,13 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
 static struct ip_tx conn_ip(const struct bypass_stack *s, struct tcp_conn *c)
 {
     const struct tcp_cold *k = conn_cold(s, c);
-    return (struct ip_tx){
-        .src = &c->laddr, .dst = &c->raddr, .ref = &c->dst, .proto = 6, .ttl = k->ttl, .tos = k->tos, .df = true};
+    return (struct ip_tx){.src = &c->laddr,
+                          .dst = &c->raddr,
+                          .ref = &c->dst,
+                          .proto = 6,
+                          .ttl = k->opt.ttl,
+                          .tos = k->opt.tos,
+                          .df = true};
 }
 
 /* The next hop, or NULL: then the connection waits for it and tries again. An unreachable one is tried
@@ -190,7 +196,7 @@ void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
         conn_blocked(s, c, false);
         return;
     }
-    uint32_t mss = min_u32((d->mtu ? d->mtu : s->dev->mtu) - 40u, k->maxseg ? k->maxseg : UINT32_MAX);
+    uint32_t mss = min_u32((d->mtu ? d->mtu : s->dev->mtu) - 40u, k->opt.maxseg ? k->opt.maxseg : UINT32_MAX);
     struct header h = {.seq = k->iss, .src_port = c->lport, .dst_port = c->rport, .opts = opts};
     h.flags = answer ? TCP_SYN | TCP_ACK : TCP_SYN;
     h.ack = answer ? c->rcv_nxt : seq(0);
@@ -205,6 +211,7 @@ void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
     h.opts_len = tcp_opt_write_syn(opts, &offer);
     c->rcv_adv = seq_add(c->rcv_nxt, h.wnd);
     k->syn_sent_ns = now_ns(s);
+    k->segs_out++;
     push_header(s, p, &h, &c->laddr, &c->raddr, 0);
     pkt_meta(s, p)->queue = c->queue;
     struct ip_tx tx = conn_ip(s, c);
@@ -273,12 +280,12 @@ bool tcp_challenge_token(struct bypass_stack *s)
 void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c)
 {
     struct tcp_cold *k = conn_cold(s, c);
-    bool soon = k->challenge_ns != 0 && now_ns(s) - k->challenge_ns < SEC_NS / 2;
+    bool soon = k->challenge_ms != 0 && conn_now_ms(s) - k->challenge_ms < 500;
     if (soon || !tcp_challenge_token(s)) {
         STAT(s, tcp_out_challenge_limited);
         return;
     }
-    k->challenge_ns = now_ns(s);
+    k->challenge_ms = conn_now_ms(s) | 1;
     STAT(s, tcp_out_challenge_acks);
     tcp_send_ack(s, c);
 }
@@ -303,6 +310,7 @@ static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
     struct ip_tx tx = conn_ip(s, c);
     ip_out_ready(s, p, &tx, d);
+    conn_cold(s, c)->data_segs_out++;
     STAT(s, tcp_out_data_segments);
     return SENT;
 }
@@ -327,6 +335,7 @@ static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_p
         c->flags &= ~(uint32_t)TF_FIN_LOST;
     STAT(s, tcp_out_retransmits);
     conn_cold(s, c)->retransmits++;
+    conn_cold(s, c)->rtx_bytes += m->data_len;
     return send_frame(s, c, p, d, fin);
 }
 

@@ -153,7 +153,7 @@ static void take_in_order(struct bypass_stack *s, struct tcp_conn *c, struct seg
     c->rcv_nxt = seq_add(c->rcv_nxt, kept);
     bool hole = c->ooo != NO_INDEX && tcp_ooo_collect(s, c);
     ack_data(s, c, len, hole || kept < len);
-    if (kept > 0)
+    if (kept > 0 && tcp_readable(s, c))
         conn_event(s, c, BYPASS_IN);
 }
 

@@ -113,8 +113,8 @@ static void send_for(struct bypass_stack *s, const struct tcp_req *r, uint8_t fl
                                .seq = flags & TCP_SYN ? r->iss : seq_add(r->iss, 1),
                                .ack = seq_add(r->irs, 1),
                                .flags = flags,
-                               .ttl = ep->ttl,
-                               .tos = ep->tos,
+                               .ttl = ep->opt.ttl,
+                               .tos = ep->opt.tos,
                                .opts = o};
     (void)tcp_send_bare(s, &b, BYPASS_PKT_NONE); /* not sent: the next repetition, or the next copy of the SYN */
 }
@@ -125,7 +125,7 @@ static uint16_t offered_mss(struct bypass_stack *s, const struct tcp_req *r)
     const struct tcp_endpoint *ep = endpoint_at(s, r->listener);
     const struct dst *d = dst_get(s, NULL, &r->raddr);
     uint32_t mtu = d && d->mtu ? d->mtu : s->dev->mtu;
-    return (uint16_t)min_u32(mtu - 40u, ep->maxseg ? ep->maxseg : UINT32_MAX);
+    return (uint16_t)min_u32(mtu - 40u, ep->opt.maxseg ? ep->opt.maxseg : UINT32_MAX);
 }
 
 static void send_syn_ack(struct bypass_stack *s, struct tcp_req *r)

@@ -74,6 +74,8 @@ uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c)
     uint32_t limit = min_u32(c->sndbuf, 2 * min_u32(c->cwnd, 1u << 30) + SNDBUF_SPARE);
     if (unlikely(dev->free_frames < dev->frames / 4))
         limit = dev->free_frames < dev->frames / 8 ? 1 : 4u * c->snd_mss;
+    if (unlikely(c->feat & TX_NOTSENT))
+        limit = (uint32_t)min_u64(limit, (uint64_t)(c->snd_nxt.v - c->snd_una.v) + conn_cold(s, c)->opt.notsent_lowat);
     return c->snd_queued < limit ? limit - c->snd_queued : 0;
 }
 

@@ -56,12 +56,12 @@ static void give_up(struct bypass_stack *s, struct tcp_conn *c)
 static bool user_timeout_over(struct bypass_stack *s, struct tcp_conn *c)
 {
     const struct tcp_cold *k = conn_cold(s, c);
-    return k->user_timeout_ms != 0 && now_ns(s) - k->unacked_since >= k->user_timeout_ms * MSEC_NS;
+    return k->opt.user_timeout_ms != 0 && now_ns(s) - k->unacked_since >= k->opt.user_timeout_ms * MSEC_NS;
 }
 
 static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
-    uint32_t most = c->state == BYPASS_SYN_SENT ? (uint32_t)SYN_RETRIES : (uint32_t)SYNACK_RETRIES;
+    uint32_t most = c->state == BYPASS_SYN_SENT ? conn_cold(s, c)->opt.syn_retries : (uint32_t)SYNACK_RETRIES;
     if (c->rtx_count >= most) {
         give_up(s, c);
         return;
@@ -91,6 +91,7 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
         return;
     }
     STAT(s, tcp_timeouts);
+    conn_cold(s, c)->timeouts++;
     c->rtx_count = (uint8_t)(c->rtx_count + !window_taken_back(s, c));
     c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX);
     tcp_enter_loss(s, c);
@@ -148,7 +149,7 @@ static void rtx_due(struct bypass_stack *s, struct tcp_conn *c)
 static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
 {
     const struct tcp_cold *k = conn_cold(s, c);
-    uint64_t idle_end = k->last_in + k->keep_idle_s * SEC_NS;
+    uint64_t idle_end = k->last_in + k->opt.keep_idle_s * SEC_NS;
     c->keep_at = 0;
     if (!(c->flags & TF_KEEPALIVE) || c->state == BYPASS_TIME_WAIT)
         return;
@@ -156,13 +157,13 @@ static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
         c->keep_at = max_u64(idle_end, now_ns(s) + SEC_NS);
         return;
     }
-    if (c->probes >= k->keep_cnt) {
+    if (c->probes >= k->opt.keep_cnt) {
         STAT(s, tcp_keepalive_timeouts);
         conn_reset(s, c, ETIMEDOUT);
         return;
     }
     c->probes++;
-    c->keep_at = now_ns(s) + k->keep_intvl_s * SEC_NS;
+    c->keep_at = now_ns(s) + k->opt.keep_intvl_s * SEC_NS;
     STAT(s, tcp_out_keepalives);
     tcp_send_probe(s, c);
 }
