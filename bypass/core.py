@@ -389,7 +389,7 @@ class CoreStack:
 
     def cc_names(self) -> list[str]:
         """The algorithms that there are."""
-        names = []
+        names: list[str] = []
         while (name := lib.bypass_cc_name(self.c, len(names))) != ffi.NULL:
             names.append(str(ffi.string(name).decode()))
         return names

@@ -62,7 +62,7 @@ int bypass_cc_register(struct bypass_stack *s, const struct bypass_cc_ops *ops)
             return -EINVAL;
         if (t->cc_count == BYPASS_CC_MAX)
             return -ENOSPC;
-        strcpy(t->cc_names[t->cc_count], ops->name);
+        memcpy(t->cc_names[t->cc_count], ops->name, strlen(ops->name) + 1);
         i = (int)(BUILTINS + t->cc_count++);
     }
     s->cc[i - (int)BUILTINS] = ops;
@@ -288,6 +288,6 @@ int tcp_cc_get(const struct bypass_stack *s, uint8_t cc, char *out, size_t n)
     const char *name = bypass_cc_name(s, cc);
     if (strlen(name) >= n)
         return -ERANGE;
-    strcpy(out, name);
+    memcpy(out, name, strlen(name) + 1);
     return 0;
 }
