@@ -33,6 +33,7 @@ enum {
     AFXDP_F_RX_CSUM_TRUST = 1, /* received L4 checksums are taken as right: a veth peer with transmit checksum
                                   offload sends only the sum of the pseudo-header */
     AFXDP_F_PREFER_BUSY_POLL = 2,
+    AFXDP_F_NO_TX_CSUM = 4, /* do not use the kernel's transmit metadata although it is offered */
 
     /* afxdp_error.step: what failed */
     AFXDP_STEP_CONFIG = 1, /* the configuration makes no sense; nothing was tried */

@@ -61,10 +61,11 @@ struct afxdp {
     const struct afxdp_sys *sys;
     bool busy_poll; /* reception has to be driven by system calls */
     bool rx_csum_trust;
-    uint32_t rx_off;  /* where the kernel puts packets in a frame; the verdict ends there */
-    int epoll_fd;     /* -1 with one queue: its socket serves */
-    int namespace_fd; /* the network namespace that it was opened in */
-    int control_fd;   /* for questions about the interface, in its network namespace */
+    uint32_t tx_meta_len; /* bytes in front of each packet that tell the kernel what to complete; 0: not offered */
+    uint32_t rx_off;      /* where the kernel puts packets in a frame; the verdict ends there */
+    int epoll_fd;         /* -1 with one queue: its socket serves */
+    int namespace_fd;     /* the network namespace that it was opened in */
+    int control_fd;       /* for questions about the interface, in its network namespace */
     uint32_t ifindex;
     struct afxdp_config cfg; /* as it was opened */
     struct queue queue[AFXDP_MAX_QUEUES];
@@ -75,6 +76,15 @@ static inline struct bypass_pkt_meta *meta_at(const struct afxdp *d, uint32_t fr
 {
     return (struct bypass_pkt_meta *)((uint8_t *)d->nd.meta + (size_t)frame * META_STRIDE);
 }
+
+/* In front of a packet that is transmitted with the option XDP_TX_METADATA (Documentation/networking/xsk-tx-metadata.rst):
+ * the kernel, or the device in zero-copy mode, completes the checksum. Here because headers older than Linux 6.8 lack it. */
+struct tx_metadata {
+    uint64_t flags;
+    uint16_t csum_start, csum_offset; /* from the packet's first byte; from csum_start */
+    uint32_t pad;
+};
+enum { TX_METADATA_OPTION = 1 << 1, TXMD_CHECKSUM = 1 << 1, UMEM_TX_METADATA_LEN = 1 << 2 };
 
 /* umem.c */
 uint32_t umem_fill_target(const struct afxdp_config *cfg); /* what a queue keeps for reception; 0: too few frames */

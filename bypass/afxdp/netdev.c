@@ -249,7 +249,21 @@ static bool tx_valid(const struct afxdp *d, bypass_pkt p)
     const struct bypass_pkt_meta *m = meta_at(d, p);
 
     return p < d->nd.frames && m->holders == HOLD_STACK && m->len >= ETH_HEADER && m->off < d->nd.stride &&
-           m->len <= d->nd.stride - m->off && !(m->flags & BYPASS_TX_CSUM);
+           m->len <= d->nd.stride - m->off && m->off >= d->tx_meta_len &&
+           (!(m->flags & BYPASS_TX_CSUM) || (d->nd.caps & BYPASS_CAP_TX_CSUM));
+}
+
+static struct xdp_desc describe(const struct afxdp *d, bypass_pkt p, const struct bypass_pkt_meta *m)
+{
+    struct xdp_desc desc = {.addr = ((uint64_t)p << d->st->shift) + m->off, .len = m->len};
+
+    if (m->flags & BYPASS_TX_CSUM) {
+        const struct tx_metadata md = {.flags = TXMD_CHECKSUM, .csum_start = m->csum_start, .csum_offset = m->csum_off};
+
+        memcpy(d->nd.mem + desc.addr - d->tx_meta_len, &md, sizeof md);
+        desc.options = TX_METADATA_OPTION;
+    }
+    return desc;
 }
 
 static int afxdp_tx_burst(struct bypass_netdev *nd, const bypass_pkt *pkts, int n)
@@ -276,8 +290,7 @@ static int afxdp_tx_burst(struct bypass_netdev *nd, const bypass_pkt *pkts, int 
             qs->n.tx_full++;
             break;
         }
-        *ring_desc(&d->queue[qi].tx, qs->tx.prod++) =
-            (struct xdp_desc){.addr = ((uint64_t)pkts[done] << st->shift) + m->off, .len = m->len};
+        *ring_desc(&d->queue[qi].tx, qs->tx.prod++) = describe(d, pkts[done], m);
         m->holders |= HOLD_DEV;
         qs->tx_frames++;
         qs->n.tx_packets++;

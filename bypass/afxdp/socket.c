@@ -83,6 +83,20 @@ static int count_queues(int fd, struct ifreq *ifr)
     return ioctl(fd, SIOCETHTOOL, ifr) < 0 ? -errno : (int)(ch.rx_count + ch.combined_count);
 }
 
+/* Is it worth leaving transmit checksums to the kernel? In copy mode it completes them by software where the device
+ * does not, a second pass over the data. In zero-copy mode the driver would have to say that it can: untried. */
+static bool device_sums(const struct afxdp *d)
+{
+    struct ethtool_value on = {.cmd = ETHTOOL_GTXCSUM};
+    struct ifreq ifr = {.ifr_ifindex = (int)d->ifindex};
+
+    if (afxdp_zerocopy(d) != 0 || ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0) {
+        return false;
+    }
+    ifr.ifr_data = (char *)&on;
+    return ioctl(d->control_fd, SIOCETHTOOL, &ifr) == 0 && on.data != 0;
+}
+
 int afxdp_interface_queues(const char *ifname)
 {
     struct ifreq ifr = {0};
@@ -245,16 +259,29 @@ static int set_options(struct queue *q, const struct afxdp_config *cfg, struct a
 
 /* ---- Opening ----------------------------------------------------------------------------------------------- */
 
+/* With room for transmit metadata where the kernel knows it (6.11): without, it is asked again for plain memory. */
 static int register_umem(struct afxdp *d, const struct afxdp_config *cfg, struct afxdp_error *error)
 {
-    struct { /* struct xdp_umem_reg as kernel 5.4 has it; newer ones are longer and accept this */
+    struct { /* struct xdp_umem_reg as kernel 6.11 has it; 5.4 takes it when what it does not know is zero */
         uint64_t addr, len;
-        uint32_t chunk_size, headroom, flags, pad;
+        uint32_t chunk_size, headroom, flags, tx_metadata_len;
     } reg = {.addr = (uintptr_t)d->nd.mem,
              .len = (uint64_t)d->nd.frames * d->nd.stride,
              .chunk_size = d->nd.stride,
-             .headroom = cfg->rx_headroom};
+             .headroom = cfg->rx_headroom,
+             .flags = UMEM_TX_METADATA_LEN,
+             .tx_metadata_len = sizeof(struct tx_metadata)};
 
+    if (!(cfg->flags & AFXDP_F_NO_TX_CSUM)) {
+        if (setsockopt(d->queue[0].fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg) == 0) {
+            d->tx_meta_len = reg.tx_metadata_len;
+            return 0;
+        }
+        if (errno != EINVAL) {
+            return fail(error, AFXDP_STEP_UMEM, -1, 0);
+        }
+    }
+    reg.flags = reg.tx_metadata_len = 0;
     if (setsockopt(d->queue[0].fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg) < 0) {
         return fail(error, AFXDP_STEP_UMEM, -1, 0);
     }
@@ -365,6 +392,9 @@ static int open_all(struct afxdp *d, const struct afxdp_config *cfg, void *mem, 
         if (open_queue(d, qi, cfg, deadline_ns, error) < 0) {
             return -1;
         }
+    }
+    if (d->tx_meta_len && device_sums(d)) {
+        d->nd.caps |= BYPASS_CAP_TX_CSUM;
     }
     return 0;
 }

@@ -127,6 +127,8 @@ static inline uint8_t *pkt_data(const struct bypass_stack *s, bypass_pkt p)
 {
     return pkt_frame(s, p) + pkt_meta(s, p)->off;
 }
+/* The device completes TCP and UDP checksums from the pseudo-header's: payload is copied without being summed. */
+static inline bool tx_csum_offload(const struct bypass_stack *s) { return (s->dev->caps & BYPASS_CAP_TX_CSUM) != 0; }
 /* A frame for sending: off = headroom, len 0, seg_flags 0. PKT_NONE (counted) when there is none. */
 bypass_pkt pkt_alloc(struct bypass_stack *s);
 void pkt_free(struct bypass_stack *s, bypass_pkt p);

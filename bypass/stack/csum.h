@@ -43,6 +43,25 @@ static inline uint32_t csum_words(const uint64_t *w, uint32_t n, uint32_t sum)
     return csum_add((uint32_t)a, (uint32_t)(a >> 32));
 }
 
+/* Payload into a frame, and its partial sum: 0 where the device sums. */
+static inline uint32_t csum_copy_tx(const struct bypass_netdev *dev, void *dst, const void *src, size_t len)
+{
+    if (!(dev->caps & BYPASS_CAP_TX_CSUM))
+        return csum_copy(dst, src, len, 0);
+    memcpy(dst, src, len);
+    return 0;
+}
+/* Leaves the checksum at `field` to the device, which adds all bytes from `start` (of the complete frame) on: what it
+ * finds there is the pseudo-header's sum. */
+static inline void csum_leave(struct bypass_pkt_meta *m, uint8_t *field, uint32_t pseudo, uint16_t start, uint16_t off)
+{
+    uint16_t part = (uint16_t)~csum_fold(pseudo);
+    memcpy(field, &part, 2);
+    m->flags = BYPASS_TX_CSUM;
+    m->csum_start = start;
+    m->csum_off = off;
+}
+
 /* csum_bytes() of few bytes, in place: a header and a short payload. */
 static inline uint32_t csum_small(const uint8_t *p, size_t len, uint32_t sum)
 {

@@ -261,6 +261,9 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     m->csum = copy_small(payload, buf, (uint32_t)n);
     uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
     put_headers(s, c, k, d, payload - PLAIN - PLAIN_TS, (uint32_t)n, m->csum, wnd);
+    if (tx_csum_offload(s))
+        csum_leave(m, payload - PLAIN_TS + TCP_CSUM,
+                   csum_pseudo(&c->laddr, &c->raddr, PROTO_TCP, PLAIN_TS + (uint32_t)n), NET_HEADERS, TCP_CSUM);
     tcp_rate_write(s, c);
     tcp_flight_begin(s, c);
     conn_flight(s, c)->rtx_next = p;

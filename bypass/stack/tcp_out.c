@@ -8,6 +8,7 @@
 
 #include "csum.h"
 #include "tcp.h"
+#include "wire.h"
 
 /* ---- Building a segment ---------------------------------------------------------------------------- */
 struct header {
@@ -61,12 +62,14 @@ static void push_header(struct bypass_stack *s, bypass_pkt p, const struct heade
                         const addr_t *dst, uint32_t payload_sum)
 {
     uint32_t payload = pkt_meta(s, p)->len, len = TCP_HDR + (h->has_ts ? TCP_TS_BYTES : h->opts_len);
-    uint32_t sum = csum_add(csum_pseudo(src, dst, 6, len + payload), payload_sum);
+    uint32_t pseudo = csum_pseudo(src, dst, 6, len + payload), sum = csum_add(pseudo, payload_sum);
     uint8_t *b = pkt_push(s, p, (uint16_t)len);
     if (likely(h->has_ts))
         header_put_ts(b, h, sum);
     else
         header_put(b, h, sum);
+    if (tx_csum_offload(s))
+        csum_leave(pkt_meta(s, p), b + TCP_CSUM, pseudo, NET_HEADERS, TCP_CSUM);
     STAT(s, tcp_out);
 }
 

@@ -30,7 +30,7 @@ static uint32_t fill_frame(struct bypass_stack *s, bypass_pkt p, const uint8_t *
     if (have >= limit)
         return 0;
     uint32_t len = (uint32_t)(n < limit - have ? n : limit - have);
-    uint32_t sum = csum_copy(pkt_frame(s, p) + m->data_off + have, buf, len, 0);
+    uint32_t sum = csum_copy_tx(s->dev, pkt_frame(s, p) + m->data_off + have, buf, len);
     m->csum = csum_add(m->csum, have & 1 ? swap_bytes(sum) : sum);
     m->data_len = (uint16_t)(have + len);
     return len;
