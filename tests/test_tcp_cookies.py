@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conversation import KERNEL, PEER, PEER_MAC, US
 from tcp_talk import Segment, Talk, stream
-from wire import SYN, TCP, ipv4, parse_ip, tcp
+from wire import RST, SYN, TCP, ipv4, parse_ip, tcp
 
 PERIOD = 2**36 / 1e9  # seconds that a secret is the newest one
 ALWAYS = {"syn_cookies": 2}
@@ -335,3 +335,20 @@ def test_a_fin_or_syn_brings_no_cookie_back() -> None:
             t.peer(f"{flags} 1:1 ack 1")
             assert t.state() == ""
             t.out()
+
+
+def test_half_open_connections_make_nobody_ask_for_next_hops_either() -> None:
+    with Talk(iss=None, flags=KERNEL, config={"syn_cookies": 0}) as t:
+        t.server()
+        for n in range(100):
+            source = f"198.51.100.{1 + n}"
+            t.inject_ip(ipv4(source, US, TCP, tcp(source, US, 4000, 80, n, 0, SYN, 1000)))
+        assert [f[:6] for f in t.sent()] == [PEER_MAC] * 100
+        t.advance(1.1)
+        assert [f[:6] for f in t.sent()] == [PEER_MAC] * 100, "again, and still by the way they came"
+        assert t.stack.nexthop_wanted() == []
+        assert "dst_miss" not in t.counted()
+        source = "198.51.100.9"
+        t.inject_ip(ipv4(source, US, TCP, tcp(source, US, 4000, 80, 9, 0, RST, 1000)))
+        t.advance(70)
+        t.sent()

@@ -256,10 +256,11 @@ int ip_out(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx);
 /* The fast half of ip_out for TCP: the entry is DST_OK and the packet fits. */
 void ip_out_ready(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, const struct dst *d);
 
-/* An answer that a stranger draws, to packet `to` as it came in: nothing is remembered for it. A destination that is
- * known is reached as ever, another by the link address that `to` came from (a flood of forged sources must not fill
- * the cache of next hops, nor make anybody ask for them). Takes over the frame. */
-void ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, bypass_pkt to);
+/* An answer to a stranger: a destination that is known is reached as ever, another by the link address that its packet
+ * came from, and nothing is remembered for it. A flood of forged sources must not fill the cache of next hops, nor make
+ * anybody ask for them. mac NULL: as ip_out(), whose results it has. Takes over the frame. */
+int ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, const uint8_t *mac);
+const uint8_t *pkt_came_from(const struct bypass_stack *s, bypass_pkt p); /* the sender's link address, or NULL */
 
 /* ICMP destination unreachable (RFC 792) that quotes packet p (an IPv4 packet at meta.off, left as it
  * is), rate-limited. code 3: port. */

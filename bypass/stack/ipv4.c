@@ -248,19 +248,23 @@ void ip_out_ready(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, 
     headers_put(s, p, tx, d, 0, IP4_DF); /* RFC 6864 4.1: not cut, an identification has no meaning */
 }
 
-void ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, bypass_pkt to)
+const uint8_t *pkt_came_from(const struct bypass_stack *s, bypass_pkt p)
 {
-    const struct dst *known = dst_find(s, tx->dst);
-    const uint8_t *eth = pkt_data(s, to) - ETH_LEN; /* what a reassembled packet has there is not its own */
-    bool own = pkt_meta(s, to)->off >= ETH_LEN && memcmp(eth + ETH_DST, s->dev->mac, 6) == 0 &&
+    const uint8_t *eth = pkt_data(s, p) - ETH_LEN; /* what a reassembled packet has there is not its own */
+    bool own = pkt_meta(s, p)->off >= ETH_LEN && memcmp(eth + ETH_DST, s->dev->mac, 6) == 0 &&
                rd16(eth + ETH_TYPE) == ETH_TYPE_IPV4;
-    if (known != NULL || !own) {
-        (void)ip_out(s, p, tx); /* who cannot be reached gets no answer; ip_out() counts it */
-        return;
+    return own ? eth + ETH_SRC : NULL;
+}
+
+int ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, const uint8_t *mac)
+{
+    if (mac == NULL || dst_find(s, tx->dst) != NULL) {
+        return ip_out(s, p, tx);
     }
     struct dst back = {.state = DST_OK, .mtu = s->dev->mtu};
-    memcpy(back.mac, eth + ETH_SRC, 6);
+    memcpy(back.mac, mac, 6);
     ip_out_ready(s, p, tx, &back);
+    return 0;
 }
 
 void pkt_free_list(struct bypass_stack *s, bypass_pkt head)

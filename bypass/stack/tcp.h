@@ -291,6 +291,7 @@ struct tcp_req {
     uint16_t mss, wnd, queue; /* of the SYN; mss 0: it had none */
     uint8_t flags, wscale, tries;
     uint8_t rcv_wscale;
+    uint8_t mac[6]; /* that the SYN came from; zero: not known */
 };
 static_assert(sizeof(struct tcp_req) == 96, "a cache line and a half");
 enum { SYNACK_RETRIES = 5 };
@@ -679,9 +680,8 @@ struct tcp_bare {
     uint8_t flags, ttl, tos;
     const struct tcp_opts *opts; /* of a SYN all, of another segment the timestamps; may be NULL */
 };
-/* `to`: the packet that it answers, when nothing may be remembered for its sender, or BYPASS_PKT_NONE. false: no frame,
- * or nobody to send it to. */
-bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, bypass_pkt to);
+/* mac: as of ip_out_back(). false: no frame, or nobody to send it to. */
+bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, const uint8_t *mac);
 
 /* connections that waited for a frame or a next hop, or owe an ACK for a batch */
 void tcp_resume_all(struct bypass_stack *s);

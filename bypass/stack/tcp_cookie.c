@@ -107,7 +107,7 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
                                .tos = ep->opt.tos,
                                .opts = &o};
     ep->cookie_ns = now_ns(s);
-    if (tcp_send_bare(s, &b, g->pkt))
+    if (tcp_send_bare(s, &b, pkt_came_from(s, g->pkt)))
         STAT(s, tcp_cookies_sent);
 }
 

@@ -236,11 +236,11 @@ void tcp_reply_rst(struct bypass_stack *s, const struct segment *g)
     }
     if (g->pkt != BYPASS_PKT_NONE)
         b.queue = pkt_meta(s, g->pkt)->queue;
-    if (tcp_send_bare(s, &b, g->pkt))
+    if (tcp_send_bare(s, &b, g->pkt != BYPASS_PKT_NONE ? pkt_came_from(s, g->pkt) : NULL))
         STAT(s, tcp_out_resets);
 }
 
-bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, bypass_pkt to)
+bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, const uint8_t *mac)
 {
     bypass_pkt p = pkt_alloc(s);
     uint8_t opts[40];
@@ -259,10 +259,7 @@ bool tcp_send_bare(struct bypass_stack *s, const struct tcp_bare *b, bypass_pkt 
     push_header(s, p, &h, b->src, b->dst, 0);
     pkt_meta(s, p)->queue = b->queue;
     struct ip_tx tx = {.src = b->src, .dst = b->dst, .proto = 6, .ttl = b->ttl, .tos = b->tos, .df = true};
-    if (to == BYPASS_PKT_NONE)
-        return ip_out(s, p, &tx) == 0;
-    ip_out_back(s, p, &tx, to);
-    return true;
+    return ip_out_back(s, p, &tx, mac) == 0;
 }
 
 /* RFC 5961 7: an ACK that a blind attacker cannot use, and cannot draw without limit. */

@@ -8,6 +8,7 @@
  *     SYN --> tcp_req_new --SYN-ACK--> [request] --ACK--> tcp_req_in --> connection in SYN_RECEIVED --> tcp_in.c
  *                                        | repeated 5 times, or a reset: gone
  */
+#include "net.h"
 #include "tcp.h"
 
 /* ---- Table and lists -------------------------------------------------------------------------------- */
@@ -116,14 +117,16 @@ static void send_for(struct bypass_stack *s, const struct tcp_req *r, uint8_t fl
                                .ttl = ep->opt.ttl,
                                .tos = ep->opt.tos,
                                .opts = o};
-    (void)tcp_send_bare(s, &b, BYPASS_PKT_NONE); /* not sent: the next repetition, or the next copy of the SYN */
+    static const uint8_t none[6];
+    const uint8_t *mac = memcmp(r->mac, none, 6) != 0 ? r->mac : NULL;
+    (void)tcp_send_bare(s, &b, mac); /* not sent: the next repetition, or the next copy of the SYN */
 }
 
 /* RFC 9293 3.7.1: what we can take; known paths may be narrower. */
 static uint16_t offered_mss(struct bypass_stack *s, const struct tcp_req *r)
 {
     const struct tcp_endpoint *ep = endpoint_at(s, r->listener);
-    const struct dst *d = dst_get(s, NULL, &r->raddr);
+    const struct dst *d = dst_find(s, &r->raddr);
     uint32_t mtu = d && d->mtu ? d->mtu : s->dev->mtu;
     return (uint16_t)min_u32(mtu - 40u, ep->opt.maxseg ? ep->opt.maxseg : UINT32_MAX);
 }
@@ -198,6 +201,9 @@ bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct s
     if (g->follows && seq_leq(r->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
         r->iss = seq_add(g->old_snd_nxt, 65536);
     take_options(r, ep, &g->opt);
+    const uint8_t *mac = pkt_came_from(s, g->pkt);
+    if (mac)
+        memcpy(r->mac, mac, 6);
     r->link = *bucket(s, r->hash);
     *bucket(s, r->hash) = i + 1;
     ep->syn_count++;

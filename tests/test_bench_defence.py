@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a flood of SYNs may cost those who are connected, and what connections that come and go leave behind; small runs
+of `python -m bench.defence`."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import missing
+
+from bench import defence, instructions
+
+pytestmark = pytest.mark.bench
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        ["make", "-s", "-f", "bench/build.mk"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_flood_of_syns_does_not_make_requests_dearer_nor_keep_new_clients_out() -> None:
+    if instructions.missing():
+        missing([instructions.missing()])
+    found = defence.flood(400, 40)
+    assert found["syns"] == 400 * defence.SYNS
+    assert found["ratio"] <= defence.FLOOD_BUDGET
+    assert found["syn"] <= 2500, "what a forged SYN costs: it is hashed, tagged and answered"
+    assert found["newcomers"] == 40
+    assert found["cookies"] >= 30_000, "the queue of half-open connections was full"
+    assert found["resident"] == found["resident_early"], "no page came to life"
