@@ -33,7 +33,7 @@ from scripting.lang import Script, ScriptError, load  # noqa: E402
 from scripting.play import Player, Verdict  # noqa: E402
 
 SCRIPTS = HERE / "scripts"
-RETRIES = 3
+RETRIES = 4
 JOBS = 12
 LIMIT_S = 180  # for one run of a script
 MOST = 0.05  # of the scripts may be registered as different

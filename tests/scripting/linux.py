@@ -111,7 +111,7 @@ class Job:
 
 class Linux:
     flaky = True
-    late_share = 0.125  # the granularity of long timers (kernel/time/timer.c)
+    late_share = 0.15  # the granularity of long timers (kernel/time/timer.c)
 
     def __init__(self, script: Script, tolerance_ms: int = 20) -> None:
         self.early_ns = self.late_ns = tolerance_ms * 1_000_000
