@@ -173,10 +173,10 @@ def run_linux(
             process.start()
             theirs.close()
             running[ours] = (path, attempt, process, time.monotonic())
-        for pipe in multiprocessing.connection.wait(list(running), timeout=1) or []:
+        for pipe in list[Any](multiprocessing.connection.wait(list(running), timeout=1)):
             path, attempt, process, _ = running.pop(pipe)
             try:
-                verdict = pipe.recv()  # type: ignore[union-attr]
+                verdict: Verdict = pipe.recv()
             except EOFError:
                 verdict = Verdict(False, 0, "", "the child ended without a verdict")
             process.join()

@@ -107,11 +107,11 @@ def _value(node: ast.expr, info: Callable[[str], int], own: Mapping[str, Any], s
             return sub(first)
         case ast.Compare():
             left = sub(node.left)
-            for op, right in zip(node.ops, node.comparators, strict=True):
-                if type(op) not in COMPARE:
+            for compare, right in zip(node.ops, node.comparators, strict=True):
+                if type(compare) not in COMPARE:
                     raise CodeError(f"no such comparison: {ast.unparse(node)!r}")
                 value = sub(right)
-                if not COMPARE[type(op)](left, value):
+                if not COMPARE[type(compare)](left, value):
                     return False
                 left = value
             return True

@@ -84,7 +84,8 @@ class Job:
     """A call in a thread."""
 
     def __init__(self, backend: Linux, op: str, args: list[Any]) -> None:
-        self.done, self.result, self.at_ns = False, None, 0
+        self.done, self.at_ns = False, 0
+        self.result: Any = None
         self._backend, self._op, self._args = backend, op, args
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -168,16 +169,16 @@ class Linux:
 
     def _read(self, timeout_s: float) -> None:
         """Collects what the kernel sent; waits for it so long at most."""
-        readable, _, _ = select.select([self.sniffer, self.tun], [], [], max(0.0, timeout_s))
+        readable, _, _ = select.select([self.sniffer.fileno(), self.tun], [], [], max(0.0, timeout_s))
         if self.tun in readable:
             with contextlib.suppress(BlockingIOError):
                 while True:
                     os.read(self.tun, 65536)
-        if self.sniffer in readable:
+        if self.sniffer.fileno() in readable:
             with contextlib.suppress(BlockingIOError):
                 while True:
                     data, extra, _, source = self.sniffer.recvmsg(65536, 128)
-                    if source[2] != socket.PACKET_OUTGOING:  # type: ignore[misc]
+                    if source[2] != socket.PACKET_OUTGOING:
                         continue
                     seconds, nano = struct.unpack("=qq", extra[0][2])
                     self.queue.append((seconds * SECOND + nano - self.real - self.start, data))

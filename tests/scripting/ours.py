@@ -12,7 +12,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from bypass._core import ffi, lib
@@ -55,7 +55,7 @@ def fail(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
-def translate(flags: int, known: dict[int, str]) -> int:
+def translate(flags: int, known: Mapping[Any, str]) -> int:
     """MSG_* as bypass.h has them; OSError where the stack lacks one."""
     out = 0
     for bit, name in known.items():
@@ -71,7 +71,8 @@ def translate(flags: int, known: dict[int, str]) -> int:
 
 class Job:
     def __init__(self, op: Op) -> None:
-        self.op, self.done, self.result, self.at_ns = op, False, None, 0
+        self.op, self.done, self.at_ns = op, False, 0
+        self.result: Any = None
 
     def advance(self, now_ns: int) -> bool:
         """Asks it again. True: it ended."""
@@ -285,8 +286,8 @@ class OurStack:
 
     def do_sendto(self, fd: int, data: bytes, flags: int) -> Op:
         """sendto() with MSG_FASTOPEN: opens and sends (RFC 7413)."""
+        yield from ()
         raise CodeError("the stack has no sendto() on TCP sockets in this interface")
-        yield
 
     def do_recv(self, fd: int, n: int, flags: int) -> Op:
         known = translate(flags, RECV_FLAGS)

@@ -75,7 +75,7 @@ class Backend(Protocol):
     def begin(self, op: str, args: list[Any], blocks: bool) -> Job:
         """Begins a call: socket, bind, listen, accept, connect, send, recv, ...; blocks: it may take its time."""
 
-    def finish(self, job: Job, until_ns: int) -> bool:
+    def finish(self, job: Any, until_ns: int) -> bool:
         """Waits until the call has returned; False: it has not until then."""
 
     def info(self, fd: int, name: str) -> int: ...
