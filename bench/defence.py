@@ -72,7 +72,7 @@ def flood(requests: int = 10_000, newcomers: int = 100) -> dict[str, Any]:
 
 def churn(conns: int = 1_000_000) -> dict[str, Any]:
     """Connections opened, used and closed one after another: `per_cpu_s` of both ends together, and the resident bytes
-    of both arenas after a tenth of them and at the end."""
+    of both arenas after half of them and at the end."""
     found = run_json([program("churn"), str(conns)])
     return found | {"per_cpu_s": found["conns"] / found["cpu_s"]}
 

@@ -478,7 +478,7 @@ def test_a_syn_that_nobody_listens_for_leaves_time_wait_alone() -> None:
 def test_connecting_again_replaces_our_own_time_wait_when_timestamps_guard_it() -> None:
     with Talk() as t:
         t.ts = (t.now, 0)
-        t.client()
+        t.client(SO_REUSEADDR=1)
         t.out()
         t.peer("S. 0:0 <mss 1460, ts 1000 0>")
         t.out()
@@ -487,9 +487,13 @@ def test_connecting_again_replaces_our_own_time_wait_when_timestamps_guard_it() 
         t.peer("F. 1:1 ack 2")
         t.out()
         assert t.state() == "TIME_WAIT"
-        t.advance(1)
+        t.advance(0.5)
+        with pytest.raises(AssertionError):
+            t.client(SO_REUSEADDR=1)  # not within a second: the clock may be the same
+        t.stack.close_socket(t.sock)
+        t.advance(0.6)
         old, t.iss = t.iss, None
-        t.client()
+        t.client(SO_REUSEADDR=1)
         [syn] = t.out()
         assert syn.flags == "S"
         assert old is not None
@@ -499,12 +503,14 @@ def test_connecting_again_replaces_our_own_time_wait_when_timestamps_guard_it() 
 
 def test_connecting_again_without_timestamps_has_to_wait() -> None:
     with Talk() as t:
-        t.established(passive=False)
+        t.established(passive=False, SO_REUSEADDR=1)
         t.close_sock()
         t.out()
         t.peer("F. 1:1 ack 2")
         t.out()
+        t.advance(2)
         again = t.stack.socket(lib.BYPASS_STREAM)
+        t.stack.setopt(again, lib.BYPASS_SO_REUSEADDR, 1)
         t.stack.bind(again, ("192.0.2.1", 80))
         assert t.stack.connect(again, (PEER, 40000)) == -errno.EADDRNOTAVAIL
         t.advance(61)

@@ -246,6 +246,24 @@ MUTANTS = {
         "return now;",
         "cookies::test_a_cookie_lives_for_one_period_of_the_secrets_and_not_for_three",
     ),
+    "a TIME_WAIT is taken over at once": Mutant(
+        "tcp_tw.c",
+        "conn_now_ms(s) - c->ts_recent_ms > 1000;",
+        "true;",
+        "close::test_connecting_again_replaces_our_own_time_wait_when_timestamps_guard_it",
+    ),
+    "a server may not start again": Mutant(
+        "tcp_port.c",
+        "!(both & (OPT_REUSEADDR | OPT_REUSEPORT)))",
+        "true)",
+        "ports::test_a_server_starts_again_beside_its_old_connections_with_reuseaddr",
+    ),
+    "all destinations share one counter of ports": Mutant(
+        "tcp_port.c",
+        "port_clock[f >> 32 & (TCP_PORT_CLOCKS - 1)]",
+        "port_clock[0]",
+        "ports::test_a_peer_cannot_count_connections_to_others_by_its_own_ports",
+    ),
     "half-open connections have no bound": Mutant(
         "tcp_listen.c",
         "return ep->syn_count >= max_u32(ep->backlog, 128) || p->used == p->cap;",

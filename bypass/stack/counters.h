@@ -36,7 +36,7 @@
     X(tcp_out_keepalives) X(tcp_fast_retransmits) X(tcp_timeouts) X(tcp_dup_acks) X(tcp_partial_acks)        \
     X(tcp_blocked) X(tcp_active_opens) X(tcp_passive_opens) X(tcp_accepted) X(tcp_established)               \
     X(tcp_listen_overflow) X(tcp_syn_overflow) X(tcp_no_conn) X(tcp_time_wait) X(tcp_time_wait_reused)       \
-    X(tcp_req_dropped) X(tcp_cookies_sent) X(tcp_cookies_good) X(tcp_cookies_bad)                             \
+    X(tcp_time_wait_overflow) X(tcp_cookies_sent) X(tcp_cookies_good) X(tcp_cookies_bad)                             \
     X(tcp_aborted) X(tcp_timed_out) X(tcp_keepalive_timeouts) X(tcp_ooo_pruned)      \
     X(tcp_ooo_refused) X(tcp_out_sacks) X(tcp_out_dsacks)
 /* clang-format on */

@@ -18,7 +18,9 @@
  *   tcp_timer.c     what time alone causes
  *   tcp_conn.c      connections: table, open, close
  *   tcp_listen.c    endpoints that are not connected: bind, listen, accept
+ *   tcp_port.c      their names: bind conflicts, which port, which listener
  *   tcp_req.c       half-open connections: a SYN that was answered, until its ACK comes
+ *   tcp_tw.c        TIME_WAIT: how long, how many, who may take its place
  *   tcp_cookie.c    SYN cookies: not even that is kept
  *   tcp_info.c      what a connection tells of itself (TCP_INFO)
  *   sock_opt.c      what a program may set: one table
@@ -272,7 +274,7 @@ struct tcp_endpoint {
     uint8_t pad[7];
 };
 
-enum { TCP_PORT_BUCKETS = 256 };
+enum { TCP_PORT_BUCKETS = 256, TCP_PORT_CLOCKS = 1024 };
 
 /* A SYN that was answered, and nothing more: what a flood of SYNs costs is this, and at most max_syn_backlog of it.
  * The ACK that ends the handshake makes it a connection. */
@@ -308,9 +310,9 @@ struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint32_t req_head[SYNACK_RETRIES + 1], req_tail[SYNACK_RETRIES + 1];
     uint64_t cookie_key[2][2]; /* by the parity of cookie_period */
     uint64_t cookie_period;    /* in which cookie_key was last renewed */
-    uint64_t port_clock;       /* RFC 6056: table of counters, folded into one word */
     uint32_t ports[TCP_PORT_BUCKETS];
-    uint32_t cc_count; /* algorithms that the program added: their names */
+    uint32_t port_clock[TCP_PORT_CLOCKS]; /* RFC 6056 3.3.4 */
+    uint32_t cc_count;                    /* algorithms that the program added: their names */
     uint32_t cc_default;
     char cc_names[BYPASS_CC_MAX][BYPASS_CC_NAME];
     struct wheel wheel;
@@ -441,7 +443,6 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c);
 /* Frees queues and timers, leaves table and pool unless a handle still holds it (then it stays DEAD). */
 void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err);
 void conn_reset(struct bypass_stack *s, struct tcp_conn *c, int err); /* sends RST, then drops */
-void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c);
 bool conn_fin_wait(struct bypass_stack *s, struct tcp_conn *c);
 void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask);
 /* Tries again at the next poll (no frame, device busy) or when a next hop was answered. */
@@ -467,8 +468,25 @@ bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash); /* false:
 /* Sends n bytes in one segment when nothing stands before them; 0: the long way, nothing was done. */
 int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n);
 
+uint32_t conn_port_count(const struct bypass_stack *s, uint16_t port);
+
+/* tcp_tw.c */
+void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_tw_unlink(struct bypass_stack *s, struct tcp_conn *c);
+uint32_t tcp_tw_oldest(const struct bypass_stack *s); /* that no program holds; NO_INDEX: none */
+bool tcp_tw_drop_oldest(struct bypass_stack *s);
+bool tcp_tw_replaced_by(const struct tcp_conn *c, const struct segment *syn);
+bool tcp_tw_reusable(const struct bypass_stack *s, const struct tcp_conn *c); /* connect() may take its place */
+void tcp_tw_reuse(struct bypass_stack *s, struct tcp_conn *c);                /* it does: c is gone */
+
+/* tcp_port.c */
+bool tcp_port_taken(const struct bypass_stack *s, const struct tcp_endpoint *self, const addr_t *addr, uint16_t port);
+void tcp_port_release(struct bypass_stack *s, struct tcp_endpoint *ep);
+uint16_t tcp_port_choose(struct bypass_stack *s, const addr_t *laddr, const struct bypass_endpoint *peer); /* 0: none */
+/* Who listens there. hash: of the flow, which chooses among those that share a port (SO_REUSEPORT). */
+struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port, uint32_t hash);
+
 /* tcp_listen.c */
-struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port);
 void tcp_take_syn(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* peer's SYN: names, options */
 struct tcp_conn *tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g);
 bool tcp_accept_full(const struct tcp_endpoint *ep);                /* holds backlog + 1, as Linux' */

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * tcp_conn.c - connections: the keyed flow table, creation and end, initial sequence numbers (RFC 6528),
- * active open, close (RFC 9293 3.6, 3.10.4), TIME_WAIT.
+ * active open, close (RFC 9293 3.6, 3.10.4).
  */
 #include <errno.h>
 
 #include "tcp.h"
 
+/* Connections by their local port. */
 static uint32_t *port_counts(const struct bypass_stack *s) { return at(s, core(s)->tcp_state[1]); }
+
+uint32_t conn_port_count(const struct bypass_stack *s, uint16_t port) { return port_counts(s)[port]; }
 
 void tcp_layout(struct layout *l, struct core *c)
 {
@@ -120,34 +123,19 @@ struct flow_isn tcp_flow_isn(const struct bypass_stack *s, const addr_t *laddr, 
     return (struct flow_isn){.iss = seq((uint32_t)f + clock), .ts_offset = (uint32_t)(f >> 32)};
 }
 
-/* The oldest that no program holds. */
-static bool drop_time_wait(struct bypass_stack *s)
-{
-    for (uint32_t i = tcp_head(s)->tw_head; i != NO_INDEX; i = cold_at(s, i)->tw_next) {
-        if (conn_at(s, i)->sock == NO_INDEX) {
-            conn_drop(s, conn_at(s, i), 0);
-            return true;
-        }
-    }
-    return false;
-}
-
 bool conn_available(const struct bypass_stack *s)
 {
     const struct pool *p = &core(s)->conns;
     if (likely(p->used < p->cap))
         return true;
-    for (uint32_t i = tcp_head(s)->tw_head; i != NO_INDEX; i = cold_at(s, i)->tw_next)
-        if (conn_at(s, i)->sock == NO_INDEX)
-            return true;
-    return false;
+    return tcp_tw_oldest(s) != NO_INDEX;
 }
 
 static struct tcp_conn *conn_alloc(struct bypass_stack *s)
 {
     struct core *co = core(s);
     uint32_t i = pool_alloc(s, &co->conns);
-    if (i == NO_INDEX && drop_time_wait(s)) {
+    if (i == NO_INDEX && tcp_tw_drop_oldest(s)) {
         STAT(s, tcp_time_wait_reused);
         i = pool_alloc(s, &co->conns);
     }
@@ -308,34 +296,6 @@ void tcp_resume_all(struct bypass_stack *s)
 }
 
 /* ---- End ------------------------------------------------------------------------------------------------- */
-static void tw_unlink(struct bypass_stack *s, struct tcp_conn *c)
-{
-    struct tcp *t = tcp_head(s);
-    struct tcp_cold *k = conn_cold(s, c);
-    *(k->tw_prev != NO_INDEX ? &cold_at(s, k->tw_prev)->tw_next : &t->tw_head) = k->tw_next;
-    *(k->tw_next != NO_INDEX ? &cold_at(s, k->tw_next)->tw_prev : &t->tw_tail) = k->tw_prev;
-    t->tw_count--;
-}
-
-void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c)
-{
-    struct tcp *t = tcp_head(s);
-    struct tcp_cold *k = conn_cold(s, c);
-    uint32_t self = conn_index(s, c);
-    STAT(s, tcp_time_wait);
-    tcp_snd_clear(s, c);
-    conn_set_state(s, c, BYPASS_TIME_WAIT);
-    k->tw_prev = t->tw_tail;
-    k->tw_next = NO_INDEX;
-    *(t->tw_tail != NO_INDEX ? &cold_at(s, t->tw_tail)->tw_next : &t->tw_head) = self;
-    t->tw_tail = self;
-    t->tw_count++;
-    c->keep_at = 0;
-    c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS;
-    tcp_timer_update(s, c);
-    conn_event(s, c, BYPASS_HUP);
-}
-
 static void conn_free(struct bypass_stack *s, struct tcp_conn *c)
 {
     tcp_rcv_clear(s, c);
@@ -349,7 +309,7 @@ void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err)
     wheel_disarm(s, &tcp_head(s)->wheel, conn_index(s, c));
     c->rtx_at = c->ack_at = c->keep_at = 0;
     if (c->state == BYPASS_TIME_WAIT)
-        tw_unlink(s, c);
+        tcp_tw_unlink(s, c);
     tcp_listen_forget(s, c);
     tcp_snd_clear(s, c);
     flow_remove(s, c);
@@ -455,24 +415,12 @@ void tcp_destroy(struct bypass_stack *s)
 }
 
 /* ---- Active open (RFC 9293 3.10.1) ---------------------------------------------------------------------- */
-enum { PORT_FIRST = 32768, PORT_LAST = 60999 };
-
-/* RFC 6056 3.3.3: a keyed hash of the peer gives the offset, a counter walks on from there. */
-static uint16_t choose_port(struct bypass_stack *s, const addr_t *laddr, const struct bypass_endpoint *peer)
+/* RFC 1122 4.2.2.13 (1): sequence numbers that no segment of the flow's last connection can be taken for. */
+static void conn_follow(struct bypass_stack *s, struct tcp_conn *c, seq_t old_snd_nxt)
 {
-    struct {
-        addr_t laddr, raddr;
-        uint32_t rport;
-    } id = {*laddr, peer->addr, peer->port};
-    uint32_t range = PORT_LAST - PORT_FIRST + 1;
-    uint32_t offset = (uint32_t)siphash13(core(s)->port_key, &id, sizeof id);
-    for (uint32_t i = 0; i < range; i++) {
-        uint16_t port = (uint16_t)(PORT_FIRST + (offset + tcp_head(s)->port_clock++) % range);
-        uint32_t hash = flow_hash(s, laddr, &peer->addr, port, peer->port);
-        if (!conn_find(s, hash, laddr, &peer->addr, port, peer->port) && !endpoint_find(s, laddr, port))
-            return port;
-    }
-    return 0;
+    struct tcp_cold *k = conn_cold(s, c);
+    if (seq_leq(k->iss, seq_add(old_snd_nxt, 65535)))
+        k->iss = c->snd_una = c->snd_nxt = seq_add(old_snd_nxt, 65536);
 }
 
 int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *peer)
@@ -487,18 +435,19 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
         return -ECONNREFUSED;
     if (addr_is_any(&local) && !addr_for(s, &peer->addr, &local))
         return -ENETUNREACH;
-    uint16_t port = ep->port ? ep->port : choose_port(s, &local, peer);
+    uint16_t port = ep->port ? ep->port : tcp_port_choose(s, &local, peer);
     uint32_t hash = flow_hash(s, &local, &peer->addr, port, peer->port);
     struct tcp_conn *old = port ? conn_find(s, hash, &local, &peer->addr, port, peer->port) : NULL;
-    if (old && old->state == BYPASS_TIME_WAIT && old->sock == NO_INDEX && (old->flags & TF_TS)) {
-        conn_drop(s, old, 0); /* RFC 6191: our clock and sequence numbers have moved on */
-        old = NULL;
-    }
-    if (port == 0 || old)
+    if (port == 0 || (old && !tcp_tw_reusable(s, old)))
         return -EADDRNOTAVAIL;
+    seq_t after = old ? old->snd_nxt : seq(0);
+    if (old)
+        tcp_tw_reuse(s, old);
     struct tcp_conn *c = conn_new(s, ep, &local, port, &peer->addr, peer->port);
     if (!c)
         return -ENOBUFS;
+    if (old)
+        conn_follow(s, c, after);
     c->flags |= TF_TS | TF_WSCALE; /* offered; the answer decides */
     c->feat |= TX_SACK;
     conn_set_state(s, c, BYPASS_SYN_SENT);
@@ -524,22 +473,6 @@ int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
     if ((c->flags & TF_FIN_QUEUED) && (c->flags & TF_FIN_IN))
         mask |= BYPASS_HUP;
     return mask | (k->error ? BYPASS_ERR : 0);
-}
-
-int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)
-{
-    int n = tcp_listen_users(s, addr, port);
-    uint32_t left = port_counts(s)[port];
-    if (!addr)
-        return n + (int)left;
-    for (uint32_t i = 0; left > 0 && i <= tcp_head(s)->table_mask; i++) {
-        uint32_t idx = flow_table(s)[i].idx;
-        if (idx == 0 || conn_at(s, idx - 1)->lport != port)
-            continue;
-        left--;
-        n += addr_eq(&conn_at(s, idx - 1)->laddr, addr);
-    }
-    return n;
 }
 
 void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a)

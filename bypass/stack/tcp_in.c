@@ -306,21 +306,10 @@ static void synchronised_in(struct bypass_stack *s, struct tcp_conn *c, struct s
 }
 
 /* ---- Entry --------------------------------------------------------------------------------------------------- */
-/* RFC 9293 3.6.1, RFC 6191: a new SYN may replace a connection in TIME_WAIT when it is certainly newer. */
-static bool replaces_time_wait(const struct tcp_conn *c, const struct segment *g)
-{
-    if (c->state != BYPASS_TIME_WAIT || (g->flags & (TCP_SYN | TCP_ACK | TCP_RST)) != TCP_SYN)
-        return false;
-    if ((c->flags & TF_TS) && g->opt.has_ts)
-        return (int32_t)(g->opt.ts_val - c->ts_recent) > 0 ||
-               (g->opt.ts_val == c->ts_recent && seq_gt(g->seq, c->rcv_nxt));
-    return seq_gt(g->seq, c->rcv_nxt);
-}
-
 static __attribute__((noinline)) void unconnected_in(struct bypass_stack *s, struct segment *g)
 {
     struct tcp_req *r = tcp_req_find(s, g);
-    struct tcp_endpoint *ep = r ? NULL : endpoint_find(s, &g->ri->dst, g->dst_port);
+    struct tcp_endpoint *ep = r ? NULL : endpoint_find(s, &g->ri->dst, g->dst_port, g->hash);
     struct tcp_conn *c = r ? tcp_req_in(s, r, g) : ep ? tcp_listen_in(s, ep, g) : NULL;
     if (c) { /* the ACK of a handshake made it: it is this connection's first segment */
         synchronised_in(s, c, g);
@@ -335,7 +324,7 @@ static void dispatch(struct bypass_stack *s, struct segment *g)
     const struct rx_info *ri = g->ri;
     g->hash = ri->has_hash ? ri->flow_hash : flow_hash(s, &ri->dst, &ri->src, g->dst_port, g->src_port);
     struct tcp_conn *c = conn_find(s, g->hash, &g->ri->dst, &g->ri->src, g->dst_port, g->src_port);
-    if (c && unlikely(replaces_time_wait(c, g)) && endpoint_find(s, &g->ri->dst, g->dst_port)) {
+    if (c && unlikely(tcp_tw_replaced_by(c, g)) && endpoint_find(s, &g->ri->dst, g->dst_port, g->hash)) {
         g->follows = true;
         g->old_snd_nxt = c->snd_nxt;
         conn_drop(s, c, 0);

@@ -1,16 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tcp_listen.c - endpoints that are not connected: fresh, bound, listening; the passive open
+ * tcp_listen.c - endpoints that are not connected: fresh, bound (tcp_port.c), listening; the passive open
  * (RFC 9293 3.10.2, 3.10.7.2) and the queue of connections to accept.
  */
 #include <errno.h>
 
 #include "tcp.h"
-
-static uint32_t *bucket(const struct bypass_stack *s, uint16_t port)
-{
-    return &tcp_head(s)->ports[port % TCP_PORT_BUCKETS];
-}
 
 int tcp_create(struct bypass_stack *s, uint32_t *idx)
 {
@@ -32,56 +27,6 @@ int tcp_create(struct bypass_stack *s, uint32_t *idx)
     return 0;
 }
 
-/* ---- Names ------------------------------------------------------------------------------------------ */
-static bool addr_overlaps(const addr_t *a, const addr_t *b)
-{
-    return addr_is_any(a) || addr_is_any(b) || addr_eq(a, b);
-}
-
-static bool port_taken(const struct bypass_stack *s, const struct tcp_endpoint *self, const addr_t *addr, uint16_t port)
-{
-    for (uint32_t i = *bucket(s, port); i != NO_INDEX; i = endpoint_at(s, i)->hash_next) {
-        const struct tcp_endpoint *ep = endpoint_at(s, i);
-        if (ep == self || ep->port != port || !addr_overlaps(&ep->addr, addr))
-            continue;
-        if (ep->listening || !(ep->opt.bits & self->opt.bits & OPT_REUSEADDR))
-            return true;
-    }
-    return false;
-}
-
-static void endpoint_bind(struct bypass_stack *s, struct tcp_endpoint *ep, const addr_t *addr, uint16_t port)
-{
-    ep->addr = *addr;
-    ep->port = port;
-    ep->hash_next = *bucket(s, port);
-    *bucket(s, port) = endpoint_index(s, ep);
-}
-
-int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local)
-{
-    struct tcp_endpoint *ep = endpoint_at(s, idx);
-    uint16_t port = local->port;
-    addr_t addr = local->addr;
-    if (addr_is_any(&addr))
-        addr = (addr_t){{[10] = 0xff, [11] = 0xff}};
-    if (ep->port != 0)
-        return -EINVAL;
-    if (!addr_is_v4(&addr))
-        return -EAFNOSUPPORT;
-    if (!addr_is_any(&addr) && !addr_is_local(s, &addr))
-        return -EADDRNOTAVAIL;
-    for (int tries = 0; port == 0 && tries < 1024; tries++) {
-        uint16_t p = (uint16_t)(32768 + core_random(s) % 28232); /* 32768 to 60999 */
-        if (!port_taken(s, ep, &addr, p) && tcp_port_users(s, NULL, p) == 0)
-            port = p;
-    }
-    if (port == 0 || port_taken(s, ep, &addr, port))
-        return -EADDRINUSE;
-    endpoint_bind(s, ep, &addr, port);
-    return 0;
-}
-
 int tcp_listen(struct bypass_stack *s, uint32_t idx, int backlog)
 {
     struct tcp_endpoint *ep = endpoint_at(s, idx);
@@ -91,36 +36,11 @@ int tcp_listen(struct bypass_stack *s, uint32_t idx, int backlog)
         if (err < 0)
             return err;
     }
-    if (!ep->listening && port_taken(s, ep, &ep->addr, ep->port))
+    if (!ep->listening && tcp_port_taken(s, ep, &ep->addr, ep->port))
         return -EADDRINUSE;
     ep->listening = 1;
     ep->backlog = min_u32((uint32_t)backlog, BACKLOG_MAX); /* a negative one is large, as on Linux */
     return 0;
-}
-
-struct tcp_endpoint *endpoint_find(const struct bypass_stack *s, const addr_t *addr, uint16_t port)
-{
-    struct tcp_endpoint *any = NULL;
-    for (uint32_t i = *bucket(s, port); i != NO_INDEX; i = endpoint_at(s, i)->hash_next) {
-        struct tcp_endpoint *ep = endpoint_at(s, i);
-        if (ep->port != port || !ep->listening)
-            continue;
-        if (addr_eq(&ep->addr, addr))
-            return ep;
-        if (addr_is_any(&ep->addr))
-            any = ep;
-    }
-    return any;
-}
-
-int tcp_listen_users(struct bypass_stack *s, const addr_t *addr, uint16_t port)
-{
-    int n = 0;
-    for (uint32_t i = *bucket(s, port); i != NO_INDEX; i = endpoint_at(s, i)->hash_next) {
-        const struct tcp_endpoint *ep = endpoint_at(s, i);
-        n += ep->port == port && ep->listening && (!addr || addr_overlaps(&ep->addr, addr));
-    }
-    return n;
 }
 
 /* ---- Passive open -------------------------------------------------------------------------------------- */
@@ -285,14 +205,8 @@ void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx)
 {
     struct tcp_endpoint *ep = endpoint_at(s, idx);
     reset_children(s, ep);
-    if (ep->port != 0) {
-        uint32_t *link = bucket(s, ep->port);
-        while (*link != idx)
-            link = &endpoint_at(s, *link)->hash_next;
-        *link = ep->hash_next;
-    }
+    tcp_port_release(s, ep);
     ep->used = 0;
     ep->listening = 0;
-    ep->port = 0;
     pool_free(s, &core(s)->listeners, idx);
 }
