@@ -8,6 +8,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,50 @@ def test_where_chance_decides_a_figure_is_the_mean_of_several_runs() -> None:
     plan = matrix.jobs([satellite], ["reno"], [], rounds=1, linux=True)
     assert [job.seed for *_, job in plan] == list(range(1, satellite.wires + 1))
     assert matrix.means([1, 3, 5, 7], of=2) == [2, 6]
+
+
+class Fake:
+    """In place of the program: remembers what ran beside each other."""
+
+    def __init__(self, fail: int | None = None) -> None:
+        self.fail = fail
+        self.lock = threading.Lock()
+        self.load = 0.0
+        self.most = 0.0
+        self.seen: list[int] = []
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        with self.lock:
+            self.load += job.weight_mbit
+            self.most = max(self.most, self.load)
+            self.seen.append(job.seed)
+        if job.seed == self.fail:
+            raise BenchError("broken")
+        with self.lock:
+            self.load -= job.weight_mbit
+        return {"seed": job.seed}
+
+
+def mixed_jobs() -> list[Job]:
+    links = (BY_NAME["clean"], BY_NAME["reorder"], BY_NAME["tiny"], BY_NAME["jitter"])
+    return [Job(links[i % 4], (Flow(LINUX, LINUX, "reno"),), seed=i) for i in range(60)]
+
+
+def test_jobs_beside_each_other_stay_below_the_capacity_and_their_results_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = Fake()
+    monkeypatch.setattr(run, "steady", fake)
+    assert [r["seed"] for r in run.many(mixed_jobs(), at_once=8)] == list(range(60))
+    assert 0 < fake.most <= run.CAPACITY_MBIT
+
+
+def test_a_job_that_fails_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(fail=5)
+    monkeypatch.setattr(run, "steady", fake)
+    with pytest.raises(BenchError, match="broken"):
+        run.many(mixed_jobs(), at_once=1)
+    assert len(fake.seen) == 6
 
 
 def test_without_linux_and_without_the_algorithm_nothing_is_promised() -> None:

@@ -62,7 +62,7 @@ def total(parts: tuple[str, ...], plan: list[Any], marking: list[str], rounds: i
 @click.option("--condition", type=click.Choice(list(BY_NAME)), multiple=True, help="Only this condition.")
 @click.option("--cc", type=click.Choice(matrix.CCS), multiple=True, help="Only this congestion control.")
 @click.option(
-    "--jobs", type=click.IntRange(1, 32), default=16, show_default=True, help="Wires at once, at most."
+    "--jobs", type=click.IntRange(1, 64), default=32, show_default=True, help="Wires at once, at most."
 )
 @click.option(
     "--output",

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.figures import significant, spread
 from bench.goodput.conditions import Condition
-from bench.goodput.run import LINUX, OURS, Flow, Job, goodput, many
+from bench.goodput.run import LINUX, OURS, Flow, Job, fills, goodput, many
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def variants(cc: str, ours: Sequence[str], linux: bool) -> list[Variant]:
     return found
 
 
+def wires(condition: Condition, cc: str) -> int:
+    """Runs of which a figure is the mean. Where the link is full in any case, chance decides little."""
+    return 1 if condition.use < 1 and fills(cc) else condition.wires
+
+
 def jobs(
     conditions: Sequence[Condition], ccs: Sequence[str], ours: Sequence[str], rounds: int, linux: bool
 ) -> list[tuple[str, Variant, Job]]:
@@ -55,7 +60,7 @@ def jobs(
                 turn = number % len(columns) if columns else 0
                 for v in columns[turn:] + columns[:turn]:
                     flow = Flow(v.sender, v.receiver, cc)
-                    for wire in range(condition.wires):
+                    for wire in range(wires(condition, cc)):
                         seed = number * SEEDS_A_ROUND + wire + 1
                         plan.append((cc, v, Job(condition, (flow,), seed, virtual=v.virtual)))
     return plan
@@ -77,9 +82,9 @@ def run(
     results = many([job for _, _, job in plan], at_once, lambda job: step(job.condition.title))
     for (cc, v, job), result in zip(plan, results, strict=True):
         found.setdefault(cc, {}).setdefault(job.condition.name, {}).setdefault(v.name, []).append(result)
-    wires = {c.name: c.wires for c in conditions}
+    by_name = {c.name: c for c in conditions}
     return {
-        cc: {name: _entry(columns, wires[name]) for name, columns in by_condition.items()}
+        cc: {name: _entry(columns, wires(by_name[name], cc)) for name, columns in by_condition.items()}
         for cc, by_condition in found.items()
     }
 

@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ LINUX, OURS = "linux", "ours"
 CAPACITY_MBIT = 200  # of all wires together: each 100 Mbit/s take 0.4 of a core
 LATE_MS = 20.0  # a frame so much too late means that the machine stood still: the run is not used
 RETRIES = 2
+LOOK_AHEAD = 60  # jobs
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Flow:
         return "flow=" + ",".join(str(f) for f in fields)
 
 
+def fills(cc: str) -> bool:
+    """Whether it uses the rate whatever is lost."""
+    return cc == "bbr"
+
+
 @dataclass(frozen=True)
 class Job:
     """One run. Equal jobs with equal seeds meet equal fates as far as they send equal frames."""
@@ -49,7 +54,7 @@ class Job:
     @property
     def weight_mbit(self) -> float:
         """What it is likely to send: how much of the machine it takes."""
-        share = 1 if any(f.cc == "bbr" for f in self.flows) else self.condition.use
+        share = 1 if any(fills(f.cc) for f in self.flows) else self.condition.use
         return 0 if self.virtual else self.condition.fwd.rate_mbit * share
 
     def argv(self) -> list[str]:
@@ -94,42 +99,67 @@ def goodput(result: dict[str, Any]) -> float:
     return float(sum(f["mbit"] for f in result["flows"]))
 
 
-class _Share:
-    """Lets jobs in while the sum of their rates stays below a capacity; one is always let in."""
+class _Crew:
+    """Jobs beside each other: the first of those next in line that the machine still carries is begun."""
 
-    def __init__(self, capacity: float) -> None:
-        self.capacity = capacity
-        self.used = 0.0
+    def __init__(self, jobs: Sequence[Job], at_once: int, done: Callable[[Job], None]) -> None:
+        self.jobs = jobs
+        self.at_once = at_once
+        self.done = done
+        self.waiting = list(range(len(jobs)))
+        self.running: set[int] = set()
+        self.results: dict[int, dict[str, Any]] = {}
+        self.failed: list[BaseException] = []
         self.cond = threading.Condition()
 
-    def __call__(self, weight: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        with self.cond:
-            self.cond.wait_for(lambda: self.used == 0 or self.used + weight <= self.capacity)
-            self.used += weight
+    def _next(self) -> int | None:
+        """A heavy job is overtaken by light ones, but not for ever: only so many in line are looked at."""
+        used = sum(self.jobs[i].weight_mbit for i in self.running)
+        for i in self.waiting[:LOOK_AHEAD] if len(self.running) < self.at_once else ():
+            if not self.running or used + self.jobs[i].weight_mbit <= CAPACITY_MBIT:
+                return i
+        return None
+
+    def _work(self, i: int) -> None:
         try:
-            return work()
+            result = steady(self.jobs[i])
+            with self.cond:
+                self.results[i] = result
+                self.done(self.jobs[i])
+        except BaseException as e:  # noqa: BLE001 - run() raises it again
+            with self.cond:
+                self.failed.append(e)
         finally:
             with self.cond:
-                self.used -= weight
+                self.running.remove(i)
                 self.cond.notify_all()
+
+    def run(self) -> None:
+        with self.cond:
+            while self.running or (self.waiting and not self.failed):
+                i = None if self.failed else self._next()
+                if i is None:
+                    self.cond.wait()
+                    continue
+                self.waiting.remove(i)
+                self.running.add(i)
+                threading.Thread(target=self._work, args=(i,)).start()
+        if self.failed:
+            raise self.failed[0]
 
 
 def many(
     jobs: Sequence[Job], at_once: int, done: Callable[[Job], None] = lambda job: None
-) -> Iterable[dict[str, Any]]:
-    """Results in the order of the jobs; `done` is called, by another thread, when one has ended."""
-    share = _Share(CAPACITY_MBIT)
+) -> list[dict[str, Any]]:
+    """Results in the order of the jobs; `done` is called, by another thread, when one has ended. Several run at once,
+    as far as their rates together stay below CAPACITY_MBIT.
 
-    def work(job: Job) -> dict[str, Any]:
-        result = share(job.weight_mbit, lambda: steady(job))
-        done(job)
-        return result
-
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        yield from pool.map(work, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    Raises:
+        BenchError: of the first that failed, when those that were running have ended.
+    """
+    crew = _Crew(jobs, at_once, done)
+    crew.run()
+    return [crew.results[i] for i in range(len(jobs))]
 
 
 def has(cc: str) -> bool:

@@ -14,6 +14,8 @@ from bench.goodput.conditions import BY_NAME
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Every part that was run."""
+    for name in result["conditions"] if "matrix" in result else ():
+        console.print(f"{name}: {BY_NAME[name].title}", highlight=False)
     for cc, by_condition in result.get("matrix", {}).items():
         console.print(_matrix(cc, by_condition))
     if "matrix" in result:
@@ -50,7 +52,7 @@ def _matrix(cc: str, by_condition: dict[str, Any]) -> Table:
         if name != matrix.REFERENCE.name and matrix.REFERENCE.name in names:
             table.add_column("ratio", justify="right")
     for condition, entry in by_condition.items():
-        row = [f"{condition}: {BY_NAME[condition].title}"]
+        row = [condition]
         for name in names:
             figures = entry["variants"].get(name)
             row.append(_mbit(figures["mbit"]) + (" !" if figures["errors"] else "") if figures else "")
