@@ -41,6 +41,7 @@ OPTIONS: dict[tuple[int, int], int] = {
     (SOL, _socket.SO_KEEPALIVE): lib.BYPASS_SO_KEEPALIVE,
     (SOL, _socket.SO_REUSEADDR): lib.BYPASS_SO_REUSEADDR,
     (SOL, _socket.SO_BROADCAST): lib.BYPASS_SO_BROADCAST,
+    (SOL, 47): lib.BYPASS_SO_MAX_PACING_RATE,  # Linux' number; the module has no name for it
     (IP, _socket.IP_TTL): lib.BYPASS_IP_TTL,
     (IP, _socket.IP_TOS): lib.BYPASS_IP_TOS,
     (TCP, _socket.TCP_NODELAY): lib.BYPASS_TCP_NODELAY,

@@ -154,6 +154,8 @@ enum {
     BYPASS_F_ARP = 1,  /* resolve next hops by ARP and answer ARP; else ask bypass_nexthop_wanted() */
     BYPASS_F_PING = 2, /* answer ICMP echo requests */
     BYPASS_F_RST = 4,  /* answer TCP for which no socket exists with a reset, UDP with unreachable */
+    BYPASS_F_ECN = 8,  /* ask for ECN on connections that the stack opens; else only agree to it (BYPASS_TCP_ECN) */
+    BYPASS_F_IDLE_WINDOW = 16, /* the congestion window stays after a pause; else it is reduced (RFC 5681 4.1) */
 
     /* bypass_config.syn_cookies: a SYN that is answered without keeping anything about it (RFC 4987 3.6) */
     BYPASS_COOKIES_OFF = 0,
@@ -310,8 +312,10 @@ enum {
     BYPASS_TCP_KEEPCNT = 22,
     BYPASS_TCP_USER_TIMEOUT = 23, /* milliseconds */
     BYPASS_TCP_SYNCNT = 24,
-    BYPASS_TCP_LINGER2 = 25,       /* seconds; -1: FIN_WAIT_2 ends with close() */
-    BYPASS_TCP_NOTSENT_LOWAT = 26, /* bytes that may wait to be sent; 0: no limit */
+    BYPASS_TCP_LINGER2 = 25,        /* seconds; -1: FIN_WAIT_2 ends with close() */
+    BYPASS_TCP_NOTSENT_LOWAT = 26,  /* bytes that may wait to be sent; 0: no limit */
+    BYPASS_SO_MAX_PACING_RATE = 27, /* bytes a second that leave at most; 0 or negative: no limit. Turns pacing on */
+    BYPASS_TCP_ECN = 28,            /* 0: never, 1: asked for and agreed to, 2: agreed to when the peer asks */
     BYPASS_OPT_COUNT,
 };
 
@@ -393,7 +397,7 @@ enum {                        /* event() */
        BYPASS_CC_EV_ECN = 2,  /* the peer says that a segment was marked; ssthresh() was asked before */
        BYPASS_CC_EV_RECOVERED = 3, /* the three above are over */
        BYPASS_CC_EV_UNDO = 4,      /* they were a mistake: cwnd and ssthresh have their values from before */
-       BYPASS_CC_EV_RESTART = 5,   /* sending begins again after nothing was in flight */
+       BYPASS_CC_EV_RESTART = 5,   /* with BYPASS_CC_KEEP: sending begins again after nothing was in flight */
 };
 
 enum { BYPASS_CC_BYTES = 128 };
@@ -403,6 +407,8 @@ struct bypass_cc { /* one connection, as a congestion control sees it; valid dur
     uint64_t pacing_rate; /* bytes a second; 0: not paced. Above BYPASS_SO_MAX_PACING_RATE has no effect */
     uint32_t cwnd;        /* congestion window, bytes; kept within one mss and 2^30 */
     uint32_t ssthresh;    /* slow-start threshold, bytes; UINT32_MAX: none yet */
+    uint32_t held_back;   /* 0 in acked(); 1: the algorithm keeps the path emptier than it could, so that rates of what
+                           * is sent from now on are marked app_limited, until the next call that leaves it 0 */
     /* to read */
     uint32_t mss;         /* payload bytes of a full segment */
     uint32_t srtt_us;     /* smoothed round trip (RFC 6298), microseconds; 0: none yet */
@@ -415,8 +421,7 @@ struct bypass_cc { /* one connection, as a congestion control sees it; valid dur
     uint32_t random;      /* in init(): unpredictable */
     uint32_t limited;     /* in acked(): the window was used in this round trip, a larger one would have been too */
     uint32_t paused;      /* in acked(): since the last call there was a time in which it was not */
-    uint32_t reserved;
-    uint64_t now_us; /* the stack's clock, microseconds */
+    uint64_t now_us;      /* the stack's clock, microseconds */
 };
 
 struct bypass_cc_sample {     /* what one ACK told; bytes and microseconds */

@@ -143,6 +143,19 @@ static int64_t get_maxseg(const struct owner *o)
     return o->opt->maxseg ? o->opt->maxseg : TCP_DEFAULT_MSS;
 }
 
+static int set_pacing(const struct owner *o, int64_t v)
+{
+    uint64_t units = v > 0 ? (uint64_t)v : 0;
+    if (units > INT32_MAX)
+        units = 1u << 31 | min_u64(units >> 8, INT32_MAX);
+    o->opt->max_pacing = (uint32_t)units;
+    if (o->c && !(o->c->flags & TF_DEAD))
+        tcp_cc_repace(o->s, o->c);
+    return 0;
+}
+
+static int64_t get_pacing(const struct owner *o) { return (int64_t)tcp_pace_limit(o->opt); }
+
 static int64_t get_mtu(const struct owner *o)
 {
     if (!o->c)
@@ -174,6 +187,8 @@ static const struct row rows[BYPASS_OPT_COUNT] = {
     [BYPASS_SO_RCVLOWAT] = {IN_U32, OPT(rcvlowat), .max = INT32_MAX, .fit = fit_lowat, .changed = lowat_changed},
     [BYPASS_SO_TYPE] = {NOWHERE, .fixed = true, .get = get_type},
     [BYPASS_SO_ACCEPTCONN] = {NOWHERE, .fixed = true, .get = get_acceptconn},
+    [BYPASS_SO_MAX_PACING_RATE] = {NOWHERE, .set = set_pacing, .get = get_pacing},
+    [BYPASS_TCP_ECN] = {IN_U8, OPT(ecn), .max = 2},
     [BYPASS_IP_TTL] = {IN_U8, OPT(ttl), .min = 1, .max = 255, .fit = fit_ttl},
     [BYPASS_IP_TOS] = {IN_U8, OPT(tos), .max = 255, .fit = fit_tos},
     [BYPASS_IP_MTU] = {NOWHERE, .fixed = true, .get = get_mtu},
@@ -207,6 +222,7 @@ void tcp_options_default(struct tcp_endpoint *ep, const struct bypass_config *cf
         .syn_retries = SYN_RETRIES,
         .mtu_discover = 1,
         .ttl = 64,
+        .ecn = cfg->flags & BYPASS_F_ECN ? 1 : 2,
     };
 }
 
@@ -221,6 +237,8 @@ void tcp_options_inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tc
     c->rcvbuf = ep->rcvbuf;
     c->cc = ep->cc;
     k->opt = ep->opt;
+    if (k->opt.max_pacing != 0)
+        c->feat |= TX_PACED;
 }
 
 void tcp_options_return(struct tcp_endpoint *ep, const struct tcp_conn *c, const struct tcp_cold *k)

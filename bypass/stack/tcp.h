@@ -192,7 +192,7 @@ struct tcp_flight {
     uint8_t pad[3];
     uint64_t cc_state[BYPASS_CC_BYTES / 8]; /* the congestion control's own; zero when the record begins */
 };
-enum { FK_CC = 1, FK_RACK = 2 };
+enum { FK_CC = 1, FK_RACK = 2, FK_PACE = 4 };
 enum { CA_OPEN, CA_DISORDER, CA_CWR, CA_RECOVERY, CA_LOSS }; /* in Linux' order, as TCP_INFO shows them */
 
 /* What a program may set (sock_opt.c has the table): of an endpoint, and by one copy of the connections made from it. */
@@ -204,7 +204,8 @@ enum { /* tcp_options.bits */
        OPT_SLOWACK = 1 << 4,   /* TCP_QUICKACK was switched off */
 };
 struct tcp_options {
-    int32_t linger_s; /* -1: off */
+    uint32_t max_pacing; /* 0: no limit; bytes a second, from 2^31 on in units of 256 (tcp_pace_limit) */
+    int32_t linger_s;    /* -1: off */
     uint32_t user_timeout_ms;
     uint32_t rcvlowat;
     uint32_t notsent_lowat; /* 0: no limit */
@@ -216,12 +217,11 @@ struct tcp_options {
     uint8_t syn_retries;
     uint8_t ttl, tos;
     uint8_t mtu_discover; /* as Linux numbers it */
-    uint8_t pad;
+    uint8_t ecn;          /* BYPASS_TCP_ECN */
 };
-static_assert(sizeof(struct tcp_options) == 32, "in every connection's cold half");
+static_assert(sizeof(struct tcp_options) == 36, "in every connection's cold half");
 
-struct tcp_cold {
-    uint32_t link;
+struct tcp_cold { /* at its connection's index: the pool's free list is never used */
     seq_t iss, irs, fin_ahead;
     uint32_t ts_offset;
     uint32_t retransmits;
@@ -565,8 +565,10 @@ enum tcp_cc_ev {
     CC_EV_UNDO = BYPASS_CC_EV_UNDO,           /* it was spurious; cwnd and ssthresh are restored already */
     CC_EV_RESTART = BYPASS_CC_EV_RESTART,     /* sending begins again after nothing was in flight */
 };
-void tcp_cc_init(struct bypass_stack *s, struct tcp_conn *c);  /* connection established */
-void tcp_cc_begin(struct bypass_stack *s, struct tcp_conn *c); /* its flight record begins */
+void tcp_cc_init(struct bypass_stack *s, struct tcp_conn *c);   /* connection established */
+void tcp_cc_begin(struct bypass_stack *s, struct tcp_conn *c);  /* its flight record begins */
+void tcp_cc_repace(struct bypass_stack *s, struct tcp_conn *c); /* the program set another limit */
+void tcp_cc_resume(struct bypass_stack *s, struct tcp_conn *c); /* ... or was kept, and something is sent again */
 /* Every ACK that delivered something, after recovery has updated its state. */
 void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm);
 void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev);
@@ -625,6 +627,12 @@ uint64_t tcp_rate(const struct bypass_stack *s, const struct tcp_conn *c); /* by
 /* tcp_pace.c */
 bool tcp_pace_held(struct bypass_stack *s, struct tcp_conn *c); /* TX_PACED: not now; the timer is set */
 uint64_t tcp_pace_deadline(const struct bypass_stack *s, const struct tcp_conn *c); /* NO_DEADLINE: nothing is held */
+void tcp_pace_begin(struct bypass_stack *s, struct tcp_conn *c, bool wanted);
+/* The limit as it is kept: 31 bits, or beyond them the same times 256. */
+static inline uint64_t tcp_pace_limit(const struct tcp_options *o)
+{
+    return o->max_pacing >> 31 ? (uint64_t)(o->max_pacing & INT32_MAX) << 8 : o->max_pacing;
+}
 void tcp_pace_due(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_pace_spend(struct bypass_stack *s, struct tcp_conn *c, uint32_t bytes);
 static inline bool tcp_pace_may_send(struct bypass_stack *s, struct tcp_conn *c)

@@ -13,7 +13,7 @@
 void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
 {
     if (has_flight(c)) { /* what was learned before is kept */
-        conn_flight(s, c)->paused = 1;
+        tcp_cc_resume(s, c);
         return;
     }
     c->flight = pool_alloc(s, &core(s)->flights); /* there are as many as connections */

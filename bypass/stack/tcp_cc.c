@@ -15,7 +15,7 @@
 enum { CWND_MAX = 1u << 30 };
 
 /* ---- Registry ------------------------------------------------------------------------------------------- */
-static const struct bypass_cc_ops *const builtin[] = {&tcp_cubic, &tcp_reno};
+static const struct bypass_cc_ops *const builtin[] = {&tcp_cubic, &tcp_reno, &tcp_bbr};
 enum { BUILTINS = ARRAY_LEN(builtin) };
 
 static const struct bypass_cc_ops *ops_at(const struct bypass_stack *s, uint32_t i)
@@ -150,12 +150,30 @@ void tcp_cc_begin(struct bypass_stack *s, struct tcp_conn *c)
     fl->app_limited = 1; /* until the program has filled the window once */
     if (ops->flags & BYPASS_CC_KEEP)
         fl->keep |= FK_CC;
+    tcp_pace_begin(s, c, ops->flags & BYPASS_CC_PACED);
     if (!ops->init)
         return;
     struct bypass_cc v = view(s, c, fl);
     v.random = (uint32_t)core_random(s);
     ops->init(&v);
     view_store(c, fl, &v, true);
+}
+
+void tcp_cc_repace(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (has_flight(c))
+        tcp_pace_begin(s, c, cc_ops(s, c)->flags & BYPASS_CC_PACED);
+    else if (conn_cold(s, c)->opt.max_pacing != 0)
+        c->feat |= TX_PACED; /* the short way out does not look at rates */
+    tcp_output(s, c);
+}
+
+/* Something is sent after nothing was in flight, and the record of before is still there. */
+void tcp_cc_resume(struct bypass_stack *s, struct tcp_conn *c)
+{
+    conn_flight(s, c)->paused = 1;
+    if (cc_ops(s, c)->flags & BYPASS_CC_KEEP)
+        tcp_cc_event(s, c, CC_EV_RESTART);
 }
 
 /* RFC 2861 3.2, RFC 7661: the most that was in flight in this round trip tells whether the window was used. */
@@ -209,6 +227,8 @@ static void call_acked(struct bypass_stack *s, struct tcp_conn *c, const struct 
     };
     ops->acked(&v, &told);
     view_store(c, fl, &v, !window_is_recoverys(c, fl, ops));
+    if (v.held_back)
+        fl->app_limited = max_u64(fl->delivered + tcp_pipe(s, c), 1);
 }
 
 void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm)
@@ -251,7 +271,7 @@ void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns
 {
     uint32_t floor = min_u32(c->cwnd, tcp_initial_window(c));
     uint64_t rtos = idle_ns / (c->rto_us * 1000ull);
-    if (!tcp_cc_own_window(s, c))
+    if (!tcp_cc_own_window(s, c) && !(core(s)->cfg.flags & BYPASS_F_IDLE_WINDOW))
         c->cwnd = max_u32(rtos > 31 ? 0 : c->cwnd >> rtos, floor);
 }
 

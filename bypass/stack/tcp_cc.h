@@ -5,7 +5,7 @@
 
 #include "types.h"
 
-extern const struct bypass_cc_ops tcp_cubic, tcp_reno;
+extern const struct bypass_cc_ops tcp_bbr, tcp_cubic, tcp_reno;
 
 /* RFC 5681 equation 4. */
 uint32_t tcp_reno_ssthresh(struct bypass_cc *cc, int event);

@@ -146,7 +146,7 @@ static struct tcp_conn *conn_alloc(struct bypass_stack *s)
     uint32_t gen = cold_at(s, i)->gen + 1;
     *conn_at(s, i) =
         (struct tcp_conn){.link = NO_INDEX, .sock = NO_INDEX, .flight = NO_INDEX, .min_rtt_us = UINT32_MAX};
-    *cold_at(s, i) = (struct tcp_cold){.link = NO_INDEX, .gen = gen, .listener = NO_INDEX};
+    *cold_at(s, i) = (struct tcp_cold){.gen = gen, .listener = NO_INDEX};
     return conn_at(s, i);
 }
 
