@@ -114,6 +114,8 @@ class Pending:
     end_ns: int
     call: Call
     data: int | None
+    began_ns: int
+    lateness: int  # of all before it
 
 
 class Player:
@@ -124,6 +126,7 @@ class Player:
         self.last_fd = -1
         self.time = 0  # of the event before
         self.slack = 0  # how late our own events were since the last segment
+        self.lateness = 0  # how late everything was, summed up
         self.pending: list[Pending] = []
         self.trace: list[str] = []
         self.own: dict[str, Any] = {}
@@ -169,7 +172,10 @@ class Player:
         at = base + event.time.lo
         # A call that ends at this very time may need this segment for it; but a call comes after it.
         calls = isinstance(event.what, Call | Check)
-        for p in [p for p in self.pending if p.end_ns + (0 if calls else self.backend.late_ns) <= at]:
+        for p in list(self.pending):
+            late = self.lateness - p.lateness
+            if p.end_ns + late + (0 if calls else self.backend.late_ns) > at:
+                continue
             self.collect(p)
         self.backend.wait(at)
         self.nothing_waits(at)
@@ -193,6 +199,7 @@ class Player:
                 happened = self.call(event, call, at)
         if self.backend.flaky:
             self.slack += max(0, happened - at)
+            self.lateness += max(0, happened - at)
             self.time = max(at, happened)
         else:
             self.time = at
@@ -223,6 +230,7 @@ class Player:
             raise Differs(f"what left: {why}")
         self.time = max(got.at_ns, lo - self.backend.early_ns) if lo else got.at_ns
         self.slack = 0
+        self.lateness += max(0, got.at_ns - hi)
 
     def nothing_waits(self, at_ns: int) -> None:
         """No segment left before this time that no line has asked for."""
@@ -256,7 +264,7 @@ class Player:
         job = self.backend.begin(op, args, event.time.end is not None)
         if event.time.end is not None:
             end = event.time.end + (at - (event.time.lo or 0) if event.time.end_relative else 0)
-            self.pending.append(Pending(event, job, end, call, data))
+            self.pending.append(Pending(event, job, end, call, data, at, self.lateness))
             return self.backend.now()
         if not self.backend.finish(job, self.backend.now()):
             raise Stuck("the call blocks")
@@ -268,11 +276,12 @@ class Player:
         """A blocking call has to have returned about now."""
         self.pending.remove(p)
         b = self.backend
-        late = p.end_ns + b.late_ns + self.slack + self.tolerance
+        share = round(b.late_share * (p.end_ns - p.began_ns))
+        late = p.end_ns + b.late_ns + share + self.lateness - p.lateness + self.tolerance
         if not b.finish(p.job, late):
             raise Differs(f"the call of line {p.event.line} has not returned until {p.end_ns / SECOND:.6f}")
         self.note(p.job.at_ns, p.event.text.split(" ", 1)[1])
-        if not p.end_ns - b.early_ns - self.slack - self.tolerance <= p.job.at_ns <= late:
+        if not p.end_ns - b.early_ns - self.tolerance <= p.job.at_ns <= late:
             raise Differs(
                 f"the call of line {p.event.line} returned at {p.job.at_ns / SECOND:.6f}, not {p.end_ns / SECOND:.6f}"
             )
