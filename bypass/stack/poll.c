@@ -17,6 +17,8 @@ static void reap(struct bypass_stack *s)
     while (n == RX_BATCH);
 }
 
+enum { HANDLE_AHEAD = 3 }; /* segments: its connection has arrived by then, and its handle arrives in time */
+
 static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
 {
     struct rx_flow flows[RX_BATCH];
@@ -24,6 +26,8 @@ static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
     STAT_ADD(s, rx_frames, (uint64_t)n);
     tcp_fast_prefetch(s, pkts, flows, n);
     for (int i = 0; i < n; i++) {
+        if (i + HANDLE_AHEAD < n)
+            tcp_fast_prefetch_handle(s, &flows[i + HANDLE_AHEAD]);
         STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[i])->len);
         if (likely(flows[i].plain) && tcp_fast_in(s, pkts[i], flows[i].hash))
             continue;

@@ -461,9 +461,15 @@ bool conn_available(const struct bypass_stack *s); /* conn_new() would succeed *
 /* tcp_fast.c */
 struct rx_flow {
     uint32_t hash; /* of the flow, when plain */
+    uint32_t idx;  /* of its connection, if it stands where it should: plus one; a guess, for prefetching */
     bool plain;    /* a TCP segment in an IPv4 packet without options */
 };
 void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_flow *flows, int n);
+static inline void tcp_fast_prefetch_handle(const struct bypass_stack *s, const struct rx_flow *f)
+{
+    if (f->idx != 0 && conn_at(s, f->idx - 1)->sock != NO_INDEX)
+        __builtin_prefetch(sock_at(s, conn_at(s, f->idx - 1)->sock));
+}
 bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash); /* false: it is unusual, nothing was done */
 /* Sends n bytes in one segment when nothing stands before them; 0: the long way, nothing was done. */
 int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n);

@@ -59,12 +59,15 @@ void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx
     if (n == 1)
         return;
     for (int i = 0; i < n; i++) {
-        uint32_t idx = flows[i].plain ? table[flows[i].hash & mask].idx : 0;
+        uint32_t idx = flows[i].idx = flows[i].plain ? table[flows[i].hash & mask].idx : 0;
         if (idx == 0)
             continue;
         const uint8_t *c = (const uint8_t *)conn_at(s, idx - 1);
+        const uint8_t *k = (const uint8_t *)cold_at(s, idx - 1);
         for (uint32_t off = 0; off < sizeof(struct tcp_conn); off += 64)
             __builtin_prefetch(c + off);
+        for (uint32_t off = 0; off < sizeof(struct tcp_cold); off += 64)
+            __builtin_prefetch(k + off);
     }
 }
 

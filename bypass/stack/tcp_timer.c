@@ -172,6 +172,8 @@ static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
 static void conn_due(struct bypass_stack *s, uint32_t i)
 {
     struct tcp_conn *c = conn_at(s, i);
+    if (!c->rtx_at && !c->ack_at && !c->keep_at && !(c->feat & TX_PACE_WAIT))
+        return; /* lazily armed, and done with since: its other lines stay where they are */
     const uint32_t gen = cold_at(s, i)->gen;
     if (c->ack_at && c->ack_at <= now_ns(s)) {
         c->ack_at = 0;

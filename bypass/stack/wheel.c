@@ -98,6 +98,8 @@ uint32_t wheel_expire(struct bypass_stack *s, struct wheel *w, uint64_t now_ns)
     for (;;) {
         uint32_t i = w->head[0][w->cur & (WHEEL_SLOTS - 1)];
         if (i != NO_INDEX && node(s, i)->tick <= w->cur) {
+            if (node(s, i)->next != NO_INDEX)
+                __builtin_prefetch(node(s, node(s, i)->next));
             wheel_disarm(s, w, i);
             return i;
         }
