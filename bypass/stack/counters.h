@@ -38,7 +38,8 @@
     X(tcp_listen_overflow) X(tcp_syn_overflow) X(tcp_no_conn) X(tcp_time_wait) X(tcp_time_wait_reused)       \
     X(tcp_time_wait_overflow) X(tcp_cookies_sent) X(tcp_cookies_good) X(tcp_cookies_bad)                             \
     X(tcp_aborted) X(tcp_timed_out) X(tcp_keepalive_timeouts) X(tcp_ooo_pruned)      \
-    X(tcp_ooo_refused) X(tcp_out_sacks) X(tcp_out_dsacks)
+    X(tcp_ooo_refused) X(tcp_out_sacks) X(tcp_out_dsacks) X(tcp_tune_rcvbuf) X(tcp_tune_sndbuf) \
+    X(tcp_tune_held_back) X(tcp_syn_pressure)
 /* clang-format on */
 
 enum stat {

@@ -14,6 +14,7 @@
  *   tcp_ooo.c       ... and those ahead of it; tcp_item.h: what holds them
  *   tcp_sack_rcv.c  the SACK blocks that our ACKs carry (RFC 2018, RFC 2883)
  *   tcp_snd.c       written bytes: the send queue
+ *   tcp_tune.c      how large buffers grow, and what happens when memory is short
  *   tcp_out.c       which segment goes out now, and its header
  *   tcp_timer.c     what time alone causes
  *   tcp_conn.c      connections: table, open, close
@@ -304,6 +305,7 @@ struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint32_t blocked_head[2]; /* waiting for a frame or the device; for a next hop */
     uint32_t tw_head, tw_tail, tw_count;
     uint32_t challenge_tokens;
+    uint32_t ooo_hand;   /* whose data out of order was thrown away last */
     uint32_t resume_all; /* a next hop was answered */
     uint64_t challenge_ns;
     uint64_t req_due; /* no request's time comes before; NO_DEADLINE: there is none */
@@ -588,7 +590,7 @@ int tcp_cc_get(const struct bypass_stack *s, uint8_t cc, char *out, size_t n);
 uint32_t tcp_initial_window(const struct tcp_conn *c); /* bytes, RFC 6928 */
 
 /* tcp_ooo.c */
-enum { OOO_RANGES_MAX = 512 };
+enum { OOO_RANGES_MAX = 512, OOO_SEARCH_MAX = 64 };
 struct tcp_range {
     uint32_t link, prev; /* in order of sequence numbers */
     seq_t first, end;    /* first..end-1 */
@@ -596,6 +598,7 @@ struct tcp_range {
 };
 struct tcp_ooo {
     uint32_t link;
+    uint32_t conn;        /* NO_INDEX: the record is free */
     uint32_t first, last; /* ranges */
     uint32_t hint;        /* where an insertion was that was not at the end; NO_INDEX: nowhere */
     uint32_t ranges;
@@ -607,6 +610,7 @@ void tcp_ooo_insert(struct bypass_stack *s, struct tcp_conn *c, uint32_t item);
 uint32_t tcp_ooo_fill(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *data, uint32_t len, seq_t first);
 bool tcp_ooo_collect(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_ooo_prune(struct bypass_stack *s, struct tcp_conn *c);
+bool tcp_ooo_prune_any(struct bypass_stack *s); /* of some connection; false: none was found */
 void tcp_ooo_clear(struct bypass_stack *s, struct tcp_conn *c);
 
 /* tcp_sack_rcv.c */
@@ -654,9 +658,23 @@ static inline void tcp_pace_sent(struct bypass_stack *s, struct tcp_conn *c, uin
 /* tcp_ecn.c */
 void tcp_ecn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
 
+/* tcp_tune.c */
+enum { WORTH_TUNING = TCP_DEFAULT_MSS }; /* shorter segments and reads are no bulk transfer */
+void tcp_tune_begin(struct bypass_stack *s, struct tcp_conn *c); /* established */
+void tcp_tune_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g);
+void tcp_tune_read(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_tune_write(struct bypass_stack *s, struct tcp_conn *c);
+bool tcp_tune_reclaim(struct bypass_stack *s, struct tcp_conn *c);
+/* Little memory is left: windows open by a few segments only, no new connection is taken. */
+static inline bool tcp_tune_pressure(const struct bypass_stack *s)
+{
+    const struct pool *p = &core(s)->chunks;
+    return unlikely(s->dev->free_frames < s->dev->frames / 4) && p->used > p->cap - p->cap / 4;
+}
+
 /* tcp_rcv.c */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
-uint32_t tcp_rcv_window(struct tcp_conn *c); /* bytes to offer; never less than was offered */
+uint32_t tcp_rcv_window(const struct bypass_stack *s, struct tcp_conn *c); /* bytes to offer; never less than was offered */
 /* Enough is there to tell the program (SO_RCVLOWAT). */
 static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_conn *c)
 {
@@ -752,6 +770,7 @@ enum {
     CHALLENGE_PER_S = 1000,
     BACKLOG_MAX = 65535,
     SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
+    PRESSURE_SEGMENTS = 4, /* what a connection may have unread when memory is short */
     WINDOW_LOW = 32768,   /* bytes: with less on offer the peer may be waiting */
 };
 

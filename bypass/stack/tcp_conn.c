@@ -220,6 +220,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
     }
     if (c->flags & TF_KEEPALIVE)
         c->keep_at = now_ns(s) + conn_cold(s, c)->opt.keep_idle_s * SEC_NS;
+    tcp_tune_begin(s, c);
     tcp_timer_update(s, c);
     STAT(s, tcp_established);
     conn_event(s, c, BYPASS_OUT);

@@ -262,7 +262,7 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     m->seg_flags = IN_TCP | SEG_PSH;
     m->time_ns = now_ns(s);
     m->csum = copy_small(payload, buf, (uint32_t)n);
-    uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
+    uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(s, c) >> c->rcv_wscale, 65535);
     put_headers(s, c, k, d, payload - PLAIN - PLAIN_TS, (uint32_t)n, m->csum, wnd);
     if (tx_csum_offload(s))
         csum_leave(m, payload - PLAIN_TS + TCP_CSUM,

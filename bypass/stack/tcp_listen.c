@@ -96,6 +96,10 @@ static void syn_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct
         STAT(s, tcp_listen_overflow);
         return;
     }
+    if (tcp_tune_pressure(s)) {
+        STAT(s, tcp_syn_pressure);
+        return;
+    }
     if (!conn_available(s)) {
         STAT(s, tcp_no_conn); /* those that are there live on; new ones are refused first */
         return;

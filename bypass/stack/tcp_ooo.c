@@ -28,7 +28,7 @@ static struct tcp_ooo *record(struct bypass_stack *s, struct tcp_conn *c)
         return ooo_at(s, c->ooo);
     c->ooo = pool_alloc(s, &core(s)->ooos); /* there are as many as connections */
     struct tcp_ooo *o = ooo_at(s, c->ooo);
-    *o = (struct tcp_ooo){.link = NO_INDEX, .first = NO_INDEX, .last = NO_INDEX, .hint = NO_INDEX};
+    *o = (struct tcp_ooo){.link = NO_INDEX, .conn = conn_index(s, c), .first = NO_INDEX, .last = NO_INDEX, .hint = NO_INDEX};
     return o;
 }
 
@@ -36,6 +36,7 @@ static void record_end(struct bypass_stack *s, struct tcp_conn *c)
 {
     if (c->ooo == NO_INDEX || ooo_at(s, c->ooo)->first != NO_INDEX)
         return;
+    ooo_at(s, c->ooo)->conn = NO_INDEX;
     pool_free(s, &core(s)->ooos, c->ooo);
     c->ooo = NO_INDEX;
 }
@@ -245,6 +246,21 @@ void tcp_ooo_prune(struct bypass_stack *s, struct tcp_conn *c)
     STAT(s, tcp_ooo_pruned);
     range_drop(s, c, o, o->last);
     record_end(s, c);
+}
+
+/* Of the next connection that has any, going round; a bounded search. */
+bool tcp_ooo_prune_any(struct bypass_stack *s)
+{
+    const struct pool *p = &core(s)->ooos;
+    uint32_t *hand = &tcp_head(s)->ooo_hand;
+    for (uint32_t i = 0; p->used > 0 && i < OOO_SEARCH_MAX; i++) {
+        *hand = *hand + 1 < p->bump ? *hand + 1 : 0;
+        if (ooo_at(s, *hand)->conn != NO_INDEX) {
+            tcp_ooo_prune(s, conn_at(s, ooo_at(s, *hand)->conn));
+            return true;
+        }
+    }
+    return false;
 }
 
 void tcp_ooo_clear(struct bypass_stack *s, struct tcp_conn *c)

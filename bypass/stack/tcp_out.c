@@ -103,7 +103,7 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
     h->dst_port = c->rport;
     h->ack = c->rcv_nxt;
     h->flags = flags | TCP_ACK;
-    h->wnd = (uint16_t)min_u32(tcp_rcv_window(c) >> c->rcv_wscale, 65535);
+    h->wnd = (uint16_t)min_u32(tcp_rcv_window(s, c) >> c->rcv_wscale, 65535);
     if (likely(c->flags & TF_TS)) {
         h->has_ts = true;
         h->ts_val = tcp_ts_now(s, c);

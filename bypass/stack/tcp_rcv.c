@@ -51,8 +51,7 @@ static uint32_t take_chunk(struct bypass_stack *s, struct tcp_conn *c, bool in_o
     const struct pool *p = &core(s)->chunks;
     if (!in_order && p->used >= p->cap - p->cap / 4)
         return NO_INDEX;
-    while (in_order && p->used == p->cap && c->ooo != NO_INDEX)
-        tcp_ooo_prune(s, c);
+    while (in_order && p->used == p->cap && tcp_tune_reclaim(s, c)) {}
     return chunk_alloc(s);
 }
 

@@ -133,6 +133,10 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
     if (room > 0 && room < c->snd_mss)
         room = c->snd_mss; /* a frame is the unit: part of one saves nothing */
     tcp_rate_write(s, c);
+    if (unlikely(n > room)) {
+        tcp_tune_write(s, c);
+        room = max_u32(room, tcp_snd_room(s, c));
+    }
     size_t done = room == 0 ? 0 : queue_bytes(s, c, buf, n < room ? n : room);
     if (done < n)
         c->flags |= TF_WANT_OUT;
