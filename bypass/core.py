@@ -108,7 +108,10 @@ class Config:
         chunks: 512-byte pieces for received data that is copied out of frames.
         dsts: destinations in the next-hop cache.
         frags: IPv4 datagrams under reassembly.
-        sndbuf, rcvbuf: default buffers of a socket, bytes.
+        sndbuf, rcvbuf: buffers of a new socket, bytes.
+        sndbuf_max, rcvbuf_max: what a TCP socket's buffers grow to as its peer and path can use them, bytes up to
+            1 GiB, until the program sets a size. None: with `sndbuf` or `rcvbuf` given, that; else 4 and 6 MiB.
+        delack_ms: longest delay of an acknowledgment, 1 to 500 milliseconds.
         syn_backlog: half-open connections of all listeners together.
         time_wait: connections in TIME_WAIT; of more the oldest ends early.
         syn_cookies: 0 never, 1 while the queue of half-open connections is full, 2 always.
@@ -124,6 +127,9 @@ class Config:
     frags: int | None = None
     sndbuf: int | None = None
     rcvbuf: int | None = None
+    sndbuf_max: int | None = None
+    rcvbuf_max: int | None = None
+    delack_ms: int | None = None
     syn_backlog: int | None = None
     time_wait: int | None = None
     syn_cookies: int | None = None
@@ -143,6 +149,9 @@ class Config:
             ("max_frags", self.frags),
             ("sndbuf", self.sndbuf),
             ("rcvbuf", self.rcvbuf),
+            ("sndbuf_max", self.sndbuf_max if self.sndbuf_max is not None else self.sndbuf),
+            ("rcvbuf_max", self.rcvbuf_max if self.rcvbuf_max is not None else self.rcvbuf),
+            ("delack_ms", self.delack_ms),
             ("max_syn_backlog", self.syn_backlog),
             ("max_time_wait", self.time_wait),
             ("syn_cookies", self.syn_cookies),

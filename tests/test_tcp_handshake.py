@@ -336,7 +336,7 @@ def test_an_active_open_takes_three_segments() -> None:
     with Talk() as t:
         conn = t.client()
         [syn] = t.out()
-        t.match([syn], (f"S 0:0 win 65535 <mss 1460, sackok, ts {syn.opts['ts'][0]} 0, ws 5>",))
+        t.match([syn], (f"S 0:0 win 65535 <mss 1460, sackok, ts {syn.opts['ts'][0]} 0, ws 7>",))
         assert t.state() == "SYN_SENT"
         t.advance(0.030)
         t.peer("S. 0:0 <mss 1460>")
@@ -368,7 +368,7 @@ def test_what_the_syn_ack_answers_is_used() -> None:
         t.peer(f"S. 0:0 win 1000 <mss 1460, nop, nop, ts 500 {syn.opts['ts'][0]}, nop, ws 4>")
         [ack] = t.out()
         assert ack.opts["ts"][1] == 500
-        assert ack.win == (1 << 20) >> 5
+        assert ack.win == (1 << 18) >> 7
         assert (t.info.timestamps, t.info.window_scaling, t.info.snd_mss) == (True, True, 1448)
         assert t.info.snd_wnd == 1000, "the window of a SYN is never scaled (RFC 7323 2.2)"
         t.peer(". 1:1 win 1000 <nop, nop, ts 501 0>")
@@ -460,7 +460,7 @@ def test_a_simultaneous_open_becomes_one_connection() -> None:
         conn = t.client()
         t.hears("S 0:0")
         t.peer("S 0:0 <mss 1460, nop, ws 7>")
-        t.hears("S. 0:0 ack 1 <mss 1460, ws 5>")
+        t.hears("S. 0:0 ack 1 <mss 1460, ws 7>")
         assert t.state() == "SYN_RECEIVED"
         t.peer("S. 0:0 ack 1 win 60000 <mss 1460, nop, ws 7>")
         assert t.state() == "ESTABLISHED"

@@ -180,15 +180,18 @@ struct bypass_config {
     uint32_t max_chunks;      /* 512-byte pieces for received data that is copied out of frames */
     uint32_t max_dsts;        /* destinations in the next-hop cache */
     uint32_t max_frags;       /* IPv4 datagrams under reassembly */
-    uint32_t sndbuf;          /* default send buffer, bytes */
-    uint32_t rcvbuf;          /* default receive buffer, bytes */
+    uint32_t sndbuf;          /* send buffer of a new socket, bytes */
+    uint32_t rcvbuf;          /* receive buffer of a new socket, bytes */
     uint32_t max_syn_backlog; /* half-open connections of all listeners; one has at most its backlog, or 128 */
     uint32_t max_time_wait;   /* connections in TIME_WAIT; of more the oldest ends early */
     uint8_t syn_cookies;      /* BYPASS_COOKIES_* */
     uint8_t mtu_probing;      /* BYPASS_MTU_PROBING_* */
     uint8_t fastopen;         /* BYPASS_FASTOPEN_* */
     uint8_t tw_reuse;         /* 1: connect() may take over a TIME_WAIT older than a second, when timestamps guard it */
-    uint32_t reserved[4];     /* 0 */
+    uint32_t sndbuf_max;      /* sizes that a TCP socket's buffers grow to when the program does not set them; */
+    uint32_t rcvbuf_max;      /* at least the defaults, at most 1 GiB; the window scale follows from rcvbuf_max */
+    uint32_t delack_ms;       /* longest delay of an ACK, 1 to 500 */
+    uint32_t reserved;        /* 0 */
 };
 
 struct bypass_cc_ops;

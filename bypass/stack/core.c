@@ -58,8 +58,11 @@ void bypass_config_default(struct bypass_config *cfg, uint32_t max_conns)
         .max_chunks = max_u32(1024, min_u32(max_conns, 65536)),
         .max_dsts = max_u32(256, min_u32(max_conns, 16384)),
         .max_frags = 64,
-        .sndbuf = 1u << 20,
-        .rcvbuf = 1u << 20,
+        .sndbuf = 1u << 18,
+        .rcvbuf = 1u << 18,
+        .sndbuf_max = 4u << 20,
+        .rcvbuf_max = 6u << 20,
+        .delack_ms = DELACK_MS,
         .max_syn_backlog = max_u32(128, min_u32(max_conns, 4096)),
         .max_time_wait = max_conns,
         .syn_cookies = BYPASS_COOKIES_WHEN_FULL,
@@ -83,8 +86,11 @@ static bool config_valid(const struct bypass_config *cfg)
     if (cfg->syn_cookies > BYPASS_COOKIES_ALWAYS || cfg->mtu_probing > BYPASS_MTU_PROBING_ALWAYS || cfg->fastopen > 3 ||
         cfg->tw_reuse > 1)
         return false;
-    return cfg->max_frags > 0 && cfg->max_frags <= 65536 && cfg->sndbuf >= 4096 && cfg->rcvbuf >= 4096 &&
-           cfg->sndbuf <= 1u << 30 && cfg->rcvbuf <= 1u << 30;
+    if (cfg->sndbuf < 4096 || cfg->rcvbuf < 4096 || cfg->sndbuf > cfg->sndbuf_max || cfg->rcvbuf > cfg->rcvbuf_max)
+        return false;
+    if (cfg->sndbuf_max > 1u << 30 || cfg->rcvbuf_max > 1u << 30 || cfg->delack_ms == 0 || cfg->delack_ms > 500)
+        return false; /* MUST-58 of RFC 9293 3.8.6.3: less than half a second */
+    return cfg->max_frags > 0 && cfg->max_frags <= 65536 && cfg->reserved == 0;
 }
 
 size_t bypass_arena_size(const struct bypass_config *cfg)

@@ -79,6 +79,7 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_PACE_WAIT = 1 << 16,  /* the next segment waits for flight.pace_at */
        TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
        TX_RCVLOWAT = 1 << 12,   /* cold.opt.rcvlowat is more than a byte */
+       TX_LENT = 1 << 16,       /* cold.rcv_lent */
        TX_NOTSENT = 1 << 13,    /* cold.opt.notsent_lowat limits what is queued */
 };
 
@@ -240,7 +241,7 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     uint32_t rtx_bytes;
     uint16_t una_laps, nxt_laps; /* 2^31 bytes each, from iss to snd_una and from irs to rcv_nxt */
     uint16_t timeouts;
-    uint16_t pad16;
+    uint8_t urg_byte, urg_state;  /* URG_*: the last urgent byte that came, out of band */
     uint32_t challenge_ms;        /* when the last challenge ACK went; 0: none */
     uint32_t gen;                 /* counts uses of this slot: tells the program's handle from a reused one */
     seq_t dsack_first, dsack_end; /* TX_DSACK */
@@ -252,6 +253,7 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     /* packetization-layer path MTU discovery (RFC 4821), bytes of IP packet */
     uint16_t mtu_low, mtu_high, mtu_probe;
     uint8_t mtu_state, mtu_fails;
+    uint32_t rcv_lent; /* TX_LENT: bytes of buffer that the program holds by bypass_recv_zc() */
 };
 static_assert(sizeof(struct tcp_cold) <= 192, "three cache lines");
 
@@ -518,14 +520,6 @@ void tcp_req_timers(struct bypass_stack *s);
 bool tcp_req_info(const struct bypass_stack *s, uint32_t i, struct bypass_tcp_info *out); /* false: i is not in use */
 static inline bool tcp_req_due(const struct bypass_stack *s) { return unlikely(now_ns(s) >= tcp_head(s)->req_due); }
 static inline uint32_t tcp_syn_window(uint32_t rcvbuf) { return min_u32(rcvbuf, 65535); } /* RFC 7323 2.2: not scaled */
-static inline uint8_t tcp_wscale_for(uint32_t rcvbuf)
-{
-    uint8_t shift = 0;
-    while (rcvbuf >> shift > 65535 && shift < 14)
-        shift++;
-    return shift;
-}
-
 /* tcp_cookie.c */
 void tcp_cookie_init(struct bypass_stack *s);
 void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g);
@@ -659,12 +653,14 @@ static inline void tcp_pace_sent(struct bypass_stack *s, struct tcp_conn *c, uin
 void tcp_ecn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
 
 /* tcp_tune.c */
-enum { WORTH_TUNING = TCP_DEFAULT_MSS }; /* shorter segments and reads are no bulk transfer */
+enum { WORTH_TUNING = TCP_DEFAULT_MSS };                         /* shorter segments and reads are no bulk transfer */
 void tcp_tune_begin(struct bypass_stack *s, struct tcp_conn *c); /* established */
 void tcp_tune_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g);
 void tcp_tune_read(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_tune_write(struct bypass_stack *s, struct tcp_conn *c);
 bool tcp_tune_reclaim(struct bypass_stack *s, struct tcp_conn *c);
+/* RFC 7323 2.3: from the largest buffer that there may be, for it cannot change later. */
+uint8_t tcp_tune_wscale(const struct bypass_stack *s, uint32_t rcvbuf, uint32_t feat);
 /* Little memory is left: windows open by a few segments only, no new connection is taken. */
 static inline bool tcp_tune_pressure(const struct bypass_stack *s)
 {
@@ -674,7 +670,8 @@ static inline bool tcp_tune_pressure(const struct bypass_stack *s)
 
 /* tcp_rcv.c */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
-uint32_t tcp_rcv_window(const struct bypass_stack *s, struct tcp_conn *c); /* bytes to offer; never less than was offered */
+uint32_t tcp_rcv_window(const struct bypass_stack *s,
+                        struct tcp_conn *c); /* bytes to offer; never less than was offered */
 /* Enough is there to tell the program (SO_RCVLOWAT). */
 static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_conn *c)
 {
@@ -682,6 +679,7 @@ static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_c
         return c->rcv_queued >= min_u32(conn_cold(s, c)->opt.rcvlowat, c->rcvbuf / 2);
     return c->rcv_queued > 0;
 }
+void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c); /* something was read */
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c); /* what waits to be read */
 void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c);
@@ -769,9 +767,9 @@ enum {
     ACK_BATCH_MAX = 8, /* segments of one batch that one ACK may stand for */
     CHALLENGE_PER_S = 1000,
     BACKLOG_MAX = 65535,
-    SNDBUF_SPARE = 65536, /* bytes queued beyond what the congestion window can use */
+    SNDBUF_SPARE = 65536,  /* bytes queued beyond what the congestion window can use */
     PRESSURE_SEGMENTS = 4, /* what a connection may have unread when memory is short */
-    WINDOW_LOW = 32768,   /* bytes: with less on offer the peer may be waiting */
+    WINDOW_LOW = 32768,    /* bytes: with less on offer the peer may be waiting */
 };
 
 /* sock_opt.c */

@@ -169,7 +169,7 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
     c->rto_us = RTO_INIT_US;
     c->quick_acks = QUICK_ACKS;
     c->syn_mss = TCP_DEFAULT_MSS;
-    c->rcv_wscale = tcp_wscale_for(c->rcvbuf);
+    c->rcv_wscale = tcp_tune_wscale(s, c->rcvbuf, c->feat);
     k->last_in = now_ns(s);
     struct flow_isn isn = tcp_flow_isn(s, laddr, lport, raddr, rport);
     k->ts_offset = isn.ts_offset;

@@ -92,7 +92,7 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
                                .ts_val = ts_with_options(conn_now_ms(s), &g->opt) + f.ts_offset,
                                .ts_ecr = g->opt.ts_val,
                                .has_wscale = ts && g->opt.has_wscale,
-                               .wscale = tcp_wscale_for(ep->rcvbuf),
+                               .wscale = tcp_tune_wscale(s, ep->rcvbuf, ep->feat),
                                .sack_ok = ts && g->opt.sack_ok};
     const struct tcp_bare b = {.src = &g->ri->dst,
                                .dst = &g->ri->src,

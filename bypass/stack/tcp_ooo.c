@@ -28,7 +28,8 @@ static struct tcp_ooo *record(struct bypass_stack *s, struct tcp_conn *c)
         return ooo_at(s, c->ooo);
     c->ooo = pool_alloc(s, &core(s)->ooos); /* there are as many as connections */
     struct tcp_ooo *o = ooo_at(s, c->ooo);
-    *o = (struct tcp_ooo){.link = NO_INDEX, .conn = conn_index(s, c), .first = NO_INDEX, .last = NO_INDEX, .hint = NO_INDEX};
+    *o = (struct tcp_ooo){
+        .link = NO_INDEX, .conn = conn_index(s, c), .first = NO_INDEX, .last = NO_INDEX, .hint = NO_INDEX};
     return o;
 }
 

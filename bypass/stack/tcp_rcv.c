@@ -78,6 +78,10 @@ static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const u
     return done;
 }
 
+/* No chunk is left: then data in order stays in its frame while the last eighth of the frames is free, which is for
+ * sending. */
+static bool frame_to_spare(const struct bypass_stack *s) { return s->dev->free_frames > s->dev->frames / 8; }
+
 /* Stores `len` bytes of the segment that start at `skip`; returns how many were kept. */
 static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint32_t skip, uint32_t len,
                       bool in_order)
@@ -85,12 +89,19 @@ static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment
     struct bypass_pkt_meta *m = pkt_meta(s, g->pkt);
     uint16_t off = (uint16_t)(m->off + g->data_off + skip);
     seq_t at = seq_add(g->seq, skip);
+    uint32_t copied = 0;
     /* a reader that lets twice its buffer pile up in frames gets copies instead */
     if (pkt_should_copy(s, len) || c->rcv_charged > 2 * c->rcvbuf) {
-        uint32_t kept = store_copied(s, c, pkt_frame(s, g->pkt) + off, len, at, in_order);
-        if (kept < len)
+        copied = store_copied(s, c, pkt_frame(s, g->pkt) + off, len, at, in_order);
+        if (copied == len)
+            return len;
+        if (!in_order || !frame_to_spare(s)) {
             STAT(s, tcp_in_no_memory);
-        return kept;
+            return copied;
+        }
+        off = (uint16_t)(off + copied);
+        at = seq_add(at, copied);
+        len -= copied;
     }
     m->data_off = off;
     m->data_len = (uint16_t)len;
@@ -102,7 +113,7 @@ static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment
         append(s, c, item);
     else
         tcp_ooo_insert(s, c, item);
-    return len;
+    return copied + len;
 }
 
 /* ---- Acknowledging (RFC 9293 3.8.6.3, RFC 5681 4.2) ---------------------------------------------------- */
@@ -140,6 +151,8 @@ static void fin_in(struct bypass_stack *s, struct tcp_conn *c)
 
 static void take_in_order(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint32_t skip, uint32_t len)
 {
+    if (len >= WORTH_TUNING)
+        tcp_tune_rtt(s, c, g);
     if (c->flags & TF_RCV_SHUT) { /* the program wants none: acknowledge and forget, as Linux does */
         c->rcv_nxt = seq_add(c->rcv_nxt, len);
         if (c->ooo != NO_INDEX)
@@ -196,14 +209,28 @@ void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 }
 
 /* ---- The window ------------------------------------------------------------------------------------------ */
-/* Never shrinks (RFC 9293 3.8.6); grows only by a worthwhile step (receiver's silly window avoidance,
- * RFC 1122 4.2.3.3), so that a slow reader does not draw tiny segments. */
-uint32_t tcp_rcv_window(struct tcp_conn *c)
+/* Bytes from rcv_nxt on that there is room for. */
+static uint32_t window_room(const struct bypass_stack *s, const struct tcp_conn *c)
 {
-    uint32_t offered = seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
-    uint32_t room = c->rcvbuf > c->rcv_queued ? c->rcvbuf - c->rcv_queued : 0;
+    uint32_t most = c->rcvbuf, held = c->rcv_queued;
+    if (tcp_tune_pressure(s))
+        most = min_u32(most, PRESSURE_SEGMENTS * max_u32(c->rcv_mss, TCP_DEFAULT_MSS));
+    if (unlikely(c->feat & TX_LENT))
+        held += conn_cold(s, c)->rcv_lent;
+    return min_u32(most > held ? most - held : 0, 65535u << c->rcv_wscale);
+}
+
+static uint32_t window_offered(const struct tcp_conn *c)
+{
+    return seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
+}
+
+/* Never shrinks (RFC 9293 3.8.6); grows only by a worthwhile step (receiver's silly window avoidance,
+ * 3.8.6.2.2), so that a slow reader does not draw tiny segments. */
+uint32_t tcp_rcv_window(const struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t offered = window_offered(c), room = window_room(s, c);
     uint32_t step = min_u32(c->rcvbuf / 2, max_u32(c->rcv_mss, TCP_DEFAULT_MSS));
-    room = min_u32(room, 65535u << c->rcv_wscale);
     if (room < offered + step)
         return offered;
     c->rcv_adv = seq_add(c->rcv_nxt, room);
@@ -212,17 +239,15 @@ uint32_t tcp_rcv_window(struct tcp_conn *c)
 
 /* After the program has read: tell the peer when the window opens by two segments or half the buffer, if it
  * may be waiting for that. While more than a little is open, the ACKs of what it sends carry the news. */
-static void window_update(struct bypass_stack *s, struct tcp_conn *c)
+void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c)
 {
-    uint32_t offered = seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
-    uint32_t room = c->rcvbuf > c->rcv_queued ? c->rcvbuf - c->rcv_queued : 0;
+    uint32_t offered = window_offered(c);
     uint32_t step = min_u32(c->rcvbuf / 2, 2u * max_u32(c->rcv_mss, TCP_DEFAULT_MSS));
     if (offered >= min_u32(c->rcvbuf / 2, WINDOW_LOW))
         return;
     if (c->state > BYPASS_FIN_WAIT_2 || (c->flags & (TF_DEAD | TF_FIN_IN)) || c->state == BYPASS_SYN_SENT)
         return;
-    room = min_u32(room, 65535u << c->rcv_wscale);
-    if (room >= offered + step)
+    if (window_room(s, c) >= offered + step)
         tcp_send_ack(s, c);
 }
 
@@ -267,9 +292,13 @@ int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n
             return -EAGAIN;
         return n == 0 ? 0 : -EAGAIN;
     }
+    bool bulk = c->rcv_queued >= WORTH_TUNING;
     size_t done = copy_out(s, c, buf, n, (flags & BYPASS_PEEK) != 0);
-    if (!(flags & BYPASS_PEEK) && !(c->flags & TF_DEAD))
-        window_update(s, c);
+    if (!(flags & BYPASS_PEEK) && !(c->flags & TF_DEAD)) {
+        if (bulk)
+            tcp_tune_read(s, c);
+        tcp_rcv_window_update(s, c);
+    }
     return (int64_t)done;
 }
 

@@ -165,7 +165,8 @@ static void challenge(struct bypass_stack *s, struct tcp_req *r)
 }
 
 /* ---- Beginning ------------------------------------------------------------------------------------------- */
-static void take_options(struct tcp_req *r, const struct tcp_endpoint *ep, const struct tcp_opts *o)
+static void take_options(const struct bypass_stack *s, struct tcp_req *r, const struct tcp_endpoint *ep,
+                         const struct tcp_opts *o)
 {
     r->flags = REQ_USED;
     r->mss = o->mss;
@@ -178,7 +179,7 @@ static void take_options(struct tcp_req *r, const struct tcp_endpoint *ep, const
     if (o->has_wscale) {
         r->flags |= REQ_WSCALE;
         r->wscale = o->wscale;
-        r->rcv_wscale = tcp_wscale_for(ep->rcvbuf);
+        r->rcv_wscale = tcp_tune_wscale(s, ep->rcvbuf, ep->feat);
     }
 }
 
@@ -200,7 +201,7 @@ bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct s
     r->iss = tcp_flow_isn(s, &r->laddr, r->lport, &r->raddr, r->rport).iss;
     if (g->follows && seq_leq(r->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
         r->iss = seq_add(g->old_snd_nxt, 65536);
-    take_options(r, ep, &g->opt);
+    take_options(s, r, ep, &g->opt);
     const uint8_t *mac = pkt_came_from(s, g->pkt);
     if (mac)
         memcpy(r->mac, mac, 6);

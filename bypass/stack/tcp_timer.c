@@ -40,7 +40,7 @@ void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c)
     if (c->flags & TF_ACK_LATER)
         return;
     c->flags |= TF_ACK_LATER;
-    c->ack_at = now_ns(s) + DELACK_MS * MSEC_NS;
+    c->ack_at = now_ns(s) + core(s)->cfg.delack_ms * MSEC_NS;
     if (!wheel_covers(&c->timer, c->ack_at))
         tcp_timer_update(s, c);
 }

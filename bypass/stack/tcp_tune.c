@@ -30,6 +30,15 @@ static uint32_t memory_share(const struct bypass_stack *s, const struct tcp_conn
 
 static bool plenty(const struct bypass_stack *s) { return s->dev->free_frames >= s->dev->frames / 2; }
 
+uint8_t tcp_tune_wscale(const struct bypass_stack *s, uint32_t rcvbuf, uint32_t feat)
+{
+    uint32_t most = feat & TX_RCVBUF_SET ? rcvbuf : max_u32(rcvbuf, core(s)->cfg.rcvbuf_max);
+    uint8_t shift = 0;
+    while (most >> shift > 65535 && shift < 14)
+        shift++;
+    return shift;
+}
+
 /* ---- Receiving -------------------------------------------------------------------------------------------- */
 void tcp_tune_begin(struct bypass_stack *s, struct tcp_conn *c)
 {

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP: buffers that grow as peer, path and program can use them, and what happens when memory is short."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from bypass._core import lib
+from tcp_talk import PEER_PORT, Talk, stream
+
+WS = "mss 1460, nop, ws 7"
+TS = "mss 1460, nop, nop, ts 1000 0, nop, ws 7"
+AGAIN = -errno.EAGAIN
+MIB = 1 << 20
+
+
+def bulk(t: Talk, rounds: int, rtt: float, *, reads: bool = True, most: int = 1 << 19) -> list[int]:
+    """A peer that fills the window it was offered each round trip; windows offered after each, in bytes."""
+    sent, windows = 1, []
+    for _ in range(rounds):
+        last = t.out()
+        if last:
+            assert last[-1].ack is not None
+        edge = (t.info.rcv_nxt - t.peer_iss) % 2**32 + t.info.rcv_wnd
+        end = min(edge, sent + most)
+        while sent + 1448 <= end:
+            t.peer(f". {sent}:{sent + 1448}")
+            sent += 1448
+            if reads:
+                t.read()
+        windows.append(t.info.rcv_wnd)
+        t.advance(rtt)
+    t.out()
+    return windows
+
+
+def small(**kw: object) -> Talk:
+    """Initial buffers of 32 KiB that may grow to 2 MiB."""
+    return Talk(
+        rcvbuf=32768, sndbuf=32768, config={"sndbuf_max": 2 * MIB, "rcvbuf_max": 2 * MIB}, frames=4096, **kw
+    )  # type: ignore[arg-type]
+
+
+# ---- Receiving --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("opts", "ts"), [(TS, True), (WS, False)], ids=["timestamps", "window per round trip"]
+)
+def test_the_window_grows_while_a_bulk_sender_fills_it(opts: str, ts: bool) -> None:
+    """Both ways of seeing a round trip from the receiving side."""
+    with small() as t:
+        t.established(opts=opts, ts=ts)
+        windows = bulk(t, 12, 0.05)
+        assert windows[0] <= 32768
+        assert windows[-1] >= 500_000, windows
+        assert t.counted()["tcp_tune_rcvbuf"] >= 3
+
+
+def test_the_window_stays_while_the_program_does_not_read() -> None:
+    with small() as t:
+        t.established(opts=TS, ts=True)
+        bulk(t, 8, 0.05, reads=False)
+        assert t.info.rcv_queued <= 32768
+        assert "tcp_tune_rcvbuf" not in t.counted()
+
+
+def test_the_window_stays_when_the_peer_sends_little() -> None:
+    """What is read in a round trip is what counts, not how long the connection lives."""
+    with small() as t:
+        t.established(opts=TS, ts=True)
+        bulk(t, 40, 0.05, most=10_000)
+        assert "tcp_tune_rcvbuf" not in t.counted()
+        assert t.info.rcv_wnd <= 32768
+
+
+def test_a_size_that_the_program_chose_is_kept() -> None:
+    with small() as t:
+        t.established(opts=TS, ts=True, SO_RCVBUF=65536)
+        windows = bulk(t, 8, 0.05)
+        assert max(windows) <= 65536
+        assert t.stack.getopt(t.sock, lib.BYPASS_SO_RCVBUF) == 65536
+
+
+def test_the_window_grows_to_the_maximum_and_no_further() -> None:
+    with Talk(rcvbuf=32768, config={"rcvbuf_max": 100_000}, frames=4096) as t:
+        t.established(opts=TS, ts=True)
+        assert max(bulk(t, 12, 0.05)) <= 100_000
+        assert t.stack.getopt(t.sock, lib.BYPASS_SO_RCVBUF) == 100_000
+
+
+@pytest.mark.parametrize(("most", "shift"), [(32768, 0), (65535, 0), (65536, 1), (6 * MIB, 7), (1 << 30, 14)])
+def test_the_window_scale_follows_from_the_maximum(most: int, shift: int) -> None:
+    """RFC 7323 2.3: it cannot change later, so it has to serve the largest buffer; 14 at most."""
+    for passive in (True, False):
+        with Talk(rcvbuf=32768, config={"rcvbuf_max": most}) as t:
+            if passive:
+                t.server()
+                t.peer(f"S 0:0 <{WS}>")
+            else:
+                t.client()
+            [syn] = t.out()
+            assert syn.opts["ws"] == shift
+            assert syn.win == 32768
+
+
+def test_a_program_that_asks_for_a_gigabyte_gets_the_scale_for_it() -> None:
+    with Talk() as t:
+        t.client(SO_RCVBUF=1 << 30)
+        [syn] = t.out()
+        assert (syn.opts["ws"], syn.win) == (14, 65535)
+
+
+# ---- Sending ----------------------------------------------------------------------------------------------------
+def test_the_send_buffer_follows_the_congestion_window() -> None:
+    with small() as t:
+        t.established(opts=TS, ts=True)
+        t.win = 65535
+        for _ in range(6):
+            while t.stack.send(t.sock, stream(t.wrote, t.wrote + 60_000)) > 0:
+                t.wrote = 1 + (t.info.snd_una - t.iss) % 2**32 - 1 + t.info.snd_queued
+            t.settle()
+            t.out()
+            t.advance(0.05)
+            t.peer(f". 1:1 ack {t.heard}")
+        assert t.stack.getopt(t.sock, lib.BYPASS_SO_SNDBUF) > 100_000
+        assert t.stack.getopt(t.sock, lib.BYPASS_SO_SNDBUF) <= 2 * MIB
+
+
+def test_a_send_buffer_that_the_program_chose_is_kept() -> None:
+    with small() as t:
+        t.established(opts=TS, ts=True, SO_SNDBUF=20_000)
+        for _ in range(6):
+            while t.stack.send(t.sock, stream(t.wrote, t.wrote + 60_000)) > 0:
+                t.wrote = 1 + (t.info.snd_una - t.iss) % 2**32 - 1 + t.info.snd_queued
+            t.settle()
+            t.out()
+            t.advance(0.05)
+            t.peer(f". 1:1 ack {t.heard}")
+        assert t.stack.getopt(t.sock, lib.BYPASS_SO_SNDBUF) == 20_000
+        assert t.info.snd_queued <= 20_000 + 1448
+
+
+# ---- Memory -----------------------------------------------------------------------------------------------------
+def test_buffers_stop_growing_when_half_of_the_frames_are_used() -> None:
+    with Talk(rcvbuf=32768, config={"rcvbuf_max": 2 * MIB}, frames=512) as t:
+        t.established(opts=WS)
+        t.option("SO_RCVBUF", MIB)
+        for first in range(1, 280_000, 1000):
+            t.peer(f". {first}:{first + 1000}")
+        assert t.held() >= 256
+        t.out()
+        t.peer_port, t.iss = PEER_PORT + 1, None
+        t.peer(f"S 0:0 <{WS}>")
+        t.out()
+        t.peer(". 1:1")
+        t.accept()
+        bulk(t, 10, 0.05)
+        assert t.stack.getopt(t.sock, lib.BYPASS_SO_RCVBUF) == 32768
+        assert t.counted()["tcp_tune_held_back"] >= 1
+
+
+def fill_memory(t: Talk) -> int:
+    """A connection whose reader sleeps takes frames and chunks until they are short. Its handle."""
+    t.established()
+    sock, first = t.sock, 1
+    while t.stack.stats()["tcp_in_no_memory"] == 0 and t.info.rcv_wnd >= 1000:
+        t.peer(f". {first}:{first + 1000}")
+        first += 1000
+    t.out()
+    return sock
+
+
+def test_under_pressure_new_connections_are_refused_and_old_ones_go_on() -> None:
+    """What lives makes progress: its window opens by a few segments as its program reads."""
+    with Talk(rcvbuf=MIB, frames=64, chunks=64) as t:
+        full = fill_memory(t)
+        t.counted()
+        t.peer_port, t.iss = PEER_PORT + 1, None
+        t.peer("S 0:0 <mss 1460>")
+        assert t.out() == []
+        assert t.counted()["tcp_syn_pressure"] == 1
+        t.peer_port = PEER_PORT
+        held = t.info.rcv_queued
+        while isinstance(got := t.stack.recv(full, 4096), bytes):
+            held -= len(got)
+        assert held == 0
+        t.peer_port, t.iss = PEER_PORT + 1, None
+        t.peer("S 0:0 <mss 1460>")
+        assert [s.flags for s in t.out()] == ["S."]
+
+
+def test_under_pressure_a_window_is_not_taken_back_but_opens_by_a_few_segments() -> None:
+    """RFC 9293 3.8.6: the right edge never moves left."""
+    with Talk(rcvbuf=200_000, frames=64, chunks=64) as t:
+        t.established(opts=WS)
+        edge, first = 0, 1
+        while t.stack.stats()["tcp_in_no_memory"] == 0:
+            t.peer(f". {first}:{first + 1000}")
+            first += 1000
+            for s in t.out():
+                assert s.ack is not None
+                assert s.ack + s.win * 4 >= edge - 4
+                edge = max(edge, s.ack + s.win * 4)
+        assert edge <= 200_001 + 16
+        t.advance(0.1)
+        t.out()
+
+
+def test_data_out_of_order_of_any_connection_makes_room_for_data_in_order() -> None:
+    with Talk(chunks=32, frames=64) as t:
+        t.established()
+        for first in range(1001, 1049, 2):
+            t.peer(f". {first}:{first + 1}")
+        t.out()
+        assert t.stack.audit()["chunks"] == 24
+        t.peer_port, t.iss = PEER_PORT + 1, None
+        t.peer("S 0:0")
+        t.out()
+        t.peer(". 1:1", *(f". {first}:{first + 200}" for first in range(1, 6001, 200)))
+        other = t.accept()
+        t.out()
+        assert t.counted()["tcp_ooo_pruned"] >= 1
+        assert t.stack.recv(other, 6000) == stream(1, 6001)
+
+
+def test_small_segments_stay_in_their_frames_when_no_chunk_is_left() -> None:
+    with Talk(chunks=4, frames=256) as t:
+        t.established()
+        for first in range(1, 4001, 200):
+            t.peer(f". {first}:{first + 200}")
+        assert t.read() == stream(1, 4001)
+        assert "tcp_in_no_memory" not in t.counted()
+
+
+# ---- Configuration ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"rcvbuf_max": 4096},
+        {"sndbuf_max": (1 << 30) + 1},
+        {"delack_ms": 0},
+        {"delack_ms": 501},
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        Talk(iss=None, config=bad)
