@@ -10,6 +10,7 @@ from rich.table import Table
 
 from bench.goodput import matrix
 from bench.goodput.conditions import BY_NAME
+from bench.goodput.run import LATE_MS
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -70,7 +71,7 @@ def _worst(found: dict[str, Any], console: Console) -> None:
             for name, figures in entry["variants"].items():
                 if figures["errors"]:
                     console.print(f"[red]! {cc}, {condition}, {name}: {', '.join(figures['errors'])}")
-                if figures["late_p99_us"]["median"] > 2000:
+                if figures["late_p99_us"]["median"] > LATE_MS * 1000:
                     late = figures["late_p99_us"]["median"] / 1000
                     console.print(
                         f"[yellow]{cc}, {condition}, {name}: 1 % of frames came {late:.1f} ms late: "
