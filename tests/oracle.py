@@ -65,10 +65,16 @@ def play_ours(script: Script) -> Verdict:
 
 
 def play_linux(script: Script) -> Verdict:
-    """On the kernel: moves this process into a new namespace."""
+    """On the kernel: moves this process into a new namespace.
+
+    While it plays, it goes before ordinary processes where that is allowed: it nearly always sleeps, and its times count.
+    """
     from scripting.linux import Linux
 
     backend = Linux(script)
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    backend.begin_now()
     return Player(script, backend).play()
 
 
@@ -139,12 +145,7 @@ def complaints(verdicts: dict[str, Verdict], registered: dict[str, Difference], 
 
 # ---- Running -------------------------------------------------------------------------------------------------------
 def _child(path: Path, pipe: Any) -> None:
-    """Plays a script and sends the verdict. Never returns: threads may still hang in system calls.
-
-    It runs before ordinary processes where that is allowed, since it nearly always sleeps and its times count.
-    """
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    """Plays a script and sends the verdict. Never returns: threads may still hang in system calls."""
     try:
         verdict = play_linux(load(path))
     except ScriptError as e:

@@ -130,6 +130,10 @@ class Linux:
         self.sniffer.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self.sniffer.setblocking(False)
         signal.signal(signal.SIGALRM, self._alarm)
+        self.begin_now()
+
+    def begin_now(self) -> None:
+        """The script's time begins."""
         self.start = time.monotonic_ns()
         self.real = time.time_ns() - self.start  # a packet's time is the real-time clock's
 
