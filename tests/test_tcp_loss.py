@@ -369,9 +369,9 @@ def test_a_lost_retransmission_is_left_to_the_timer() -> None:
 
 
 def test_a_timeout_sends_one_segment_and_then_slow_starts() -> None:
-    """RFC 5681 3.1: cwnd one segment, ssthresh half of the flight."""
+    """RFC 5681 3.1: cwnd one segment, ssthresh half of the flight. (With more to send F-RTO comes first: RFC 5682.)"""
     with Talk() as t:
-        ten_in_flight(t)
+        ten_in_flight(t, more=0)
         t.advance(t.info.rto_us / 1e6)
         assert numbers(t) == [0]
         assert (t.info.cwnd, t.info.ssthresh) == (MSS, 5 * MSS)
@@ -481,7 +481,8 @@ def test_a_transfer_survives_the_loss_of_every_seventh_segment() -> None:
 
 @pytest.mark.skipif("san" in os.environ.get("BYPASS_BUILD", ""), reason="2 GB are too much with sanitizers")
 def test_a_loss_after_two_gigabytes_is_still_recovered_from() -> None:
-    """`recover` must follow: half of the sequence space behind, it would look as if it were ahead."""
+    """What the first loss left behind must be forgotten: half of the sequence space later it would look as if it were
+    ahead."""
     net = Network(1)
     net.wire(faults=Faults(delay_ns=50_000))
     config = Config(conns=4, sndbuf=1 << 20, rcvbuf=1 << 20)
@@ -510,9 +511,12 @@ def test_a_loss_after_two_gigabytes_is_still_recovered_from() -> None:
 
         assert net.run(step, duration_ns=60_000_000_000)
 
-    transfer(2200 << 20)
     assert a.port is not None
+    transfer(1 << 20)
+    a.port.script([Fate.LOSE])
+    transfer(2200 << 20)
     before = a.core.stats()
+    assert before["tcp_fast_retransmits"] == 1
     a.port.script([Fate.LOSE])
     transfer(16 << 20)
     after = a.core.stats()

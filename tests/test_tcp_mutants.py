@@ -79,27 +79,21 @@ MUTANTS = {
         "send::test_nagle_holds_small_writes_back_while_data_is_in_flight",
     ),
     "the second duplicate ACK retransmits": Mutant(
-        "tcp_ack.c",
-        "if (c->dupacks == 3 &&",
-        "if (c->dupacks == 2 &&",
+        "tcp_recover.c",
+        "lost = fl->dupacks == 3 &&",
+        "lost = fl->dupacks == 2 &&",
         "loss::test_the_third_duplicate_ack_retransmits",
     ),
     "a recovery may follow at once": Mutant(
-        "tcp_ack.c",
-        "c->dupacks == 3 && seq_gt(c->snd_una, c->recover)",
-        "c->dupacks == 3 && seq_geq(c->snd_una, c->recover)",
+        "tcp_recover.c",
+        "a->duplicate && !(fl->hold && seq_leq(c->snd_una, fl->recover));",
+        "a->duplicate;",
         "loss::test_duplicates_at_the_end_of_a_recovery_do_not_begin_another",
     ),
-    "the last recovery is remembered for ever": Mutant(
-        "tcp_ack.c",
-        "c->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps",
-        "; /* keeps",
-        "loss::test_a_loss_after_two_gigabytes_is_still_recovered_from",
-    ),
     "a partial ACK ends the recovery": Mutant(
-        "tcp_ack.c",
-        "if (seq_geq(c->snd_una, c->recover))\n            leave_recovery(c);",
-        "if (true)\n            leave_recovery(c);",
+        "tcp_recover.c",
+        "{\n    if (seq_geq(c->snd_una, fl->recover)) {\n        finish(",
+        "{\n    if (true) {\n        finish(",
         "loss::test_a_partial_ack_retransmits_the_next_hole_at_once",
     ),
     "limited transmit counts for ssthresh": Mutant(
@@ -116,8 +110,8 @@ MUTANTS = {
     ),
     "round trips of retransmissions count": Mutant(
         "tcp_snd.c",
-        "again = again || (m->seg_flags & SEG_RTX);",
-        "again = false;",
+        "sm->resent = sm->resent || (m->seg_flags & SEG_RTX);",
+        "sm->resent = false;",
         "loss::test_no_round_trip_is_taken_from_a_segment_that_was_sent_twice",
     ),
     "slow start never ends": Mutant(

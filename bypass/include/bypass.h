@@ -87,7 +87,7 @@ struct bypass_pkt_meta {
     uint32_t prev;
     uint16_t seg_flags;
     uint16_t seg_count;
-    uint64_t reserved; /* to a cache line */
+    uint32_t after, skip; /* to a cache line */
 };
 
 /* ---- Network device ----------------------------------------------------------------------------

@@ -34,6 +34,8 @@
     X(tcp_in_error_quoted) X(tcp_out) X(tcp_out_data_segments) X(tcp_out_acks) X(tcp_out_resets)             \
     X(tcp_out_challenge_acks) X(tcp_out_challenge_limited) X(tcp_out_retransmits) X(tcp_out_probes)          \
     X(tcp_out_keepalives) X(tcp_fast_retransmits) X(tcp_timeouts) X(tcp_dup_acks) X(tcp_partial_acks)        \
+    X(tcp_sack_ignored) X(tcp_sack_reneged) X(tcp_in_dsacks) X(tcp_reordered) X(tcp_lost_retransmits)        \
+    X(tcp_out_loss_probes) X(tcp_loss_probe_repairs) X(tcp_undone_recoveries) X(tcp_undone_timeouts)         \
     X(tcp_blocked) X(tcp_active_opens) X(tcp_passive_opens) X(tcp_accepted) X(tcp_established)               \
     X(tcp_listen_overflow) X(tcp_syn_overflow) X(tcp_no_conn) X(tcp_time_wait) X(tcp_time_wait_reused)       \
     X(tcp_time_wait_overflow) X(tcp_cookies_sent) X(tcp_cookies_good) X(tcp_cookies_bad)                             \

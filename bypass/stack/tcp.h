@@ -5,7 +5,10 @@
  *   tcp_fast.c      the short way of the usual segment
  *   tcp_in.c        a segment arrives: RFC 9293 3.10.7, in its order
  *   tcp_opt.c       options, both ways
- *   tcp_ack.c       what an acknowledgment does: RTT (RFC 6298), loss recovery (RFC 5681, 6582)
+ *   tcp_ack.c       what an acknowledgment does: window, round trip (RFC 6298); the common case in full
+ *   tcp_sack.c      the scoreboard: what the peer has, what is lost, what was sent again (RFC 2018, 2883)
+ *   tcp_rack.c      which frames are lost, and the tail loss probe (RFC 8985)
+ *   tcp_recover.c   states of recovery, its window (RFC 9937), its end, its undoing (RFC 5682, 3522, 3708); NewReno
  *   tcp_cc.c        congestion control: the table of algorithms, and when which of their functions is called
  *   tcp_rate.c      how fast data was delivered (delivery rate estimation)
  *   tcp_pace.c      pacing
@@ -47,8 +50,8 @@ enum {                     /* conn.flags */
        TF_FIN_AHEAD = 1 << 8, /* a FIN arrived ahead of missing data, at cold.fin_ahead */
        TF_ACK_NOW = 1 << 9,
        TF_ACK_LATER = 1 << 10, /* delayed */
-       TF_RECOVERY = 1 << 11,  /* fast recovery (RFC 6582) until snd_una passes `recover` */
-       TF_LOSS = 1 << 12,      /* after a retransmission timeout, until snd_una passes `recover` */
+       TF_RECOVERY = 1 << 11,  /* flight.ca_state is CA_RECOVERY, where that is not at hand */
+       TF_LOSS = 1 << 12,      /* ... CA_LOSS */
        TF_BLOCKED = 1 << 13,   /* in the list of those that wait for a frame or a next hop */
        TF_WANT_OUT = 1 << 14,  /* the program was told there is no room */
        TF_RCV_SHUT = 1 << 15,  /* the program wants no more data */
@@ -153,32 +156,56 @@ static_assert(offsetof(struct tcp_conn, rcv_nxt) == 64, "line 1");
  * connections hold none, and those with a request in flight share a few that stay in the cache. Rules:
  * tcp_flight_begin() before the first byte leaves; from then until snd_una == snd_nxt the record exists;
  * tcp_flight_end() lets go of it unless `keep` is set. */
+enum { SACK_BLOCKS = 4, SACK_HINTS = 4 };
+struct sack_block {
+    seq_t first, end; /* received: first..end-1 */
+};
+struct frame_list { /* by meta.prev and meta.after */
+    uint32_t head, tail;
+};
+struct sack_hint { /* a frame of the send queue: it is there as long as `at` is not acknowledged (tcp_hint_ok) */
+    uint32_t pkt;
+    seq_t at; /* its sequence number */
+};
 struct tcp_flight {
     uint32_t link;
     uint8_t keep;     /* FK_*: who wants to remember; 0: freed when nothing is in flight */
     uint8_t ca_state; /* CA_* */
     uint16_t dupacks;
-    /* scoreboard */
-    uint32_t rtx_next;                /* no frame before it is marked lost */
-    uint32_t sacked_bytes, rtx_bytes; /* SACKed above snd_una; sent again and still out */
-    seq_t recover;                    /* recovery ends when this is acknowledged */
-    seq_t sack_high;                  /* end of the highest SACKed block */
+    uint8_t frto;                    /* FRTO_*: steps of RFC 5682 */
+    bool tlp_out, tlp_rtx;           /* a tail loss probe awaits its ACK; it was a retransmission */
+    bool undo;                       /* what recovery did to the window can be undone */
+    bool rtx_stamped;                /* rtx_ts is valid */
+    bool hold;                       /* no recovery by duplicate ACKs until `recover` is passed (RFC 6582 3.2) */
+    bool reordering, in_dsack_round; /* RFC 8985 6.2: it was seen; dsack_round is valid */
+    /* scoreboard (tcp_sack.c) */
+    struct frame_list lost_list, again_list, resent_list;
+    uint32_t resent_frames;
+    uint32_t sacked_bytes, sacked_frames; /* SACKed above snd_una */
+    seq_t recover;                        /* recovery ends when this is acknowledged */
+    uint32_t landmark, unlandmarked;      /* the last one; frames sent since */
+    seq_t landmark_seq;
+    uint32_t hint_next;
+    struct sack_hint hint[SACK_HINTS];   /* where blocks ended */
+    struct sack_block seen[SACK_BLOCKS]; /* of the last ACK that had any */
     /* RACK-TLP (RFC 8985) */
+    uint64_t stamp_ns; /* of the last transmission */
     uint64_t rack_xmit_ns;
     seq_t rack_end;
     uint32_t rack_rtt_us;
-    seq_t dsack_round; /* the reordering window grows once a round */
+    seq_t fack;              /* the highest sequence number that was delivered */
+    struct sack_hint cursor; /* no frame up to it can become lost but by being sent again */
+    uint64_t reorder_at;     /* of the ACK at hand: when a frame will be called lost, or NO_DEADLINE */
+    seq_t dsack_round;       /* the reordering window grows once a round */
     uint8_t reo_mult, reo_persist;
-    uint8_t reordering, tlp_rtx; /* was seen; the probe was a retransmission */
     seq_t tlp_end;
-    uint32_t tlp_out;
-    /* PRR (RFC 6937) and undo */
+    /* PRR (RFC 9937) and undo */
     uint32_t prr_delivered, prr_out, recover_fs;
-    uint32_t prior_cwnd, prior_ssthresh;
+    uint32_t prior_cwnd, prior_ssthresh; /* 0: nothing to go back to */
     seq_t undo_una;
-    uint32_t undo_rtx; /* retransmissions that no DSACK has called needless; 0: undo */
-    uint32_t rtx_ts;   /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
-    uint32_t frto;     /* F-RTO's step (RFC 5682) */
+    uint32_t undo_rtx;  /* retransmissions that no D-SACK has called needless, or UNDO_NONE_SENT */
+    uint32_t rtx_ts;    /* our timestamp when recovery's first retransmission left (Eifel, RFC 3522) */
+    uint32_t lost_told; /* `lost` when the last ACK had been processed */
     /* delivery rate (tcp_rate.c) and pacing */
     uint64_t delivered;                 /* bytes, since the record began */
     uint64_t lost;                      /* bytes ever marked lost */
@@ -194,7 +221,9 @@ struct tcp_flight {
     uint8_t pad[3];
     uint64_t cc_state[BYPASS_CC_BYTES / 8]; /* the congestion control's own; zero when the record begins */
 };
-enum { FK_CC = 1, FK_RACK = 2, FK_PACE = 4 };
+enum { FK_CC = 1, FK_RACK = 2, FK_PACE = 4, FK_PROBE = 8 };
+enum { FRTO_OFF, FRTO_ON, FRTO_SEND, FRTO_WAIT }; /* after a timeout; send new data; its ACKs will tell */
+enum { UNDO_NONE_SENT = 0xffffffffu };
 enum { CA_OPEN, CA_DISORDER, CA_CWR, CA_RECOVERY, CA_LOSS }; /* in Linux' order, as TCP_INFO shows them */
 
 /* What a program may set (sock_opt.c has the table): of an endpoint, and by one copy of the connections made from it. */
@@ -235,7 +264,12 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     struct tcp_options opt;
     uint64_t unacked_since; /* when the oldest data in flight began to wait; user timeout */
     uint64_t last_in;       /* when the last segment came */
-    uint64_t syn_sent_ns;
+    union {
+        uint64_t syn_sent_ns; /* until it is established */
+        struct {              /* of conn.min_rtt_us: that of this half of its window, 0: none; when that began */
+            uint32_t min_rtt_half_us, min_rtt_since;
+        };
+    };
     /* counted for TCP_INFO; what can be told from sequence numbers is not */
     uint32_t segs_in, segs_out, data_segs_in, data_segs_out;
     uint32_t rtx_bytes;
@@ -355,11 +389,27 @@ static inline struct tcp_flight *conn_flight(const struct bypass_stack *s, const
 {
     return flight_at(s, c->flight); /* only while there is one */
 }
+static inline bool tcp_hint_ok(const struct tcp_conn *c, const struct sack_hint *h)
+{
+    return h->pkt != BYPASS_PKT_NONE && seq_geq(h->at, c->snd_una);
+}
 static inline bool has_flight(const struct tcp_conn *c) { return c->flight != NO_INDEX; }
 static inline struct tcp_req *req_at(const struct bypass_stack *s, uint32_t i) { return pool_at(s, &core(s)->reqs, i); }
 static inline uint32_t endpoint_index(const struct bypass_stack *s, const struct tcp_endpoint *ep)
 {
     return (uint32_t)(ep - endpoint_at(s, 0));
+}
+/* The time of this transmission. The clock stands while a batch is processed; what is sent then has its order by a
+ * nanosecond each (RFC 8985 6.2 asks which of two was sent later). */
+static inline uint64_t tcp_stamp(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    struct tcp_flight *fl = conn_flight(s, c);
+    fl->stamp_ns = max_u64(now_ns(s), fl->stamp_ns + 1);
+    return fl->stamp_ns;
+}
+static inline uint64_t tcp_frame_age_us(const struct bypass_stack *s, const struct bypass_pkt_meta *m)
+{
+    return now_ns(s) > m->time_ns ? (now_ns(s) - m->time_ns) / 1000 : 0;
 }
 static inline uint32_t conn_now_ms(const struct bypass_stack *s) { return core(s)->now_ms; }
 /* Half laps of a sequence number: the lowest bit is the distance's highest, so that a lap is noticed whenever this runs
@@ -384,10 +434,7 @@ enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_PSH = 8, TCP_ACK = 16, TCP_URG
 enum { TCP_HDR = 20, TCP_OPTS_MAX = 40, TCP_TS_BYTES = 12, TCP_MIN_MSS = 48, TCP_DEFAULT_MSS = 536 };
 enum { TCP_TS_PREFIX = 0x0a080101 }; /* NOP NOP, timestamps, 10 bytes (RFC 7323 appendix A), as it lies in memory */
 
-enum { SACK_BLOCKS = 4, FO_COOKIE_MAX = 16 };
-struct sack_block {
-    seq_t first, end; /* received: first..end-1 */
-};
+enum { FO_COOKIE_MAX = 16 };
 struct tcp_opts {
     uint16_t mss; /* 0: absent */
     uint8_t wscale;
@@ -530,8 +577,6 @@ struct tcp_conn *tcp_cookie_in(struct bypass_stack *s, struct tcp_endpoint *ep, 
 /* tcp_ack.c */
 bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
-void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
-void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c);        /* after snd_mss shrank */
 uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c); /* bytes thought to be in the network */
 void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_flight_end(struct bypass_stack *s,
@@ -548,7 +593,11 @@ struct tcp_sample {
     uint64_t rtt_us;    /* of the newest segment acknowledged that was sent once; 0: none */
     bool ece;           /* the ACK carried ECE */
     bool rtx;           /* the newest frame delivered was a retransmission */
-    bool app_limited;   /* ... was sent while the program, not the window, was the limit */
+    bool resent;        /* snd_una passed a frame that was sent more than once */
+    bool original;      /* data below flight.recover was delivered that was sent once */
+    bool dsack;         /* a D-SACK tells of a needless retransmission; dsack_tlp: of the tail loss probe */
+    bool dsack_tlp;
+    bool app_limited; /* ... was sent while the program, not the window, was the limit */
     /* tcp_rate_*: of the newest frame delivered. interval_us 0: no valid rate */
     uint64_t prior_delivered; /* flight.delivered when it was sent */
     uint64_t rate_bytes;      /* delivered since then */
@@ -557,6 +606,49 @@ struct tcp_sample {
     uint32_t prior_at, first_tx_at, tx_at; /* ticks (tcp_rate_tick): delivered_at, first_tx_at, its own transmission */
     bool prior;                            /* a frame was delivered: these four are valid */
 };
+
+/* tcp_sack.c */
+void tcp_sack_begin(struct tcp_conn *c, struct tcp_flight *fl); /* CA_OPEN ends: nothing is SACKed or lost yet */
+void tcp_sack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
+/* snd_una passes a frame of a queue with marks. false: a SACK had told before that the peer has it. */
+bool tcp_sack_acked(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, const struct segment *g,
+                    struct tcp_sample *sm);
+void tcp_sack_mark_lost(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p);
+void tcp_sack_mark_all_lost(struct bypass_stack *s, struct tcp_conn *c, bool but_recent);
+void tcp_sack_mark_resent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p);
+void tcp_sack_unmark_lost(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_sack_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, bypass_pkt rest);
+bool tcp_sack_reneged(const struct bypass_stack *s, const struct tcp_conn *c);
+bypass_pkt tcp_sack_next_lost(const struct bypass_stack *s, const struct tcp_flight *fl); /* NONE: no frame is lost */
+bypass_pkt tcp_sack_last_sent(const struct bypass_stack *s, const struct tcp_conn *c);
+enum { LANDMARK_EVERY = 64 };
+void tcp_sack_landmark(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p);
+static inline void tcp_sack_sent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p) /* for the first time */
+{
+    if (unlikely(++conn_flight(s, c)->unlandmarked == LANDMARK_EVERY))
+        tcp_sack_landmark(s, c, p);
+}
+
+/* tcp_rack.c */
+void tcp_rack_delivered(struct bypass_stack *s, struct tcp_conn *c, const struct bypass_pkt_meta *m,
+                        const struct segment *g, struct tcp_sample *sm);
+void tcp_rack_dsack_round(struct tcp_conn *c, struct tcp_flight *fl);
+void tcp_rack_recovered(struct tcp_flight *fl);
+bool tcp_rack_overdue(const struct bypass_stack *s, const struct tcp_conn *c, const struct bypass_pkt_meta *m);
+uint64_t tcp_rack_detect(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_tlp_end(struct tcp_flight *fl);
+void tcp_tlp_due(struct bypass_stack *s, struct tcp_conn *c);
+uint64_t tcp_tlp_timeout_us(const struct tcp_conn *c);
+bool tcp_tlp_ack(struct tcp_flight *fl, const struct segment *g, const struct tcp_sample *sm, bool duplicate);
+
+/* tcp_recover.c */
+void tcp_recover_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm,
+                     uint32_t frames, bool duplicate);
+void tcp_recover_reorder_due(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_recover_resent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p); /* is about to be sent again */
+void tcp_recover_enter_cwr(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c); /* after snd_mss shrank */
 
 /* tcp_cc.c. Of a connection in CA_RECOVERY and CA_CWR the window is PRR's, unless tcp_cc_own_window(). */
 enum tcp_cc_ev {
@@ -688,7 +780,7 @@ void tcp_rcv_append(struct bypass_stack *s, struct tcp_conn *c, uint32_t head, u
 
 /* tcp_snd.c */
 int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags);
-void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, struct tcp_sample *sm, uint32_t *frames);
+uint32_t tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
 bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
 uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c);
@@ -697,6 +789,8 @@ enum {                /* meta.seg_flags beyond core.h's */
        SEG_RTX = 32,  /* was sent more than once: no round trip from it (Karn) */
        SEG_PSH = 64,
        SEG_SACKED = 128,
+       SEG_LANDMARK = 512, /* meta.skip is valid (tcp_sack.c) */
+       SEG_MARKS = SEG_LOST | SEG_RTX | SEG_SACKED,
        SEG_APP_LIMITED = 256, /* sent while the program was the limit (tcp_rate.c) */
 };
 
@@ -713,6 +807,8 @@ static inline void tcp_output(struct bypass_stack *s, struct tcp_conn *c) /* all
 }
 void tcp_resume(struct bypass_stack *s, struct tcp_conn *c);          /* after conn_blocked() */
 void tcp_retransmit_head(struct bypass_stack *s, struct tcp_conn *c); /* at once, whatever cwnd says */
+enum tcp_probe { PROBE_NONE, PROBE_NEW, PROBE_RTX };
+enum tcp_probe tcp_output_tail_probe(struct bypass_stack *s, struct tcp_conn *c); /* RFC 8985 7.3 */
 void tcp_send_ack(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c); /* SYN or SYN-ACK by state */
 void tcp_send_rst(struct bypass_stack *s, struct tcp_conn *c);
@@ -748,8 +844,13 @@ static inline void tcp_timers(struct bypass_stack *s)
     if (tcp_req_due(s))
         tcp_req_timers(s);
 }
-void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c); /* after any deadline was set */
-void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_timer_update(struct bypass_stack *s, struct tcp_conn *c);  /* after any deadline was set */
+void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c);   /* probe or timeout, counted from now */
+void tcp_rtx_arm_rto(struct bypass_stack *s, struct tcp_conn *c);   /* timeout, from now */
+void tcp_rtx_rearm_rto(struct bypass_stack *s, struct tcp_conn *c); /* timeout, from when the head was sent */
+void tcp_rtx_reorder(struct bypass_stack *s, struct tcp_conn *c, uint64_t at); /* RTX_REORDER, unless later */
+void tcp_rtx_put_off(struct bypass_stack *s, struct tcp_conn *c);              /* a probe: more was sent */
+void tcp_rtx_early(struct bypass_stack *s, struct tcp_conn *c, uint32_t us);   /* the timeout comes sooner */
 void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c);
 
 enum {
@@ -766,6 +867,8 @@ enum {
     QUICK_ACKS = 16,
     ACK_BATCH_MAX = 8, /* segments of one batch that one ACK may stand for */
     CHALLENGE_PER_S = 1000,
+    MIN_RTT_HALF_S = 150, /* as Linux, whose window is 300 s */
+    RENEGED_US = 10000,   /* patience with a peer that seems to have thrown away what it SACKed, as Linux */
     BACKLOG_MAX = 65535,
     SNDBUF_SPARE = 65536,  /* bytes queued beyond what the congestion window can use */
     PRESSURE_SEGMENTS = 4, /* what a connection may have unread when memory is short */

@@ -1,17 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tcp_ack.c - what an acknowledgment does: the send window, round-trip time (RFC 6298), congestion window,
- * and loss recovery (RFC 5681, NewReno RFC 6582, limited transmit RFC 3042).
+ * tcp_ack.c - what an acknowledgment does: the send window, round-trip time (RFC 6298), frames freed. The usual one
+ * is handled here in full: it acknowledges something new while nothing is lost, SACKed or doubtful (CA_OPEN). All
+ * others go on to tcp_sack.c, which notes what the peer has, and tcp_recover.c, which draws the conclusions.
  *
- * What is in the network is estimated as `pipe`: bytes sent and not acknowledged, less those marked lost,
- * less one segment for each duplicate ACK, since each tells that a segment has left the network. Sending
- * compares pipe to cwnd, so cwnd needs no inflation in recovery. A frame is marked SEG_LOST until it is
- * sent again.
+ * What is in the network is estimated as `pipe`: bytes sent and not acknowledged, less those that the peer has
+ * (SACKed; without SACK a segment for each duplicate ACK), less those that are lost and not sent again. Sending
+ * compares pipe to cwnd, so cwnd needs no inflation in recovery.
  */
 #include "tcp.h"
 
+/* ---- The record of what is in flight ------------------------------------------------------------------------ */
 void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
 {
+    const struct frame_list none = {BYPASS_PKT_NONE, BYPASS_PKT_NONE};
     if (has_flight(c)) { /* what was learned before is kept */
         tcp_cc_resume(s, c);
         return;
@@ -19,9 +21,11 @@ void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
     c->flight = pool_alloc(s, &core(s)->flights); /* there are as many as connections */
     *conn_flight(s, c) = (struct tcp_flight){
         .link = NO_INDEX,
-        .rtx_next = BYPASS_PKT_NONE,
-        .recover = seq_add(c->snd_una, (uint32_t)-1), /* RFC 6582 3.2 step 1 */
-        .sack_high = c->snd_una,
+        .lost_list = none,
+        .again_list = none,
+        .resent_list = none,
+        .landmark = BYPASS_PKT_NONE,
+        .reo_mult = 1,
     };
     tcp_cc_begin(s, c);
 }
@@ -46,12 +50,15 @@ uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c)
         return 0;
     const struct tcp_flight *fl = conn_flight(s, c);
     uint32_t out = c->snd_nxt.v - c->snd_una.v - c->lost_bytes - !!(c->flags & TF_FIN_LOST);
-    /* outside of recovery no more than RFC 3042 allows, however many come */
-    uint32_t arrived = c->flags & (TF_RECOVERY | TF_LOSS) ? fl->dupacks : min_u32(fl->dupacks, 2);
-    uint32_t left = arrived * c->snd_mss;
+    if (likely(fl->ca_state == CA_OPEN))
+        return out;
+    /* without SACK, outside of recovery no more than RFC 3042 allows, however many come */
+    uint32_t arrived = fl->ca_state >= CA_RECOVERY ? fl->dupacks : min_u32(fl->dupacks, 2);
+    uint32_t left = fl->sacked_bytes + arrived * c->snd_mss;
     return out > left ? out - left : 0;
 }
 
+/* ---- Round trips ----------------------------------------------------------------------------------------------- */
 /* RFC 6298 2.2, 2.3; G is a microsecond. */
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us)
 {
@@ -68,115 +75,36 @@ void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us)
     c->backoff = 0; /* only now (Karn): an ACK of something that was sent twice says nothing about time */
 }
 
-/* ---- Loss ------------------------------------------------------------------------------------------------ */
-static void mark_lost(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p)
+/* The smallest round trip of the last minutes: of this half of the window and the one before, so that it follows when
+ * the path gets longer. */
+static void take_min_rtt(struct bypass_stack *s, struct tcp_conn *c, uint32_t us)
 {
-    struct bypass_pkt_meta *m = pkt_meta(s, p);
-    if (m->seg_flags & SEG_LOST)
-        return;
-    m->seg_flags |= SEG_LOST;
-    c->lost_bytes += m->data_len;
-}
-
-/* RFC 6298 5.4 to 5.7 and RFC 5681 3.1: all that is out counts as lost, sending starts over from one
- * segment. A second timeout of the same data does not lower ssthresh again. */
-void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c)
-{
-    struct tcp_flight *fl = conn_flight(s, c);
-    if (!(c->flags & TF_LOSS) || seq_geq(c->snd_una, fl->recover))
-        tcp_cc_event(s, c, CC_EV_RTO);
-    c->flags = (c->flags & ~(uint32_t)TF_RECOVERY) | TF_LOSS;
-    fl->recover = c->snd_nxt;
-    c->cwnd = c->snd_mss;
-    fl->dupacks = 0;
-    for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
-        mark_lost(s, c, p);
-    fl->rtx_next = c->sndq_head;
-    if (c->flags & TF_FIN_SENT)
-        c->flags |= TF_FIN_LOST;
-}
-
-/* The path's MTU shrank: what is out and too large for it will not arrive (RFC 1191 6.4). No sign of
- * congestion: cwnd stays. */
-void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c)
-{
-    for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
-        if (pkt_meta(s, p)->data_len > c->snd_mss)
-            mark_lost(s, c, p);
-    if (has_flight(c))
-        conn_flight(s, c)->rtx_next = c->sndq_head;
-}
-
-/* At once; marked as lost first, so that it is not forgotten when there is no frame or the device still
- * holds it. */
-static void resend_head(struct bypass_stack *s, struct tcp_conn *c)
-{
-    struct tcp_flight *fl = conn_flight(s, c);
-    if (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
-        mark_lost(s, c, c->sndq_head);
-        fl->rtx_next = c->sndq_head;
+    struct tcp_cold *k = conn_cold(s, c);
+    uint32_t now = (uint32_t)(now_ns(s) >> 30); /* about seconds */
+    if (unlikely(now - k->min_rtt_since > MIN_RTT_HALF_S)) {
+        c->min_rtt_us = k->min_rtt_half_us ? k->min_rtt_half_us : UINT32_MAX;
+        k->min_rtt_half_us = 0;
+        k->min_rtt_since = now;
     }
-    tcp_retransmit_head(s, c);
+    if (us <= k->min_rtt_half_us - 1) { /* 0: none yet */
+        k->min_rtt_half_us = us;
+        c->min_rtt_us = min_u32(c->min_rtt_us, us);
+    }
 }
 
-static void enter_recovery(struct bypass_stack *s, struct tcp_conn *c)
+static void take_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, const struct tcp_sample *sm)
 {
-    struct tcp_flight *fl = conn_flight(s, c);
-    STAT(s, tcp_fast_retransmits);
-    tcp_cc_event(s, c, CC_EV_LOSS);
-    c->cwnd = c->ssthresh;
-    fl->recover = c->snd_nxt;
-    c->flags |= TF_RECOVERY;
-    resend_head(s, c);
-}
-
-/* RFC 5681 2: a duplicate acknowledges nothing new, carries nothing, and changes no window. */
-static void duplicate_ack(struct bypass_stack *s, struct tcp_conn *c)
-{
-    struct tcp_flight *fl = conn_flight(s, c);
-    STAT(s, tcp_dup_acks);
-    if (fl->dupacks < UINT16_MAX && (uint32_t)fl->dupacks * c->snd_mss < c->snd_nxt.v - c->snd_una.v)
-        fl->dupacks++;
-    if (c->flags & (TF_RECOVERY | TF_LOSS))
-        return;
-    /* RFC 6582 3.2 step 2: only when more than the last recovery's data is acknowledged. Before that they
-     * answer segments that it sent needlessly */
-    if (fl->dupacks == 3 && seq_gt(c->snd_una, fl->recover))
-        enter_recovery(s, c);
-}
-
-static void leave_recovery(struct tcp_conn *c, struct tcp_flight *fl)
-{
-    uint32_t flight = c->snd_nxt.v - c->snd_una.v;
-    if (c->flags & TF_RECOVERY) /* RFC 6582 3.2 step 3, the form that does not burst */
-        c->cwnd = min_u32(c->ssthresh, max_u32(flight, c->snd_mss) + c->snd_mss);
-    c->flags &= ~(uint32_t)(TF_RECOVERY | TF_LOSS);
-    fl->dupacks = 0;
-}
-
-/* RFC 6582 3.2 step 3, partial: the next hole starts at snd_una. `frames` left the network with this ACK;
- * all but the one that filled the hole had been counted by a duplicate. */
-static void partial_ack(struct bypass_stack *s, struct tcp_conn *c, uint32_t frames)
-{
-    struct tcp_flight *fl = conn_flight(s, c);
-    STAT(s, tcp_partial_acks);
-    uint32_t counted = frames > 0 ? frames - 1 : 0;
-    fl->dupacks = (uint16_t)(fl->dupacks > counted ? fl->dupacks - counted : 0);
-    resend_head(s, c);
-}
-
-/* ---- Progress ----------------------------------------------------------------------------------------------- */
-static void take_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, uint64_t rtt_us)
-{
-    if (rtt_us == 0 && (c->flags & TF_TS) && g->opt.has_ts && g->opt.ts_ecr != 0) {
+    if (likely(sm->rtt_us != 0)) {
+        take_min_rtt(s, c, (uint32_t)min_u64(sm->rtt_us, RTO_MAX_US));
+        tcp_rtt_sample(c, sm->rtt_us);
+    } else if (sm->acked > 0 && (c->flags & TF_TS) && g->opt.has_ts && g->opt.ts_ecr != 0) {
         uint32_t ms = tcp_ts_now(s, c) - g->opt.ts_ecr; /* tells which transmission it was, RFC 7323 4 */
         if (ms < RTO_MAX_US / 1000)
-            rtt_us = max_u64(ms * 1000ull, 1);
+            tcp_rtt_sample(c, max_u64(ms * 1000ull, 1));
     }
-    if (rtt_us != 0)
-        tcp_rtt_sample(c, rtt_us);
 }
 
+/* ---- Progress --------------------------------------------------------------------------------------------------- */
 static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
 {
     if ((c->flags & TF_WANT_OUT) && tcp_snd_room(s, c) >= c->snd_queued / 2) { /* a third is free */
@@ -185,36 +113,28 @@ static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
     }
 }
 
-static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+/* snd_una has moved. */
+static void progress(struct bypass_stack *s, struct tcp_conn *c)
 {
-    struct tcp_flight *fl = conn_flight(s, c);
-    uint32_t acked = g->ack.v - c->snd_una.v, frames;
-    uint64_t rtt_us;
-    struct tcp_sample sm = {.acked = acked, .delivered = acked, .flight = tcp_pipe(s, c)};
-    tcp_snd_ack(s, c, g->ack, &sm, &frames);
-    rtt_us = sm.rtt_us;
-    if (rtt_us != 0)
-        c->min_rtt_us = min_u32(c->min_rtt_us, (uint32_t)min_u64(rtt_us, RTO_MAX_US));
-    c->snd_una = g->ack;
+    struct tcp_cold *k = conn_cold(s, c);
     c->rtx_count = 0;
-    c->probes = 0;
-    if (acked > 0 && (c->flags & TF_FIN_SENT) && seq_eq(c->snd_una, c->snd_nxt))
+    if (unlikely(c->flags & TF_FIN_LOST) && seq_eq(c->snd_una, c->snd_nxt))
         c->flags &= ~(uint32_t)TF_FIN_LOST;
-    take_rtt(s, c, g, rtt_us);
-    if (c->flags & (TF_RECOVERY | TF_LOSS)) {
-        if (seq_geq(c->snd_una, fl->recover))
-            leave_recovery(c, fl);
-        else if (c->flags & TF_RECOVERY)
-            partial_ack(s, c, frames);
-    } else {
-        fl->dupacks = 0;
-        if (seq_lt(fl->recover, c->snd_una))
-            fl->recover = seq_add(c->snd_una, (uint32_t)-1); /* keeps it near: comparisons are modulo 2^32 */
-    }
+    k->unacked_since = now_ns(s);
+    k->soft_error = 0; /* the path works again */
+}
+
+/* Nothing was wrong, and nothing is. */
+static void usual_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    uint32_t acked = g->ack.v - c->snd_una.v;
+    struct tcp_sample sm = {.acked = acked, .delivered = acked, .flight = tcp_pipe(s, c)};
+    (void)tcp_snd_ack(s, c, g, &sm);
+    c->snd_una = g->ack;
+    progress(s, c);
+    take_rtt(s, c, g, &sm);
     tcp_rate_done(s, c, &sm);
     tcp_cc_acked(s, c, &sm);
-    conn_cold(s, c)->unacked_since = now_ns(s);
-    conn_cold(s, c)->soft_error = 0; /* the path works again */
     if (c->snd_una.v == c->snd_nxt.v) {
         c->rtx_at = 0; /* RFC 6298 5.2 */
         tcp_flight_end(s, c);
@@ -222,6 +142,44 @@ static void new_ack(struct bypass_stack *s, struct tcp_conn *c, const struct seg
         tcp_rtx_restart(s, c); /* 5.3 */
     }
     wake_writer(s, c);
+}
+
+static void unusual_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, bool duplicate)
+{
+    struct tcp_flight *fl = conn_flight(s, c);
+    struct tcp_sample sm = {.flight = tcp_pipe(s, c)};
+    uint32_t frames = 0;
+    if (fl->ca_state == CA_OPEN)
+        tcp_sack_begin(c, fl);
+    if (seq_gt(g->ack, c->snd_una)) {
+        sm.acked = sm.delivered = g->ack.v - c->snd_una.v;
+        frames = tcp_snd_ack(s, c, g, &sm);
+        c->snd_una = g->ack;
+        progress(s, c);
+    }
+    if (g->opt.sacks > 0 && (c->feat & TX_SACK))
+        tcp_sack_in(s, c, g, &sm);
+    if (duplicate)
+        STAT(s, tcp_dup_acks);
+    take_rtt(s, c, g, &sm);
+    tcp_ecn_ack_in(s, c, g, &sm);
+    tcp_recover_ack(s, c, g, &sm, frames, duplicate && !sm.dsack && !sm.dsack_tlp);
+    tcp_rate_done(s, c, &sm);
+    if (sm.delivered > 0)
+        tcp_cc_acked(s, c, &sm);
+    if (c->snd_una.v == c->snd_nxt.v && sm.acked > 0) {
+        c->rtx_at = 0;
+        tcp_flight_end(s, c);
+    }
+    if (sm.acked > 0)
+        wake_writer(s, c);
+}
+
+/* Does it need more than the usual? With nothing in flight there may still be a D-SACK to listen to. */
+static inline bool is_unusual(const struct bypass_stack *s, const struct tcp_conn *c, const struct segment *g)
+{
+    const struct tcp_flight *fl = conn_flight(s, c);
+    return fl->ca_state != CA_OPEN || g->opt.sacks > 0 || fl->tlp_out || ((g->flags & TCP_ECE) && (c->feat & TX_ECN));
 }
 
 /* RFC 9293 3.10.7.4: the newest segment tells the window. */
@@ -255,11 +213,13 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
     if (advances || current)
         update_window(c, g);
     c->probes = 0;
-    if (advances)
-        new_ack(s, c, g);
-    else if (current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd && c->snd_nxt.v != c->snd_una.v &&
-             !(c->flags & TF_PROBING))
-        duplicate_ack(s, c);
+    /* RFC 5681 2: a duplicate acknowledges nothing new, carries nothing, and changes no window */
+    bool duplicate = current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd &&
+                     c->snd_nxt.v != c->snd_una.v && !(c->flags & TF_PROBING);
+    if (advances && likely(!is_unusual(s, c, g)))
+        usual_ack(s, c, g);
+    else if (duplicate || (has_flight(c) && is_unusual(s, c, g)))
+        unusual_ack(s, c, g, duplicate);
     if (old_wnd == 0 && c->snd_wnd > 0 && (c->flags & TF_PROBING)) {
         c->flags &= ~(uint32_t)TF_PROBING;
         c->rtx_at = 0;

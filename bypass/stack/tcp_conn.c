@@ -211,6 +211,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
     conn_set_state(s, c, BYPASS_ESTABLISHED);
     c->rtx_at = 0;
     c->rtx_count = c->backoff = 0;
+    conn_cold(s, c)->min_rtt_half_us = conn_cold(s, c)->min_rtt_since = 0;
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     conn_update_mss(s, c, d ? d->mtu : 0);
     tcp_cc_init(s, c);

@@ -269,7 +269,7 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
                    csum_pseudo(&c->laddr, &c->raddr, PROTO_TCP, PLAIN_TS + (uint32_t)n), NET_HEADERS, TCP_CSUM);
     tcp_rate_write(s, c);
     tcp_flight_begin(s, c);
-    conn_flight(s, c)->rtx_next = p;
+    tcp_sack_sent(s, c, p);
     tcp_rate_sent(s, c, p);
     enqueue(s, c, k, p, (uint32_t)n);
     tcp_cc_sent(s, c);

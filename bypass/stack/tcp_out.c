@@ -305,7 +305,7 @@ static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     m->off = m->data_off;
     m->len = m->data_len;
     m->queue = c->queue;
-    m->time_ns = now_ns(s);
+    m->time_ns = tcp_stamp(s, c);
     tcp_rate_sent(s, c, p);
     push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
     struct ip_tx tx = conn_ip(s, c);
@@ -328,9 +328,7 @@ static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     if (m->data_len > c->snd_mss && !tcp_snd_split(s, c, p, c->snd_mss))
         return BUSY; /* the path's MTU shrank and no frame is left to split into */
     bool fin = p == c->sndq_tail && (c->flags & TF_FIN_SENT);
-    if (m->seg_flags & SEG_LOST)
-        c->lost_bytes -= m->data_len;
-    m->seg_flags = (uint16_t)((m->seg_flags & ~SEG_LOST) | SEG_RTX);
+    tcp_recover_resent(s, c, p);
     if (fin)
         c->flags &= ~(uint32_t)TF_FIN_LOST;
     STAT(s, tcp_out_retransmits);
@@ -343,13 +341,12 @@ static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_p
 static bool output_lost(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
 {
     struct tcp_flight *fl = has_flight(c) ? conn_flight(s, c) : NULL;
-    while (c->lost_bytes > 0 && fl->rtx_next != BYPASS_PKT_NONE && fl->rtx_next != c->sndq_next) {
-        bypass_pkt p = fl->rtx_next;
-        if (!(pkt_meta(s, p)->seg_flags & SEG_LOST)) {
-            fl->rtx_next = pkt_meta(s, p)->next;
-            continue;
-        }
-        bool at_once = p == c->sndq_head && (c->flags & TF_RECOVERY); /* RFC 6582 3.2: cwnd does not matter */
+    if (fl && unlikely(fl->frto >= FRTO_SEND))
+        return true; /* new data first: its ACKs tell whether anything is lost */
+    while (c->lost_bytes > 0) {
+        bypass_pkt p = tcp_sack_next_lost(s, fl);
+        bool head = p == c->sndq_head;
+        bool at_once = head && (c->flags & TF_RECOVERY) && !(c->feat & TX_SACK); /* RFC 6582 3.2: whatever cwnd says */
         if (!at_once && tcp_pipe(s, c) + min_u32(pkt_meta(s, p)->data_len, c->snd_mss) > c->cwnd && tcp_pipe(s, c) > 0)
             return false;
         if (!at_once && !tcp_pace_may_send(s, c))
@@ -359,7 +356,8 @@ static bool output_lost(struct bypass_stack *s, struct tcp_conn *c, struct dst *
             return false;
         }
         tcp_pace_sent(s, c, pkt_meta(s, p)->data_len);
-        fl->rtx_next = pkt_meta(s, p)->next;
+        if (head)
+            tcp_rtx_arm_rto(s, c);
     }
     if ((c->flags & TF_FIN_LOST) && c->sndq_head == BYPASS_PKT_NONE &&
         send_bare(s, c, seq_add(c->snd_nxt, (uint32_t)-1), TCP_FIN)) {
@@ -413,42 +411,67 @@ static void output_first(struct bypass_stack *s, struct tcp_conn *c)
     tcp_flight_begin(s, c);
 }
 
+/* The next frame that was never sent. probe: whatever cwnd says. false: there is none, or it has to wait. */
+static bool output_next(struct bypass_stack *s, struct tcp_conn *c, struct dst *d, bool probe)
+{
+    bypass_pkt p = c->sndq_next;
+    if (p == BYPASS_PKT_NONE)
+        return false;
+    uint32_t frame_len = pkt_meta(s, p)->data_len, len;
+    int32_t usable = seq_diff(seq_add(c->snd_una, c->snd_wnd), c->snd_nxt);
+    if (usable <= 0 || !may_send(c, p, frame_len, (uint32_t)usable, &len))
+        return false;
+    if (c->snd_nxt.v == c->snd_una.v)
+        output_first(s, c);
+    if (!probe && tcp_pipe(s, c) + len > c->cwnd && tcp_pipe(s, c) > 0)
+        return false;
+    if (!probe && !tcp_pace_may_send(s, c))
+        return false;
+    bool fin = fin_goes_with(c, p) && (uint32_t)usable > len && len == frame_len;
+    if ((len < frame_len && !tcp_snd_split(s, c, p, len)) || send_frame(s, c, p, d, fin) != SENT) {
+        conn_blocked(s, c, false);
+        return false;
+    }
+    if (c->snd_nxt.v == c->snd_una.v)
+        conn_cold(s, c)->unacked_since = now_ns(s);
+    tcp_pace_sent(s, c, len);
+    tcp_sack_sent(s, c, p);
+    conn_flight(s, c)->prr_out += len;
+    c->sndq_next = pkt_meta(s, p)->next;
+    c->snd_nxt = seq_add(c->snd_nxt, len + fin);
+    if (fin)
+        c->flags |= TF_FIN_SENT;
+    tcp_cc_sent(s, c);
+    return true;
+}
+
 static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
 {
-    while (c->sndq_next != BYPASS_PKT_NONE) {
-        bypass_pkt p = c->sndq_next;
-        uint32_t frame_len = pkt_meta(s, p)->data_len, len;
-        int32_t usable = seq_diff(seq_add(c->snd_una, c->snd_wnd), c->snd_nxt);
-        if (usable <= 0 || !may_send(c, p, frame_len, (uint32_t)usable, &len))
-            return;
-        if (c->snd_nxt.v == c->snd_una.v)
-            output_first(s, c);
-        if (tcp_pipe(s, c) + len > c->cwnd && tcp_pipe(s, c) > 0)
-            return;
-        if (!tcp_pace_may_send(s, c))
-            return;
-        if (len < frame_len && !tcp_snd_split(s, c, p, len)) {
-            conn_blocked(s, c, false);
-            return;
-        }
-        bool fin = fin_goes_with(c, p) && (uint32_t)usable > len;
-        if (send_frame(s, c, p, d, fin) != SENT) {
-            conn_blocked(s, c, false);
-            return;
-        }
-        if (c->snd_nxt.v == c->snd_una.v)
-            conn_cold(s, c)->unacked_since = now_ns(s);
-        tcp_pace_sent(s, c, len);
-        c->sndq_next = pkt_meta(s, p)->next;
-        struct tcp_flight *fl = conn_flight(s, c);
-        if (fl->rtx_next == BYPASS_PKT_NONE)
-            fl->rtx_next = p;
-        c->snd_nxt = seq_add(c->snd_nxt, len + fin);
-        if (fin)
-            c->flags |= TF_FIN_SENT;
-        tcp_cc_sent(s, c);
-    }
-    c->flags &= ~(uint32_t)TF_PUSH_ALL;
+    while (output_next(s, c, d, false))
+        ;
+    if (c->sndq_next == BYPASS_PKT_NONE)
+        c->flags &= ~(uint32_t)TF_PUSH_ALL;
+}
+
+/* New data when there is some, else the last segment again. */
+enum tcp_probe tcp_output_tail_probe(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct dst *d = conn_dst(s, c);
+    uint32_t push = c->flags & TF_PUSH_ALL;
+    if (!d)
+        return PROBE_NONE;
+    c->flags |= TF_PUSH_ALL; /* Nagle's silence is over */
+    bool sent = output_next(s, c, d, true);
+    c->flags = (c->flags & ~(uint32_t)TF_PUSH_ALL) | push;
+    if (sent)
+        return PROBE_NEW;
+    bypass_pkt p = tcp_sack_last_sent(s, c);
+    if (p != BYPASS_PKT_NONE)
+        return retransmit(s, c, p, d) == SENT ? PROBE_RTX : PROBE_NONE;
+    if (!send_bare(s, c, seq_add(c->snd_nxt, (uint32_t)-1), TCP_FIN)) /* nothing else is out */
+        return PROBE_NONE;
+    STAT(s, tcp_out_retransmits);
+    return PROBE_RTX;
 }
 
 static void output_fin(struct bypass_stack *s, struct tcp_conn *c)
@@ -470,14 +493,25 @@ static inline bool state_sends_data(uint8_t state)
     return mask >> state & 1;
 }
 
+/* RFC 5682 2.1 step 2: was there new data to send, and a window for it? Else recovery goes on as usual. */
+static void frto_sent(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
+{
+    struct tcp_flight *fl = conn_flight(s, c);
+    fl->frto = seq_gt(c->snd_nxt, fl->recover) ? FRTO_WAIT : FRTO_OFF;
+    if (fl->frto == FRTO_OFF)
+        (void)output_lost(s, c, d);
+}
+
 /* A timer runs while something is in flight; while nothing is but data waits, it probes the window
  * (RFC 9293 3.8.6.1). Data that waits for the program (cork, MSG_MORE) goes after 200 ms, as on Linux. */
-static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c)
+static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c, bool sent_new)
 {
     if (c->snd_nxt.v != c->snd_una.v) {
         if (c->rtx_at == 0 || (c->flags & TF_PROBING)) {
             c->flags &= ~(uint32_t)TF_PROBING;
             tcp_rtx_restart(s, c);
+        } else if (sent_new && c->rtx_kind == RTX_TLP) {
+            tcp_rtx_put_off(s, c);
         }
     } else if (c->sndq_next != BYPASS_PKT_NONE && c->rtx_at == 0) {
         c->flags |= TF_PROBING;
@@ -495,11 +529,14 @@ void tcp_output_now(struct bypass_stack *s, struct tcp_conn *c)
             c->path_mtu = d->mtu;
             conn_update_mss(s, c, d->mtu);
         }
+        seq_t before = c->snd_nxt;
         if (d && output_lost(s, c, d)) {
             output_new(s, c, d);
             output_fin(s, c);
+            if (has_flight(c) && unlikely(conn_flight(s, c)->frto == FRTO_SEND))
+                frto_sent(s, c, d);
         }
-        arm_after_output(s, c);
+        arm_after_output(s, c, !seq_eq(c->snd_nxt, before));
     }
     if (c->flags & TF_ACK_NOW)
         tcp_send_ack(s, c);

@@ -154,55 +154,56 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
 static void frame_release(struct bypass_stack *s, bypass_pkt p)
 {
     struct bypass_pkt_meta *m = pkt_meta(s, p);
-    m->seg_flags &= (uint16_t) ~(IN_TCP | SEG_LOST | SEG_RTX | SEG_PSH);
+    m->seg_flags &= (uint16_t) ~(IN_TCP | SEG_MARKS | SEG_PSH);
     if (!(m->seg_flags & IN_TXQ))
         pkt_free(s, p);
 }
 
-static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t n)
+static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t n, struct tcp_sample *sm)
 {
     struct bypass_pkt_meta *m = pkt_meta(s, p);
     if (m->seg_flags & SEG_LOST)
         c->lost_bytes -= n;
+    if (m->seg_flags & SEG_SACKED) {
+        conn_flight(s, c)->sacked_bytes -= n;
+        sm->delivered -= n;
+    }
     m->seq += n;
     m->data_off = (uint16_t)(m->data_off + n);
     m->data_len = (uint16_t)(m->data_len - n);
     m->csum = csum_bytes(pkt_frame(s, p) + m->data_off, m->data_len, 0);
 }
 
-/* Frees what una covers. sm->rtt_us: round trip of the newest frame; 0: none is valid, because one was sent
- * twice (Karn), and the others waited behind it. *frames: how many frames were freed. */
-void tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, seq_t una, struct tcp_sample *sm, uint32_t *frames)
+/* Frees what the ACK covers. sm->rtt_us: round trip of the newest frame; 0: none is valid, because one was sent
+ * twice (Karn), and the others waited behind it, or a SACK told of it before. Returns how many frames were freed. */
+uint32_t tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm)
 {
-    struct tcp_flight *fl = conn_flight(s, c);
-    bool again = false;
-    sm->rtt_us = 0;
-    *frames = 0;
+    const bool plain = conn_flight(s, c)->ca_state == CA_OPEN;
+    uint32_t frames = 0;
     while (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
         bypass_pkt p = c->sndq_head;
         struct bypass_pkt_meta *m = pkt_meta(s, p);
-        int32_t covered = seq_diff(una, seq(m->seq));
+        int32_t covered = seq_diff(g->ack, seq(m->seq));
         if (covered <= 0)
             break;
         if (covered < m->data_len) {
-            trim_front(s, c, p, (uint32_t)covered);
+            trim_front(s, c, p, (uint32_t)covered, sm);
             c->snd_queued -= (uint32_t)covered;
             break;
         }
-        if (m->seg_flags & SEG_LOST)
-            c->lost_bytes -= m->data_len;
-        again = again || (m->seg_flags & SEG_RTX);
-        tcp_rate_delivered(s, c, p, sm);
-        sm->rtt_us = again ? 0 : max_u64((now_ns(s) - m->time_ns) / 1000, 1);
+        if ((likely(plain) && !(m->seg_flags & SEG_MARKS)) || tcp_sack_acked(s, c, p, g, sm)) {
+            tcp_rate_delivered(s, c, p, sm);
+            sm->resent = sm->resent || (m->seg_flags & SEG_RTX);
+            sm->rtt_us = sm->resent ? 0 : max_u64(tcp_frame_age_us(s, m), 1);
+        }
         c->snd_queued -= m->data_len;
         c->sndq_head = m->next;
-        if (fl->rtx_next == p)
-            fl->rtx_next = m->next;
         if (c->sndq_tail == p)
             c->sndq_tail = BYPASS_PKT_NONE;
-        (*frames)++;
+        frames++;
         frame_release(s, p);
     }
+    return frames;
 }
 
 /* Cuts a frame to `len` payload bytes; the rest goes into a new frame behind it. For a window or a path
@@ -222,6 +223,8 @@ bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uin
     m->csum = csum_bytes(data, len, 0);
     m->seg_flags &= (uint16_t)~SEG_PSH;
     link_behind(s, c, p, rest);
+    if (unlikely(r->seg_flags & SEG_MARKS))
+        tcp_sack_split(s, c, p, rest);
     return true;
 }
 

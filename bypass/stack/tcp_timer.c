@@ -28,11 +28,65 @@ static uint64_t backed_off_ns(const struct tcp_conn *c)
     return min_u64(us, RTO_MAX_US) * 1000;
 }
 
+static void arm_rtx(struct bypass_stack *s, struct tcp_conn *c, uint64_t at, uint8_t kind)
+{
+    c->rtx_at = at;
+    c->rtx_kind = kind;
+    if (!wheel_covers(&c->timer, at))
+        tcp_timer_update(s, c);
+}
+
+/* RFC 8985 7.2: is a tail loss probe the next thing to do, when no ACK comes? */
+static bool wants_probe(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    if (!(c->feat & TX_SACK) || !has_flight(c))
+        return false;
+    const struct tcp_flight *fl = conn_flight(s, c);
+    return (fl->ca_state == CA_OPEN || (fl->ca_state == CA_CWR && fl->sacked_frames == 0)) && !fl->tlp_out;
+}
+
 void tcp_rtx_restart(struct bypass_stack *s, struct tcp_conn *c)
 {
-    c->rtx_at = now_ns(s) + backed_off_ns(c);
-    if (!wheel_covers(&c->timer, c->rtx_at))
-        tcp_timer_update(s, c);
+    uint64_t ns = backed_off_ns(c);
+    bool probe = wants_probe(s, c);
+    if (probe)
+        ns = min_u64(ns, tcp_tlp_timeout_us(c) * 1000);
+    arm_rtx(s, c, now_ns(s) + ns, probe ? RTX_TLP : RTX_NONE);
+}
+
+void tcp_rtx_arm_rto(struct bypass_stack *s, struct tcp_conn *c)
+{
+    arm_rtx(s, c, now_ns(s) + backed_off_ns(c), RTX_NONE);
+}
+
+static uint64_t head_expires_ns(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    bool frame = c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next;
+    return (frame ? pkt_meta(s, c->sndq_head)->time_ns : now_ns(s)) + backed_off_ns(c);
+}
+
+void tcp_rtx_rearm_rto(struct bypass_stack *s, struct tcp_conn *c)
+{
+    arm_rtx(s, c, max_u64(head_expires_ns(s, c), now_ns(s) + MSEC_NS), RTX_NONE);
+}
+
+/* RFC 8985 7.2: the probe comes after the newest data, but not later than the oldest data's timeout. */
+void tcp_rtx_put_off(struct bypass_stack *s, struct tcp_conn *c)
+{
+    arm_rtx(s, c, min_u64(now_ns(s) + tcp_tlp_timeout_us(c) * 1000, head_expires_ns(s, c)), RTX_TLP);
+}
+
+void tcp_rtx_reorder(struct bypass_stack *s, struct tcp_conn *c, uint64_t at)
+{
+    if (c->rtx_at == 0 || at < c->rtx_at)
+        arm_rtx(s, c, at, RTX_REORDER);
+}
+
+void tcp_rtx_early(struct bypass_stack *s, struct tcp_conn *c, uint32_t us)
+{
+    uint64_t at = now_ns(s) + 1000ull * us;
+    if (c->rtx_at == 0 || at < c->rtx_at || c->rtx_kind != RTX_NONE)
+        arm_rtx(s, c, at, RTX_NONE);
 }
 
 void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c)
@@ -92,10 +146,23 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
     }
     STAT(s, tcp_timeouts);
     conn_cold(s, c)->timeouts++;
+    tcp_enter_loss(s, c);
     c->rtx_count = (uint8_t)(c->rtx_count + !window_taken_back(s, c));
     c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX);
-    tcp_enter_loss(s, c);
     tcp_rtx_restart(s, c);
+    tcp_output(s, c);
+}
+
+static void flight_due(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->rtx_kind == RTX_NONE) {
+        data_timeout(s, c);
+        return;
+    }
+    if (c->rtx_kind == RTX_REORDER)
+        tcp_recover_reorder_due(s, c);
+    else
+        tcp_tlp_due(s, c);
     tcp_output(s, c);
 }
 
@@ -142,7 +209,7 @@ static void rtx_due(struct bypass_stack *s, struct tcp_conn *c)
         if (c->flags & TF_PROBING)
             probe_timeout(s, c);
         else if (c->snd_nxt.v != c->snd_una.v)
-            data_timeout(s, c);
+            flight_due(s, c);
     }
 }
 
