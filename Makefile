@@ -75,8 +75,9 @@ bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5
 lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
 	@scripts/lint
 
-fuzz: ## The hypothesis suites with a large budget over the sanitizer build (FUZZ=20: times the usual examples)
-	@$(MAKE) --no-print-directory SAN=1 BYPASS_FUZZ=$(or $(FUZZ),20) test ARGS="-m hypothesis --timeout=0 $(ARGS)"
+fuzz: setup ## libFuzzer over the C core (FUZZ=60: seconds a harness), then the hypothesis suites with TIMES=20 times the examples
+	@scripts/fuzz $(or $(FUZZ),60)
+	@$(MAKE) --no-print-directory SAN=1 BYPASS_FUZZ=$(or $(TIMES),20) test ARGS="-m hypothesis --timeout=0 $(ARGS)"
 
 clean: ## Removes what was built; .venv stays (remove it by hand for a fresh start)
 	rm -rf build bypass/_core*.so

@@ -11,7 +11,10 @@ left: no frame, packet, timer or socket.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +28,7 @@ OUR_MAC = bytes.fromhex("020000000001")
 PEER_MAC = bytes.fromhex("020000000002")
 SECOND = 1_000_000_000
 KERNEL = 0  # flags of a stack whose next hops the embedder answers
+CORPUS = os.environ.get("BYPASS_CORPUS")  # a folder: frames become seeds of tests/c/fuzz_frames.c
 ALL = lib.BYPASS_F_ARP | lib.BYPASS_F_PING | lib.BYPASS_F_RST
 
 
@@ -64,6 +68,7 @@ class Conversation:
         self.number = lib.sim_stack_add(self.sim, self.stack.c, self.port)
         assert self.number >= 0
         self.events: list[Event] = []
+        self._seed = b""
         self._out = ffi.new("struct sim_event[]", 64)
         self._result = ffi.new("struct sim_result *")
         self._frames: list[tuple[int, bytes]] = []
@@ -120,6 +125,8 @@ class Conversation:
     def inject(self, *frames: bytes) -> None:
         """Frames arrive at the stack, now."""
         for frame in frames:
+            if CORPUS and len(self._seed) < 4000:
+                self._seed += b"\x04" + len(frame).to_bytes(2, "big") + frame
             buf = ffi.from_buffer(frame)
             assert lib.sim_port_send(self.raw, buf, len(frame)) == 0
         self.settle()
@@ -213,6 +220,10 @@ class Conversation:
     # ---- end
     def close(self, *, check: bool = True) -> None:
         """Ends it. check: asserts that the stack gave everything back."""
+        if CORPUS and self._seed:
+            folder = Path(CORPUS) / "frames"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / hashlib.sha1(self._seed).hexdigest()).write_bytes(self._seed)
         lib.bypass_destroy(self.stack.c)
         audit = self.stack.audit()
         self.stack.closed = True

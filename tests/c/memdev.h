@@ -21,6 +21,11 @@
 
 #include "bypass.h"
 
+#if defined(__has_feature) /* clang's way of saying it */
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #define MEMDEV_POISON(p, n) __asan_poison_memory_region(p, n)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+# The libFuzzer harnesses, by clang, under the address and undefined-behaviour sanitizers, into build/fuzz.
+# Called by scripts/fuzz: make -s -f tests/c/fuzz.mk
+
+OUT := build/fuzz
+CLANG := clang-14
+CFLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -DBYPASS_DEBUG \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+STACK := $(patsubst bypass/stack/%.c,$(OUT)/stack/%.o,$(wildcard bypass/stack/*.c))
+HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_frames.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c))
+
+MAKEFLAGS += --no-builtin-rules
+
+all: $(HARNESSES)
+
+$(OUT)/stack/%.o: bypass/stack/%.c
+	@mkdir -p $(@D)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass/stack -MMD -MP -c $< -o $@
+
+$(OUT)/%: tests/c/%.c tests/c/fuzz.h tests/c/memdev.h $(STACK)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass/stack $< $(STACK) -o $@
+
+.PHONY: all
+.SECONDARY: $(STACK)
+
+-include $(STACK:.o=.d)
