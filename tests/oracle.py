@@ -56,18 +56,20 @@ def play_ours(script: Script) -> Verdict:
         backend = OurStack(script)
     except (OSError, CodeError) as e:
         return Verdict(False, why=f"no stack: {e}")
-    verdict = Verdict(False, why="it ended by an exception")
+    ok = False
     try:
         verdict = Player(script, backend).play()
+        ok = verdict.ok
     finally:
-        backend.close(check=verdict.ok)
-    return verdict
+        leaks = backend.close(check=ok)
+    return Verdict(False, why=f"left behind: {leaks}") if leaks else verdict
 
 
 def play_linux(script: Script) -> Verdict:
     """On the kernel: moves this process into a new namespace.
 
-    While it plays, it goes before ordinary processes where that is allowed: it nearly always sleeps, and its times count.
+    While it plays, it goes before ordinary processes where that is allowed: it nearly always sleeps, and its times
+    count.
     """
     from scripting.linux import Linux
 
