@@ -118,6 +118,8 @@ class Config:
         mtu_probing: packetization-layer path MTU discovery: 0 off, 1 once a path swallows large segments, 2 always.
         fastopen: bits: 1 as a client, 2 as a server.
         tw_reuse: connect() may take over a TIME_WAIT older than a second.
+        ecn: explicit congestion notification: 0 never, 1 asked for, 2 agreed to when the peer asks.
+        keep_idle_window: the congestion window stays after a pause.
     """
 
     conns: int = 1024
@@ -136,6 +138,8 @@ class Config:
     mtu_probing: int | None = None
     fastopen: int | None = None
     tw_reuse: bool | None = None
+    ecn: int | None = None
+    keep_idle_window: bool | None = None
 
     def fill(self, flags: int) -> Any:
         """The C struct."""
@@ -158,6 +162,8 @@ class Config:
             ("mtu_probing", self.mtu_probing),
             ("fastopen", self.fastopen),
             ("tw_reuse", self.tw_reuse),
+            ("ecn", self.ecn),
+            ("keep_idle_window", self.keep_idle_window),
         ):
             if value is not None:
                 setattr(cfg, name, value)

@@ -154,8 +154,6 @@ enum {
     BYPASS_F_ARP = 1,  /* resolve next hops by ARP and answer ARP; else ask bypass_nexthop_wanted() */
     BYPASS_F_PING = 2, /* answer ICMP echo requests */
     BYPASS_F_RST = 4,  /* answer TCP for which no socket exists with a reset, UDP with unreachable */
-    BYPASS_F_ECN = 8,  /* ask for ECN on connections that the stack opens; else only agree to it (BYPASS_TCP_ECN) */
-    BYPASS_F_IDLE_WINDOW = 16, /* the congestion window stays after a pause; else it is reduced (RFC 5681 4.1) */
 
     /* bypass_config.syn_cookies: a SYN that is answered without keeping anything about it (RFC 4987 3.6) */
     BYPASS_COOKIES_OFF = 0,
@@ -191,7 +189,9 @@ struct bypass_config {
     uint32_t sndbuf_max;      /* sizes that a TCP socket's buffers grow to when the program does not set them; */
     uint32_t rcvbuf_max;      /* at least the defaults, at most 1 GiB; the window scale follows from rcvbuf_max */
     uint32_t delack_ms;       /* longest delay of an ACK, 1 to 500 */
-    uint32_t reserved;        /* 0 */
+    uint8_t ecn;              /* explicit congestion notification: default of BYPASS_TCP_ECN (2) */
+    uint8_t keep_idle_window; /* 1: the congestion window stays after a pause; else it is reduced (RFC 5681 4.1) */
+    uint16_t reserved;        /* 0 */
 };
 
 struct bypass_cc_ops;

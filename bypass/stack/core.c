@@ -63,6 +63,7 @@ void bypass_config_default(struct bypass_config *cfg, uint32_t max_conns)
         .sndbuf_max = 4u << 20,
         .rcvbuf_max = 6u << 20,
         .delack_ms = DELACK_MS,
+        .ecn = 2,
         .max_syn_backlog = max_u32(128, min_u32(max_conns, 4096)),
         .max_time_wait = max_conns,
         .syn_cookies = BYPASS_COOKIES_WHEN_FULL,
@@ -75,7 +76,7 @@ void bypass_config_default(struct bypass_config *cfg, uint32_t max_conns)
 static bool config_valid(const struct bypass_config *cfg)
 {
     const uint32_t limit = 1u << 24;
-    if (cfg->abi != BYPASS_ABI || (cfg->flags & ~31u) != 0)
+    if (cfg->abi != BYPASS_ABI || (cfg->flags & ~7u) != 0 || cfg->ecn > 2)
         return false;
     if (cfg->max_conns == 0 || cfg->max_conns > limit || cfg->max_socks == 0 || cfg->max_socks > limit)
         return false;

@@ -222,7 +222,7 @@ void tcp_options_default(struct tcp_endpoint *ep, const struct bypass_config *cf
         .syn_retries = SYN_RETRIES,
         .mtu_discover = 1,
         .ttl = 64,
-        .ecn = cfg->flags & BYPASS_F_ECN ? 1 : 2,
+        .ecn = cfg->ecn,
     };
 }
 

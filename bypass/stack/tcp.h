@@ -79,6 +79,7 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_URG_OUT = 1 << 8,     /* urgent data up to cold.snd_up is not acknowledged */
        TX_URG_IN = 1 << 9,      /* cold.rcv_up is ahead of what was read */
        TX_FASTOPEN = 1 << 10,   /* data went with the SYN, or came with it (RFC 7413) */
+       TX_ECN_EXACT = 1 << 20,  /* each mark is told by itself (RFC 8257 3.2) */
        TX_PACE_WAIT = 1 << 16,  /* the next segment waits for flight.pace_at */
        TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
        TX_RCVLOWAT = 1 << 12,   /* cold.opt.rcvlowat is more than a byte */
@@ -216,9 +217,8 @@ struct tcp_flight {
     seq_t used_end;
     uint64_t pace_rate; /* bytes a second; 0: not paced */
     uint64_t pace_at;   /* earliest time of the next segment */
-    seq_t ecn_high;     /* cwnd was reduced for a mark before this */
     uint8_t paused;     /* the window was not used all the time since the congestion control was asked last */
-    uint8_t pad[3];
+    uint8_t pad[7];
     uint64_t cc_state[BYPASS_CC_BYTES / 8]; /* the congestion control's own; zero when the record begins */
 };
 enum { FK_CC = 1, FK_RACK = 2, FK_PACE = 4, FK_PROBE = 8 };
@@ -668,6 +668,7 @@ void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_s
 void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev);
 void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c,
                     uint64_t idle_ns);                                          /* it was idle for longer than an RTO */
+bool tcp_cc_exact_ecn(const struct bypass_stack *s, uint8_t cc);                /* index */
 bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c); /* also in recovery (BBR) */
 void tcp_cc_sent(struct bypass_stack *s, struct tcp_conn *c); /* new data went out: was the window used? (RFC 7661) */
 bool tcp_cc_complete(const struct bypass_stack *s);           /* this process knows all that the arena names */
@@ -742,6 +743,11 @@ static inline void tcp_pace_sent(struct bypass_stack *s, struct tcp_conn *c, uin
 }
 
 /* tcp_ecn.c */
+uint8_t tcp_ecn_syn(struct bypass_stack *s, struct tcp_conn *c); /* flags of our SYN */
+void tcp_ecn_syn_ack_in(struct tcp_conn *c, const struct segment *g);
+bool tcp_ecn_agreed(const struct bypass_stack *s, const struct tcp_endpoint *ep, const struct segment *g);
+void tcp_ecn_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* TX_ECN, data or FIN */
+uint8_t tcp_ecn_out(struct tcp_conn *c, bool new_data, uint8_t *tos);                 /* TX_ECN: flags of a segment */
 void tcp_ecn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
 
 /* tcp_tune.c */

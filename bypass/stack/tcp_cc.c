@@ -15,7 +15,7 @@
 enum { CWND_MAX = 1u << 30 };
 
 /* ---- Registry ------------------------------------------------------------------------------------------- */
-static const struct bypass_cc_ops *const builtin[] = {&tcp_cubic, &tcp_reno, &tcp_bbr};
+static const struct bypass_cc_ops *const builtin[] = {&tcp_cubic, &tcp_reno, &tcp_dctcp, &tcp_bbr};
 enum { BUILTINS = ARRAY_LEN(builtin) };
 
 static const struct bypass_cc_ops *ops_at(const struct bypass_stack *s, uint32_t i)
@@ -93,13 +93,6 @@ int bypass_cc_default(struct bypass_stack *s, const char *name)
 }
 
 /* ---- The view ------------------------------------------------------------------------------------------- */
-static uint32_t ca_state(const struct tcp_conn *c, const struct tcp_flight *fl)
-{
-    if (c->flags & TF_RECOVERY)
-        return CA_RECOVERY;
-    return c->flags & TF_LOSS ? (uint32_t)CA_LOSS : fl->ca_state;
-}
-
 static struct bypass_cc view(const struct bypass_stack *s, const struct tcp_conn *c, struct tcp_flight *fl)
 {
     return (struct bypass_cc){
@@ -112,7 +105,7 @@ static struct bypass_cc view(const struct bypass_stack *s, const struct tcp_conn
         .min_rtt_us = c->min_rtt_us,
         .in_flight = tcp_pipe(s, c),
         .flight_size = c->snd_nxt.v - c->snd_una.v,
-        .ca_state = ca_state(c, fl),
+        .ca_state = fl->ca_state,
         .snd_una = c->snd_una.v,
         .snd_nxt = c->snd_nxt.v,
         .now_us = now_ns(s) / 1000,
@@ -136,9 +129,16 @@ uint32_t tcp_initial_window(const struct tcp_conn *c)
     return min_u32(10 * mss, max_u32(2 * mss, 14600)); /* RFC 6928 2 */
 }
 
+bool tcp_cc_exact_ecn(const struct bypass_stack *s, uint8_t cc) { return ops_at(s, cc)->flags & BYPASS_CC_EXACT_ECN; }
+
+static void mark_exact_ecn(const struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->feat = tcp_cc_exact_ecn(s, c->cc) ? c->feat | TX_ECN_EXACT : c->feat & ~(uint32_t)TX_ECN_EXACT;
+}
+
 void tcp_cc_init(struct bypass_stack *s, struct tcp_conn *c)
 {
-    (void)s;
+    mark_exact_ecn(s, c);
     c->cwnd = tcp_initial_window(c);
     c->ssthresh = UINT32_MAX;
 }
@@ -193,10 +193,9 @@ static bool window_limits(const struct tcp_conn *c, const struct tcp_flight *fl)
     return fl->used_most + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * fl->used_most);
 }
 
-static bool window_is_recoverys(const struct tcp_conn *c, const struct tcp_flight *fl, const struct bypass_cc_ops *ops)
+static bool window_is_recoverys(const struct tcp_flight *fl, const struct bypass_cc_ops *ops)
 {
-    uint32_t state = ca_state(c, fl);
-    return (state == CA_RECOVERY || state == CA_CWR) && !(ops->flags & BYPASS_CC_OWN_WINDOW);
+    return (fl->ca_state == CA_RECOVERY || fl->ca_state == CA_CWR) && !(ops->flags & BYPASS_CC_OWN_WINDOW);
 }
 
 bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c)
@@ -226,7 +225,7 @@ static void call_acked(struct bypass_stack *s, struct tcp_conn *c, const struct 
         .app_limited = sm->app_limited,
     };
     ops->acked(&v, &told);
-    view_store(c, fl, &v, !window_is_recoverys(c, fl, ops));
+    view_store(c, fl, &v, !window_is_recoverys(fl, ops));
     if (v.held_back)
         fl->app_limited = max_u64(fl->delivered + tcp_pipe(s, c), 1);
 }
@@ -237,12 +236,12 @@ void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_s
     struct tcp_flight *fl = conn_flight(s, c);
     bool limited = window_limits(c, fl);
     if (!(ops->flags & BYPASS_CC_EVERY_ACK)) {
-        bool slow_start = ca_state(c, fl) == CA_LOSS;
+        bool slow_start = fl->ca_state == CA_LOSS;
         if (!limited && !slow_start) {
             fl->paused = 1;
             return;
         }
-        if (sm->acked == 0 || window_is_recoverys(c, fl, ops))
+        if (sm->acked == 0 || window_is_recoverys(fl, ops))
             return;
     }
     if (ops->acked)
@@ -256,8 +255,12 @@ void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev)
     struct bypass_cc v = view(s, c, fl);
     if (ev <= CC_EV_ECN) {
         /* what limited transmit sent beyond cwnd does not count (RFC 5681 3.2 step 2) */
+        if (ev == CC_EV_ECN) /* the ACK that told is taken off already */
+            v.flight_size = max_u32(v.flight_size, fl->used_most);
         if (ev != CC_EV_RTO)
             v.flight_size = min_u32(v.flight_size, v.cwnd);
+        if (c->feat & TX_ECN)
+            c->feat |= TX_CWR; /* RFC 3168 6.1.2: whatever the reason is */
         v.ssthresh = (ops->ssthresh ? ops->ssthresh : tcp_reno_ssthresh)(&v, (int)ev);
     }
     if (ops->event)
@@ -271,7 +274,7 @@ void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns
 {
     uint32_t floor = min_u32(c->cwnd, tcp_initial_window(c));
     uint64_t rtos = idle_ns / (c->rto_us * 1000ull);
-    if (!tcp_cc_own_window(s, c) && !(core(s)->cfg.flags & BYPASS_F_IDLE_WINDOW))
+    if (!tcp_cc_own_window(s, c) && !core(s)->cfg.keep_idle_window)
         c->cwnd = max_u32(rtos > 31 ? 0 : c->cwnd >> rtos, floor);
 }
 
@@ -280,6 +283,7 @@ void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns
 static void cc_switch(struct bypass_stack *s, struct tcp_conn *c, int i)
 {
     c->cc = (uint8_t)i;
+    mark_exact_ecn(s, c);
     if (!has_flight(c))
         return;
     struct tcp_flight *fl = conn_flight(s, c);

@@ -5,8 +5,10 @@
 
 #include "types.h"
 
-extern const struct bypass_cc_ops tcp_bbr, tcp_cubic, tcp_reno;
+extern const struct bypass_cc_ops tcp_bbr, tcp_cubic, tcp_dctcp, tcp_reno;
 
+/* Slow start, then congestion avoidance by one segment a window, with the bytes towards it in *rest. */
+void tcp_reno_grow(struct bypass_cc *cc, uint32_t acked, uint64_t *rest);
 /* RFC 5681 equation 4. */
 uint32_t tcp_reno_ssthresh(struct bypass_cc *cc, int event);
 /* Slow start with appropriate byte counting (RFC 3465), by so many segments at most. Returns what is left of `acked`

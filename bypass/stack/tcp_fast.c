@@ -196,7 +196,9 @@ static inline void put_headers(const struct bypass_stack *s, const struct tcp_co
     memcpy(b + ETH_DST, d->mac, 6);
     memcpy(b + ETH_SRC, s->dev->mac, 6);
     wr16(b + ETH_TYPE, ETH_TYPE_IPV4);
-    uint64_t w0 = (uint64_t)__builtin_bswap16(IP4_DF) << 48 | (uint32_t)total << 16 | (uint32_t)k->opt.tos << 8 | 0x45;
+    static_assert(TX_ECN == 2, "ECT(0) in place (RFC 3168 5)");
+    uint8_t tos = (uint8_t)(k->opt.tos | (c->feat & TX_ECN));
+    uint64_t w0 = (uint64_t)__builtin_bswap16(IP4_DF) << 48 | (uint32_t)total << 16 | (uint32_t)tos << 8 | 0x45;
     uint64_t w1 = (uint64_t)src << 32 | PROTO_TCP << 8 | k->opt.ttl;
     w1 |= (uint32_t)csum_ipv4_header(w0, w1, dst) << 16;
     memcpy(b + ETH_LEN, &w0, 8);
@@ -218,7 +220,7 @@ static inline void put_headers(const struct bypass_stack *s, const struct tcp_co
 static inline bool may_go_at_once(struct bypass_stack *s, const struct tcp_conn *c, const struct tcp_cold *k, size_t n)
 {
     const uint32_t flags = TF_TS | TF_FIN_QUEUED | TF_CORK | TF_RECOVERY | TF_LOSS | TF_BLOCKED | TF_PROBING | TF_DEAD;
-    const uint32_t feat = TX_ECN | TX_CWR | TX_ECE | TX_DSACK | TX_PACED | TX_URG_OUT;
+    const uint32_t feat = TX_CWR | TX_ECE | TX_DSACK | TX_PACED | TX_URG_OUT;
     return c->state == BYPASS_ESTABLISHED && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 &&
            c->sndq_head == BYPASS_PKT_NONE && c->snd_nxt.v == c->snd_una.v && c->ooo == NO_INDEX &&
            n - 1 < c->snd_mss && n <= c->snd_wnd && n <= c->sndbuf && k->error == 0 &&

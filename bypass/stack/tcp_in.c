@@ -93,6 +93,7 @@ static void syn_sent_in(struct bypass_stack *s, struct tcp_conn *c, struct segme
     if (!(g->flags & TCP_SYN)) /* fourth; the third, security, is not ours */
         return;
     tcp_take_syn(s, c, g);
+    tcp_ecn_syn_ack_in(c, g);
     c->rcv_adv = seq_add(c->rcv_nxt, min_u32(c->rcvbuf, 65535)); /* what our SYN offered */
     if (ack_ok) {
         syn_sent_established(s, c, g);
@@ -300,6 +301,8 @@ static void synchronised_in(struct bypass_stack *s, struct tcp_conn *c, struct s
         return;
     if (data_after_close(s, c, g))
         return;
+    if (unlikely(c->feat & TX_ECN) && seg_len(g) > 0)
+        tcp_ecn_in(s, c, g);
     if ((g->len > 0 || (g->flags & TCP_FIN)) && !(c->flags & TF_FIN_IN)) /* nothing comes after a FIN */
         tcp_rcv_data(s, c, g); /* sixth (urgent) is delivered as ordinary data; seventh, eighth */
     tcp_output(s, c);

@@ -109,6 +109,8 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
         h->ts_val = tcp_ts_now(s, c);
         h->ts_ecr = c->ts_recent;
     }
+    if (unlikely(c->feat & TX_ECE) && !(flags & TCP_RST))
+        h->flags |= TCP_ECE;
     if (unlikely(tcp_header_special(c)) && !(flags & TCP_RST) &&
         !special_header(s, c, h, opts, conn_option_room(c, payload)) && (c->feat & TX_SACK))
         answered &= ~(uint32_t)TF_ACK_NOW; /* a full segment: the blocks go in an ACK of their own behind it */
@@ -201,7 +203,7 @@ void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
     }
     uint32_t mss = min_u32((d->mtu ? d->mtu : s->dev->mtu) - 40u, k->opt.maxseg ? k->opt.maxseg : UINT32_MAX);
     struct header h = {.seq = k->iss, .src_port = c->lport, .dst_port = c->rport, .opts = opts};
-    h.flags = answer ? TCP_SYN | TCP_ACK : TCP_SYN;
+    h.flags = (uint8_t)((answer ? TCP_SYN | TCP_ACK : TCP_SYN) | tcp_ecn_syn(s, c));
     h.ack = answer ? c->rcv_nxt : seq(0);
     h.wnd = (uint16_t)min_u32(c->rcvbuf, 65535); /* never scaled, RFC 7323 2.2 */
     const struct tcp_opts offer = {.mss = (uint16_t)mss,
@@ -307,8 +309,10 @@ static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     m->queue = c->queue;
     m->time_ns = tcp_stamp(s, c);
     tcp_rate_sent(s, c, p);
-    push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
     struct ip_tx tx = conn_ip(s, c);
+    if (c->feat & TX_ECN)
+        h.flags |= tcp_ecn_out(c, !(m->seg_flags & SEG_RTX), &tx.tos);
+    push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
     ip_out_ready(s, p, &tx, d);
     conn_cold(s, c)->data_segs_out++;
     STAT(s, tcp_out_data_segments);

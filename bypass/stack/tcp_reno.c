@@ -20,19 +20,22 @@ uint32_t tcp_reno_slow_start(struct bypass_cc *cc, uint32_t acked, uint32_t segm
     return cc->cwnd < cc->ssthresh ? 0 : acked - grow;
 }
 
-static void reno_acked(struct bypass_cc *cc, const struct bypass_cc_sample *sm)
+void tcp_reno_grow(struct bypass_cc *cc, uint32_t acked, uint64_t *rest)
 {
-    uint32_t acked = sm->acked;
     if (cc->cwnd < cc->ssthresh)
         acked = tcp_reno_slow_start(cc, acked, 2);
     if (acked == 0 || cc->cwnd < cc->ssthresh)
         return;
-    uint64_t *state = cc->state, rest = *state + acked;
-    if (rest >= cc->cwnd) { /* RFC 3465 2.1: one segment for each window acknowledged */
-        rest -= cc->cwnd;
+    *rest += acked;
+    if (*rest >= cc->cwnd) { /* RFC 3465 2.1: one segment for each window acknowledged */
+        *rest -= cc->cwnd;
         cc->cwnd += cc->mss;
     }
-    *state = rest;
+}
+
+static void reno_acked(struct bypass_cc *cc, const struct bypass_cc_sample *sm)
+{
+    tcp_reno_grow(cc, sm->acked, cc->state);
 }
 
 static void reno_event(struct bypass_cc *cc, int event)

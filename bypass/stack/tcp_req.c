@@ -140,7 +140,7 @@ static void send_syn_ack(struct bypass_stack *s, struct tcp_req *r)
                                .ts_val = req_ts_now(s, r),
                                .ts_ecr = r->ts_recent,
                                .sack_ok = (r->flags & REQ_SACK) != 0};
-    send_for(s, r, TCP_SYN | TCP_ACK, &o);
+    send_for(s, r, (uint8_t)(TCP_SYN | TCP_ACK | (r->flags & REQ_ECN ? TCP_ECE : 0)), &o);
     r->sent_ns = now_ns(s);
 }
 
@@ -202,6 +202,8 @@ bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct s
     if (g->follows && seq_leq(r->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
         r->iss = seq_add(g->old_snd_nxt, 65536);
     take_options(s, r, ep, &g->opt);
+    if (tcp_ecn_agreed(s, ep, g))
+        r->flags |= REQ_ECN;
     const uint8_t *mac = pkt_came_from(s, g->pkt);
     if (mac)
         memcpy(r->mac, mac, 6);
@@ -248,6 +250,7 @@ static struct tcp_conn *promote(struct bypass_stack *s, struct tcp_req *r, const
     struct tcp_conn *c = tcp_req_promote(s, endpoint_at(s, r->listener), &syn, r->iss);
     if (!c)
         return NULL; /* no room: the SYN-ACK goes again, its answer may find some */
+    c->feat |= r->flags & REQ_ECN ? TX_ECN : 0;
     conn_cold(s, c)->syn_sent_ns = r->sent_ns;
     conn_cold(s, c)->last_in = now_ns(s);
     if (r->tries > 0)
