@@ -83,7 +83,9 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_PACE_WAIT = 1 << 16,  /* the next segment waits for flight.pace_at */
        TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
        TX_RCVLOWAT = 1 << 12,   /* cold.opt.rcvlowat is more than a byte */
-       TX_LENT = 1 << 16,       /* cold.rcv_lent */
+       TX_LENT = 1 << 17,       /* cold.rcv_lent */
+       TX_LONE = 1 << 18,       /* what is in flight is one segment, sent by the short way without a record */
+       TX_CC_LAZY = 1 << 19,    /* the congestion control wants to hear of no ACK but when the window limits */
        TX_NOTSENT = 1 << 13,    /* cold.opt.notsent_lowat limits what is queued */
 };
 
@@ -576,9 +578,11 @@ struct tcp_conn *tcp_cookie_in(struct bypass_stack *s, struct tcp_endpoint *ep, 
 
 /* tcp_ack.c */
 bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
+void tcp_ack_lone(struct bypass_stack *s, struct tcp_conn *c, uint32_t wnd); /* TX_LONE: the segment has arrived */
 void tcp_rtt_sample(struct tcp_conn *c, uint64_t rtt_us);
 uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c); /* bytes thought to be in the network */
 void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_flight_late(struct bypass_stack *s, struct tcp_conn *c); /* TX_LONE: the record is needed after all */
 void tcp_flight_end(struct bypass_stack *s,
                     struct tcp_conn *c); /* nothing is in flight: frees it unless it is to be kept */
 void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c);
@@ -767,7 +771,8 @@ static inline bool tcp_tune_pressure(const struct bypass_stack *s)
 }
 
 /* tcp_rcv.c */
-void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
+void tcp_rcv_small(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* the usual request */
+void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g);  /* payload and FIN */
 uint32_t tcp_rcv_window(const struct bypass_stack *s,
                         struct tcp_conn *c); /* bytes to offer; never less than was offered */
 /* Enough is there to tell the program (SO_RCVLOWAT). */

@@ -30,6 +30,20 @@ void tcp_flight_begin(struct bypass_stack *s, struct tcp_conn *c)
     tcp_cc_begin(s, c);
 }
 
+/* As if the record had been there when the segment left. */
+void tcp_flight_late(struct bypass_stack *s, struct tcp_conn *c)
+{
+    bypass_pkt p = c->sndq_head;
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    c->feat &= ~(uint32_t)TX_LONE;
+    tcp_flight_begin(s, c);
+    tcp_sack_sent(s, c, p);
+    tcp_rate_sent(s, c, p);
+    struct tcp_flight *fl = conn_flight(s, c);
+    m->rule = m->hash = fl->delivered_at = fl->first_tx_at = tcp_rate_tick(m->time_ns);
+    tcp_cc_sent(s, c);
+}
+
 void tcp_flight_drop(struct bypass_stack *s, struct tcp_conn *c)
 {
     if (!has_flight(c))
@@ -175,6 +189,31 @@ static void unusual_ack(struct bypass_stack *s, struct tcp_conn *c, const struct
         wake_writer(s, c);
 }
 
+/* All that was in flight was one segment, and one ACK has come for it: nothing is left to remember. */
+void tcp_ack_lone(struct bypass_stack *s, struct tcp_conn *c, uint32_t wnd)
+{
+    struct tcp_cold *k = conn_cold(s, c);
+    bypass_pkt p = c->sndq_head;
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    uint32_t us = (uint32_t)min_u64(max_u64((now_ns(s) - m->time_ns) / 1000, 1), RTO_MAX_US);
+    take_min_rtt(s, c, us);
+    tcp_rtt_sample(c, us);
+    m->seg_flags &= IN_TXQ;
+    if (likely(m->seg_flags == 0))
+        pkt_free(s, p);
+    c->feat &= ~(uint32_t)TX_LONE;
+    c->sndq_head = c->sndq_tail = BYPASS_PKT_NONE;
+    c->snd_queued = 0;
+    c->snd_una = c->snd_wl2 = c->snd_nxt;
+    c->snd_wl1 = c->rcv_nxt;
+    c->snd_wnd = wnd << c->snd_wscale;
+    c->snd_wnd_max = max_u32(c->snd_wnd_max, c->snd_wnd);
+    c->rtx_at = 0;
+    c->rtx_count = c->probes = 0;
+    k->unacked_since = now_ns(s);
+    k->soft_error = 0;
+}
+
 /* Does it need more than the usual? With nothing in flight there may still be a D-SACK to listen to. */
 static inline bool is_unusual(const struct bypass_stack *s, const struct tcp_conn *c, const struct segment *g)
 {
@@ -201,6 +240,8 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
         tcp_challenge(s, c);
         return false;
     }
+    if (unlikely(c->feat & TX_LONE))
+        tcp_flight_late(s, c);
     uint32_t oldest = max_u32(c->snd_wnd_max, 65535);
     if (seq_lt(seq_add(g->ack, oldest), c->snd_una)) { /* RFC 5961 5.2: too old to be a delayed one */
         STAT(s, tcp_in_bad_ack);

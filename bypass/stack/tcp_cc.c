@@ -131,14 +131,20 @@ uint32_t tcp_initial_window(const struct tcp_conn *c)
 
 bool tcp_cc_exact_ecn(const struct bypass_stack *s, uint8_t cc) { return ops_at(s, cc)->flags & BYPASS_CC_EXACT_ECN; }
 
-static void mark_exact_ecn(const struct bypass_stack *s, struct tcp_conn *c)
+/* What the short ways ask about, in one word. Lazy: no flag, so it is told of ACKs only when the window limits, keeps
+ * nothing, and is not paced. */
+static void note_kind(const struct bypass_stack *s, struct tcp_conn *c)
 {
-    c->feat = tcp_cc_exact_ecn(s, c->cc) ? c->feat | TX_ECN_EXACT : c->feat & ~(uint32_t)TX_ECN_EXACT;
+    c->feat &= ~(uint32_t)(TX_ECN_EXACT | TX_CC_LAZY);
+    if (tcp_cc_exact_ecn(s, c->cc))
+        c->feat |= TX_ECN_EXACT;
+    if (cc_ops(s, c)->flags == 0)
+        c->feat |= TX_CC_LAZY;
 }
 
 void tcp_cc_init(struct bypass_stack *s, struct tcp_conn *c)
 {
-    mark_exact_ecn(s, c);
+    note_kind(s, c);
     c->cwnd = tcp_initial_window(c);
     c->ssthresh = UINT32_MAX;
 }
@@ -282,8 +288,10 @@ void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns
 /* A live connection goes on with the window that the old algorithm left. */
 static void cc_switch(struct bypass_stack *s, struct tcp_conn *c, int i)
 {
+    if (c->feat & TX_LONE)
+        tcp_flight_late(s, c);
     c->cc = (uint8_t)i;
-    mark_exact_ecn(s, c);
+    note_kind(s, c);
     if (!has_flight(c))
         return;
     struct tcp_flight *fl = conn_flight(s, c);

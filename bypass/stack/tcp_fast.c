@@ -159,9 +159,12 @@ bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash)
         c->ts_recent = g.opt.ts_val;
         c->ts_recent_ms = conn_now_ms(s);
     }
-    (void)tcp_ack_in(s, c, &g);
+    if ((c->feat & TX_LONE) && seq_eq(g.ack, c->snd_nxt) && !(c->flags & TF_WANT_OUT))
+        tcp_ack_lone(s, c, g.wnd);
+    else
+        (void)tcp_ack_in(s, c, &g);
     if (g.len > 0)
-        tcp_rcv_data(s, c, &g);
+        tcp_rcv_small(s, c, &g);
     tcp_output(s, c);
     if (g.pkt != BYPASS_PKT_NONE)
         pkt_free(s, g.pkt);
@@ -227,6 +230,13 @@ static inline bool may_go_at_once(struct bypass_stack *s, const struct tcp_conn 
            s->dev->free_frames >= s->dev->frames / 4 && now_ns(s) - k->unacked_since <= c->rto_us * 1000ull;
 }
 
+/* Nothing was learned that an ACK of this segment would change: no losses, and a window that one segment does not fill
+ * (window_limits() of tcp_cc.c would say no). Then it needs no record, until something else happens. */
+static inline bool may_be_lone(const struct tcp_conn *c)
+{
+    return !has_flight(c) && c->ssthresh == UINT32_MAX && c->cwnd >= 4u * c->snd_mss && (c->feat & TX_CC_LAZY);
+}
+
 /* The frame as the only one of the send queue. */
 static inline void enqueue(struct bypass_stack *s, struct tcp_conn *c, struct tcp_cold *k, bypass_pkt p, uint32_t n)
 {
@@ -269,12 +279,17 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     if (tx_csum_offload(s))
         csum_leave(m, payload - PLAIN_TS + TCP_CSUM,
                    csum_pseudo(&c->laddr, &c->raddr, PROTO_TCP, PLAIN_TS + (uint32_t)n), NET_HEADERS, TCP_CSUM);
-    tcp_rate_write(s, c);
-    tcp_flight_begin(s, c);
-    tcp_sack_sent(s, c, p);
-    tcp_rate_sent(s, c, p);
-    enqueue(s, c, k, p, (uint32_t)n);
-    tcp_cc_sent(s, c);
+    if (likely(may_be_lone(c))) {
+        c->feat |= TX_LONE;
+        enqueue(s, c, k, p, (uint32_t)n);
+    } else {
+        tcp_rate_write(s, c);
+        tcp_flight_begin(s, c);
+        tcp_sack_sent(s, c, p);
+        tcp_rate_sent(s, c, p);
+        enqueue(s, c, k, p, (uint32_t)n);
+        tcp_cc_sent(s, c);
+    }
     tcp_rtx_restart(s, c);
     STAT(s, tcp_out);
     STAT(s, tcp_out_data_segments);

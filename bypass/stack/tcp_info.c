@@ -123,6 +123,8 @@ int bypass_tcp_info(struct bypass_stack *s, bypass_sock h, struct bypass_tcp_inf
     if (k->type == SOCK_UDP)
         return -EOPNOTSUPP;
     if (k->type == SOCK_TCP) {
+        if (conn_at(s, k->idx)->feat & TX_LONE)
+            tcp_flight_late(s, conn_at(s, k->idx));
         fill(s, conn_at(s, k->idx), out);
         return 0;
     }

@@ -528,6 +528,8 @@ static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c, bool se
 void tcp_output_now(struct bypass_stack *s, struct tcp_conn *c)
 {
     if (state_sends_data(c->state) && tcp_has_output(c)) {
+        if (c->feat & TX_LONE)
+            tcp_flight_late(s, c);
         struct dst *d = conn_dst(s, c);
         if (d && d->mtu && c->path_mtu != d->mtu) {
             c->path_mtu = d->mtu;

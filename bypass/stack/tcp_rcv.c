@@ -169,6 +169,28 @@ static void take_in_order(struct bypass_stack *s, struct tcp_conn *c, struct seg
         conn_event(s, c, BYPASS_IN);
 }
 
+/* A few bytes in order, with nothing else to think of, into a chunk of their own. */
+void tcp_rcv_small(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
+{
+    uint32_t i = c->rcvq_head == NO_INDEX && g->len <= COPY_BREAK ? chunk_alloc(s) : NO_INDEX;
+    if (unlikely(i == NO_INDEX)) {
+        tcp_rcv_data(s, c, g);
+        return;
+    }
+    struct chunk *k = chunk_at(s, i);
+    k->len = (uint16_t)g->len;
+    k->owner[0] = g->seq.v;
+    memcpy(k->data, pkt_data(s, g->pkt) + g->data_off, g->len);
+    c->rcvq_head = c->rcvq_tail = i | ITEM_CHUNK;
+    c->rcv_queued = g->len;
+    c->rcv_charged += CHUNK_SIZE;
+    c->rcv_nxt = seq_add(c->rcv_nxt, g->len);
+    STAT(s, tcp_in_data_segments);
+    ack_data(s, c, g->len, false);
+    if (tcp_readable(s, c))
+        sock_event(s, c->sock, BYPASS_IN);
+}
+
 /* RFC 9293 3.10.7.4, seventh and eighth: the segment's text, then its FIN. */
 void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {

@@ -183,6 +183,8 @@ void tcp_enter_loss(struct bypass_stack *s, struct tcp_conn *c)
  * congestion: cwnd stays. */
 void tcp_mark_oversize(struct bypass_stack *s, struct tcp_conn *c)
 {
+    if (c->feat & TX_LONE)
+        tcp_flight_late(s, c);
     for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next)
         if (pkt_meta(s, p)->data_len > c->snd_mss)
             tcp_sack_mark_lost(s, c, p);

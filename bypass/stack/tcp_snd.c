@@ -237,5 +237,6 @@ void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c)
     }
     c->sndq_next = c->sndq_tail = BYPASS_PKT_NONE;
     c->snd_queued = c->lost_bytes = 0;
+    c->feat &= ~(uint32_t)TX_LONE;
     tcp_flight_drop(s, c);
 }

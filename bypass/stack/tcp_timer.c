@@ -39,8 +39,10 @@ static void arm_rtx(struct bypass_stack *s, struct tcp_conn *c, uint64_t at, uin
 /* RFC 8985 7.2: is a tail loss probe the next thing to do, when no ACK comes? */
 static bool wants_probe(const struct bypass_stack *s, const struct tcp_conn *c)
 {
-    if (!(c->feat & TX_SACK) || !has_flight(c))
+    if (!(c->feat & TX_SACK))
         return false;
+    if (!has_flight(c))
+        return c->feat & TX_LONE;
     const struct tcp_flight *fl = conn_flight(s, c);
     return (fl->ca_state == CA_OPEN || (fl->ca_state == CA_CWR && fl->sacked_frames == 0)) && !fl->tlp_out;
 }
@@ -194,6 +196,8 @@ static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
 static void rtx_due(struct bypass_stack *s, struct tcp_conn *c)
 {
     c->rtx_at = 0;
+    if (c->feat & TX_LONE)
+        tcp_flight_late(s, c);
     switch (c->state) {
     case BYPASS_SYN_SENT:
     case BYPASS_SYN_RECEIVED:
