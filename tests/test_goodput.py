@@ -81,6 +81,13 @@ def test_a_deep_queue_drops_nothing_before_it_is_full() -> None:
     assert result["flows"][0]["retransmits"] == 0
 
 
+def test_no_round_trip_is_shorter_than_the_path() -> None:
+    """A host that lives in the past would answer frames before they came."""
+    for cc in (cc for cc in matrix.CCS if run.has(cc)):
+        result = virtual(CLEAN, cc)
+        assert 20 <= result["flows"][0]["srtt_ms"] <= 20 + result["fwd"]["queue_max_ms"] + 2
+
+
 def test_losses_come_as_often_as_asked() -> None:
     sent = virtual(with_forward(CLEAN, loss=0.05))["fwd"]
     assert sent["lost"] == pytest.approx(0.05 * (sent["frames"] - sent["queue_dropped"]), rel=0.5)
