@@ -99,6 +99,25 @@ static uint8_t draw(struct port *from)
     return SIM_FATE_PASS;
 }
 
+static uint64_t waiting_bytes(const struct port *from, uint64_t now_ns)
+{
+    if (from->busy_until_ns <= now_ns) {
+        return 0;
+    }
+    return (uint64_t)((unsigned __int128)(from->busy_until_ns - now_ns) * from->faults.rate_bps / 8000000000ull);
+}
+
+/* As a router does that tells of its queue in place of dropping (RFC 3168 5). */
+static bool deserves_mark(struct port *from, const struct outgoing *out, uint64_t now_ns)
+{
+    const struct sim_faults *f = &from->faults;
+    if (!f->mark_bytes || !f->rate_bps || waiting_bytes(from, now_ns) <= f->mark_bytes) {
+        return false;
+    }
+    const uint8_t *ip = out->data + ETH_HEADER;
+    return be16_at(out->data + 12) == ETHERTYPE_IPV4 && out->len >= ETH_HEADER + 20u && (ip[1] & 3);
+}
+
 /* When the last bit has left, behind what waits for the rate. UINT64_MAX: the queue is full. */
 static uint64_t departure_ns(struct port *from, uint32_t len, uint64_t now_ns)
 {
@@ -110,7 +129,7 @@ static uint64_t departure_ns(struct port *from, uint32_t len, uint64_t now_ns)
         from->busy_until_ns = now_ns;
         from->rate_remainder = 0;
     }
-    unsigned __int128 waiting = (unsigned __int128)(from->busy_until_ns - now_ns) * f->rate_bps / 8000000000ull;
+    uint64_t waiting = waiting_bytes(from, now_ns);
     uint32_t limit = f->queue_bytes ? f->queue_bytes : DEFAULT_QUEUE_BYTES;
     if (waiting + len > limit && from->busy_until_ns > now_ns) {
         return UINT64_MAX;
@@ -189,11 +208,13 @@ void fault_decide(struct port *from, const struct outgoing *out, uint64_t now_ns
         drop(fate, &from->stats.oversize, CAPTURE_OVERSIZE);
         return;
     }
+    fate->mark = deserves_mark(from, out, now_ns);
     uint64_t departed_ns = departure_ns(from, out->len, now_ns);
     if (departed_ns == UINT64_MAX) {
         drop(fate, &from->stats.queue_dropped, CAPTURE_QUEUE_DROPPED);
         return;
     }
+    from->stats.marked += fate->mark;
     uint8_t what = draw(from);
     fate->arrival_ns[0] = arrival_ns(from, departed_ns);
     apply(from, out, what, fate);

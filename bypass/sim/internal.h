@@ -158,6 +158,7 @@ static inline uint32_t port_rx_waiting(const struct port *p) { return p->rxq_tai
 struct fate {
     bool deliver;
     bool twice;
+    bool mark; /* CE */
     uint16_t capture_flags;
     uint64_t arrival_ns[2];
     uint32_t corrupt_at;   /* offset of the word */

@@ -53,6 +53,7 @@ class Faults:
         rate_bps: bits a second of Ethernet frame without FCS; 0: no limit.
         queue_bytes: what may wait for the rate; the rest is dropped. 0: 262144.
         mtu: larger IP packets are dropped, bytes; 0: no limit.
+        mark_bytes: an ECN-capable packet that finds more waiting for the rate is marked (CE); 0: none is.
     """
 
     loss: float = 0.0
@@ -65,6 +66,7 @@ class Faults:
     rate_bps: int = 0
     queue_bytes: int = 0
     mtu: int = 0
+    mark_bytes: int = 0
 
     def c(self) -> Any:
         f = ffi.new("struct sim_faults *")
@@ -77,7 +79,7 @@ class Faults:
             raise ValueError(
                 "loss, duplicate, corrupt and reorder exclude each other: their sum is at most 1"
             )
-        for name in ("reorder_ns", "delay_ns", "jitter_ns", "rate_bps", "queue_bytes", "mtu"):
+        for name in ("reorder_ns", "delay_ns", "jitter_ns", "rate_bps", "queue_bytes", "mtu", "mark_bytes"):
             setattr(f, name, getattr(self, name))
         return f
 
@@ -121,6 +123,7 @@ class PortStats:
     corrupted: int
     reordered: int
     queue_dropped: int
+    marked: int
     oversize: int
     in_flight_dropped: int
     no_frame: int

@@ -109,6 +109,8 @@ struct sim_faults { /* what happens to the frames that one port sends; at most o
     uint64_t rate_bps;    /* bits a second of Ethernet frame without FCS; 0: no limit */
     uint32_t queue_bytes; /* waiting for the rate, at most; 0: 262144. What exceeds it is dropped */
     uint32_t mtu;         /* larger IP packets are dropped; 0: no limit */
+    uint32_t mark_bytes;  /* what finds more waiting for the rate gets CE if it is ECN-capable (RFC 3168 5); 0: never */
+    uint32_t reserved;
 };
 void sim_port_faults(struct bypass_netdev *port, const struct sim_faults *faults);
 
@@ -138,6 +140,7 @@ struct sim_port_stats {
     uint64_t rx_frames, rx_bytes;                    /* handed to this port's receive queue */
     uint64_t lost, duplicated, corrupted, reordered; /* of frames sent by this port */
     uint64_t queue_dropped;                          /* did not fit the rate's queue */
+    uint64_t marked;                                 /* congestion experienced (mark_bytes) */
     uint64_t oversize;                               /* larger than the MTU */
     uint64_t in_flight_dropped;                      /* towards this port: too many frames on the wire */
     uint64_t no_frame;                               /* towards this port: its packet memory was used up */

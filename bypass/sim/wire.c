@@ -33,11 +33,26 @@ static void complete_csum(uint8_t *frame, const struct outgoing *out)
     memcpy(frame + at, &csum, 2);
 }
 
+/* Sets both ECN bits of an IPv4 header and mends its checksum (RFC 1624 equation 3). */
+static void mark_ce(uint8_t *ip)
+{
+    uint16_t old = (uint16_t)(ip[0] << 8 | ip[1]), check = (uint16_t)(ip[10] << 8 | ip[11]);
+    ip[1] |= 3;
+    uint32_t sum = (uint16_t)~check + (uint32_t)(uint16_t)~old + (uint16_t)(ip[0] << 8 | ip[1]);
+    sum = (sum & 0xffff) + (sum >> 16);
+    check = (uint16_t) ~((sum & 0xffff) + (sum >> 16));
+    ip[10] = (uint8_t)(check >> 8);
+    ip[11] = (uint8_t)check;
+}
+
 /* What the wire does to the bytes of one copy. */
 static void finish_bytes(uint8_t *frame, const struct outgoing *out, const struct fate *fate)
 {
     if (out->complete_csum) {
         complete_csum(frame, out);
+    }
+    if (fate->mark) {
+        mark_ce(frame + ETH_HEADER);
     }
     if (fate->corrupt_mask) {
         frame[fate->corrupt_at] ^= (uint8_t)(fate->corrupt_mask >> 8);
