@@ -413,6 +413,10 @@ class CoreStack:
         """The pending errno, which is cleared; 0: none."""
         return check(lib.bypass_error(self.c, sock))
 
+    def at_mark(self, sock: int) -> bool:
+        """What is read next is the urgent byte, or lies behind it (SIOCATMARK)."""
+        return bool(check(lib.bypass_at_mark(self.c, sock)))
+
     def ready(self, sock: int) -> int:
         return check(lib.bypass_ready(self.c, sock))
 

@@ -32,7 +32,9 @@ T = TypeVar("T")
 
 RECV_FLAGS: dict[int, int] = {_socket.MSG_PEEK: lib.BYPASS_PEEK, _socket.MSG_TRUNC: lib.BYPASS_TRUNC}
 SEND_FLAGS: dict[int, int] = {_socket.MSG_MORE: lib.BYPASS_MORE, _socket.MSG_NOSIGNAL: 0}
+OOB_FLAGS: dict[int, int] = {_socket.MSG_OOB: lib.BYPASS_OOB}  # of streams
 DONTWAIT, WAITALL = _socket.MSG_DONTWAIT, _socket.MSG_WAITALL
+AT_ONCE = DONTWAIT | _socket.MSG_OOB  # an urgent byte is there or not: nobody waits for it
 
 SOL, TCP, IP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP, _socket.IPPROTO_IP
 OPTIONS: dict[tuple[int, int], int] = {
@@ -188,7 +190,8 @@ class Socket:
     # ---- data
     def send(self, data: Any, flags: int = 0) -> int:
         """Bytes taken, at least one: the rest has to be sent again. UDP: one datagram."""
-        ours = _translate(flags & ~DONTWAIT, SEND_FLAGS)
+        table = SEND_FLAGS if self.type == _socket.SOCK_DGRAM else SEND_FLAGS | OOB_FLAGS
+        ours = _translate(flags & ~DONTWAIT, table)
         with self._lock:
             return self._send(data, ours, bool(flags & DONTWAIT))
 
@@ -239,11 +242,11 @@ class Socket:
         if flags & WAITALL and not flags & _socket.MSG_PEEK:
             buffer = bytearray(bufsize)
             return bytes(buffer[: self.recv_into(buffer, 0, flags)])
-        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS)
+        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS | OOB_FLAGS)
         with self._lock:
             core = self._stack.core
             data: bytes = self._until(
-                lambda h: self._done(core.recv(h, bufsize, ours)), nonblocking=bool(flags & DONTWAIT)
+                lambda h: self._done(core.recv(h, bufsize, ours)), nonblocking=bool(flags & AT_ONCE)
             )
             self._stack.touched()  # room in the receive window may have to be announced
             return data

@@ -92,6 +92,8 @@ def options_bytes(text: str, iss: int = 0) -> bytes:
             case ["sack", *blocks]:
                 edges = [(iss + int(edge)) % WRAP for block in blocks for edge in block.split(":")]
                 out += struct.pack(f"!BB{len(edges)}I", 5, 2 + 4 * len(edges), *edges)
+            case ["urg", _]:
+                pass  # the header's, not an option
             case ["nop"]:
                 out += b"\x01"
             case ["eol"]:
@@ -289,6 +291,7 @@ class Talk(Conversation):
             win,
             data,
             options=options_bytes(opts.replace("nots", ""), self.iss or 0),
+            urgent=int(pointer[1]) if (pointer := re.search(r"urg (\d+)", opts)) else 0,
             csum=csum,
         )
         return ipv4(self.address, US, TCP, segment, options=self.ip_options)
@@ -324,12 +327,14 @@ class Talk(Conversation):
         sport, dport, seq, ack, offset, win, _, urgent = struct.unpack("!HHIIHHHH", raw[:20])
         assert (sport, dport) == (self.our_port, self.peer_port)
         assert offset & 0x0F00 == 0, "reserved bits"
-        assert urgent == 0
         head = (offset >> 12) * 4
         flags = offset & 0xFF
+        assert (urgent != 0) == bool(flags & URG)
         if self.iss is None or (flags & SYN and seq != self.iss):
             self.iss, self.heard = seq, 0
         opts = options_dict(raw[20:head], self.peer_iss)
+        if urgent:
+            opts["urg"] = urgent
         if self.ts is not None and "ts" in opts:
             self.ts = (self.ts[0], opts["ts"][0])
         if flags & SYN:

@@ -82,14 +82,6 @@ def test_a_segment_that_overlaps_what_is_here_gives_its_new_part() -> None:
         assert t.read() == stream(151, 201)
 
 
-def test_urgent_data_is_delivered_as_ordinary_data() -> None:
-    """RFC 6093 5: in line."""
-    with Talk() as t:
-        t.established()
-        t.peer("PU. 1:101")
-        assert t.read() == stream(1, 101)
-
-
 def test_a_segment_without_ack_is_dropped() -> None:
     with Talk() as t:
         t.established()
@@ -323,6 +315,7 @@ def test_one_connections_out_of_order_data_leaves_chunks_for_others() -> None:
         for first in range(2, 202, 2):
             t.peer(f". {first}:{first + 1}")
         t.sent()
+        assert t.stack.audit()["chunks"] == 24
         t.peer_port, t.iss = 40001, None
         t.peer("S 0:0")
         t.out()

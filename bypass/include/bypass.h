@@ -278,6 +278,7 @@ enum {
     BYPASS_ERR = 4,    /* bypass_error() has something */
     BYPASS_HUP = 8,    /* both directions are closed */
     BYPASS_RDHUP = 16, /* the peer closed its direction */
+    BYPASS_PRI = 32,   /* an urgent byte waits for bypass_recv(BYPASS_OOB) */
 
     /* bypass_shutdown() */
     BYPASS_SHUT_RD = 0,
@@ -286,7 +287,8 @@ enum {
 
     /* bypass_recv() flags */
     BYPASS_PEEK = 1,
-    BYPASS_TRUNC = 2, /* recvfrom: return the datagram's real size */
+    BYPASS_TRUNC = 2, /* UDP: return the datagram's real size; TCP: throw bytes away without copying them */
+    BYPASS_OOB = 8,   /* recv: the urgent byte, -EINVAL: there is none; send: the last byte is urgent (RFC 6093) */
     /* bypass_send() flags */
     BYPASS_MORE = 4, /* more follows: do not send a partial segment yet */
 
@@ -341,6 +343,8 @@ BYPASS_API int64_t bypass_sendto(struct bypass_stack *s, bypass_sock sock, const
                                  const struct bypass_endpoint *to);
 BYPASS_API int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock sock, void *buf, size_t n, int flags,
                                    struct bypass_endpoint *from);
+/* 1: what is read next is the urgent byte, or lies behind it (SIOCATMARK). 0, -EBADF, -EINVAL (not a TCP connection). */
+BYPASS_API int bypass_at_mark(struct bypass_stack *s, bypass_sock sock);
 BYPASS_API int bypass_shutdown(struct bypass_stack *s, bypass_sock sock, int how);
 /* The handle is invalid afterwards; queued data is still delivered, unless unread data was thrown away
  * or linger is 0: then the peer gets a reset (RFC 9293 3.10.4, RFC 2525 2.17). */

@@ -41,7 +41,7 @@
     X(tcp_time_wait_overflow) X(tcp_cookies_sent) X(tcp_cookies_good) X(tcp_cookies_bad)                             \
     X(tcp_aborted) X(tcp_timed_out) X(tcp_keepalive_timeouts) X(tcp_ooo_pruned)      \
     X(tcp_ooo_refused) X(tcp_out_sacks) X(tcp_out_dsacks) X(tcp_tune_rcvbuf) X(tcp_tune_sndbuf) \
-    X(tcp_tune_held_back) X(tcp_syn_pressure) X(tcp_in_marked) X(tcp_in_ece)
+    X(tcp_tune_held_back) X(tcp_syn_pressure) X(tcp_in_marked) X(tcp_in_ece) X(tcp_copied_bytes)
 /* clang-format on */
 
 enum stat {

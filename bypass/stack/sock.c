@@ -279,6 +279,14 @@ int64_t bypass_recv(struct bypass_stack *s, bypass_sock h, void *buf, size_t n, 
     return k->type == SOCK_TCP ? tcp_recv(s, conn_at(s, k->idx), buf, n, flags) : -ENOTCONN;
 }
 
+int bypass_at_mark(struct bypass_stack *s, bypass_sock h)
+{
+    const struct sock *k = sock_get(s, h);
+    if (!k)
+        return -EBADF;
+    return k->type == SOCK_TCP ? tcp_urg_at_mark(s, conn_at(s, k->idx)) : -EINVAL;
+}
+
 int64_t bypass_sendto(struct bypass_stack *s, bypass_sock h, const void *buf, size_t n, int flags,
                       const struct bypass_endpoint *to)
 {

@@ -16,6 +16,7 @@
  *   tcp_rcv.c       received bytes: in order, the window we offer
  *   tcp_ooo.c       ... and those ahead of it; tcp_item.h: what holds them
  *   tcp_sack_rcv.c  the SACK blocks that our ACKs carry (RFC 2018, RFC 2883)
+ *   tcp_urg.c       urgent data
  *   tcp_snd.c       written bytes: the send queue
  *   tcp_tune.c      how large buffers grow, and what happens when memory is short
  *   tcp_out.c       which segment goes out now, and its header
@@ -709,7 +710,10 @@ void tcp_sack_duplicate(struct bypass_stack *s, struct tcp_conn *c, seq_t first,
 void tcp_sack_old(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g);
 uint32_t tcp_sack_write(struct bypass_stack *s, struct tcp_conn *c, uint8_t *opt, uint32_t room);
 /* Headers of this connection carry more than an ACK, a window and timestamps. */
-static inline bool tcp_header_special(const struct tcp_conn *c) { return c->ooo != NO_INDEX || (c->feat & TX_DSACK); }
+static inline bool tcp_header_special(const struct tcp_conn *c)
+{
+    return c->ooo != NO_INDEX || (c->feat & (TX_DSACK | TX_URG_OUT));
+}
 
 /* tcp_rate.c. A tick is 1024 ns; counts modulo 2^32. */
 static inline uint32_t tcp_rate_tick(uint64_t ns) { return (uint32_t)(ns >> 10); }
@@ -754,6 +758,23 @@ void tcp_ecn_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
 uint8_t tcp_ecn_out(struct tcp_conn *c, bool new_data, uint8_t *tos);                 /* TX_ECN: flags of a segment */
 void tcp_ecn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
 
+/* tcp_urg.c */
+enum {
+    URG_NONE,
+    URG_AHEAD,
+    URG_HERE,
+    URG_TAKEN
+}; /* cold.urg_state: no mark, its byte is to come, waits, was fetched */
+void tcp_urg_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g);
+size_t tcp_urg_limit(struct bypass_stack *s, struct tcp_conn *c, size_t n, bool peek, uint32_t *skip);
+void tcp_urg_after_read(struct bypass_stack *s, struct tcp_conn *c);
+int64_t tcp_urg_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
+bool tcp_urg_at_mark(const struct bypass_stack *s, const struct tcp_conn *c);
+bool tcp_urg_ready(const struct bypass_stack *s, const struct tcp_conn *c);
+uint32_t tcp_urg_hidden(const struct bypass_stack *s, const struct tcp_conn *c);
+void tcp_urg_mark(struct bypass_stack *s, struct tcp_conn *c);
+uint16_t tcp_urg_pointer(struct bypass_stack *s, struct tcp_conn *c, seq_t at);
+
 /* tcp_tune.c */
 enum { WORTH_TUNING = TCP_DEFAULT_MSS };                         /* shorter segments and reads are no bulk transfer */
 void tcp_tune_begin(struct bypass_stack *s, struct tcp_conn *c); /* established */
@@ -778,13 +799,17 @@ uint32_t tcp_rcv_window(const struct bypass_stack *s,
 /* Enough is there to tell the program (SO_RCVLOWAT). */
 static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_conn *c)
 {
+    if (unlikely(c->feat & TX_URG_IN) && c->rcv_queued <= tcp_urg_hidden(s, c))
+        return false;
     if (unlikely(c->feat & TX_RCVLOWAT)) /* no more than the buffer is sure to hold */
         return c->rcv_queued >= min_u32(conn_cold(s, c)->opt.rcvlowat, c->rcvbuf / 2);
     return c->rcv_queued > 0;
 }
 void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c); /* something was read */
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
-void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c); /* what waits to be read */
+void tcp_rcv_after_read(struct bypass_stack *s, struct tcp_conn *c, bool bulk); /* bulk: much had been queued */
+void tcp_rcv_skip(struct bypass_stack *s, struct tcp_conn *c, uint32_t n); /* n <= rcv_queued bytes are passed over */
+void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c);          /* what waits to be read */
 void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c);
 /* Items head..tail with `len` bytes from rcv_nxt on become readable. */
 void tcp_rcv_append(struct bypass_stack *s, struct tcp_conn *c, uint32_t head, uint32_t tail, uint32_t len);

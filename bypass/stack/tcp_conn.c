@@ -468,6 +468,8 @@ int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
         return k->error ? BYPASS_ERR : 0;
     if (tcp_readable(s, c) || (c->flags & (TF_FIN_IN | TF_RCV_SHUT)))
         mask |= BYPASS_IN;
+    if (unlikely(c->feat & TX_URG_IN) && tcp_urg_ready(s, c))
+        mask |= BYPASS_PRI;
     if (c->flags & (TF_FIN_IN | TF_RCV_SHUT))
         mask |= BYPASS_RDHUP;
     if ((c->flags & TF_FIN_QUEUED) || tcp_snd_room(s, c) > 0)

@@ -293,6 +293,7 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     tcp_rtx_restart(s, c);
     STAT(s, tcp_out);
     STAT(s, tcp_out_data_segments);
+    STAT_ADD(s, tcp_copied_bytes, n);
     tx_queue(s, p);
     return (int64_t)n;
 }

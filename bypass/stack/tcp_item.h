@@ -58,6 +58,7 @@ static inline uint32_t item_fill_chunk(struct bypass_stack *s, uint32_t item, co
     uint32_t end = (uint32_t)k->off + k->len, n = min_u32(len, CHUNK_DATA - end);
     memcpy(k->data + end, data, n);
     k->len = (uint16_t)(k->len + n);
+    STAT_ADD(s, tcp_copied_bytes, n);
     return n;
 }
 

@@ -14,7 +14,7 @@
 struct header {
     seq_t seq, ack;
     uint8_t flags;
-    uint16_t wnd;
+    uint16_t wnd, urg;
     uint16_t src_port, dst_port;
     bool has_ts; /* timestamps are the only options; else opts */
     uint32_t ts_val, ts_ecr;
@@ -49,7 +49,8 @@ static void header_put(uint8_t *b, const struct header *h, uint32_t sum)
     uint32_t len = TCP_HDR + h->opts_len;
     header_words(h, len, w);
     memcpy(b, w, sizeof w);
-    memset(b + 16, 0, 4);
+    memset(b + 16, 0, 2);
+    wr16(b + 18, h->urg);
     if (h->opts_len > 0)
         memcpy(b + TCP_HDR, h->opts, h->opts_len);
     uint16_t check = csum_fold(csum_bytes(b, len, sum));
@@ -80,17 +81,21 @@ static uint32_t conn_option_room(const struct tcp_conn *c, uint32_t payload)
     return payload < full ? min_u32(full - payload, TCP_OPTS_MAX) : 0;
 }
 
-/* What few headers carry besides: selective acknowledgments, as far as the packet has room. true: all was said. */
+/* What few headers carry besides: the urgent pointer, selective acknowledgments as far as the packet has room. true: all
+ * was said. */
 static bool special_header(struct bypass_stack *s, struct tcp_conn *c, struct header *h, uint8_t *opts, uint32_t room)
 {
+    bool blocks = c->ooo != NO_INDEX || (c->feat & TX_DSACK);
     uint32_t len = h->has_ts ? tcp_opt_write_ts(opts, h->ts_val, h->ts_ecr) : 0;
-    uint32_t sack = room > len ? tcp_sack_write(s, c, opts + len, room - len) : 0;
-    if (sack == 0)
-        return false;
+    uint32_t sack = blocks && room > len ? tcp_sack_write(s, c, opts + len, room - len) : 0;
+    if (c->feat & TX_URG_OUT)
+        h->urg = tcp_urg_pointer(s, c, h->seq);
+    if (h->urg != 0)
+        h->flags |= TCP_URG;
     h->has_ts = false;
     h->opts = opts;
     h->opts_len = len + sack;
-    return true;
+    return sack > 0 || !blocks;
 }
 
 /* The connection's own half of a header: ACK, window, options. It counts as an acknowledgment. payload: bytes behind
@@ -397,7 +402,7 @@ static bool may_send(const struct tcp_conn *c, bypass_pkt p, uint32_t frame_len,
     if (*len == c->snd_mss || (*len == frame_len && !last))
         return true;
     if (*len == frame_len) { /* all that is written, less than a segment */
-        if (c->flags & (TF_FIN_QUEUED | TF_PUSH_ALL))
+        if ((c->flags & (TF_FIN_QUEUED | TF_PUSH_ALL)) || (c->feat & TX_URG_OUT))
             return true;
         if (c->flags & (TF_CORK | TF_MORE))
             return false;

@@ -68,6 +68,7 @@ static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const u
         k->len = (uint16_t)min_u32(len - done, CHUNK_DATA);
         k->owner[0] = at.v + done;
         memcpy(k->data, data + done, k->len);
+        STAT_ADD(s, tcp_copied_bytes, k->len);
         c->rcv_charged += CHUNK_SIZE;
         done += k->len;
         if (in_order)
@@ -274,54 +275,107 @@ void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c)
 }
 
 /* ---- recv() ---------------------------------------------------------------------------------------------- */
-static size_t copy_out(struct bypass_stack *s, struct tcp_conn *c, uint8_t *buf, size_t n, bool peek)
+/* The first item of the queue, or `n` bytes of it, goes. */
+static void drop_front(struct bypass_stack *s, struct tcp_conn *c, uint32_t n)
+{
+    uint32_t item = c->rcvq_head;
+    struct item_view v = item_view(s, item);
+    c->rcv_queued -= n;
+    if (n < *v.len) {
+        item_trim_front(&v, n);
+        return;
+    }
+    c->rcvq_head = *v.next;
+    if (c->rcvq_head == NO_INDEX)
+        c->rcvq_tail = NO_INDEX;
+    item_free(s, c, item);
+}
+
+void tcp_rcv_skip(struct bypass_stack *s, struct tcp_conn *c, uint32_t n)
+{
+    while (n > 0) {
+        uint32_t take = min_u32(n, *item_view(s, c->rcvq_head).len);
+        drop_front(s, c, take);
+        n -= take;
+    }
+}
+
+static size_t copy_out(struct bypass_stack *s, struct tcp_conn *c, uint8_t *buf, size_t n)
 {
     size_t done = 0;
-    uint32_t item = c->rcvq_head;
-    while (done < n && item != NO_INDEX) {
-        struct item_view v = item_view(s, item);
-        uint32_t next = *v.next, take = min_u32(*v.len, (uint32_t)(n - done < 65535 ? n - done : 65535));
+    while (done < n && c->rcvq_head != NO_INDEX) {
+        struct item_view v = item_view(s, c->rcvq_head);
+        uint32_t take = (uint32_t)(n - done < *v.len ? n - done : *v.len);
         memcpy(buf + done, v.data, take);
         done += take;
-        if (!peek) {
-            c->rcv_queued -= take;
-            if (take < *v.len) {
-                item_trim_front(&v, take);
-            } else {
-                c->rcvq_head = next;
-                if (next == NO_INDEX)
-                    c->rcvq_tail = NO_INDEX;
-                item_free(s, c, item);
-            }
-        }
-        item = next;
+        drop_front(s, c, take);
     }
+    STAT_ADD(s, tcp_copied_bytes, done);
     return done;
+}
+
+/* The same, but all stays; the first `skip` bytes are passed over. */
+static size_t look_at(struct bypass_stack *s, const struct tcp_conn *c, uint8_t *buf, size_t n, uint32_t skip)
+{
+    size_t done = 0;
+    for (uint32_t item = c->rcvq_head; done < n && item != NO_INDEX; item = *item_view(s, item).next) {
+        struct item_view v = item_view(s, item);
+        uint32_t pass = min_u32(skip, *v.len), left = *v.len - pass;
+        uint32_t take = (uint32_t)(n - done < left ? n - done : left);
+        memcpy(buf + done, v.data + pass, take);
+        done += take;
+        skip -= pass;
+    }
+    STAT_ADD(s, tcp_copied_bytes, done);
+    return done;
+}
+
+static int64_t nothing_to_read(struct tcp_conn *c, struct tcp_cold *k, size_t n)
+{
+    if (k->error) { /* reported once, as SO_ERROR is */
+        int err = k->error;
+        k->error = 0;
+        return -err;
+    }
+    if (c->flags & (TF_FIN_IN | TF_RCV_SHUT | TF_DEAD))
+        return 0;
+    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+        return -EAGAIN;
+    return n == 0 ? 0 : -EAGAIN;
 }
 
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags)
 {
-    struct tcp_cold *k = conn_cold(s, c);
-    if (c->rcv_queued == 0) {
-        if (k->error) { /* reported once, as SO_ERROR is */
-            int err = k->error;
-            k->error = 0;
-            return -err;
-        }
-        if (c->flags & (TF_FIN_IN | TF_RCV_SHUT | TF_DEAD))
-            return 0;
-        if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
-            return -EAGAIN;
-        return n == 0 ? 0 : -EAGAIN;
+    const bool peek = (flags & BYPASS_PEEK) != 0, bulk = c->rcv_queued >= WORTH_TUNING;
+    uint32_t skip = 0;
+    size_t done;
+    if (unlikely(flags & BYPASS_OOB))
+        return tcp_urg_recv(s, c, buf, n, flags);
+    if (unlikely(c->feat & TX_URG_IN))
+        n = tcp_urg_limit(s, c, n, peek, &skip);
+    if (c->rcv_queued <= skip)
+        return nothing_to_read(c, conn_cold(s, c), n);
+    if (unlikely(flags & BYPASS_TRUNC)) { /* tcp(7), MSG_TRUNC: thrown away, or counted, without being copied */
+        done = n < c->rcv_queued - skip ? n : c->rcv_queued - skip;
+        if (!peek)
+            tcp_rcv_skip(s, c, (uint32_t)done);
+    } else {
+        done = peek ? look_at(s, c, buf, n, skip) : copy_out(s, c, buf, n);
     }
-    bool bulk = c->rcv_queued >= WORTH_TUNING;
-    size_t done = copy_out(s, c, buf, n, (flags & BYPASS_PEEK) != 0);
-    if (!(flags & BYPASS_PEEK) && !(c->flags & TF_DEAD)) {
-        if (bulk)
-            tcp_tune_read(s, c);
-        tcp_rcv_window_update(s, c);
-    }
+    if (!peek)
+        tcp_rcv_after_read(s, c, bulk);
     return (int64_t)done;
+}
+
+void tcp_rcv_after_read(struct bypass_stack *s, struct tcp_conn *c, bool bulk)
+{
+    if (unlikely(c->feat & TX_URG_IN))
+        tcp_urg_after_read(s, c);
+    if (c->flags & TF_DEAD)
+        return;
+    if (bulk)
+        tcp_tune_read(s, c);
+    tcp_rcv_window_update(s, c);
 }
 
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)

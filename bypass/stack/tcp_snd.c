@@ -31,6 +31,7 @@ static uint32_t fill_frame(struct bypass_stack *s, bypass_pkt p, const uint8_t *
         return 0;
     uint32_t len = (uint32_t)(n < limit - have ? n : limit - have);
     uint32_t sum = csum_copy_tx(s->dev, pkt_frame(s, p) + m->data_off + have, buf, len);
+    STAT_ADD(s, tcp_copied_bytes, len);
     m->csum = csum_add(m->csum, have & 1 ? swap_bytes(sum) : sum);
     m->data_len = (uint16_t)(have + len);
     return len;
@@ -142,6 +143,8 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
         c->flags |= TF_WANT_OUT;
     if (done == 0 && room > 0)
         conn_blocked(s, c, false); /* no frame: say when there is one again */
+    if (unlikely(flags & BYPASS_OOB) && done > 0)
+        tcp_urg_mark(s, c);
     if (flags & BYPASS_MORE)
         c->flags |= TF_MORE;
     else

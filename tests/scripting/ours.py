@@ -337,6 +337,8 @@ class OurStack:
             return 0, info.rcv_queued
         if what == CONSTANTS["SIOCOUTQ"]:
             return 0, info.snd_queued
+        if what == CONSTANTS["SIOCATMARK"]:
+            return 0, int(self.stack.at_mark(fd))
         raise CodeError("the stack has no such ioctl()")
 
     # ---- options
