@@ -92,6 +92,18 @@ def sim() -> Iterator[SimWorld]:
 # ---- The same on both ----------------------------------------------------------------------------------------------
 
 
+def test_an_urgent_byte_comes_out_of_band(world: World) -> None:
+    client, connection = world.pair()
+    with client, connection:
+        client.send(b"before!", socket.MSG_OOB)
+        assert connection.recv(100) == b"before"
+        assert connection.recv(100, socket.MSG_OOB) == b"!"
+        with pytest.raises(OSError, match="Invalid argument"):
+            connection.recv(1, socket.MSG_OOB)
+        client.send(b"behind")
+        assert connection.recv(100) == b"behind"
+
+
 def test_echo_with_names_and_addresses(world: World) -> None:
     with world.listener() as server:
         assert server.getsockname()[0] == world.server_ip

@@ -204,6 +204,36 @@ MUTANTS = {
         "uint32_t i = most ?",
         "sack_receive::test_a_sender_of_every_second_segment_gets_a_bounded_number_of_ranges",
     ),
+    "a read goes on over the mark": Mutant(
+        "tcp_urg.c",
+        "return n < ahead ? n : ahead;",
+        "return n;",
+        "urgent::test_a_read_stops_at_the_mark_and_the_next_passes_over_the_byte",
+    ),
+    "an older pointer moves the mark": Mutant(
+        "tcp_urg.c",
+        "(k->urg_state != URG_NONE && seq_leq(up, k->rcv_up))",
+        "false",
+        "urgent::test_an_older_or_repeated_pointer_changes_nothing",
+    ),
+    "buffers grow without measure": Mutant(
+        "tcp_tune.c",
+        "if (copied > k->space_bytes) {",
+        "if (true) {",
+        "autotune::test_the_window_stays_when_the_peer_sends_little",
+    ),
+    "the maximum of the configuration is not kept": Mutant(
+        "tcp_tune.c",
+        "uint32_t most = min_u32(core(s)->cfg.rcvbuf_max, memory_share(s, c));",
+        "uint32_t most = memory_share(s, c);",
+        "autotune::test_the_window_grows_to_the_maximum_and_no_further",
+    ),
+    "pressure is not felt": Mutant(
+        "tcp_listen.c",
+        "if (tcp_tune_pressure(s)) {",
+        "if (false) {",
+        "autotune::test_under_pressure_new_connections_are_refused_and_old_ones_go_on",
+    ),
     "out-of-order data may take every chunk": Mutant(
         "tcp_rcv.c",
         "if (!in_order && p->used >= p->cap - p->cap / 4)",
