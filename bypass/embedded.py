@@ -67,6 +67,7 @@ class DeviceDriver(Driver):
         self.watch = watch
         self.capture = capture
         self.status = status
+        self.batch = POLL_BUDGET
         self._spin_ns = spin_us * 1000
         self._stack: Stack | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -117,12 +118,12 @@ class DeviceDriver(Driver):
             now = time.monotonic_ns()
             if self.capture is not None:
                 self.capture.now(now)
-            got = core.poll(now, POLL_BUDGET)
+            got = core.poll(now, self.batch)
             if got < 0:
                 self._trouble(-got)
                 break
             busy = busy or got > 0
-            if got < POLL_BUDGET:
+            if got < self.batch:
                 break
         assert self._stack is not None
         while events := core.events():
@@ -299,7 +300,7 @@ def open_stack(
     policy: str | os.PathLike[str] | Policy,
     *,
     config: Config | None = None,
-    spin_us: int = 0,
+    spin_us: int | None = None,
     background: bool = False,
     capture: str | os.PathLike[str] | None = None,
     rx_csum_trust: bool = False,
@@ -309,7 +310,7 @@ def open_stack(
 
     Args:
         policy: path of a policy, or a Policy.
-        config: sizes of the stack.
+        config: sizes of the stack; what it leaves out, and `spin_us`, are the policy's (`profile`, `stack`).
         spin_us: how long a blocking call polls before it sleeps, microseconds.
         background: a thread drives the stack while no call does. Without it the stack works while a call waits (or
             in Stack.run(), or in asyncio): a program that computes for long in between answers nobody meanwhile.
@@ -324,6 +325,9 @@ def open_stack(
         policy = load_policy(policy)
     b = policy.backend
     ifname = policy.interface
+    options = policy.stack
+    if spin_us is None:
+        spin_us = options.spin_us or 0
     with contextlib.ExitStack() as undo:
         generic = choose_mode(ifname, b.mode)[0] == "skb"  # also where the driver has no native XDP
         steering = Steering(
@@ -350,9 +354,15 @@ def open_stack(
             netdev = recorded.dev
         # The kernel answers ARP and ping; resets of live flows are ours alone.
         core = CoreStack(
-            netdev, config=config, flags=lib.BYPASS_F_RST, now_ns=time.monotonic_ns(), owner=device
+            netdev,
+            config=options.config(config),
+            flags=lib.BYPASS_F_RST,
+            now_ns=time.monotonic_ns(),
+            owner=device,
         )
         undo.callback(core.close)
+        if policy.congestion is not None:
+            core.cc_default(policy.congestion)
         watch = KernelWatch(ifname, core, steering, device)
         undo.callback(watch.close)
         control = PolicyControl(policy, steering, watch)
@@ -360,6 +370,7 @@ def open_stack(
         status = StatusServer(ifname, Snapshot(steering, device, core, name or ifname))
         undo.callback(status.close)
         driver = DeviceDriver(core, device, steering, control, watch, status, spin_us, recorded)
+        driver.batch = options.batch or POLL_BUDGET
         stack = Stack(core, driver, name=name or ifname, control=control)
         driver._stack = stack
         undo.pop_all()

@@ -36,6 +36,7 @@ from bypass.policy_fields import (
     HeadModel,
     MatchModel,
     Mode,
+    StackModel,
     policy_schema,
 )
 from bypass.policy_yaml import (
@@ -49,6 +50,7 @@ from bypass.policy_yaml import (
     scalar_text,
     shown,
 )
+from bypass.profiles import NO_OPTIONS, RING_SIZES, Profile, StackOptions, resolve
 from bypass.rules import (
     ICMP,
     ICMPV6,
@@ -68,7 +70,9 @@ __all__ = [
     "Mode",
     "Policy",
     "PortRange",
+    "Profile",
     "Rule",
+    "StackOptions",
     "load_policy",
     "parse_policy",
     "policy_schema",
@@ -105,13 +109,22 @@ class Backend:
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy that was checked. Rules are in file order, `flows[i].index == i`."""
+    """A policy that was checked. Rules are in file order, `flows[i].index == i`.
+
+    Attributes:
+        profile: what the stack is tuned for; None: nothing in particular.
+        stack: sizes and times of the stack, the profile's where the policy names none.
+        congestion: the congestion control of sockets that choose none; None: the stack's default.
+    """
 
     version: int
     interface: str
     backend: Backend
     flows: tuple[Rule, ...]
     path: str
+    profile: Profile | None = None
+    stack: StackOptions = NO_OPTIONS
+    congestion: str | None = None
 
     @cached_property
     def compiled(self) -> CompiledRules:
@@ -321,8 +334,17 @@ class _Check:
         if head is None or self.wrongs or self.located:
             return None
         b = head.backend
-        backend = Backend(b.kind, b.mode, b.queues, b.ring_size, b.frames, b.frame_size)
-        return Policy(head.version, head.interface, backend, tuple(rules), path)
+        backend = Backend(b.kind, b.mode, b.queues, _ring_size(head), b.frames, b.frame_size)
+        return Policy(
+            head.version,
+            head.interface,
+            backend,
+            tuple(rules),
+            path,
+            head.profile,
+            _stack_options(head),
+            head.congestion,
+        )
 
     def _head(self, data: dict[str, Any]) -> HeadModel | None:
         try:
@@ -331,9 +353,19 @@ class _Check:
             self.wrongs += _field_errors(error, ())
             return None
         b = head.backend
-        least = 2 * b.ring_size * len(b.queues or (0,))
+        least = 2 * _ring_size(head) * len(b.queues or (0,))
         if b.frames is not None and b.frames < least:
             self.wrongs.append(_Wrong(("backend", "frames"), "is too few for the rings", f"at least {least}"))
+        stack = _stack_options(head)
+        for name in ("sndbuf", "rcvbuf"):
+            first, most = getattr(stack, name), getattr(stack, f"{name}_max")
+            if first is not None and most is not None and first > most:
+                said = name if getattr(head.stack, name) is not None else f"{name}_max"
+                limit = f"{name}_max" if said == name else name
+                wrong = (
+                    f"is {'more' if said == name else 'less'} than {limit}, {most if said == name else first}"
+                )
+                self.wrongs.append(_Wrong(("stack", said), wrong, f"{name} is at most {name}_max"))
         return head
 
     def _flows(self, flows: list[Any]) -> list[Rule]:
@@ -374,6 +406,15 @@ class _Check:
         if more:
             problems.append(Problem("", 0, 0, f"{more} more problems"))
         return problems
+
+
+def _ring_size(head: HeadModel) -> int:
+    named = "ring_size" in head.backend.model_fields_set or head.profile is None
+    return head.backend.ring_size if named or head.profile is None else RING_SIZES[head.profile]
+
+
+def _stack_options(head: HeadModel) -> StackOptions:
+    return resolve(head.profile, StackOptions(**head.stack.model_dump()))
 
 
 def _rule(index: int, flow: FlowModel, match: MatchModel, line: int, column: int) -> Rule:
@@ -446,10 +487,22 @@ def _what_else(at: Path, item: object, bad: set[Path]) -> list[_Wrong]:
 _MODELS: dict[str, type[BaseModel]] = {
     "": HeadModel,
     "backend": BackendModel,
+    "stack": StackModel,
     "flow": FlowModel,
     "match": MatchModel,
 }
-_TEXT_FIELDS = {"interface", "kind", "mode", "name", "action", "proto", "local", "remote"}
+_TEXT_FIELDS = {
+    "interface",
+    "profile",
+    "congestion",
+    "kind",
+    "mode",
+    "name",
+    "action",
+    "proto",
+    "local",
+    "remote",
+}
 
 
 def _where(path: Path) -> tuple[str, str]:
@@ -458,8 +511,8 @@ def _where(path: Path) -> tuple[str, str]:
         if path[2:3] == ("match",) and len(path) > 3:
             return "match", str(path[3])
         return "flow", str(path[2]) if len(path) > 2 else ""
-    if path[:1] == ("backend",) and len(path) > 1:
-        return "backend", str(path[1])
+    if path[:1] in (("backend",), ("stack",)) and len(path) > 1:
+        return str(path[0]), str(path[1])
     return "", str(path[0]) if path else ""
 
 

@@ -19,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from bypass.policy_yaml import MAX_TEXT
+from bypass.profiles import Profile
 from bypass.rules import PROTOCOLS, Action, Network, PortRange
 
 MAX_QUEUES = 256
 MAX_RULES = 1 << 20
 
 Mode = Literal["auto", "zerocopy", "copy", "skb"]
+CONGESTION = ("cubic", "reno", "dctcp", "bbr")
+"""What the stack has built in (`CoreStack.cc_names`; a test compares): known here without the C core."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _INTERFACE = r"[^\s/:\x00-\x1f\x7f]{1,15}"
@@ -45,6 +48,13 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("", "version"): _Text("is not a version of the policy language", "1"),
     ("", "interface"): _Text(
         "is not an interface name", "1 to 15 characters without spaces, `/` and `:`, such as eth1"
+    ),
+    ("", "profile"): _Text("is not a profile", "latency, throughput or connections"),
+    ("", "stack"): _Text(
+        "is not a mapping of the stack's options", "a mapping such as {rcvbuf: 65536, delack_ms: 10}"
+    ),
+    ("", "congestion"): _Text(
+        "is not a congestion control", ", ".join(CONGESTION[:-1]) + f" or {CONGESTION[-1]}"
     ),
     ("", "backend"): _Text("is not a backend", "a mapping such as {kind: afxdp, mode: auto, queues: all}"),
     ("", "flows"): _Text("is not a list of flows", "a list, each with name, match and action"),
@@ -72,6 +82,27 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("match", "local_port"): _Text("is not a port", "1 to 65535, or a range such as 8000-8080"),
     ("match", "remote_port"): _Text("is not a port", "1 to 65535, or a range such as 8000-8080"),
     ("match", "vlan"): _Text("is not a VLAN identifier", "1 to 4094"),
+}
+
+
+_SIZES = {  # of the stack: first, last, what it is
+    "conns": (1, 1 << 24, "number of connections"),
+    "socks": (1, 1 << 24, "number of sockets"),
+    "chunks": (1, 1 << 24, "number of chunks"),
+    "dsts": (1, 1 << 24, "number of destinations"),
+    "syn_backlog": (1, 1 << 24, "number of half-open connections"),
+    "time_wait": (1, 1 << 24, "number of connections in TIME_WAIT"),
+    "sndbuf": (4096, 1 << 30, "buffer size in bytes"),
+    "rcvbuf": (4096, 1 << 30, "buffer size in bytes"),
+    "sndbuf_max": (4096, 1 << 30, "buffer size in bytes"),
+    "rcvbuf_max": (4096, 1 << 30, "buffer size in bytes"),
+    "delack_ms": (1, 500, "delay in milliseconds"),
+    "spin_us": (0, 1_000_000, "time in microseconds"),
+    "batch": (1, 4096, "number of frames"),
+}
+TEXTS |= {
+    ("stack", name): _Text(f"is not a {what}", f"{first} to {last}")
+    for name, (first, last, what) in _SIZES.items()
 }
 
 
@@ -272,6 +303,52 @@ class BackendModel(_Model):
     frame_size: Annotated[int, *_choice(2048, 4096)] = Field(2048, description="Bytes of a frame.")
 
 
+def _size(name: str) -> tuple[PlainValidator, WithJsonSchema]:
+    return _count(*_SIZES[name][:2])
+
+
+class StackModel(_Model):
+    """Sizes and times of the stack. What is left out is the profile's, or the stack's own default."""
+
+    conns: Annotated[int | None, *_size("conns")] = Field(None, description="TCP connections in all states.")
+    socks: Annotated[int | None, *_size("socks")] = Field(
+        None, description="Listeners, UDP sockets, and connections that a program holds."
+    )
+    chunks: Annotated[int | None, *_size("chunks")] = Field(
+        None, description="512-byte pieces for received data that is copied out of frames."
+    )
+    dsts: Annotated[int | None, *_size("dsts")] = Field(
+        None, description="Destinations in the cache of next hops."
+    )
+    syn_backlog: Annotated[int | None, *_size("syn_backlog")] = Field(
+        None, description="Half-open connections of all listeners together."
+    )
+    time_wait: Annotated[int | None, *_size("time_wait")] = Field(
+        None, description="Connections in TIME_WAIT; of more the oldest ends early."
+    )
+    sndbuf: Annotated[int | None, *_size("sndbuf")] = Field(
+        None, description="Send buffer of a new socket, bytes."
+    )
+    rcvbuf: Annotated[int | None, *_size("rcvbuf")] = Field(
+        None, description="Receive buffer of a new socket, bytes."
+    )
+    sndbuf_max: Annotated[int | None, *_size("sndbuf_max")] = Field(
+        None, description="What a TCP send buffer grows to, bytes."
+    )
+    rcvbuf_max: Annotated[int | None, *_size("rcvbuf_max")] = Field(
+        None, description="What a TCP receive buffer grows to, bytes."
+    )
+    delack_ms: Annotated[int | None, *_size("delack_ms")] = Field(
+        None, description="Longest delay of an acknowledgment, milliseconds."
+    )
+    spin_us: Annotated[int | None, *_size("spin_us")] = Field(
+        None, description="How long a blocking call polls before it sleeps, microseconds."
+    )
+    batch: Annotated[int | None, *_size("batch")] = Field(
+        None, description="Frames that are received before the program gets its turn."
+    )
+
+
 class MatchModel(_Model):
     """Which packets, as they arrive at this host. A field that is left out matches anything."""
 
@@ -301,6 +378,15 @@ class HeadModel(_Model):
     version: Annotated[Literal[1], *_choice(1)] = Field(description="Of this language.")
     interface: Annotated[str, PlainValidator(_interface), WithJsonSchema(_INTERFACE_SCHEMA)] = Field(
         description="The network interface, as `ip link` names it."
+    )
+    profile: Annotated[Profile | None, *_choice("latency", "throughput", "connections")] = Field(
+        None, description="What the stack is tuned for. Keys of `stack` and `backend` override it."
+    )
+    stack: StackModel = Field(
+        default_factory=lambda: StackModel.model_validate({}), description="Sizes and times of the stack."
+    )
+    congestion: Annotated[str | None, *_choice(*CONGESTION)] = Field(
+        None, description="Congestion control of sockets that do not choose one. Default: the stack's."
     )
     backend: BackendModel
     flows: list[Any] = Field(min_length=1, max_length=MAX_RULES)

@@ -78,6 +78,9 @@ def summary(checked: Policy) -> dict[str, Any]:
     return {
         "interface": checked.interface,
         "backend": asdict(checked.backend),
+        "profile": checked.profile,
+        "stack": {k: v for k, v in asdict(checked.stack).items() if v is not None},
+        "congestion": checked.congestion,
         "rules": [
             {
                 "name": r.name,
@@ -101,6 +104,13 @@ def print_summary(checked: Policy) -> None:
     compiled, backend = checked.compiled, checked.backend
     queues = "all queues" if backend.queues is None else "queues " + ", ".join(map(str, backend.queues))
     click.echo(f"{checked.path}: good. {checked.interface} by {backend.kind}, mode {backend.mode}, {queues}")
+    if checked.profile is not None:
+        click.echo(f"Profile: {checked.profile}")
+    said = [f"{k} {v}" for k, v in asdict(checked.stack).items() if v is not None]
+    if said:
+        click.echo(f"Stack: {', '.join(said)}")
+    if checked.congestion is not None:
+        click.echo(f"Congestion control: {checked.congestion}")
     order = sorted(compiled.rules, key=lambda r: -compiled.ranks[r.index])
     click.echo("\nRules, in the order in which they decide:")
     rows = [(str(r.line), r.name, r.action, r.match_text()) for r in order[:SHOWN_RULES]]

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
+from bypass.policy_fields import CONGESTION
 from bypass.rules import (
     ICMP,
     ICMPV6,
@@ -165,6 +166,29 @@ def backends() -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({"kind": st.just("afxdp")}, optional=optional)
 
 
+def tunings() -> st.SearchStrategy[dict[str, Any]]:
+    """Valid `profile`, `stack` and `congestion` keys, each there or not."""
+    sizes = {
+        "conns": st.integers(1, 1 << 24),
+        "chunks": st.integers(1, 1 << 24),
+        "sndbuf": st.integers(4096, 1 << 18),
+        "rcvbuf": st.integers(4096, 1 << 18),
+        "sndbuf_max": st.integers(1 << 20, 1 << 30),
+        "rcvbuf_max": st.integers(1 << 20, 1 << 30),
+        "delack_ms": st.integers(1, 500),
+        "spin_us": st.integers(0, 1_000_000),
+        "batch": st.integers(1, 4096),
+    }
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "profile": st.sampled_from(["latency", "throughput", "connections"]),
+            "stack": st.fixed_dictionaries({}, optional=sizes),
+            "congestion": st.sampled_from(CONGESTION),
+        },
+    )
+
+
 def document(
     rules: list[Rule], interface: str = "eth1", backend: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -183,4 +207,4 @@ def policy_documents(draw: st.DrawFn) -> dict[str, Any]:
     """Valid policies as plain data: what `yaml.safe_load` reads of a policy file. `yaml.safe_dump` writes one."""
     interface = draw(st.from_regex(r"[a-z][a-z0-9.@_-]{0,14}", fullmatch=True))
     rules = draw(rule_lists().filter(bool))
-    return document(rules, interface, draw(backends()))
+    return document(rules, interface, draw(backends())) | draw(tunings())
