@@ -162,30 +162,39 @@ static void unusual_ack(struct bypass_stack *s, struct tcp_conn *c, const struct
 {
     struct tcp_flight *fl = conn_flight(s, c);
     struct tcp_sample sm = {.flight = tcp_pipe(s, c)};
+    uint64_t sack_rtt_us;
     uint32_t frames = 0;
     if (fl->ca_state == CA_OPEN)
         tcp_sack_begin(c, fl);
+    sm.prior_fack = fl->fack;
+    if (g->opt.sacks > 0 && (c->feat & TX_SACK))
+        tcp_sack_in(s, c, g, &sm);
+    sack_rtt_us = sm.rtt_us;
     if (seq_gt(g->ack, c->snd_una)) {
-        sm.acked = sm.delivered = g->ack.v - c->snd_una.v;
+        sm.acked = g->ack.v - c->snd_una.v;
+        sm.delivered += sm.acked;
         frames = tcp_snd_ack(s, c, g, &sm);
         c->snd_una = g->ack;
         progress(s, c);
     }
-    if (g->opt.sacks > 0 && (c->feat & TX_SACK))
-        tcp_sack_in(s, c, g, &sm);
+    if (sm.rtt_us == 0)
+        sm.rtt_us = sack_rtt_us;
     if (duplicate)
         STAT(s, tcp_dup_acks);
     take_rtt(s, c, g, &sm);
     tcp_ecn_ack_in(s, c, g, &sm);
     tcp_recover_ack(s, c, g, &sm, frames, duplicate && !sm.dsack && !sm.dsack_tlp);
+    bool moved = sm.acked > 0;
+    /* what was SACKed before has opened the window before; and an undone recovery gives back enough */
+    sm.acked = sm.undone ? 0 : min_u32(sm.acked, sm.delivered);
     tcp_rate_done(s, c, &sm);
     if (sm.delivered > 0)
         tcp_cc_acked(s, c, &sm);
-    if (c->snd_una.v == c->snd_nxt.v && sm.acked > 0) {
+    if (moved && c->snd_una.v == c->snd_nxt.v) {
         c->rtx_at = 0;
         tcp_flight_end(s, c);
     }
-    if (sm.acked > 0)
+    if (moved)
         wake_writer(s, c);
 }
 

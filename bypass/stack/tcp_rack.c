@@ -44,7 +44,7 @@ void tcp_rack_delivered(struct bypass_stack *s, struct tcp_conn *c, const struct
     uint64_t rtt_us = tcp_frame_age_us(s, m);
     seq_t end = frame_end(m);
     bool again = m->seg_flags & SEG_RTX;
-    if (!again && seq_lt(end, fl->fack) && fl->ca_state != CA_OPEN && !fl->reordering) { /* step 3 */
+    if (!again && seq_lt(end, sm->prior_fack) && fl->ca_state != CA_OPEN && !fl->reordering) { /* step 3 */
         fl->reordering = true;
         fl->keep |= FK_RACK;
         STAT(s, tcp_reordered);

@@ -60,7 +60,7 @@ static bool eifel_detects(const struct tcp_conn *c, const struct tcp_flight *fl,
 static bool dsacks_detect(const struct tcp_flight *fl) { return fl->undo_rtx == 0; }
 
 /* RFC 4015 3.2: as if nothing had been. */
-static void undo(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl)
+static void undo(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, struct tcp_sample *sm)
 {
     if (fl->ca_state == CA_LOSS)
         STAT(s, tcp_undone_timeouts);
@@ -72,6 +72,7 @@ static void undo(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *
         c->cwnd = max_u32(c->cwnd, fl->prior_cwnd);
         c->ssthresh = max_u32(c->ssthresh, fl->prior_ssthresh);
     }
+    sm->undone = true;
     fl->undo = false;
     fl->frto = FRTO_OFF;
     c->feat &= ~(uint32_t)TX_CWR;
@@ -119,12 +120,8 @@ static void proportional_reduction(struct bypass_stack *s, struct tcp_conn *c, s
 static void reduction_end(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl)
 {
     bool reduced = fl->ca_state == CA_CWR || (fl->ca_state == CA_RECOVERY && fl->undo);
-    if (reduced && !tcp_cc_own_window(s, c) && c->ssthresh != UINT32_MAX) {
-        uint32_t flight = c->snd_nxt.v - c->snd_una.v;
-        /* RFC 6582 3.2 step 3, the form that does not burst; with SACK pipe is near ssthresh by now */
-        bool burst = !with_sack(c);
-        c->cwnd = burst ? min_u32(c->ssthresh, max_u32(flight, c->snd_mss) + c->snd_mss) : c->ssthresh;
-    }
+    if (reduced && !tcp_cc_own_window(s, c) && c->ssthresh != UINT32_MAX)
+        c->cwnd = c->ssthresh; /* RFC 9937 6.2, last paragraph: pipe is near it by now */
     tcp_cc_event(s, c, CC_EV_RECOVERED);
 }
 
@@ -227,8 +224,7 @@ static void uncount_duplicates(struct tcp_conn *c, struct tcp_flight *fl, struct
 struct ack { /* what is asked of the ACK that is being processed */
     const struct segment *g;
     struct tcp_sample *sm;
-    uint32_t frames; /* that it freed */
-    bool duplicate;  /* RFC 5681 2 */
+    bool duplicate; /* RFC 5681 2 */
 };
 
 static bool find_losses(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl)
@@ -243,7 +239,7 @@ static void watch(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight 
 {
     bool lost;
     if (fl->undo && dsacks_detect(fl)) /* it comes after the recovery that it is about has ended */
-        undo(s, c, fl);
+        undo(s, c, fl, a->sm);
     if (with_sack(c)) {
         lost = find_losses(s, c, fl);
     } else {
@@ -269,7 +265,7 @@ static void watch(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight 
 static void finish(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, const struct ack *a)
 {
     if (fl->undo && (dsacks_detect(fl) || eifel_detects(c, fl, a->g)))
-        undo(s, c, fl);
+        undo(s, c, fl, a->sm);
     else
         reduction_end(s, c, fl);
     tcp_rack_recovered(fl);
@@ -291,8 +287,7 @@ static bool undo_in_recovery(struct bypass_stack *s, struct tcp_conn *c, struct 
     }
     if (late && fl->resent_frames > 0 && !dsacks_detect(fl))
         return true; /* other holes may be real: send new data, and nothing again, until their ACKs have come */
-    undo(s, c, fl);
-    fl->hold = true;
+    undo(s, c, fl, a->sm);
     fl->dupacks = 0;
     settle(c, fl);
     return true;
@@ -310,7 +305,6 @@ static void in_recovery(struct bypass_stack *s, struct tcp_conn *c, struct tcp_f
         (void)find_losses(s, c, fl);
     } else if (a->sm->acked > 0) { /* RFC 6582 3.2 step 3, partial: the next hole starts at snd_una */
         STAT(s, tcp_partial_acks);
-        uncount_duplicates(c, fl, a->sm, a->frames);
         resend_head(s, c);
     } else if (a->duplicate) {
         count_duplicate(c, fl, a->sm);
@@ -341,13 +335,12 @@ static void in_loss(struct bypass_stack *s, struct tcp_conn *c, struct tcp_fligh
     bool recovered = seq_geq(c->snd_una, fl->recover);
     bool spurious = late || (fl->undo && dsacks_detect(fl)) || (fl->frto != FRTO_OFF && frto_detects(c, fl, a));
     if (spurious && !recovered) {
-        undo(s, c, fl);
-        fl->hold = true;
+        undo(s, c, fl, a->sm);
         settle(c, fl);
         return;
     }
     if (spurious)
-        undo(s, c, fl);
+        undo(s, c, fl, a->sm);
     if (recovered) {
         finish(s, c, fl, a);
         return;
@@ -391,8 +384,6 @@ static void tail_was_lost(struct bypass_stack *s, struct tcp_conn *c, struct tcp
     settle(c, fl);
 }
 
-/* The peer has acknowledged up to a frame that it had SACKed, but not the frame: it must have thrown it away
- * (RFC 2018 8). A little patience, since ACKs may have changed places. */
 static void set_timer(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, const struct tcp_sample *sm)
 {
     if (c->snd_una.v == c->snd_nxt.v)
@@ -401,16 +392,28 @@ static void set_timer(struct bypass_stack *s, struct tcp_conn *c, struct tcp_fli
         tcp_rtx_restart(s, c); /* RFC 6298 5.3 */
     if (fl->reorder_at != NO_DEADLINE)
         tcp_rtx_reorder(s, c, fl->reorder_at);
-    if (sm->acked > 0 && unlikely(tcp_sack_reneged(s, c)))
-        tcp_rtx_early(s, c, max_u32(c->srtt_us / 2, RENEGED_US));
+}
+
+/* The peer has acknowledged up to a frame that it had SACKed, but not the frame: it must have thrown it away
+ * (RFC 2018 8), and then a timeout forgets all that it SACKed. A little patience, since ACKs may have changed places. */
+static bool reneges(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm)
+{
+    if (sm->acked == 0 || !tcp_sack_reneged(s, c))
+        return false;
+    tcp_rtx_early(s, c, max_u32(c->srtt_us / 2, RENEGED_US));
+    return true;
 }
 
 void tcp_recover_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm,
                      uint32_t frames, bool duplicate)
 {
     struct tcp_flight *fl = conn_flight(s, c);
-    const struct ack a = {.g = g, .sm = sm, .frames = frames, .duplicate = duplicate};
+    const struct ack a = {.g = g, .sm = sm, .duplicate = duplicate};
     fl->reorder_at = NO_DEADLINE;
+    if (unlikely(reneges(s, c, sm)))
+        return;
+    if (!with_sack(c) && sm->acked > 0)
+        uncount_duplicates(c, fl, sm, frames);
     if (sm->dsack)
         tcp_rack_dsack_round(c, fl);
     if (unlikely(fl->tlp_out) && tcp_tlp_ack(fl, g, sm, duplicate))

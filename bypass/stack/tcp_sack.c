@@ -30,6 +30,15 @@ static void list_push(struct bypass_stack *s, struct frame_list *l, bypass_pkt p
     l->tail = p;
 }
 
+static void list_push_front(struct bypass_stack *s, struct frame_list *l, bypass_pkt p)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->prev = BYPASS_PKT_NONE;
+    m->after = l->head;
+    *(l->head != BYPASS_PKT_NONE ? &pkt_meta(s, l->head)->prev : &l->tail) = p;
+    l->head = p;
+}
+
 static void list_insert_behind(struct bypass_stack *s, struct frame_list *l, bypass_pkt at, bypass_pkt p)
 {
     struct bypass_pkt_meta *m = pkt_meta(s, p), *a = pkt_meta(s, at);
@@ -105,17 +114,23 @@ bypass_pkt tcp_sack_next_lost(const struct bypass_stack *s, const struct tcp_fli
     return again ? fl->again_list.head : fl->lost_list.head;
 }
 
-/* What was called lost was not: back to "sent once, nothing heard". Whatever was sent again stays as it is. */
+/* What was called lost was not, and waits for its ACK again. What had been sent again before goes to the front of
+ * `resent_list`: the frames there left later. */
 void tcp_sack_unmark_lost(struct bypass_stack *s, struct tcp_conn *c)
 {
+    const struct frame_list none = {BYPASS_PKT_NONE, BYPASS_PKT_NONE};
     struct tcp_flight *fl = conn_flight(s, c);
-    for (bypass_pkt p = fl->lost_list.head, next; p != BYPASS_PKT_NONE; p = next) {
-        struct bypass_pkt_meta *m = pkt_meta(s, p);
-        next = m->after;
-        m->seg_flags &= (uint16_t)~SEG_LOST;
-        c->lost_bytes -= m->data_len;
+    bypass_pkt p, before;
+    for (p = fl->lost_list.head; p != BYPASS_PKT_NONE; p = pkt_meta(s, p)->after)
+        pkt_meta(s, p)->seg_flags &= (uint16_t)~SEG_LOST;
+    for (p = fl->again_list.tail; p != BYPASS_PKT_NONE; p = before) {
+        before = pkt_meta(s, p)->prev;
+        pkt_meta(s, p)->seg_flags &= (uint16_t)~SEG_LOST;
+        list_push_front(s, &fl->resent_list, p);
+        fl->resent_frames++;
     }
-    fl->lost_list = (struct frame_list){BYPASS_PKT_NONE, BYPASS_PKT_NONE};
+    fl->lost_list = fl->again_list = none;
+    c->lost_bytes = 0;
     fl->cursor.pkt = BYPASS_PKT_NONE;
     c->flags &= ~(uint32_t)TF_FIN_LOST;
 }
