@@ -76,18 +76,19 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_DSACK = 1 << 4,      /* the next ACK reports cold.dsack first (RFC 2883) */
        TX_SNDBUF_SET = 1 << 5, /* the program chose the size: no autotuning */
        TX_RCVBUF_SET = 1 << 6,
-       TX_PACED = 1 << 7,       /* new segments leave at flight.pace_rate */
-       TX_URG_OUT = 1 << 8,     /* urgent data up to cold.snd_up is not acknowledged */
-       TX_URG_IN = 1 << 9,      /* cold.rcv_up is ahead of what was read */
-       TX_FASTOPEN = 1 << 10,   /* data went with the SYN, or came with it (RFC 7413) */
-       TX_ECN_EXACT = 1 << 20,  /* each mark is told by itself (RFC 8257 3.2) */
-       TX_PACE_WAIT = 1 << 16,  /* the next segment waits for flight.pace_at */
-       TX_PMTU_PROBE = 1 << 11, /* a probe of packetization-layer discovery is in flight (RFC 4821) */
-       TX_RCVLOWAT = 1 << 12,   /* cold.opt.rcvlowat is more than a byte */
-       TX_LENT = 1 << 17,       /* cold.rcv_lent */
-       TX_LONE = 1 << 18,       /* what is in flight is one segment, sent by the short way without a record */
-       TX_CC_LAZY = 1 << 19,    /* the congestion control wants to hear of no ACK but when the window limits */
-       TX_NOTSENT = 1 << 13,    /* cold.opt.notsent_lowat limits what is queued */
+       TX_PACED = 1 << 7,        /* new segments leave at flight.pace_rate */
+       TX_URG_OUT = 1 << 8,      /* urgent data up to cold.snd_up is not acknowledged */
+       TX_URG_IN = 1 << 9,       /* cold.rcv_up is ahead of what was read */
+       TX_FASTOPEN = 1 << 10,    /* data went with the SYN, or came with it (RFC 7413) */
+       TX_ECN_EXACT = 1 << 20,   /* each mark is told by itself (RFC 8257 3.2) */
+       TX_PACE_WAIT = 1 << 16,   /* the next segment waits for flight.pace_at */
+       TX_PMTU_PROBE = 1 << 11,  /* a probe of packetization-layer discovery is in flight (RFC 4821) */
+       TX_PMTU_SEARCH = 1 << 22, /* ... which is at work on this connection */
+       TX_RCVLOWAT = 1 << 12,    /* cold.opt.rcvlowat is more than a byte */
+       TX_LENT = 1 << 17,        /* cold.rcv_lent */
+       TX_LONE = 1 << 18,        /* what is in flight is one segment, sent by the short way without a record */
+       TX_CC_LAZY = 1 << 19,     /* the congestion control wants to hear of no ACK but when the window limits */
+       TX_NOTSENT = 1 << 13,     /* cold.opt.notsent_lowat limits what is queued */
 };
 
 enum {           /* conn.rtx_kind: what rtx_at stands for */
@@ -221,7 +222,8 @@ struct tcp_flight {
     uint64_t pace_rate; /* bytes a second; 0: not paced */
     uint64_t pace_at;   /* earliest time of the next segment */
     uint8_t paused;     /* the window was not used all the time since the congestion control was asked last */
-    uint8_t pad[7];
+    uint8_t pad[3];
+    seq_t probe_seq;                        /* TX_PMTU_PROBE */
     uint64_t cc_state[BYPASS_CC_BYTES / 8]; /* the congestion control's own; zero when the record begins */
 };
 enum { FK_CC = 1, FK_RACK = 2, FK_PACE = 4, FK_PROBE = 8 };
@@ -288,7 +290,8 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     seq_t rcv_rtt_seq, space_seq;
     uint32_t rcv_rtt_at_us, space_at_us, space_bytes;
     /* packetization-layer path MTU discovery (RFC 4821), bytes of IP packet */
-    uint16_t mtu_low, mtu_high, mtu_probe;
+    uint16_t mtu_low, mtu_high;
+    uint16_t mtu_probe; /* its size; when nothing is left to search: the second at which that was found */
     uint8_t mtu_state, mtu_fails;
     uint32_t rcv_lent; /* TX_LENT: bytes of buffer that the program holds by bypass_recv_zc() */
 };
@@ -552,6 +555,18 @@ struct tcp_conn *tcp_listen_in(struct bypass_stack *s, struct tcp_endpoint *ep, 
 bool tcp_accept_full(const struct tcp_endpoint *ep);                /* holds backlog + 1, as Linux' */
 bool tcp_listen_ready(struct bypass_stack *s, struct tcp_conn *c);  /* the handshake ended; false: queue full */
 void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c); /* c dies before it was accepted */
+
+/* tcp_pmtu.c */
+uint16_t tcp_pmtu_limit(const struct tcp_cold *k, uint16_t mtu); /* what of it may be used */
+void tcp_pmtu_icmp(struct bypass_stack *s, struct tcp_conn *c, const struct icmp_error *e);
+void tcp_pmtu_established(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_pmtu_timeout(struct bypass_stack *s, struct tcp_conn *c);    /* before tcp_enter_loss() */
+void tcp_pmtu_acked(struct bypass_stack *s, struct tcp_conn *c);      /* snd_una moved on while a probe is in flight */
+bool tcp_pmtu_probe_lost(struct bypass_stack *s, struct tcp_conn *c); /* what is lost is only the probe */
+/* Makes the next frame a probe. Its payload bytes; 0: not now; TCP_PMTU_HOLD: now, when there is room in cwnd for it. */
+enum { TCP_PMTU_HOLD = 1 << 16 };
+uint32_t tcp_pmtu_probe(struct bypass_stack *s, struct tcp_conn *c);
+void tcp_pmtu_probe_sent(struct bypass_stack *s, struct tcp_conn *c, seq_t first);
 
 /* tcp_req.c */
 void tcp_req_layout(struct layout *l, struct core *c);
@@ -819,6 +834,8 @@ void tcp_rcv_append(struct bypass_stack *s, struct tcp_conn *c, uint32_t head, u
 /* tcp_snd.c */
 int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n, int flags);
 uint32_t tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
+/* Fills never-sent frame p up to len bytes from those behind it. false: they have fewer, or it has no room. */
+bool tcp_snd_merge(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
 uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c);

@@ -130,6 +130,8 @@ static void wake_writer(struct bypass_stack *s, struct tcp_conn *c)
 /* snd_una has moved. */
 static void progress(struct bypass_stack *s, struct tcp_conn *c)
 {
+    if (unlikely(c->feat & TX_PMTU_PROBE))
+        tcp_pmtu_acked(s, c);
     struct tcp_cold *k = conn_cold(s, c);
     c->rtx_count = 0;
     if (unlikely(c->flags & TF_FIN_LOST) && seq_eq(c->snd_una, c->snd_nxt))

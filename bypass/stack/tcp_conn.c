@@ -188,7 +188,8 @@ uint32_t tcp_ts_now(const struct bypass_stack *s, const struct tcp_conn *c)
 void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu)
 {
     uint32_t headers = 20 + TCP_HDR, frame = s->dev->stride - s->dev->headroom;
-    uint32_t mss = min_u32(c->syn_mss, (mtu ? mtu : s->dev->mtu) - headers);
+    mtu = tcp_pmtu_limit(conn_cold(s, c), mtu ? mtu : s->dev->mtu);
+    uint32_t mss = min_u32(c->syn_mss, mtu - headers);
     uint16_t maxseg = conn_cold(s, c)->opt.maxseg;
     mss = min_u32(mss, frame);
     if (maxseg)
@@ -214,6 +215,7 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
     conn_cold(s, c)->min_rtt_half_us = conn_cold(s, c)->min_rtt_since = 0;
     struct dst *d = dst_get(s, &c->dst, &c->raddr);
     conn_update_mss(s, c, d ? d->mtu : 0);
+    tcp_pmtu_established(s, c);
     tcp_cc_init(s, c);
     if (c->flags & TF_SYN_RTX) {
         c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */

@@ -358,22 +358,6 @@ void tcp_in(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri)
 }
 
 /* ---- ICMP errors (RFC 5927: believed only when they quote what is really in flight) ---------------------------- */
-static void path_mtu_shrank(struct bypass_stack *s, struct tcp_conn *c, const struct icmp_error *e)
-{
-    struct dst *d = dst_get(s, &c->dst, &c->raddr);
-    uint16_t mtu = e->mtu < 552 ? 552 : e->mtu; /* as Linux' min_pmtu: below it lies an attack */
-    uint16_t now = d && d->mtu ? d->mtu : s->dev->mtu;
-    if (!d || mtu >= now)
-        return;
-    dst_lower_mtu(s, d, mtu);
-    c->path_mtu = mtu;
-    conn_update_mss(s, c, mtu);
-    if (c->state != BYPASS_SYN_SENT && c->state != BYPASS_SYN_RECEIVED) {
-        tcp_mark_oversize(s, c);
-        tcp_output(s, c);
-    }
-}
-
 void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e)
 {
     uint32_t hash = flow_hash(s, &e->src, &e->dst, e->src_port, e->dst_port);
@@ -386,7 +370,7 @@ void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e)
         return;
     STAT(s, tcp_in_error_quoted);
     if (e->type == 3 && e->code == 4) {
-        path_mtu_shrank(s, c, e);
+        tcp_pmtu_icmp(s, c, e);
         return;
     }
     if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED) {

@@ -436,6 +436,11 @@ static bool output_next(struct bypass_stack *s, struct tcp_conn *c, struct dst *
         return false;
     if (!probe && !tcp_pace_may_send(s, c))
         return false;
+    uint32_t larger = unlikely(c->feat & TX_PMTU_SEARCH) && !probe ? tcp_pmtu_probe(s, c) : 0;
+    if (larger == TCP_PMTU_HOLD)
+        return false;
+    if (larger)
+        len = frame_len = larger;
     bool fin = fin_goes_with(c, p) && (uint32_t)usable > len && len == frame_len;
     if ((len < frame_len && !tcp_snd_split(s, c, p, len)) || send_frame(s, c, p, d, fin) != SENT) {
         conn_blocked(s, c, false);
@@ -444,6 +449,8 @@ static bool output_next(struct bypass_stack *s, struct tcp_conn *c, struct dst *
     if (c->snd_nxt.v == c->snd_una.v)
         conn_cold(s, c)->unacked_since = now_ns(s);
     tcp_pace_sent(s, c, len);
+    if (larger)
+        tcp_pmtu_probe_sent(s, c, c->snd_nxt);
     tcp_sack_sent(s, c, p);
     conn_flight(s, c)->prr_out += len;
     c->sndq_next = pkt_meta(s, p)->next;

@@ -249,7 +249,12 @@ static void watch(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight 
             count_duplicate(c, fl, a->sm);
         lost = fl->dupacks == 3 && a->duplicate && !(fl->hold && seq_leq(c->snd_una, fl->recover));
     }
-    if (lost) {
+    if (lost && unlikely(c->feat & TX_PMTU_PROBE) && tcp_pmtu_probe_lost(s, c)) {
+        fl->dupacks = 0; /* RFC 4821 7.6.1: only the probe is missing, and what was sent behind it will say so again */
+        fl->recover = c->snd_nxt;
+        fl->hold = true;
+        tcp_retransmit_head(s, c);
+    } else if (lost) {
         enter_recovery(s, c, fl, a->sm);
         if (!with_sack(c))
             resend_head(s, c);
@@ -435,7 +440,7 @@ void tcp_recover_ack(struct bypass_stack *s, struct tcp_conn *c, const struct se
 void tcp_recover_reorder_due(struct bypass_stack *s, struct tcp_conn *c)
 {
     struct tcp_flight *fl = conn_flight(s, c);
-    if (find_losses(s, c, fl) && fl->ca_state < CA_RECOVERY) {
+    if (find_losses(s, c, fl) && fl->ca_state < CA_RECOVERY && !tcp_pmtu_probe_lost(s, c)) {
         const struct tcp_sample one = {.delivered = 1};
         enter_recovery(s, c, fl, &one);
         proportional_reduction(s, c, fl, &one);

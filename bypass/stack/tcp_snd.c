@@ -231,6 +231,32 @@ bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uin
     return true;
 }
 
+bool tcp_snd_merge(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    uint32_t there = 0;
+    for (bypass_pkt q = p; q != BYPASS_PKT_NONE && there < len; q = pkt_meta(s, q)->next)
+        there += pkt_meta(s, q)->data_len;
+    if (there < len || m->data_off + len > s->dev->stride)
+        return false;
+    while (m->data_len < len) {
+        bypass_pkt q = m->next;
+        struct bypass_pkt_meta *n = pkt_meta(s, q);
+        uint32_t take = min_u32(n->data_len, len - m->data_len);
+        (void)fill_frame(s, p, pkt_frame(s, q) + n->data_off, take, len);
+        if (take < n->data_len) {
+            trim_front(s, c, q, take, NULL);
+            continue;
+        }
+        m->seg_flags |= n->seg_flags & SEG_PSH;
+        m->next = n->next;
+        if (c->sndq_tail == q)
+            c->sndq_tail = p;
+        frame_release(s, q);
+    }
+    return true;
+}
+
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c)
 {
     while (c->sndq_head != BYPASS_PKT_NONE) {

@@ -148,6 +148,8 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
     }
     STAT(s, tcp_timeouts);
     conn_cold(s, c)->timeouts++;
+    if (unlikely(c->rtx_count >= 3 || (c->feat & TX_PMTU_PROBE)))
+        tcp_pmtu_timeout(s, c);
     tcp_enter_loss(s, c);
     c->rtx_count = (uint8_t)(c->rtx_count + !window_taken_back(s, c));
     c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX);
