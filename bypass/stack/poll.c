@@ -29,8 +29,11 @@ static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
         if (i + HANDLE_AHEAD < n)
             tcp_fast_prefetch_handle(s, &flows[i + HANDLE_AHEAD]);
         STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[i])->len);
-        if (likely(flows[i].plain) && tcp_fast_in(s, pkts[i], flows[i].hash))
+        int taken = likely(flows[i].plain) ? tcp_fast_in(s, pkts + i, flows + i, n - i) : 0;
+        if (taken > 0) {
+            i += taken - 1;
             continue;
+        }
         ri.has_hash = flows[i].plain;
         ri.flow_hash = flows[i].hash;
         bypass_pkt p = pkts[i];

@@ -527,7 +527,9 @@ static inline void tcp_fast_prefetch_handle(const struct bypass_stack *s, const 
     if (f->idx != 0 && conn_at(s, f->idx - 1)->sock != NO_INDEX)
         __builtin_prefetch(sock_at(s, conn_at(s, f->idx - 1)->sock));
 }
-bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash); /* false: it is unusual, nothing was done */
+/* How many of the n frames it took: those of one connection that follow each other go together. 0: the first one is
+ * unusual, nothing was done. */
+int tcp_fast_in(struct bypass_stack *s, const bypass_pkt *pkts, const struct rx_flow *flows, int n);
 /* Sends n bytes in one segment when nothing stands before them; 0: the long way, nothing was done. */
 int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n);
 
@@ -810,7 +812,10 @@ static inline bool tcp_tune_pressure(const struct bypass_stack *s)
 
 /* tcp_rcv.c */
 void tcp_rcv_small(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* the usual request */
-void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g);  /* payload and FIN */
+/* n frames of full segments in order; meta.data_off and data_len are set. `len`: the largest one's payload. */
+void tcp_rcv_train(struct bypass_stack *s, struct tcp_conn *c, const struct segment *first, const bypass_pkt *pkts,
+                   int n, uint32_t len);
+void tcp_rcv_data(struct bypass_stack *s, struct tcp_conn *c, struct segment *g); /* payload and FIN */
 uint32_t tcp_rcv_window(const struct bypass_stack *s,
                         struct tcp_conn *c); /* bytes to offer; never less than was offered */
 /* Enough is there to tell the program (SO_RCVLOWAT). */

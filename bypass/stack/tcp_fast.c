@@ -135,14 +135,82 @@ static inline bool predicted(const struct bypass_stack *s, const struct tcp_conn
            (g->len > 0 || !seq_eq(g->ack, c->snd_una)) && tcp_checksum_ok(m, ip, total - IP4_LEN);
 }
 
-bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash)
+/* ---- Phase three: what it does ------------------------------------------------------------------------- */
+/* May the next segments of the batch go with this one? Those of a bulk transfer, which are kept in their frames and
+ * whose ACK can wait for the last of them. */
+static inline bool may_be_train(const struct bypass_stack *s, const struct tcp_conn *c, const struct segment *g)
 {
+    return g->len > COPY_BREAK && g->len >= c->rcv_mss && c->quick_acks == 0 && !pkt_should_copy(s, g->len) &&
+           c->rcv_charged <= c->rcvbuf && !(c->feat & TX_LENT) &&
+           (!has_flight(c) || (conn_flight(s, c)->ca_state == CA_OPEN && !conn_flight(s, c)->tlp_out));
+}
+
+/* The segment behind `end`, of the same kind as the first: same acknowledgment and window. Its length, or 0. */
+static inline uint32_t follows(const struct bypass_stack *s, const struct tcp_conn *c, bypass_pkt p, seq_t end,
+                               const uint8_t *first)
+{
+    const struct bypass_pkt_meta *m = pkt_meta(s, p);
+    const uint8_t *eth = pkt_data(s, p), *ip = eth + ETH_LEN, *h = ip + IP4_LEN;
+    uint32_t total = rd16(ip + IP4_TOTAL);
+    if (memcmp(eth, first, ETH_LEN) != 0 || load64(ip + IP4_SRC) != load64(first + ETH_LEN + IP4_SRC) ||
+        load32(h) != load32(first + PLAIN) || load32(h + 8) != load32(first + PLAIN + 8) ||
+        load16(h + 14) != load16(first + PLAIN + 14) || (load16(h + 12) & 0xf7ff) != __builtin_bswap16(0x8010) ||
+        load32(h + TCP_HDR) != TCP_TS_PREFIX || rd32(h + 4) != end.v || !ip_ok(ip, m->len - ETH_LEN, total))
+        return 0;
+    uint32_t len = total - IP4_LEN - PLAIN_TS;
+    bool ok = len > COPY_BREAK && (int32_t)(rd32(h + TCP_HDR + 4) - c->ts_recent) >= 0 &&
+              end.v + len - c->rcv_nxt.v <= c->rcv_adv.v - c->rcv_nxt.v && tcp_checksum_ok(m, ip, total - IP4_LEN);
+    return ok ? len : 0;
+}
+
+static inline void keep_payload(struct bypass_stack *s, bypass_pkt p, uint32_t len)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->seg_flags = 0;
+    m->data_off = (uint16_t)(m->off + PLAIN + PLAIN_TS);
+    m->data_len = (uint16_t)len;
+}
+
+/* Takes the first segment's data, and what follows it in the batch up to where an ACK is due. How many segments. */
+static int take_train(struct bypass_stack *s, struct tcp_conn *c, const bypass_pkt *pkts, const struct rx_flow *flows,
+                      int n, struct segment *g)
+{
+    const uint8_t *first = pkt_data(s, g->pkt);
+    uint32_t largest = g->len, len;
+    seq_t end = seq_add(g->seq, g->len);
+    int k = 1;
+    keep_payload(s, g->pkt, g->len);
+    for (; k < n && flows[k].plain && flows[k].hash == flows[0].hash; k++, end = seq_add(end, len)) {
+        if (end.v - c->last_ack_sent.v >= ACK_BATCH_MAX * max_u32(c->rcv_mss, largest))
+            break;
+        len = follows(s, c, pkts[k], end, first);
+        if (len == 0)
+            break;
+        keep_payload(s, pkts[k], len);
+        largest = max_u32(largest, len);
+        STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[k])->len);
+    }
+    c->snd_wl1 = seq_add(end, 0u - pkt_meta(s, pkts[k - 1])->data_len);
+    struct tcp_cold *cold = conn_cold(s, c);
+    cold->segs_in += (uint32_t)k - 1;
+    cold->data_segs_in += (uint32_t)k - 1;
+    STAT_ADD(s, tcp_in, (uint32_t)k - 1);
+    STAT_ADD(s, tcp_in_fast, (uint32_t)k - 1);
+    tcp_rcv_train(s, c, g, pkts, k, largest);
+    g->pkt = BYPASS_PKT_NONE;
+    return k;
+}
+
+int tcp_fast_in(struct bypass_stack *s, const bypass_pkt *pkts, const struct rx_flow *flows, int n)
+{
+    bypass_pkt p = pkts[0];
     struct bypass_pkt_meta *m = pkt_meta(s, p);
     const uint8_t *eth = pkt_data(s, p), *ip = eth + ETH_LEN;
     struct segment g;
-    struct tcp_conn *c = find_plain(s, hash, ip);
+    struct tcp_conn *c = find_plain(s, flows[0].hash, ip);
+    int taken = 1;
     if (!c || !predicted(s, c, m, eth, &g))
-        return false;
+        return 0;
     const uint8_t *h = ip + IP4_LEN;
     g.pkt = p;
     g.wnd = rd16(h + 14);
@@ -163,12 +231,14 @@ bool tcp_fast_in(struct bypass_stack *s, bypass_pkt p, uint32_t hash)
         tcp_ack_lone(s, c, g.wnd);
     else
         (void)tcp_ack_in(s, c, &g);
-    if (g.len > 0)
+    if (n > 1 && may_be_train(s, c, &g))
+        taken = take_train(s, c, pkts, flows, n, &g);
+    else if (g.len > 0)
         tcp_rcv_small(s, c, &g);
     tcp_output(s, c);
     if (g.pkt != BYPASS_PKT_NONE)
         pkt_free(s, g.pkt);
-    return true;
+    return taken;
 }
 
 /* ---- Sending --------------------------------------------------------------------------------------------- */

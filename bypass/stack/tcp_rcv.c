@@ -187,7 +187,25 @@ void tcp_rcv_small(struct bypass_stack *s, struct tcp_conn *c, struct segment *g
     c->rcv_charged += CHUNK_SIZE;
     c->rcv_nxt = seq_add(c->rcv_nxt, g->len);
     STAT(s, tcp_in_data_segments);
+    STAT_ADD(s, tcp_copied_bytes, g->len);
     ack_data(s, c, g->len, false);
+    if (tcp_readable(s, c))
+        sock_event(s, c->sock, BYPASS_IN);
+}
+
+void tcp_rcv_train(struct bypass_stack *s, struct tcp_conn *c, const struct segment *first, const bypass_pkt *pkts,
+                   int n, uint32_t len)
+{
+    tcp_tune_rtt(s, c, first);
+    for (int i = 0; i < n; i++) {
+        struct bypass_pkt_meta *m = pkt_meta(s, pkts[i]);
+        m->seq = c->rcv_nxt.v;
+        c->rcv_charged += s->dev->stride;
+        append(s, c, pkts[i]);
+        c->rcv_nxt = seq_add(c->rcv_nxt, m->data_len);
+    }
+    STAT_ADD(s, tcp_in_data_segments, (uint32_t)n);
+    ack_data(s, c, len, false);
     if (tcp_readable(s, c))
         sock_event(s, c->sock, BYPASS_IN);
 }
