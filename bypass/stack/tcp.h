@@ -619,7 +619,7 @@ struct tcp_sample {
     bool original;      /* data below flight.recover was delivered that was sent once */
     bool dsack;         /* a D-SACK tells of a needless retransmission; dsack_tlp: of the tail loss probe */
     bool dsack_tlp;
-    bool undone;      /* recovery was a mistake, and is undone */
+    bool settled;     /* the window was set anew: recovery ended, or was a mistake and is undone */
     seq_t prior_fack; /* flight.fack before this ACK */
     bool app_limited; /* ... was sent while the program, not the window, was the limit */
     /* tcp_rate_*: of the newest frame delivered. interval_us 0: no valid rate */

@@ -187,8 +187,8 @@ static void unusual_ack(struct bypass_stack *s, struct tcp_conn *c, const struct
     tcp_ecn_ack_in(s, c, g, &sm);
     tcp_recover_ack(s, c, g, &sm, frames, duplicate && !sm.dsack && !sm.dsack_tlp);
     bool moved = sm.acked > 0;
-    /* what was SACKed before has opened the window before; and an undone recovery gives back enough */
-    sm.acked = sm.undone ? 0 : min_u32(sm.acked, sm.delivered);
+    /* what was SACKed before has opened the window before; and the end of a recovery sets it once */
+    sm.acked = sm.settled ? 0 : min_u32(sm.acked, sm.delivered);
     tcp_rate_done(s, c, &sm);
     if (sm.delivered > 0)
         tcp_cc_acked(s, c, &sm);

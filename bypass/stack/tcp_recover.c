@@ -72,7 +72,7 @@ static void undo(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *
         c->cwnd = max_u32(c->cwnd, fl->prior_cwnd);
         c->ssthresh = max_u32(c->ssthresh, fl->prior_ssthresh);
     }
-    sm->undone = true;
+    sm->settled = true;
     fl->undo = false;
     fl->frto = FRTO_OFF;
     c->feat &= ~(uint32_t)TX_CWR;
@@ -117,11 +117,13 @@ static void proportional_reduction(struct bypass_stack *s, struct tcp_conn *c, s
     c->cwnd = max_u32(pipe + send, c->snd_mss);
 }
 
-static void reduction_end(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl)
+static void reduction_end(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, struct tcp_sample *sm)
 {
     bool reduced = fl->ca_state == CA_CWR || (fl->ca_state == CA_RECOVERY && fl->undo);
-    if (reduced && !tcp_cc_own_window(s, c) && c->ssthresh != UINT32_MAX)
+    if (reduced && !tcp_cc_own_window(s, c) && c->ssthresh != UINT32_MAX) {
         c->cwnd = c->ssthresh; /* RFC 9937 6.2, last paragraph: pipe is near it by now */
+        sm->settled = true;
+    }
     tcp_cc_event(s, c, CC_EV_RECOVERED);
 }
 
@@ -259,7 +261,7 @@ static void watch(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight 
         if (!with_sack(c))
             resend_head(s, c);
     } else if (fl->ca_state == CA_CWR && seq_geq(c->snd_una, fl->recover)) {
-        reduction_end(s, c, fl);
+        reduction_end(s, c, fl, a->sm);
         settle(c, fl);
     } else if (fl->ca_state != CA_CWR) {
         settle(c, fl);
@@ -272,7 +274,7 @@ static void finish(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight
     if (fl->undo && (dsacks_detect(fl) || eifel_detects(c, fl, a->g)))
         undo(s, c, fl, a->sm);
     else
-        reduction_end(s, c, fl);
+        reduction_end(s, c, fl, a->sm);
     tcp_rack_recovered(fl);
     fl->dupacks = 0;
     fl->frto = FRTO_OFF;
@@ -376,8 +378,7 @@ void tcp_recover_resent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p
 }
 
 /* RFC 8985 7.4.2: the probe repaired a loss that no other ACK told of. The window has to know. */
-static void tail_was_lost(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl,
-                          const struct tcp_sample *sm)
+static void tail_was_lost(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, struct tcp_sample *sm)
 {
     STAT(s, tcp_loss_probe_repairs);
     if (fl->ca_state >= CA_CWR)
@@ -385,7 +386,7 @@ static void tail_was_lost(struct bypass_stack *s, struct tcp_conn *c, struct tcp
     fl->undo = false;
     reduction_begin(s, c, fl, sm, CC_EV_LOSS);
     set_state(c, fl, CA_CWR);
-    reduction_end(s, c, fl);
+    reduction_end(s, c, fl, sm);
     settle(c, fl);
 }
 

@@ -181,7 +181,9 @@ static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
  * twice (Karn), and the others waited behind it, or a SACK told of it before. Returns how many frames were freed. */
 uint32_t tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm)
 {
-    const bool plain = conn_flight(s, c)->ca_state == CA_OPEN;
+    const struct tcp_flight *fl = conn_flight(s, c);
+    /* RACK has to hear of each frame once one is SACKed: by this ACK already, perhaps */
+    const bool plain = fl->ca_state == CA_OPEN && fl->sacked_frames == 0;
     uint32_t frames = 0;
     while (c->sndq_head != BYPASS_PKT_NONE && c->sndq_head != c->sndq_next) {
         bypass_pkt p = c->sndq_head;
