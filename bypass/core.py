@@ -202,6 +202,8 @@ class ConnInfo:
     rttvar_us: int
     rto_us: int
     retransmits: int
+    pacing_rate: int  # bytes a second, as the next
+    delivery_rate: int
 
 
 INFO_NUMBERS = tuple(f.name for f in fields(ConnInfo))[5:]

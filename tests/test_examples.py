@@ -42,7 +42,8 @@ def running(lab: Lab, name: str, *args: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_all_examples_are_tested() -> None:
-    named = (Path(__file__).read_text() + (ROOT / "tests/test_embed.py").read_text()).replace('"', " ")
+    tests = (ROOT / "tests" / f"test_{name}.py" for name in ("examples", "embed", "tcp_cc"))
+    named = "".join(path.read_text() for path in tests).replace('"', " ")
     for path in EXAMPLES.iterdir():
         if path.is_file():
             assert f" {path.name} " in named, path.name

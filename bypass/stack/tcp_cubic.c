@@ -132,20 +132,10 @@ static void round_begin(struct bypass_cc *cc, struct cubic *q)
     q->in_round = 1;
 }
 
-/* RFC 9406 4.2. true: conservative slow start has lasted long enough. */
-static bool hystart(struct bypass_cc *cc, struct cubic *q, const struct bypass_cc_sample *sm)
+static void css_begin_or_end(struct cubic *q)
 {
-    bool over = !q->in_round || (int32_t)(cc->snd_una - q->round_end) >= 0;
-    if (over && q->in_css && ++q->css_rounds >= CSS_ROUNDS)
-        return true;
-    if (over)
-        round_begin(cc, q);
-    if (sm->rtt_us != 0) {
-        q->cur_min_us = min_u32(q->cur_min_us, (uint32_t)min_u64(sm->rtt_us, UINT32_MAX - 1));
-        q->rtt_samples = (uint8_t)min_u32(q->rtt_samples + 1u, N_RTT_SAMPLE);
-    }
-    if (q->rtt_samples < N_RTT_SAMPLE || q->cur_min_us == UINT32_MAX)
-        return false;
+    if (q->rtt_samples < N_RTT_SAMPLE)
+        return;
     if (q->in_css) {
         if (q->cur_min_us < q->css_baseline_us) /* it was jitter: back to slow start */
             q->in_css = q->css_rounds = 0;
@@ -156,6 +146,23 @@ static bool hystart(struct bypass_cc *cc, struct cubic *q, const struct bypass_c
             q->in_css = 1;
         }
     }
+}
+
+/* RFC 9406 4.2. true: conservative slow start has lasted long enough. */
+static bool hystart(struct bypass_cc *cc, struct cubic *q, const struct bypass_cc_sample *sm)
+{
+    if (!q->in_round)
+        round_begin(cc, q);
+    if (sm->rtt_us != 0) {
+        q->cur_min_us = min_u32(q->cur_min_us, (uint32_t)min_u64(sm->rtt_us, UINT32_MAX - 1));
+        q->rtt_samples = (uint8_t)min_u32(q->rtt_samples + 1u, N_RTT_SAMPLE);
+        css_begin_or_end(q);
+    }
+    if ((int32_t)(cc->snd_una - q->round_end) < 0)
+        return false;
+    if (q->in_css && ++q->css_rounds >= CSS_ROUNDS)
+        return true;
+    round_begin(cc, q);
     return false;
 }
 

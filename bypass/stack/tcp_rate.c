@@ -65,10 +65,12 @@ void tcp_rate_done(struct bypass_stack *s, struct tcp_conn *c, struct tcp_sample
     }
 }
 
-/* 3.4, before the program's bytes are queued: nothing waits to be sent, and more could have been in flight. */
+/* 3.4, before the program's bytes are queued: less than a segment waits to be sent, nothing to be sent again, and more
+ * could have been in flight. */
 void tcp_rate_gap(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (c->sndq_next != BYPASS_PKT_NONE || c->lost_bytes > 0)
+    uint32_t unsent = c->snd_queued - (c->snd_nxt.v - c->snd_una.v);
+    if (unsent >= c->snd_mss || c->lost_bytes > 0)
         return;
     struct tcp_flight *fl = conn_flight(s, c);
     uint32_t pipe = tcp_pipe(s, c);
