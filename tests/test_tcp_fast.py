@@ -96,7 +96,7 @@ class Held:
 
     def state(self) -> tuple[Any, Counter[str]]:
         counted = Counter(self.t.counted())
-        for name in ("tcp_in_fast", "rx_bytes", "ip_in_bad_header", "ip_in_bad_checksum", "ip_in_truncated"):
+        for name in ("tcp_in_fast", "tcp_in_joined", "rx_bytes", "ip_in_bad_header", "ip_in_bad_checksum", "ip_in_truncated"):
             counted.pop(name, None)  # those of the network layer depend on where the wrong bit lies
         return (str(self.t.info) if self.t.state() else "", +counted)
 
@@ -134,3 +134,31 @@ def test_requests_and_responses_take_the_short_way() -> None:
             t.advance(0.001)
         assert t.stack.stats()["tcp_in_fast"] == before + 100
         assert not t.stack.ready(t.sock) & lib.BYPASS_IN
+
+
+def test_segments_of_a_batch_that_follow_each_other_are_taken_together() -> None:
+    with Talk() as t:
+        t.established(opts="mss 1460, nop, nop, ts 1000 0", ts=True)
+        for at in range(16):  # past the segments that are acknowledged one by one
+            t.peer(f". {1 + 1448 * at}:{1 + 1448 * (at + 1)}")
+        begin = 1 + 1448 * 16
+        assert len(t.read(100_000)) == begin - 1
+        t.advance(0.3)
+        t.out()
+        t.peer(*(f". {begin + 1448 * i}:{begin + 1448 * (i + 1)}" for i in range(6)))
+        assert t.stack.stats()["tcp_in_joined"] == 5
+        acks = t.out()
+        assert [(s.end - s.seq, s.ack) for s in acks] == [(0, begin + 1448 * 6)], acks
+        assert t.read(100_000) == stream(begin, begin + 1448 * 6)
+
+
+def test_full_segments_that_may_go_share_a_header() -> None:
+    """Each has its own number, checksum (which Talk verifies) and PSH; the last goes with what is left to write."""
+    with Talk() as t:
+        t.established(opts="mss 1460, nop, nop, ts 1000 0, nop, ws 7", ts=True, TCP_NODELAY=1)
+        t.write(9 * 1448 + 10)
+        sent = t.out()
+        assert t.stack.stats()["tcp_out_joined"] == 8  # all but the first and the last
+        assert [(s.seq, s.end - s.seq) for s in sent] == [(1 + 1448 * i, 1448 if i < 9 else 10) for i in range(10)]
+        assert {s.flags for s in sent[:-1]} == {"."} and sent[-1].flags == "P."
+        assert len({(s.ack, s.win, str(s.opts)) for s in sent}) == 1

@@ -27,7 +27,7 @@
     X(udp_in) X(udp_in_short) X(udp_in_bad_length) X(udp_in_bad_checksum) X(udp_in_no_socket) X(udp_in_full) \
     X(udp_in_no_memory) X(udp_out) X(udp_out_blocked) X(udp_in_error)                                        \
     /* tcp */                                                                                                \
-    X(tcp_in) X(tcp_in_fast) X(tcp_in_short) X(tcp_in_bad_offset) X(tcp_in_bad_checksum) X(tcp_in_bad_options)              \
+    X(tcp_in) X(tcp_in_fast) X(tcp_in_joined) X(tcp_out_joined) X(tcp_in_short) X(tcp_in_bad_offset) X(tcp_in_bad_checksum) X(tcp_in_bad_options)              \
     X(tcp_in_no_socket) X(tcp_in_data_segments) X(tcp_in_out_of_order) X(tcp_in_duplicate)                   \
     X(tcp_in_out_of_window) X(tcp_in_paws) X(tcp_in_bad_ack) X(tcp_in_after_close) X(tcp_in_no_memory)       \
     X(tcp_in_reset) X(tcp_in_reset_ignored) X(tcp_in_syn_in_window) X(tcp_in_zero_window_probe)              \

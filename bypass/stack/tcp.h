@@ -532,6 +532,7 @@ static inline void tcp_fast_prefetch_handle(const struct bypass_stack *s, const 
 int tcp_fast_in(struct bypass_stack *s, const bypass_pkt *pkts, const struct rx_flow *flows, int n);
 /* Sends n bytes in one segment when nothing stands before them; 0: the long way, nothing was done. */
 int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n);
+void tcp_fast_burst(struct bypass_stack *s, struct tcp_conn *c, const struct dst *d); /* new full segments */
 
 uint32_t conn_port_count(const struct bypass_stack *s, uint16_t port);
 

@@ -196,6 +196,7 @@ static int take_train(struct bypass_stack *s, struct tcp_conn *c, const bypass_p
     cold->data_segs_in += (uint32_t)k - 1;
     STAT_ADD(s, tcp_in, (uint32_t)k - 1);
     STAT_ADD(s, tcp_in_fast, (uint32_t)k - 1);
+    STAT_ADD(s, tcp_in_joined, (uint32_t)k - 1);
     tcp_rcv_train(s, c, g, pkts, k, largest);
     g->pkt = BYPASS_PKT_NONE;
     return k;
@@ -262,7 +263,8 @@ static inline uint32_t copy_small(uint8_t *to, const uint8_t *from, uint32_t len
 /* Ethernet, IP and TCP headers in front of the payload at b + PLAIN + PLAIN_TS, each word built and summed in
  * registers. */
 static inline void put_headers(const struct bypass_stack *s, const struct tcp_conn *c, const struct tcp_cold *k,
-                               const struct dst *d, uint8_t *b, uint32_t len, uint32_t payload_sum, uint16_t wnd)
+                               const struct dst *d, uint8_t *b, seq_t at, uint8_t flags, uint32_t len,
+                               uint32_t payload_sum, uint16_t wnd)
 {
     uint32_t src = load32(addr_v4(&c->laddr)), dst = load32(addr_v4(&c->raddr)), tcp_len = PLAIN_TS + len;
     uint16_t total = __builtin_bswap16((uint16_t)(IP4_LEN + tcp_len));
@@ -278,10 +280,10 @@ static inline void put_headers(const struct bypass_stack *s, const struct tcp_co
     memcpy(b + ETH_LEN + 8, &w1, 8);
     memcpy(b + ETH_LEN + IP4_DST, &dst, 4);
     uint64_t t[4];
-    t[0] = (uint64_t)__builtin_bswap32(c->snd_nxt.v) << 32 | (uint32_t)__builtin_bswap16(c->rport) << 16 |
+    t[0] = (uint64_t)__builtin_bswap32(at.v) << 32 | (uint32_t)__builtin_bswap16(c->rport) << 16 |
            __builtin_bswap16(c->lport);
-    t[1] = (uint64_t)__builtin_bswap16(wnd) << 48 | (uint64_t)(TCP_ACK | TCP_PSH) << 40 |
-           (uint64_t)(PLAIN_TS << 2) << 32 | __builtin_bswap32(c->rcv_nxt.v);
+    t[1] = (uint64_t)__builtin_bswap16(wnd) << 48 | (uint64_t)flags << 40 | (uint64_t)(PLAIN_TS << 2) << 32 |
+           __builtin_bswap32(c->rcv_nxt.v);
     t[2] = (uint64_t)TCP_TS_PREFIX << 32;
     t[3] = (uint64_t)__builtin_bswap32(c->ts_recent) << 32 | __builtin_bswap32(conn_now_ms(s) + k->ts_offset);
     uint64_t pseudo = (uint64_t)src + dst + __builtin_bswap16((uint16_t)tcp_len) + (PROTO_TCP << 8) + payload_sum;
@@ -345,7 +347,7 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     m->time_ns = now_ns(s);
     m->csum = copy_small(payload, buf, (uint32_t)n);
     uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(s, c) >> c->rcv_wscale, 65535);
-    put_headers(s, c, k, d, payload - PLAIN - PLAIN_TS, (uint32_t)n, m->csum, wnd);
+    put_headers(s, c, k, d, payload - PLAIN - PLAIN_TS, c->snd_nxt, TCP_ACK | TCP_PSH, (uint32_t)n, m->csum, wnd);
     if (tx_csum_offload(s))
         csum_leave(m, payload - PLAIN_TS + TCP_CSUM,
                    csum_pseudo(&c->laddr, &c->raddr, PROTO_TCP, PLAIN_TS + (uint32_t)n), NET_HEADERS, TCP_CSUM);
@@ -366,4 +368,90 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     STAT_ADD(s, tcp_copied_bytes, n);
     tx_queue(s, p);
     return (int64_t)n;
+}
+
+/* ---- Sending many ---------------------------------------------------------------------------------------- */
+/* The headers that the segments of a burst share, with sequence number 0 and without PSH, and their sum. */
+struct burst {
+    uint8_t head[PLAIN + PLAIN_TS];
+    uint16_t sum;
+};
+
+/* Nothing goes into the headers but what always does, and each segment may go when both windows allow. */
+static inline bool burst_is_usual(const struct tcp_conn *c)
+{
+    const uint32_t flags = TF_TS | TF_RECOVERY | TF_LOSS | TF_BLOCKED | TF_PROBING | TF_DEAD;
+    const uint32_t feat = TX_CWR | TX_ECE | TX_DSACK | TX_PACED | TX_URG_OUT | TX_PMTU_SEARCH | TX_PMTU_PROBE | TX_LONE;
+    return has_flight(c) && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 && c->ooo == NO_INDEX;
+}
+
+static inline uint32_t burst_room(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    int32_t usable = seq_diff(seq_add(c->snd_una, c->snd_wnd), c->snd_nxt);
+    uint32_t pipe = tcp_pipe(s, c);
+    return usable <= 0 || pipe >= c->cwnd ? 0 : min_u32((uint32_t)usable, c->cwnd - pipe);
+}
+
+static inline bool is_full(const struct tcp_conn *c, const struct bypass_pkt_meta *m)
+{
+    return m->data_len == c->snd_mss && !(m->holders & BYPASS_HOLD_DEV) && !(m->seg_flags & IN_TXQ);
+}
+
+static inline void burst_send(struct bypass_stack *s, struct tcp_conn *c, const struct burst *b, bypass_pkt p)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    uint8_t *eth = pkt_frame(s, p) + m->data_off - sizeof b->head;
+    uint32_t seq_word = __builtin_bswap32(m->seq), psh = m->seg_flags & SEG_PSH ? TCP_PSH : 0;
+    memcpy(eth, b->head, sizeof b->head);
+    memcpy(eth + PLAIN + TCP_SEQ, &seq_word, 4);
+    eth[PLAIN + TCP_FLAGS] |= (uint8_t)psh;
+    uint16_t check = csum_fold(csum_add(csum_add(m->csum, seq_word), b->sum + (psh << 8)));
+    memcpy(eth + PLAIN + TCP_CSUM, &check, 2);
+    if (tx_csum_offload(s))
+        csum_leave(m, eth + PLAIN + TCP_CSUM,
+                   csum_pseudo(&c->laddr, &c->raddr, PROTO_TCP, PLAIN_TS + (uint32_t)m->data_len), NET_HEADERS,
+                   TCP_CSUM);
+    m->off = (uint16_t)(m->data_off - sizeof b->head);
+    m->len = (uint16_t)(m->data_len + sizeof b->head);
+    m->queue = c->queue;
+    m->time_ns = tcp_stamp(s, c);
+    tcp_rate_sent(s, c, p);
+    tcp_sack_sent(s, c, p);
+    tx_queue(s, p);
+}
+
+/* Full segments that were never sent, as many as both windows allow, but the last that is written: tcp_out.c decides
+ * about that one, and about all that is unusual. Segments are cut when the program writes, so that one pass copies and
+ * sums the payload; what is left for here is one header for all. */
+void tcp_fast_burst(struct bypass_stack *s, struct tcp_conn *c, const struct dst *d)
+{
+    uint32_t room = burst_is_usual(c) ? burst_room(s, c) : 0, n = 0;
+    bypass_pkt p = c->sndq_next;
+    if (room < 2u * c->snd_mss || p == BYPASS_PKT_NONE || p == c->sndq_tail || !is_full(c, pkt_meta(s, p)))
+        return;
+    struct burst b;
+    struct tcp_cold *k = conn_cold(s, c);
+    uint16_t wnd = (uint16_t)min_u32(tcp_rcv_window(s, c) >> c->rcv_wscale, 65535);
+    put_headers(s, c, k, d, b.head, seq(0), TCP_ACK, c->snd_mss, 0, wnd);
+    memcpy(&b.sum, b.head + PLAIN + TCP_CSUM, 2);
+    b.sum = (uint16_t)~b.sum;
+    if (c->snd_nxt.v == c->snd_una.v)
+        k->unacked_since = now_ns(s);
+    for (; p != c->sndq_tail && room >= c->snd_mss && is_full(c, pkt_meta(s, p)); n++) {
+        burst_send(s, c, &b, p);
+        room -= c->snd_mss;
+        c->snd_nxt = seq_add(c->snd_nxt, c->snd_mss);
+        p = pkt_meta(s, p)->next;
+    }
+    c->sndq_next = p;
+    c->last_ack_sent = c->rcv_nxt;
+    c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH);
+    c->ack_at = 0;
+    conn_flight(s, c)->prr_out += n * c->snd_mss;
+    k->segs_out += n;
+    k->data_segs_out += n;
+    STAT_ADD(s, tcp_out, n);
+    STAT_ADD(s, tcp_out_data_segments, n);
+    STAT_ADD(s, tcp_out_joined, n);
+    tcp_cc_sent(s, c);
 }

@@ -463,8 +463,11 @@ static bool output_next(struct bypass_stack *s, struct tcp_conn *c, struct dst *
 
 static void output_new(struct bypass_stack *s, struct tcp_conn *c, struct dst *d)
 {
-    while (output_next(s, c, d, false))
-        ;
+    if (output_next(s, c, d, false)) {
+        tcp_fast_burst(s, c, d);
+        while (output_next(s, c, d, false))
+            ;
+    }
     if (c->sndq_next == BYPASS_PKT_NONE)
         c->flags &= ~(uint32_t)TF_PUSH_ALL;
 }

@@ -74,7 +74,7 @@ enum {
 };
 enum { ICMP_UNREACH_PROTO = 2, ICMP_UNREACH_PORT = 3, ICMP_UNREACH_FRAG = 4, ICMP_TIME_REASSEMBLY = 1 };
 
-enum { TCP_CSUM = 16 }; /* in the TCP header */
+enum { TCP_SEQ = 4, TCP_FLAGS = 13, TCP_CSUM = 16 }; /* in the TCP header */
 enum { UDP_SRC = 0, UDP_DST = 2, UDP_SIZE = 4, UDP_CSUM = 6, UDP_LEN = 8 };
 enum { UDP_MAX_PAYLOAD = IP4_MAX - IP4_LEN - UDP_LEN };
 
