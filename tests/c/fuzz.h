@@ -130,12 +130,12 @@ static inline uint8_t *fuzz_ip_head(uint8_t *f, uint8_t proto, uint32_t n)
     return ip + FZ_IP;
 }
 
-enum { FZ_FIN = 1, FZ_SYN = 2, FZ_RST = 4, FZ_PSH = 8, FZ_ACK = 16 };
+enum { FZ_FIN = 1, FZ_SYN = 2, FZ_RST = 4, FZ_PSH = 8, FZ_ACK = 16, FZ_URG = 32 };
 
 struct fuzz_tcp {
     uint16_t sport, dport;
     uint32_t seq, ack;
-    uint32_t flags, window;
+    uint32_t flags, window, urg;
     uint32_t opt_len, len; /* bytes; options are padded by the end-of-list option */
     const uint8_t *opts, *data;
 };
@@ -154,6 +154,7 @@ static inline uint32_t fuzz_tcp_frame(uint8_t *f, const struct fuzz_tcp *t)
     p[12] = (uint8_t)((FZ_TCP + opt) / 4 << 4);
     p[13] = (uint8_t)t->flags;
     put16(p + 14, t->window);
+    put16(p + 18, t->urg);
     if (t->opt_len)
         memcpy(p + FZ_TCP, t->opts, t->opt_len);
     if (t->len && t->data)

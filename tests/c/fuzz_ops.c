@@ -5,7 +5,7 @@
  * An input is eight bytes of set-up and records of eight bytes: what happens, to which connection, and six arguments. The
  * harness plays the peer of up to four connections at once (lanes), and holds the stack to this:
  *  - what the program reads is a beginning of the peer's stream, what leaves is the program's, byte for byte; the bytes of
- *    both streams are known by their place;
+ *    both streams are known by their place. Only bytes that the peer called urgent may be missing, and come by themselves;
  *  - acknowledgments never go back nor beyond what the peer sent, the right edge of the offered window never goes left,
  *    nothing is sent beyond the largest window that the peer offered;
  *  - a segment draws at most ANSWERS segments without data;
@@ -14,7 +14,7 @@
 #include "fuzz.h"
 
 enum { RECORD = 8, MOST_RECORDS = 300, LANES = 4, PORT = 80, FIRST_PORT = 2000, PEER_ISS = 0xfffff000, ANSWERS = 2 };
-enum { MSS = 1460, OUR_BYTES = 1 << 20 };
+enum { MSS = 1460, OUR_BYTES = 1 << 20, URGENT = 8 };
 
 struct lane {
     bypass_sock sock; /* -1: none */
@@ -29,7 +29,11 @@ struct lane {
     uint32_t una;      /* the stack's own, from the last look */
     uint32_t ts_last;  /* the stack's last timestamp */
     uint32_t wrote, read;
+    uint32_t urgent[URGENT]; /* places of bytes in the peer's stream that it called urgent */
+    uint32_t urgent_n;
     bool fin;
+    bool
+        blind; /* bytes were thrown away unseen, urgent ones perhaps among them: where the next one is from is not known */
 };
 
 struct story {
@@ -51,7 +55,7 @@ static uint8_t peer_byte(uint32_t at) { return (uint8_t)(at * 29 + (at >> 8) * 1
 struct seen {
     uint32_t seq, ack, flags, window, len;
     const uint8_t *data, *opts;
-    uint32_t opt_len;
+    uint32_t opt_len, urg;
 };
 
 static bool find_option(const struct seen *g, uint8_t kind, uint32_t len, const uint8_t **value)
@@ -90,6 +94,8 @@ static void check_data(struct lane *l, const struct seen *g)
         CHECK(at < l->wrote, "byte %u of %u written", at, l->wrote);
         CHECK(g->data[i] == our_byte(at), "byte %u", at);
     }
+    if (g->flags & FZ_URG)
+        CHECK(diff(l->iss + 1 + l->wrote, g->seq + g->urg) >= 0, "urgent beyond what was written");
     if (g->len)
         CHECK(diff(l->edge_in, g->seq + g->len) >= 0, "sent %d beyond the window", diff(g->seq + g->len, l->edge_in));
 }
@@ -160,6 +166,7 @@ static void frame_seen(struct story *s, const uint8_t *f, size_t n)
     if (getenv("FUZZ_VERBOSE"))
         fprintf(stderr, "%u > %u flags %02x seq %u ack %u win %u len %u\n", get16(tcp), get16(tcp + 2), g.flags, g.seq,
                 g.ack, g.window, total - FZ_IP - off);
+    g.urg = get16(tcp + 18);
     g.opts = tcp + FZ_TCP;
     g.opt_len = off - FZ_TCP;
     g.data = tcp + off;
@@ -241,6 +248,17 @@ static void offer(struct story *s, struct lane *l, const struct fuzz_tcp *t)
     l->offered = true;
 }
 
+/* RFC 6093 2.1: the pointer names the byte behind the urgent one, as everybody reads it. */
+static void call_urgent(struct lane *l, struct fuzz_tcp *t)
+{
+    if (!(t->flags & FZ_URG))
+        return;
+    if (l->urgent_n == URGENT)
+        t->flags &= ~(uint32_t)FZ_URG;
+    else
+        l->urgent[l->urgent_n++] = t->seq - PEER_ISS - 1 + (t->urg ? t->urg - 1 : 0);
+}
+
 static void inject(struct story *s, struct lane *l, struct fuzz_tcp *t)
 {
     static uint8_t data[MSS];
@@ -250,6 +268,7 @@ static void inject(struct story *s, struct lane *l, struct fuzz_tcp *t)
         t->len = t->opt_len ? MSS - 40 : t->len;
     for (uint32_t i = 0; i < t->len; i++)
         data[i] = peer_byte(t->seq - PEER_ISS - 1 + i + !!(t->flags & FZ_SYN));
+    call_urgent(l, t);
     t->data = data;
     t->sport = l->sport;
     t->dport = l->dport;
@@ -281,6 +300,7 @@ static void op_segment(struct story *s, struct lane *l, const uint8_t *a)
     t.ack = (a[2] & 8 ? i.snd_nxt : i.snd_una) + (uint32_t)distance(a[3]);
     t.window = windows[a[2] >> 4 & 7];
     t.opt_len = make_options(opts, l, a[4], a[5], &i, s->w.now);
+    t.urg = (uint16_t)distance(a[5]);
     inject(s, l, &t);
     if (a[2] & 128)
         return; /* more in the same batch */
@@ -401,7 +421,7 @@ static void op_write(struct story *s, struct lane *l, const uint8_t *a)
         return;
     for (uint32_t i = 0; i < n; i++)
         buf[i] = our_byte(l->wrote + i);
-    int64_t took = bypass_send(&s->w.s, l->sock, buf, n, a[1] & 8 ? BYPASS_MORE : 0);
+    int64_t took = bypass_send(&s->w.s, l->sock, buf, n, (a[1] & 8 ? BYPASS_MORE : 0) | (a[1] & 16 ? BYPASS_OOB : 0));
     CHECK(took <= (int64_t)n, "took %lld of %u", (long long)took, n);
     CHECK(took <= 0 || !l->fin, "took bytes behind the end");
     l->wrote += took > 0 ? (uint32_t)took : 0;
@@ -409,17 +429,55 @@ static void op_write(struct story *s, struct lane *l, const uint8_t *a)
     look(s);
 }
 
+static bool is_urgent(const struct lane *l, uint32_t at)
+{
+    for (uint32_t i = 0; i < l->urgent_n; i++)
+        if (l->urgent[i] == at)
+            return true;
+    return false;
+}
+
+/* Holds what was read to the peer's stream; the place behind it. */
+static uint32_t check_read(const struct lane *l, const uint8_t *buf, int64_t got)
+{
+    uint32_t at = l->read;
+    for (int64_t i = 0; i < got && l->live && !l->blind; i++, at++) {
+        while (buf[i] != peer_byte(at) && is_urgent(l, at))
+            at++;
+        CHECK(buf[i] == peer_byte(at), "byte %u of the peer's", at);
+    }
+    return at;
+}
+
+static void check_urgent(const struct lane *l, uint8_t byte)
+{
+    for (uint32_t i = 0; i < l->urgent_n && l->live; i++)
+        if (peer_byte(l->urgent[i]) == byte)
+            return;
+    CHECK(!l->live, "an urgent byte that nobody sent");
+}
+
 static void op_read(struct story *s, struct lane *l, const uint8_t *a)
 {
     static uint8_t buf[65536];
     uint32_t n = ((uint32_t)a[0] << (a[1] & 7)) + 1;
+    int flags = (a[1] & 8 ? BYPASS_PEEK : 0) | (a[1] & 16 ? BYPASS_OOB : 0) | (a[1] & 32 ? BYPASS_TRUNC : 0);
     if (l->sock < 0)
         return;
-    int64_t got = bypass_recv(&s->w.s, l->sock, buf, n, a[1] & 8 ? BYPASS_PEEK : 0);
+    int64_t got = bypass_recv(&s->w.s, l->sock, buf, n, flags);
     CHECK(got <= (int64_t)n, "got %lld of %u", (long long)got, n);
-    for (int64_t i = 0; i < got && l->live; i++)
-        CHECK(buf[i] == peer_byte(l->read + (uint32_t)i), "byte %u of the peer's", l->read + (uint32_t)i);
-    l->read += got > 0 && !(a[1] & 8) ? (uint32_t)got : 0;
+    if (flags & BYPASS_TRUNC) {
+        l->blind |= got > 0 && l->urgent_n > 0;
+        l->read += got > 0 && flags == BYPASS_TRUNC ? (uint32_t)got : 0;
+    } else if (flags & BYPASS_OOB) {
+        CHECK(got <= 1, "%lld urgent bytes", (long long)got);
+        if (got == 1)
+            check_urgent(l, buf[0]);
+    } else {
+        uint32_t at = check_read(l, buf, got);
+        l->read = flags & BYPASS_PEEK ? l->read : at;
+    }
+    (void)bypass_at_mark(&s->w.s, l->sock);
     (void)bypass_flush(&s->w.s);
     look(s);
 }
@@ -441,9 +499,12 @@ static void op_end(struct story *s, struct lane *l, uint8_t how)
 static void op_option(struct story *s, struct lane *l, const uint8_t *a)
 {
     static const int64_t values[] = {0, 1, 4096, 20000, 1 << 20, -1, 2, 536};
+    static const char *ccs[] = {"reno", "cubic", "dctcp", "bbr", "none"};
     bypass_sock sock = a[0] & 128 ? s->listener : l->sock;
     if (sock < 0)
         return;
+    if (a[0] & 64)
+        (void)bypass_cc_set(&s->w.s, sock, ccs[a[2] % 5]);
     if (sock == s->listener && (a[0] & 63) == BYPASS_SO_RCVBUF)
         return; /* a SYN that was answered before it has been promised another window, which nothing remembers */
     (void)bypass_setopt(&s->w.s, sock, a[0] & 63, values[a[1] & 7] + a[2]);
