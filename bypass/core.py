@@ -431,6 +431,17 @@ class CoreStack:
         check(lib.bypass_tcp_info(self.c, sock, i))
         return _info(i)
 
+    def tcp_info_linux(self, sock: int, n: int) -> bytes:
+        """At most n bytes of Linux' struct tcp_info."""
+        i = ffi.new("struct bypass_tcp_info *")
+        check(lib.bypass_tcp_info(self.c, sock, i))
+        out = ffi.new("uint8_t[]", max(n, 1))
+        return bytes(ffi.buffer(out, lib.bypass_tcp_info_linux(i, out, n)))
+
+    def disconnect(self, sock: int) -> None:
+        """As connect() to AF_UNSPEC: what there is ends, and the socket is fresh."""
+        check(lib.bypass_disconnect(self.c, sock))
+
     def conns(self) -> Iterator[ConnInfo]:
         """Connections in every state, also those that no handle owns."""
         cursor = ffi.new("uint32_t *", 0)

@@ -13,15 +13,17 @@ Threads may share a stack and its sockets: one lock a stack guards them, release
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import select
 import socket as _socket
-import struct
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from bypass import sockopt
 from bypass._core import lib
 from bypass.core import FOREVER, Address
 from bypass.stack_api import KINDS, Stack
@@ -36,26 +38,17 @@ OOB_FLAGS: dict[int, int] = {_socket.MSG_OOB: lib.BYPASS_OOB}  # of streams
 DONTWAIT, WAITALL = _socket.MSG_DONTWAIT, _socket.MSG_WAITALL
 AT_ONCE = DONTWAIT | _socket.MSG_OOB  # an urgent byte is there or not: nobody waits for it
 
-SOL, TCP, IP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP, _socket.IPPROTO_IP
-OPTIONS: dict[tuple[int, int], int] = {
-    (SOL, _socket.SO_SNDBUF): lib.BYPASS_SO_SNDBUF,
-    (SOL, _socket.SO_RCVBUF): lib.BYPASS_SO_RCVBUF,
-    (SOL, _socket.SO_KEEPALIVE): lib.BYPASS_SO_KEEPALIVE,
-    (SOL, _socket.SO_REUSEADDR): lib.BYPASS_SO_REUSEADDR,
-    (SOL, _socket.SO_BROADCAST): lib.BYPASS_SO_BROADCAST,
-    (SOL, 47): lib.BYPASS_SO_MAX_PACING_RATE,  # Linux' number; the module has no name for it
-    (IP, _socket.IP_TTL): lib.BYPASS_IP_TTL,
-    (IP, _socket.IP_TOS): lib.BYPASS_IP_TOS,
-    (TCP, _socket.TCP_NODELAY): lib.BYPASS_TCP_NODELAY,
-    (TCP, _socket.TCP_MAXSEG): lib.BYPASS_TCP_MAXSEG,
-    (TCP, _socket.TCP_QUICKACK): lib.BYPASS_TCP_QUICKACK,
-    (TCP, _socket.TCP_CORK): lib.BYPASS_TCP_CORK,
-    (TCP, _socket.TCP_KEEPIDLE): lib.BYPASS_TCP_KEEPIDLE,
-    (TCP, _socket.TCP_KEEPINTVL): lib.BYPASS_TCP_KEEPINTVL,
-    (TCP, _socket.TCP_KEEPCNT): lib.BYPASS_TCP_KEEPCNT,
-    (TCP, _socket.TCP_USER_TIMEOUT): lib.BYPASS_TCP_USER_TIMEOUT,
+SOL, TCP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP
+SENDFILE_BYTES = 1 << 18
+POLL_BITS: dict[int, int] = {
+    lib.BYPASS_IN: select.POLLIN,
+    lib.BYPASS_OUT: select.POLLOUT,
+    lib.BYPASS_ERR: select.POLLERR,
+    lib.BYPASS_HUP: select.POLLHUP,
+    lib.BYPASS_RDHUP: select.POLLRDHUP,
 }
-LINGER = struct.Struct("ii")  # struct linger: on, seconds
+# States in which the peer has not acknowledged all that was sent, the end included.
+LINGERING = frozenset({"FIN_WAIT_1", "CLOSING", "LAST_ACK"})
 
 
 def raised(code: int) -> OSError:
@@ -90,6 +83,8 @@ class Socket:
         self._stack = stack
         self._lock = stack.driver.lock
         self._timeout: float | None = None
+        self._io_timeouts: dict[int, float | None] = {}  # SO_RCVTIMEO, SO_SNDTIMEO
+        self._lowat = 1  # SO_RCVLOWAT
         self._io_refs = 0
         self._close_wanted = False
         if type not in KINDS:
@@ -108,18 +103,28 @@ class Socket:
             raise raised(errno.EBADF)
         return self._handle
 
-    def _until(self, attempt: Callable[[int], T | None], *, nonblocking: bool = False) -> T:
-        """Lock held. attempt(handle) until it has a result; None means that it would block."""
+    def _until(
+        self,
+        attempt: Callable[[int], T | None],
+        *,
+        nonblocking: bool = False,
+        option: int = _socket.SO_RCVTIMEO,
+    ) -> T:
+        """Lock held. attempt(handle) until it has a result; None means that it would block. option: whose limit
+        holds where settimeout() sets none."""
         deadline: int | None = None
         while (result := attempt(self._h())) is None:
             if nonblocking or self._timeout == 0:
                 raise raised(errno.EAGAIN)
             driver = self._stack.driver
+            limit = self._timeout if self._timeout is not None else self._io_timeouts.get(option)
             if deadline is None:
-                deadline = FOREVER if self._timeout is None else driver.now_ns() + round(self._timeout * 1e9)
+                deadline = FOREVER if limit is None else driver.now_ns() + round(limit * 1e9)
             if not driver.wait(deadline):
                 # What came at the last moment counts.
                 result = attempt(self._h())
+                if result is None and self._timeout is None:
+                    raise raised(errno.EAGAIN)
                 if result is None:
                     raise TimeoutError("timed out")
                 break
@@ -147,23 +152,26 @@ class Socket:
         """A connection and its peer. The new socket blocks, whatever the timeout of this one."""
         with self._lock:
             handle = self._until(lambda h: self._done(self._stack.accept(h)))
-            peer = self._stack.core.peer(handle)
-        return Socket(self._stack, _socket.SOCK_STREAM, handle=handle), peer
+            peer = self._stack.core.tcp_info(
+                handle
+            ).peer  # it may have ended already: then peer() says ENOTCONN
+        accepted = Socket(self._stack, _socket.SOCK_STREAM, handle=handle)
+        accepted._lowat = self._lowat
+        accepted._io_timeouts = dict(self._io_timeouts)
+        return accepted, peer
 
     def connect(self, address: Address) -> None:
         """Blocks until the connection is established (TCP) or the peer is set (UDP)."""
         with self._lock:
             result = self._stack.connect(self._h(), address)
             if result == -errno.EINPROGRESS and self._timeout != 0:
-                result = self._until(self._connected)
+                result = self._until(lambda h: self._connected(h, address), option=_socket.SO_SNDTIMEO)
         if result < 0:
             raise raised(-result)
 
-    def _connected(self, handle: int) -> int | None:
-        core = self._stack.core
-        if not core.ready(handle) & (lib.BYPASS_OUT | lib.BYPASS_ERR | lib.BYPASS_HUP):
-            return None
-        return -core.error(handle)
+    def _connected(self, handle: int, address: Address) -> int | None:
+        result = self._stack.connect(handle, address)
+        return None if result == -errno.EALREADY else result
 
     def connect_ex(self, address: Address) -> int:
         """As connect(), but returns the errno."""
@@ -199,17 +207,18 @@ class Socket:
         stack = self._stack
         if self.type == _socket.SOCK_DGRAM:
             sent: int = self._until(
-                lambda h: self._done(stack.sendto(h, data, None, ours)), nonblocking=nonblocking
+                lambda h: self._done(stack.sendto(h, data, None, ours)),
+                nonblocking=nonblocking,
+                option=_socket.SO_SNDTIMEO,
             )
         else:
-            sent = self._until(lambda h: self._sent(stack.core.send(h, data, ours)), nonblocking=nonblocking)
+            sent = self._until(
+                lambda h: self._done(stack.core.send(h, data, ours)),
+                nonblocking=nonblocking,
+                option=_socket.SO_SNDTIMEO,
+            )
             stack.touched()
         return sent
-
-    def _sent(self, result: int) -> int | None:
-        # Linux says EPIPE also for a stream that was never connected.
-        taken: int | None = self._done(-errno.EPIPE if result == -errno.ENOTCONN else result)
-        return taken
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Sends everything. After an error nobody knows how much was sent."""
@@ -230,6 +239,7 @@ class Socket:
             sent: int = self._until(
                 lambda h: self._done(self._stack.sendto(h, data, address, ours)),
                 nonblocking=bool(flags & DONTWAIT),
+                option=_socket.SO_SNDTIMEO,
             )
             return sent
 
@@ -239,17 +249,30 @@ class Socket:
             return self.recvfrom(bufsize, flags)[0]
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
-        if flags & WAITALL and not flags & _socket.MSG_PEEK:
+        return self._recv(bufsize, flags) if bufsize else b""  # socket.recv(0) asks nobody
+
+    def _recv(self, bufsize: int, flags: int) -> bytes:
+        if flags & WAITALL and bufsize and not flags & _socket.MSG_PEEK:
             buffer = bytearray(bufsize)
             return bytes(buffer[: self.recv_into(buffer, 0, flags)])
         ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS | OOB_FLAGS)
         with self._lock:
             core = self._stack.core
             data: bytes = self._until(
-                lambda h: self._done(core.recv(h, bufsize, ours)), nonblocking=bool(flags & AT_ONCE)
+                lambda h: (
+                    self._done(core.recv(h, bufsize, ours)) if self._enough(h, bufsize, flags) else None
+                ),
+                nonblocking=bool(flags & AT_ONCE),
             )
             self._stack.touched()  # room in the receive window may have to be announced
             return data
+
+    def _enough(self, handle: int, n: int, flags: int) -> bool:
+        """Lock held. A call that may block waits for the low-water mark (SO_RCVLOWAT); others take what is there."""
+        if self._lowat <= 1 or flags & DONTWAIT or self._timeout == 0:
+            return True
+        core = self._stack.core
+        return bool(core.ready(handle) & ~lib.BYPASS_OUT) or core.tcp_info(handle).rcv_queued >= n
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Bytes written to buffer; 0 when the peer has closed its direction."""
@@ -258,12 +281,21 @@ class Socket:
                 data = self.recvfrom(len(target), flags)[0]
                 target[: len(data)] = data
                 return len(data)
+            if not target:
+                return 0
             at = 0
             while True:
-                with target[at:] as part:
-                    n = self._recv_part(part, flags)
+                try:
+                    with target[at:] as part:
+                        n = self._recv_part(part, flags)
+                except OSError:
+                    if at == 0:
+                        raise
+                    return (
+                        at  # what was read counts; an error that was told by this is gone, as after recv(2)
+                    )
                 at += n
-                if not flags & WAITALL or n == 0 or at == len(target):
+                if not flags & WAITALL or flags & _socket.MSG_PEEK or n == 0 or at == len(target):
                     return at
 
     def _recv_part(self, target: memoryview, flags: int) -> int:
@@ -271,7 +303,12 @@ class Socket:
         with self._lock:
             core = self._stack.core
             n: int = self._until(
-                lambda h: self._done(core.recv_into(h, target, ours)), nonblocking=bool(flags & DONTWAIT)
+                lambda h: (
+                    self._done(core.recv_into(h, target, ours))
+                    if self._enough(h, len(target), flags)
+                    else None
+                ),
+                nonblocking=bool(flags & DONTWAIT),
             )
             self._stack.touched()
             return n
@@ -280,13 +317,18 @@ class Socket:
         """A datagram and its sender. TCP: (data, None)."""
         if self.type == _socket.SOCK_STREAM:
             return self.recv(bufsize, flags), None
-        ours = _translate(flags & ~DONTWAIT, RECV_FLAGS)
+        data, sender, _ = self._recvfrom(bufsize, flags)
+        return data, sender
+
+    def _recvfrom(self, bufsize: int, flags: int) -> tuple[bytes, Address, int]:
+        """A datagram, its sender, and with MSG_TRUNC its size before it was cut."""
+        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS)
         with self._lock:
             core = self._stack.core
-            data, sender, _ = self._until(
+            got: tuple[bytes, Address, int] = self._until(
                 lambda h: self._done(core.recvfrom(h, bufsize, ours)), nonblocking=bool(flags & DONTWAIT)
             )
-        return data, sender
+        return got
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Address | None]:
         if self.type == _socket.SOCK_STREAM:
@@ -295,6 +337,71 @@ class Socket:
             data, sender = self.recvfrom(len(target), flags)
             target[: len(data)] = data
             return len(data), sender
+
+    # ---- several buffers
+    def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Address | None = None) -> int:
+        """The buffers one after another; UDP: as one datagram. Ancillary data is refused (EINVAL): there is none."""
+        if list(ancdata):
+            raise raised(errno.EINVAL)
+        data = b"".join(bytes(memoryview(b).cast("B")) for b in buffers)
+        return self.send(data, flags) if address is None else self.sendto(data, flags, address)
+
+    def recvmsg(
+        self, bufsize: int, ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[bytes, list[tuple[int, int, bytes]], int, Address | None]:
+        """(data, [], flags, sender): ancillary data never comes. MSG_TRUNC in flags: the datagram was longer."""
+        if self.type == _socket.SOCK_STREAM:
+            return self._recv(bufsize, flags), [], 0, None
+        data, sender, size = self._recvfrom(bufsize, flags | _socket.MSG_TRUNC)
+        return data, [], _socket.MSG_TRUNC if size > len(data) else 0, sender
+
+    def recvmsg_into(
+        self, buffers: Any, ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[int, list[tuple[int, int, bytes]], int, Address | None]:
+        """As recvmsg(), into the buffers one after another."""
+        views = [memoryview(b).cast("B") for b in buffers]
+        data, anc, shown, sender = self.recvmsg(sum(len(v) for v in views), ancbufsize, flags)
+        at = 0
+        for view in views:
+            part = data[at : at + len(view)]
+            view[: len(part)] = part
+            at += len(part)
+        return len(data), anc, shown, sender
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Sends a file opened in binary mode from offset on, count bytes or all; the number of bytes sent. The file's
+        position is behind them, also when it fails."""
+        if self.type != _socket.SOCK_STREAM:
+            raise ValueError("only SOCK_STREAM type sockets are supported")
+        if self._timeout == 0:
+            raise ValueError("non-blocking sockets are not supported")
+        if count is not None and count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if offset:
+            file.seek(offset)
+        sent = 0
+        try:
+            while count is None or sent < count:
+                piece = memoryview(
+                    file.read(SENDFILE_BYTES if count is None else min(SENDFILE_BYTES, count - sent))
+                )
+                if not piece:
+                    break
+                while piece:
+                    n = self.send(piece)
+                    sent += n
+                    piece = piece[n:]
+            return sent
+        finally:
+            if sent and hasattr(file, "seek"):
+                file.seek(offset + sent)
+
+    # ---- readiness
+    def readiness(self) -> int:
+        """What poll(2) would report now, as a mask of select.POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDHUP."""
+        with self._lock:
+            ready = self._stack.core.ready(self._h())
+        return sum(bit for ours, bit in POLL_BITS.items() if ready & ours)
 
     def makefile(
         self,
@@ -343,10 +450,27 @@ class Socket:
 
     def _really_close(self) -> None:
         with self._lock:
+            if self._handle >= 0 and not self._stack.core.closed:
+                self._linger()
             handle, self._handle = self._handle, -1
             if handle >= 0:
                 self._stack.close_handle(handle)
             self._stack.driver.cond.notify_all()  # threads that wait in this socket get EBADF
+
+    def _linger(self) -> None:
+        """Lock held. SO_LINGER with seconds: waits so long until the peer has acknowledged everything (socket(7))."""
+        core, driver, handle = self._stack.core, self._stack.driver, self._handle
+        if self.type != _socket.SOCK_STREAM or core.getopt(handle, lib.BYPASS_SO_LINGER) <= 0:
+            return
+        info = core.tcp_info(handle)
+        if info.rcv_queued or info.state in ("CLOSED", "LISTEN", "SYN_SENT"):
+            return
+        deadline = driver.now_ns() + core.getopt(handle, lib.BYPASS_SO_LINGER) * 10**9
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            core.shutdown(handle, lib.BYPASS_SHUT_RDWR)
+        self._stack.touched()
+        while self._handle == handle and core.tcp_info(handle).state in LINGERING and driver.wait(deadline):
+            pass
 
     def _decref_socketios(self) -> None:  # called by socket.SocketIO
         self._io_refs -= 1
@@ -386,50 +510,31 @@ class Socket:
         return self._timeout != 0
 
     def setsockopt(self, level: int, optname: int, value: int | bytes) -> None:
-        """The options of SOL_SOCKET, IPPROTO_TCP and IPPROTO_IP that the stack has; ENOPROTOOPT for others."""
+        """The options of SOL_SOCKET, IPPROTO_TCP and IPPROTO_IP that the stack has (docs/sockets.md); ENOPROTOOPT for
+        others."""
         with self._lock:
-            core, handle = self._stack.core, self._h()
-            if (level, optname) == (SOL, _socket.SO_LINGER):
-                on, seconds = LINGER.unpack(value)  # type: ignore[arg-type]
-                core.setopt(handle, lib.BYPASS_SO_LINGER, seconds if on else -1)
-                return
-            if (level, optname) == (TCP, _socket.TCP_CONGESTION):
-                core.cc_set(handle, value.split(b"\0")[0].decode())  # type: ignore[union-attr]
-                return
-            option = OPTIONS.get((level, optname))
-            if option is None:
-                raise raised(errno.ENOPROTOOPT)
-            number = value if isinstance(value, int) else int.from_bytes(value, "little", signed=True)
-            core.setopt(handle, option, int(number))
+            sockopt.setsockopt(self, self._h(), level, optname, value)
             self._stack.touched()
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> int | bytes:
-        """As an int; with buflen as bytes. SO_ERROR clears it."""
+        """As an int; with buflen as bytes. SO_ERROR clears it. TCP_INFO: Linux' struct tcp_info."""
         with self._lock:
-            value = self._getopt(self._stack.core, self._h(), (level, optname))
+            value = sockopt.getsockopt(self, self._h(), level, optname, buflen)
         if isinstance(value, bytes):
-            return value[:buflen]
-        return value.to_bytes(max(4, buflen), "little", signed=True)[:buflen] if buflen else value
-
-    def _getopt(self, core: Any, handle: int, key: tuple[int, int]) -> int | bytes:
-        if key == (SOL, _socket.SO_ERROR):
-            return int(core.error(handle))
-        if key == (SOL, _socket.SO_TYPE):
-            return int(self.type)
-        if key == (SOL, _socket.SO_LINGER):
-            seconds = core.getopt(handle, lib.BYPASS_SO_LINGER)
-            return LINGER.pack(seconds >= 0, max(seconds, 0))
-        if key == (TCP, _socket.TCP_CONGESTION):
-            return str(core.cc_get(handle)).encode().ljust(lib.BYPASS_CC_NAME, b"\0")
-        option = OPTIONS.get(key)
-        if option is None:
-            raise raised(errno.ENOPROTOOPT)
-        return int(core.getopt(handle, option))
+            return (
+                value[:buflen] if buflen else int.from_bytes(value[:4].ljust(4, b"\0"), "little", signed=True)
+            )
+        return (value & 0xFFFFFFFF).to_bytes(4, "little")[:buflen] if buflen else value
 
     # ---- the rest of socket.socket
     def fileno(self) -> int:
         """-1: there is no descriptor."""
         return -1
+
+    def detach(self) -> int:
+        """The handle of the stack; this object is closed, the handle is the caller's (Stack.close_handle)."""
+        handle, self._handle = self._handle, -1
+        return handle
 
     @property
     def stack(self) -> Stack:

@@ -69,13 +69,14 @@ class Control(Protocol):
 class _Entry:
     """A handle of the stack, and what control knows of it."""
 
-    __slots__ = ("handle", "handler", "kind", "lease", "listening", "user")
+    __slots__ = ("connecting", "handle", "handler", "kind", "lease", "listening", "user")
 
     def __init__(self, handle: int, kind: int, user: int) -> None:
         self.handle = handle
         self.kind = kind
         self.user = user
         self.listening = False
+        self.connecting = False
         self.lease: Lease | None = None
         self.handler: Callable[[int], None] | None = None
 
@@ -215,14 +216,21 @@ class Stack:
         self.touched()
 
     def connect(self, handle: int, address: Address) -> int:
-        """0, or -errno: -EINPROGRESS is no failure. PermissionError: no rule grants the flow."""
+        """0, or -errno: -EINPROGRESS is no failure. Called again it tells how the first one went.
+
+        Raises:
+            PermissionError: no rule grants the flow.
+        """
         entry = self._by_handle[handle]
-        if self._control is not None:
+        if self._control is not None and not entry.connecting:
             if entry.lease is None:
                 self._bind_lease(entry, self._control.lease(entry.kind, ("0.0.0.0", 0), address))
             # Live before the SYN leaves: its answer must find the entry.
             self._activate(entry, address)
         result = self.core.connect(handle, address)
+        entry.connecting = result in (-errno.EINPROGRESS, -errno.EALREADY, -errno.EISCONN) or (
+            entry.connecting and result == 0
+        )
         self.touched()
         return result
 

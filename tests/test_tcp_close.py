@@ -239,13 +239,22 @@ def test_shutdown_of_both_directions_sends_a_fin_and_reads_nothing_more() -> Non
         t.established()
         t.shutdown(lib.BYPASS_SHUT_RDWR)
         t.hears("F. 1:1 ack 1")
-        t.peer("P. 1:11 ack 2")
         assert t.read() == b""
-        t.advance(0.1)
-        assert t.out()[-1].ack == 11
-        t.peer("F. 11:11 ack 2")
-        t.hears(". 2:2 ack 12")
+        t.peer("F. 1:1 ack 2")
+        t.hears(". 2:2 ack 2")
         assert t.state() == "TIME_WAIT"
+
+
+def test_data_for_a_program_that_shut_down_both_directions_resets() -> None:
+    """RFC 1122 4.2.2.13; Linux tells the program too."""
+    with Talk() as t:
+        conn = t.established()
+        t.shutdown(lib.BYPASS_SHUT_RDWR)
+        t.hears("F. 1:1 ack 1")
+        t.peer("P. 1:11 ack 2")
+        t.hears("R. 2:2 ack 1")
+        assert t.stack.error(conn) == errno.ECONNRESET
+        assert t.read() == b""
 
 
 @pytest.mark.parametrize("how", [-1, 3, 99])
@@ -256,12 +265,17 @@ def test_shutdown_of_an_unknown_direction_is_refused(how: int) -> None:
             t.stack.shutdown(conn, how)
 
 
-def test_shutdown_before_the_connection_is_refused() -> None:
+def test_shutdown_while_connecting_ends_the_attempt() -> None:
     with Talk() as t:
         conn = t.client()
+        t.hears("S 0:0")
+        t.stack.shutdown(conn, lib.BYPASS_SHUT_WR)
+        assert t.stack.error(conn) == errno.ECONNRESET
+        assert t.state() == ""
         with pytest.raises(OSError, match="not connected"):
             t.stack.shutdown(conn, lib.BYPASS_SHUT_WR)
-        t.out()
+        assert t.stack.connect(conn, (PEER, 40000)) == -errno.EINPROGRESS, "it may try again"
+        t.hears("S 0:0")
 
 
 # ---- Ends by reset ------------------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ class TwoStacks(RuleBasedStateMachine):
             errno.ETIMEDOUT,
             errno.EHOSTUNREACH,
             errno.ECONNREFUSED,
+            errno.ENOTCONN,  # shutdown() ended the attempt to connect
         ), code
 
     def send(self, side: Side, n: int, flags: int = 0) -> None:

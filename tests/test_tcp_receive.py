@@ -382,7 +382,8 @@ def test_an_event_tells_of_new_data_once() -> None:
         assert t.taken(conn) == IN
 
 
-def test_after_shutdown_of_reading_data_is_acknowledged_and_forgotten() -> None:
+def test_after_shutdown_of_reading_what_comes_may_still_be_read() -> None:
+    """As on Linux: recv() gives 0 in place of EAGAIN, and that is all."""
     with Talk() as t:
         t.established()
         t.peer("P. 1:11", "P. 21:31")
@@ -391,8 +392,8 @@ def test_after_shutdown_of_reading_data_is_acknowledged_and_forgotten() -> None:
         assert t.read() == b""
         t.peer("P. 11:21")
         assert t.out()[-1].ack == 31
+        assert t.read() == stream(11, 31)
         assert t.read() == b""
-        assert t.stack.audit()["chunks"] == 0
 
 
 # ---- PAWS (RFC 7323 5) --------------------------------------------------------------------------------------------

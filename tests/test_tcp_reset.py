@@ -77,8 +77,8 @@ def test_a_reset_needs_no_timestamp() -> None:
         ("peer", errno.EPIPE),  # CLOSE_WAIT
         ("shutdown", errno.ECONNRESET),  # FIN_WAIT_1
         ("shutdown ack", errno.ECONNRESET),  # FIN_WAIT_2
-        ("shutdown peer", 0),  # CLOSING
-        ("peer shutdown", 0),  # LAST_ACK
+        ("shutdown peer", errno.ECONNRESET),  # CLOSING
+        ("peer shutdown", errno.ECONNRESET),  # LAST_ACK
         ("shutdown ack peer", 0),  # TIME_WAIT
     ],
 )

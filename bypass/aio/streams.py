@@ -36,7 +36,7 @@ class StreamTransport(Handle, asyncio.Transport):
         with stack.driver.lock:
             extra = {
                 "sockname": stack.core.local(handle),
-                "peername": stack.core.peer(handle),
+                "peername": stack.core.tcp_info(handle).peer,
                 "stack": stack,
                 "handle": handle,
             }

@@ -330,8 +330,8 @@ BYPASS_API int bypass_bind(struct bypass_stack *s, bypass_sock sock, const struc
 BYPASS_API int bypass_listen(struct bypass_stack *s, bypass_sock sock, int backlog);
 /* A handle of an established connection, -EAGAIN, -EINVAL (not listening), -ENFILE. */
 BYPASS_API bypass_sock bypass_accept(struct bypass_stack *s, bypass_sock sock);
-/* TCP: -EINPROGRESS, then BYPASS_OUT or BYPASS_ERR. UDP: 0. -EADDRNOTAVAIL, -EISCONN, -EALREADY,
- * -ENETUNREACH. */
+/* TCP: -EINPROGRESS, then BYPASS_OUT or BYPASS_ERR. Called again: -EALREADY, 0 once when it is open, or why it failed;
+ * then the socket is as it was before and may connect elsewhere. UDP: 0. -EADDRNOTAVAIL, -EISCONN, -ENETUNREACH. */
 BYPASS_API int bypass_connect(struct bypass_stack *s, bypass_sock sock, const struct bypass_endpoint *peer);
 /* Bytes queued (may be fewer than n), -EAGAIN, -EPIPE, -ENOTCONN, -ECONNRESET, -ETIMEDOUT, ... */
 BYPASS_API int64_t bypass_send(struct bypass_stack *s, bypass_sock sock, const void *buf, size_t n, int flags);
@@ -345,6 +345,8 @@ BYPASS_API int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock sock, voi
                                    struct bypass_endpoint *from);
 /* 1: what is read next is the urgent byte, or lies behind it (SIOCATMARK). 0, -EBADF, -EINVAL (not a TCP connection). */
 BYPASS_API int bypass_at_mark(struct bypass_stack *s, bypass_sock sock);
+/* TCP: ends what there is, with a reset, and the socket is fresh, as connect() to AF_UNSPEC does on Linux. */
+BYPASS_API int bypass_disconnect(struct bypass_stack *s, bypass_sock sock);
 BYPASS_API int bypass_shutdown(struct bypass_stack *s, bypass_sock sock, int how);
 /* The handle is invalid afterwards; queued data is still delivered, unless unread data was thrown away
  * or linger is 0: then the peer gets a reset (RFC 9293 3.10.4, RFC 2525 2.17). */

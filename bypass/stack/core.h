@@ -272,6 +272,10 @@ uint64_t tcp_deadline(const struct bypass_stack *s);
 
 /* ---- Sockets: handle table and events; a handle names an entry that names a protocol's object ------ */
 enum { SOCK_FREE, SOCK_TCP, SOCK_LISTEN, SOCK_UDP };
+/* How far the program has come with connect(), which is not how far the connection has: the first call after the
+ * handshake ended reports that, later ones say EISCONN. As Linux' socket_state. */
+enum { BOUND_ADDR = 1, BOUND_PORT = 2 };
+enum { SS_UNCONNECTED, SS_CONNECTING, SS_CONNECTED, SS_DISCONNECTING };
 struct sock {
     uint32_t link; /* free list; first by the rule of pools */
     uint32_t gen;
@@ -280,7 +284,9 @@ struct sock {
     uint8_t type;
     uint8_t ev_queued;
     uint16_t ev_mask;
-    uint32_t pad;
+    uint8_t phase; /* SS_*, of a TCP socket */
+    uint8_t bound; /* BOUND_*: what the program chose stays when a connection attempt fails */
+    uint16_t pad;
     uint64_t user;
 };
 uint32_t sock_alloc(struct bypass_stack *s, int type, uint32_t idx); /* index into socks, or NO_INDEX */

@@ -159,7 +159,12 @@ int bypass_bind(struct bypass_stack *s, bypass_sock h, const struct bypass_endpo
         return -EBADF;
     if (k->type == SOCK_UDP)
         return udp_bind(s, k->idx, local);
-    return k->type == SOCK_LISTEN ? tcp_bind(s, k->idx, local) : -EINVAL;
+    int err = k->type == SOCK_LISTEN ? tcp_bind(s, k->idx, local) : -EINVAL;
+    if (err == 0)
+        k->bound = local->port != 0 ? BOUND_PORT : 0;
+    if (err == 0 && !addr_is_any(&local->addr))
+        k->bound |= BOUND_ADDR;
+    return err;
 }
 
 int bypass_listen(struct bypass_stack *s, bypass_sock h, int backlog)
@@ -186,9 +191,53 @@ bypass_sock bypass_accept(struct bypass_stack *s, bypass_sock h)
         return idx;
     uint32_t si = sock_alloc(s, SOCK_TCP, (uint32_t)idx);
     struct tcp_conn *c = conn_at(s, (uint32_t)idx);
+    sock_at(s, si)->phase = SS_CONNECTED;
     c->sock = si;
     sock_event(s, si, (uint32_t)tcp_conn_ready(s, c));
     return handle(s, si);
+}
+
+/* The connection ends, if it has not, and the socket is as it was before connect(): with the address and port that
+ * the program chose, its options, and the error that is told next. */
+static int unconnect(struct bypass_stack *s, struct sock *k, int err)
+{
+    struct tcp_conn *c = conn_at(s, k->idx);
+    const addr_t any = {{[10] = 0xff, [11] = 0xff}};
+    uint32_t ep;
+    int made = tcp_recreate(s, &ep, c, k->bound & BOUND_ADDR ? &c->laddr : &any, k->bound & BOUND_PORT ? c->lport : 0);
+    if (made < 0)
+        return made;
+    c->sock = NO_INDEX;
+    if (c->flags & TF_DEAD)
+        tcp_close(s, c);
+    else if (c->state != BYPASS_TIME_WAIT)
+        conn_reset(s, c, 0);
+    endpoint_at(s, ep)->sock = sock_index(s, k);
+    endpoint_at(s, ep)->error = (int16_t)err;
+    k->type = SOCK_LISTEN;
+    k->idx = ep;
+    k->phase = SS_UNCONNECTED;
+    sock_event(s, sock_index(s, k), (uint32_t)(BYPASS_OUT | BYPASS_HUP | (err ? BYPASS_ERR : 0)));
+    return 0;
+}
+
+/* connect() again: how the first one went. */
+static int connect_again(struct bypass_stack *s, struct sock *k)
+{
+    struct tcp_conn *c = conn_at(s, k->idx);
+    if (k->phase == SS_CONNECTED)
+        return -EISCONN;
+    if (k->phase == SS_DISCONNECTING)
+        return -EINVAL;
+    if (conn_over(c)) {
+        int err = cold_at(s, k->idx)->error;
+        int failed = unconnect(s, k, 0);
+        return failed < 0 ? failed : err ? -err : -ECONNABORTED;
+    }
+    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+        return -EALREADY;
+    k->phase = SS_CONNECTED;
+    return 0;
 }
 
 int bypass_connect(struct bypass_stack *s, bypass_sock h, const struct bypass_endpoint *peer)
@@ -199,18 +248,46 @@ int bypass_connect(struct bypass_stack *s, bypass_sock h, const struct bypass_en
     if (k->type == SOCK_UDP)
         return udp_connect(s, k->idx, peer);
     if (k->type == SOCK_TCP)
-        return conn_at(s, k->idx)->state == BYPASS_SYN_SENT ? -EALREADY : -EISCONN;
+        return connect_again(s, k);
     uint32_t ep = k->idx;
+    if (endpoint_at(s, ep)->listening)
+        return -EISCONN;
     int64_t idx = tcp_connect(s, ep, peer);
     if (idx < 0)
         return (int)idx;
     struct tcp_conn *c = conn_at(s, (uint32_t)idx);
     c->sock = sock_index(s, k);
+    cold_at(s, (uint32_t)idx)->error = endpoint_at(s, ep)->error;
     k->type = SOCK_TCP;
+    k->phase = SS_CONNECTING;
     k->idx = (uint32_t)idx;
     tcp_endpoint_close(s, ep); /* its options and port live on in the connection */
     tcp_send_syn(s, c);
     return -EINPROGRESS;
+}
+
+int bypass_disconnect(struct bypass_stack *s, bypass_sock h)
+{
+    struct sock *k = sock_get(s, h);
+    if (!k)
+        return -EBADF;
+    if (k->type == SOCK_UDP)
+        return -EOPNOTSUPP;
+    if (k->type == SOCK_TCP)
+        return unconnect(s, k, conn_over(conn_at(s, k->idx)) ? 0 : ECONNRESET);
+    if (endpoint_at(s, k->idx)->listening)
+        tcp_unlisten(s, k->idx, k->bound);
+    return 0;
+}
+
+/* shutdown() of a listener ends listening, and of a socket that is connecting, that. */
+static int shutdown_endpoint(struct bypass_stack *s, struct sock *k, int how)
+{
+    if (!endpoint_at(s, k->idx)->listening)
+        return -ENOTCONN;
+    if (how != BYPASS_SHUT_WR)
+        tcp_unlisten(s, k->idx, k->bound);
+    return 0;
 }
 
 int bypass_shutdown(struct bypass_stack *s, bypass_sock h, int how)
@@ -222,7 +299,18 @@ int bypass_shutdown(struct bypass_stack *s, bypass_sock h, int how)
         return -EINVAL;
     if (k->type == SOCK_UDP)
         return udp_shutdown(s, k->idx, how);
-    return k->type == SOCK_TCP ? tcp_shutdown(s, conn_at(s, k->idx), how) : -ENOTCONN;
+    if (k->type == SOCK_LISTEN)
+        return shutdown_endpoint(s, k, how);
+    struct tcp_conn *c = conn_at(s, k->idx);
+    bool opening = c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED;
+    if (k->phase == SS_CONNECTING)
+        k->phase = opening || conn_over(c) ? SS_DISCONNECTING : SS_CONNECTED;
+    if (conn_over(c))
+        return -ENOTCONN;
+    if (opening)
+        return unconnect(s, k, ECONNRESET);
+    tcp_shutdown(s, c, how);
+    return 0;
 }
 
 int bypass_local(struct bypass_stack *s, bypass_sock h, struct bypass_endpoint *out)
@@ -251,11 +339,20 @@ int bypass_peer(struct bypass_stack *s, bypass_sock h, struct bypass_endpoint *o
     *out = (struct bypass_endpoint){0};
     if (k->type == SOCK_UDP)
         return udp_peer(s, k->idx, out);
-    if (k->type == SOCK_LISTEN || conn_at(s, k->idx)->state == BYPASS_SYN_SENT)
+    if (k->type == SOCK_LISTEN || conn_at(s, k->idx)->state == BYPASS_SYN_SENT || conn_over(conn_at(s, k->idx)))
         return -ENOTCONN;
     out->addr = conn_at(s, k->idx)->raddr;
     out->port = conn_at(s, k->idx)->rport;
     return 0;
+}
+
+/* The pending error of a TCP socket; it is told once. */
+static int take_error(struct bypass_stack *s, const struct sock *k)
+{
+    int16_t *at = k->type == SOCK_TCP ? &cold_at(s, k->idx)->error : &endpoint_at(s, k->idx)->error;
+    int err = *at;
+    *at = 0;
+    return err;
 }
 
 /* ---- Data ------------------------------------------------------------------------------------------------- */
@@ -266,7 +363,10 @@ int64_t bypass_send(struct bypass_stack *s, bypass_sock h, const void *buf, size
         return -EBADF;
     if (k->type == SOCK_UDP)
         return udp_sendto(s, k->idx, buf, n, flags, NULL);
-    return k->type == SOCK_TCP ? tcp_send(s, conn_at(s, k->idx), buf, n, flags) : -ENOTCONN;
+    if (k->type == SOCK_TCP)
+        return tcp_send(s, conn_at(s, k->idx), buf, n, flags);
+    int err = take_error(s, k);
+    return err ? -err : -EPIPE;
 }
 
 int64_t bypass_recv(struct bypass_stack *s, bypass_sock h, void *buf, size_t n, int flags)
@@ -276,7 +376,10 @@ int64_t bypass_recv(struct bypass_stack *s, bypass_sock h, void *buf, size_t n, 
         return -EBADF;
     if (k->type == SOCK_UDP)
         return udp_recvfrom(s, k->idx, buf, n, flags, NULL);
-    return k->type == SOCK_TCP ? tcp_recv(s, conn_at(s, k->idx), buf, n, flags) : -ENOTCONN;
+    if (k->type == SOCK_TCP)
+        return tcp_recv(s, conn_at(s, k->idx), buf, n, flags);
+    int err = endpoint_at(s, k->idx)->listening ? 0 : take_error(s, k);
+    return err ? -err : -ENOTCONN;
 }
 
 int bypass_at_mark(struct bypass_stack *s, bypass_sock h)
@@ -295,7 +398,7 @@ int64_t bypass_sendto(struct bypass_stack *s, bypass_sock h, const void *buf, si
         return -EBADF;
     if (k->type == SOCK_UDP)
         return udp_sendto(s, k->idx, buf, n, flags, to);
-    return to ? -EISCONN : bypass_send(s, h, buf, n, flags);
+    return bypass_send(s, h, buf, n, flags); /* a connection has its peer: `to` says nothing, as on Linux */
 }
 
 int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock h, void *buf, size_t n, int flags,
@@ -319,12 +422,7 @@ int bypass_error(struct bypass_stack *s, bypass_sock h)
         return -EBADF;
     if (k->type == SOCK_UDP)
         return udp_error(s, k->idx);
-    if (k->type == SOCK_LISTEN)
-        return 0;
-    struct tcp_cold *cold = cold_at(s, k->idx);
-    int err = cold->error;
-    cold->error = 0;
-    return err;
+    return take_error(s, k);
 }
 
 int bypass_ready(struct bypass_stack *s, bypass_sock h)
@@ -337,7 +435,7 @@ int bypass_ready(struct bypass_stack *s, bypass_sock h)
     if (k->type == SOCK_LISTEN) {
         const struct tcp_endpoint *ep = endpoint_at(s, k->idx);
         if (!ep->listening)
-            return BYPASS_OUT | BYPASS_HUP; /* as Linux answers for a fresh socket */
+            return BYPASS_OUT | BYPASS_HUP | (ep->error ? BYPASS_ERR : 0); /* as Linux answers for a fresh socket */
         return ep->accept_head != NO_INDEX ? BYPASS_IN : 0;
     }
     return tcp_conn_ready(s, conn_at(s, k->idx));

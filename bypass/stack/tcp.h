@@ -313,8 +313,9 @@ struct tcp_endpoint {
     /* options that connections inherit */
     uint32_t sndbuf, rcvbuf, flags, feat;
     struct tcp_options opt;
-    uint8_t cc; /* index of the congestion control */
-    uint8_t pad[7];
+    int16_t error; /* of the connection that it was, positive errno */
+    uint8_t cc;    /* index of the congestion control */
+    uint8_t pad[5];
 };
 
 enum { TCP_PORT_BUCKETS = 256, TCP_PORT_CLOCKS = 1024 };
@@ -547,6 +548,7 @@ void tcp_tw_reuse(struct bypass_stack *s, struct tcp_conn *c);                /*
 
 /* tcp_port.c */
 bool tcp_port_taken(const struct bypass_stack *s, const struct tcp_endpoint *self, const addr_t *addr, uint16_t port);
+void tcp_port_take(struct bypass_stack *s, struct tcp_endpoint *ep, uint16_t port); /* ep->addr is set */
 void tcp_port_release(struct bypass_stack *s, struct tcp_endpoint *ep);
 uint16_t tcp_port_choose(struct bypass_stack *s, const addr_t *laddr, const struct bypass_endpoint *peer); /* 0: none */
 /* Who listens there. hash: of the flow, which chooses among those that share a port (SO_REUSEPORT). */
@@ -945,12 +947,17 @@ void tcp_options_return(struct tcp_endpoint *ep, const struct tcp_conn *c, const
 int tcp_create(struct bypass_stack *s, uint32_t *idx);
 int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local);
 int tcp_listen(struct bypass_stack *s, uint32_t idx, int backlog);
+void tcp_unlisten(struct bypass_stack *s, uint32_t idx, int bound); /* back to what BOUND_* says */
+/* A bound endpoint for what was a connection, with its options. -ENFILE. port 0: not bound. */
+int tcp_recreate(struct bypass_stack *s, uint32_t *idx, const struct tcp_conn *c, const addr_t *addr, uint16_t port);
 int64_t tcp_accept(struct bypass_stack *s, uint32_t idx); /* connection index or -errno */
 int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *peer);
-int tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how);
+void tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how);
 void tcp_close(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx);
 int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c);
+/* Over, as a program sees it: on Linux the socket of a connection in TIME_WAIT is closed. */
+static inline bool conn_over(const struct tcp_conn *c) { return (c->flags & TF_DEAD) || c->state == BYPASS_TIME_WAIT; }
 int tcp_listen_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
 int tcp_port_users(struct bypass_stack *s, const addr_t *addr, uint16_t port);
 

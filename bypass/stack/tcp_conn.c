@@ -344,17 +344,19 @@ static void queue_fin(struct bypass_stack *s, struct tcp_conn *c)
     tcp_output(s, c);
 }
 
-int tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how)
+/* sock.c has dealt with connections that are not open yet, or not any more. */
+void tcp_shutdown(struct bypass_stack *s, struct tcp_conn *c, int how)
 {
-    if ((c->flags & TF_DEAD) || c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
-        return -ENOTCONN;
     if (how != BYPASS_SHUT_WR) {
-        c->flags |= TF_RCV_SHUT;
+        c->flags |= TF_RCV_SHUT; /* what comes is still taken and may be read, as on Linux */
         conn_event(s, c, BYPASS_IN | BYPASS_RDHUP);
     }
-    if (how != BYPASS_SHUT_RD && !(c->flags & TF_FIN_QUEUED))
+    if (how != BYPASS_SHUT_RD && !(c->flags & TF_FIN_QUEUED)) {
+        conn_event(s, c, BYPASS_OUT);
         queue_fin(s, c);
-    return 0;
+    }
+    if ((c->flags & TF_FIN_QUEUED) && (c->flags & (TF_FIN_IN | TF_RCV_SHUT)))
+        conn_event(s, c, BYPASS_HUP);
 }
 
 /* In FIN_WAIT_2 without a program: nobody reads any more, so the peer's end is not waited for without limit
@@ -431,8 +433,6 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
 {
     struct tcp_endpoint *ep = endpoint_at(s, idx);
     addr_t local = ep->addr;
-    if (ep->listening)
-        return -EISCONN;
     if (!addr_is_v4(&peer->addr))
         return -EAFNOSUPPORT;
     if (peer->port == 0 || addr_is_any(&peer->addr))
@@ -460,25 +460,26 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
 }
 
 /* ---- Introspection -------------------------------------------------------------------------------------------- */
+/* As Linux' tcp_poll(). */
 int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
 {
-    const struct tcp_cold *k = conn_cold(s, c);
-    int mask = 0;
-    if (c->flags & TF_DEAD)
-        return BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP | (k->error ? BYPASS_ERR : 0);
+    int mask = conn_cold(s, c)->error ? BYPASS_ERR : 0;
+    if (conn_over(c))
+        return mask | BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP;
     if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
-        return k->error ? BYPASS_ERR : 0;
-    if (tcp_readable(s, c) || (c->flags & (TF_FIN_IN | TF_RCV_SHUT)))
+        return mask;
+    bool no_more_in = (c->flags & (TF_FIN_IN | TF_RCV_SHUT)) != 0, no_more_out = (c->flags & TF_FIN_QUEUED) != 0;
+    if (no_more_in)
+        mask |= BYPASS_IN | BYPASS_RDHUP;
+    if (tcp_readable(s, c))
         mask |= BYPASS_IN;
     if (unlikely(c->feat & TX_URG_IN) && tcp_urg_ready(s, c))
         mask |= BYPASS_PRI;
-    if (c->flags & (TF_FIN_IN | TF_RCV_SHUT))
-        mask |= BYPASS_RDHUP;
-    if ((c->flags & TF_FIN_QUEUED) || tcp_snd_room(s, c) > 0)
+    if (no_more_out || tcp_snd_room(s, c) > 0)
         mask |= BYPASS_OUT;
-    if ((c->flags & TF_FIN_QUEUED) && (c->flags & TF_FIN_IN))
+    if (no_more_in && no_more_out)
         mask |= BYPASS_HUP;
-    return mask | (k->error ? BYPASS_ERR : 0);
+    return mask;
 }
 
 void tcp_audit(const struct bypass_stack *s, struct bypass_audit *a)

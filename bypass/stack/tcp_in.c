@@ -219,7 +219,7 @@ static void reset_in(struct bypass_stack *s, struct tcp_conn *c, const struct se
         err = ECONNREFUSED;
     else if (c->state == BYPASS_CLOSE_WAIT)
         err = EPIPE;
-    else if (c->state == BYPASS_TIME_WAIT || c->state == BYPASS_CLOSING || c->state == BYPASS_LAST_ACK)
+    else if (c->state == BYPASS_TIME_WAIT)
         err = 0;
     conn_drop(s, c, err);
 }
@@ -266,14 +266,15 @@ static enum next_step fin_acked(struct bypass_stack *s, struct tcp_conn *c)
 /* RFC 1122 4.2.2.13: the program is gone, data that comes now is lost: say so. */
 static bool data_after_close(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
 {
-    if (c->sock != NO_INDEX || (c->flags & TF_ACCEPTABLE) || g->len == 0)
+    bool reader = (c->sock != NO_INDEX || (c->flags & TF_ACCEPTABLE)) && !(c->flags & TF_RCV_SHUT);
+    if (reader || g->len == 0)
         return false;
     if (c->state != BYPASS_FIN_WAIT_1 && c->state != BYPASS_FIN_WAIT_2)
         return false;
     if (seq_leq(seq_add(g->seq, g->len), c->rcv_nxt))
         return false;
     STAT(s, tcp_in_after_close);
-    conn_reset(s, c, 0);
+    conn_reset(s, c, ECONNRESET); /* a program that only shut down both directions is told */
     return true;
 }
 

@@ -205,6 +205,32 @@ static void reset_children(struct bypass_stack *s, struct tcp_endpoint *ep)
     tcp_req_reset_all(s, ep);
 }
 
+void tcp_unlisten(struct bypass_stack *s, uint32_t idx, int bound)
+{
+    struct tcp_endpoint *ep = endpoint_at(s, idx);
+    reset_children(s, ep);
+    ep->listening = 0;
+    ep->gen++; /* handshakes under way find no listener */
+    if (!(bound & BOUND_PORT))
+        tcp_port_release(s, ep);
+    if (!(bound & BOUND_ADDR))
+        ep->addr = (addr_t){{[10] = 0xff, [11] = 0xff}};
+    sock_event(s, ep->sock, BYPASS_OUT | BYPASS_HUP);
+}
+
+int tcp_recreate(struct bypass_stack *s, uint32_t *idx, const struct tcp_conn *c, const addr_t *addr, uint16_t port)
+{
+    int err = tcp_create(s, idx);
+    if (err < 0)
+        return err;
+    struct tcp_endpoint *ep = endpoint_at(s, *idx);
+    tcp_options_return(ep, c, conn_cold(s, c));
+    ep->addr = *addr;
+    if (port != 0)
+        tcp_port_take(s, ep, port);
+    return 0;
+}
+
 void tcp_endpoint_close(struct bypass_stack *s, uint32_t idx)
 {
     struct tcp_endpoint *ep = endpoint_at(s, idx);

@@ -57,6 +57,13 @@ bool tcp_port_taken(const struct bypass_stack *s, const struct tcp_endpoint *sel
     return barred_by_connection(s, self, addr, port);
 }
 
+void tcp_port_take(struct bypass_stack *s, struct tcp_endpoint *ep, uint16_t port)
+{
+    ep->port = port;
+    ep->hash_next = *bucket(s, port);
+    *bucket(s, port) = endpoint_index(s, ep);
+}
+
 int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint *local)
 {
     struct tcp_endpoint *ep = endpoint_at(s, idx);
@@ -64,12 +71,12 @@ int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint 
     addr_t addr = local->addr;
     if (addr_is_any(&addr))
         addr = (addr_t){{[10] = 0xff, [11] = 0xff}};
-    if (ep->port != 0)
-        return -EINVAL;
     if (!addr_is_v4(&addr))
         return -EAFNOSUPPORT;
     if (!addr_is_any(&addr) && !addr_is_local(s, &addr))
         return -EADDRNOTAVAIL;
+    if (ep->port != 0)
+        return -EINVAL;
     for (int tries = 0; port == 0 && tries < BIND_TRIES; tries++) {
         uint16_t p = (uint16_t)(PORT_FIRST + core_random(s) % PORT_RANGE);
         if (conn_port_count(s, p) == 0 && !tcp_port_taken(s, ep, &addr, p))
@@ -78,9 +85,7 @@ int tcp_bind(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoint 
     if (port == 0 || tcp_port_taken(s, ep, &addr, port))
         return -EADDRINUSE;
     ep->addr = addr;
-    ep->port = port;
-    ep->hash_next = *bucket(s, port);
-    *bucket(s, port) = idx;
+    tcp_port_take(s, ep, port);
     return 0;
 }
 

@@ -154,14 +154,6 @@ static void take_in_order(struct bypass_stack *s, struct tcp_conn *c, struct seg
 {
     if (len >= WORTH_TUNING)
         tcp_tune_rtt(s, c, g);
-    if (c->flags & TF_RCV_SHUT) { /* the program wants none: acknowledge and forget, as Linux does */
-        c->rcv_nxt = seq_add(c->rcv_nxt, len);
-        if (c->ooo != NO_INDEX)
-            (void)tcp_ooo_collect(s, c);
-        tcp_rcv_discard(s, c);
-        ack_data(s, c, len, false);
-        return;
-    }
     uint32_t kept = store(s, c, g, skip, len, true);
     c->rcv_nxt = seq_add(c->rcv_nxt, kept);
     bool hole = c->ooo != NO_INDEX && tcp_ooo_collect(s, c);
@@ -348,18 +340,17 @@ static size_t look_at(struct bypass_stack *s, const struct tcp_conn *c, uint8_t 
     return done;
 }
 
-static int64_t nothing_to_read(struct tcp_conn *c, struct tcp_cold *k, size_t n)
+/* In Linux' order: the peer's end outlasts an error that came after it, which SO_ERROR still tells. */
+static int64_t nothing_to_read(struct tcp_conn *c, struct tcp_cold *k)
 {
+    if (c->flags & TF_FIN_IN)
+        return 0;
     if (k->error) { /* reported once, as SO_ERROR is */
         int err = k->error;
         k->error = 0;
         return -err;
     }
-    if (c->flags & (TF_FIN_IN | TF_RCV_SHUT | TF_DEAD))
-        return 0;
-    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
-        return -EAGAIN;
-    return n == 0 ? 0 : -EAGAIN;
+    return (c->flags & TF_RCV_SHUT) || conn_over(c) ? 0 : -EAGAIN;
 }
 
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags)
@@ -372,7 +363,7 @@ int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n
     if (unlikely(c->feat & TX_URG_IN))
         n = tcp_urg_limit(s, c, n, peek, &skip);
     if (c->rcv_queued <= skip)
-        return nothing_to_read(c, conn_cold(s, c), n);
+        return nothing_to_read(c, conn_cold(s, c));
     if (unlikely(flags & BYPASS_TRUNC)) { /* tcp(7), MSG_TRUNC: thrown away, or counted, without being copied */
         done = n < c->rcv_queued - skip ? n : c->rcv_queued - skip;
         if (!peek)

@@ -226,8 +226,12 @@ static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
     c->keep_at = 0;
     if (!(c->flags & TF_KEEPALIVE) || c->state == BYPASS_TIME_WAIT)
         return;
-    if (idle_end > now_ns(s) || c->snd_queued > 0 || c->snd_nxt.v != c->snd_una.v) { /* other timers watch those */
-        c->keep_at = max_u64(idle_end, now_ns(s) + SEC_NS);
+    if (idle_end > now_ns(s)) {
+        c->keep_at = idle_end;
+        return;
+    }
+    if (c->snd_queued > 0 || c->snd_nxt.v != c->snd_una.v) { /* other timers watch those */
+        c->keep_at = now_ns(s) + SEC_NS;
         return;
     }
     if (c->probes >= k->opt.keep_cnt) {
