@@ -39,6 +39,8 @@ DIFFERENCES = {
     "bind after the connection has ended": "EINVAL always; Linux allows it when the port was not chosen by bind()",
     "the port after a connection attempt failed": "getsockname() tells 0 for a port that is free again; Linux tells "
     "the old number, which is not reserved any more",
+    "the port of a socket whose connection has ended": "is free for others at once; Linux keeps a port that was chosen "
+    "by bind() until the socket is closed",
     "the largest low-water mark": "any int, and half of the buffer is enough; Linux limits it to half of the largest "
     "buffer that it would make",
     "connect to port 0 or to 0.0.0.0": "ECONNREFUSED at once; Linux sends a SYN, or means the host itself",
@@ -179,6 +181,8 @@ class Worlds(RuleBasedStateMachine):
         if self.over(s):
             return  # DIFFERENCES: bind after the connection has ended
         number = 0 if port == 2 else self.ports[port]
+        if any(o.bound and o.host == s.host and self.over(o) for o in self.all):
+            return  # DIFFERENCES: the port of a socket whose connection has ended
 
         def call(x: Any, ours: bool) -> Any:
             address = self.address(s.host, number, ours=ours)
