@@ -43,7 +43,7 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build demo test test-oracle bench bench-goodput lint fuzz clean
+.PHONY: help setup build demo test test-oracle bench bench-goodput bench-lossy lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -74,6 +74,9 @@ bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5
 
 lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
 	@scripts/lint
+
+bench-lossy: setup ## A gigabyte each way through 2 % of loss, beside Linux (~5 min; ARGS="--bytes N --loss 0.02 --rounds N")
+	@$(RUN) -m bench.lossy $(ARGS)
 
 fuzz: setup ## libFuzzer over the C core (FUZZ=60: seconds a harness), then the hypothesis suites with TIMES=20 times the examples
 	@scripts/fuzz $(or $(FUZZ),60)

@@ -24,11 +24,11 @@ from peer import (
     client_socket,
     curl,
     ip_packets,
-    loss,
     server_socket,
     tcp_segment,
 )
 
+from bench.loss import loss
 from bypass.demo import make_body
 from bypass.lab import CLIENT_IP, SERVER_IP, Lab
 
