@@ -321,6 +321,7 @@ enum {
     BYPASS_TCP_NOTSENT_LOWAT = 26,  /* bytes that may wait to be sent; 0: no limit */
     BYPASS_SO_MAX_PACING_RATE = 27, /* bytes a second that leave at most; 0 or negative: no limit. Turns pacing on */
     BYPASS_TCP_ECN = 28,            /* 0: never, 1: asked for and agreed to, 2: agreed to when the peer asks */
+    BYPASS_TCP_KEEP_FRAMES = 29,    /* short payloads stay in their frames too, for bypass_recv_zc() */
     BYPASS_OPT_COUNT,
 };
 
@@ -343,6 +344,48 @@ BYPASS_API int64_t bypass_sendto(struct bypass_stack *s, bypass_sock sock, const
                                  const struct bypass_endpoint *to);
 BYPASS_API int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock sock, void *buf, size_t n, int flags,
                                    struct bypass_endpoint *from);
+
+/* ---- Without copying (TCP) ---------------------------------------------------------------------
+ *
+ * Receiving lends the memory that the packet came in, sending takes the memory that the program wrote in. A buffer is out
+ * from the call that gave it until bypass_release() or bypass_send_zc(), one of them, once; `token` names it:
+ *
+ *     bypass_recv_zc()    stack -> program: to read, until bypass_release()
+ *     bypass_buf_alloc()  stack -> program: to write, until bypass_send_zc() or bypass_release()
+ *     bypass_send_zc()    program -> stack: it must not be touched again
+ *
+ *  - Any process that has the stack may release or send a buffer, for any socket; `data` is its own process' address.
+ *  - What is lent counts as unread: against the receive window, SO_RCVBUF, and the frames that a connection may hold. A
+ *    program that never releases stops the connection's peer, and nobody else. All sockets together may have a quarter of
+ *    the frames out for writing. bypass_audit.lent counts what is out.
+ *  - Buffers outlive their socket and their connection: closing either changes nothing for them. They outlive
+ *    bypass_destroy() too, while arena and device have their memory: bypass_release() still takes them then.
+ *  - A token is good once and for this stack. Any other (released, sent, another stack's, invented) is -EINVAL and
+ *    changes nothing.
+ *  - Received payload lies in chunks of the arena instead, copied once, when it is short (BYPASS_TCP_KEEP_FRAMES: not
+ *    then), and when frames are short or the program is slow; the calls are the same.
+ */
+struct bypass_buf {
+    uint8_t *data;
+    uint32_t len;
+    uint32_t cap; /* of bypass_buf_alloc(): write at most so many bytes, and say in len how many */
+    uint64_t token;
+};
+/* Lends what was received, in order, in up to max pieces of any length. The number of pieces; 0 and -errno as of
+ * bypass_recv(). -EMSGSIZE: the mark of urgent data lies inside of the first piece, bypass_recv() reads up to it.
+ * -EINVAL: max is not positive. -EOPNOTSUPP: not TCP. */
+BYPASS_API int bypass_recv_zc(struct bypass_stack *s, bypass_sock sock, struct bypass_buf *out, int max);
+/* Gives buffers back unused. 0; -EINVAL: one was not out, the others were released all the same. */
+BYPASS_API int bypass_release(struct bypass_stack *s, const uint64_t *tokens, int n);
+/* Up to max buffers to write payload in; cap is what one segment of this connection carries now. Their number;
+ * -ENOBUFS: frames are short, or a quarter of them is out. -ENOTCONN, -EOPNOTSUPP, -EBADF, -EINVAL. */
+BYPASS_API int bypass_buf_alloc(struct bypass_stack *s, bypass_sock sock, struct bypass_buf *out, int max);
+/* Sends buffers, in order: bufs[0..result) are the stack's and cleared, the rest stays the program's. Each becomes a
+ * segment as it is: small ones are not joined, and Nagle's algorithm holds only the last one back. One that has become
+ * longer than a segment is split, which copies. Flags and errors as of bypass_send(); -EINVAL, and nothing is taken:
+ * one is not out for writing, or comes twice, or len is 0 or more than cap. */
+BYPASS_API int bypass_send_zc(struct bypass_stack *s, bypass_sock sock, struct bypass_buf *bufs, int n, int flags);
+
 /* 1: what is read next is the urgent byte, or lies behind it (SIOCATMARK). 0, -EBADF, -EINVAL (not a TCP connection). */
 BYPASS_API int bypass_at_mark(struct bypass_stack *s, bypass_sock sock);
 /* TCP: ends what there is, with a reset, and the socket is fresh, as connect() to AF_UNSPEC does on Linux. */
@@ -551,6 +594,7 @@ BYPASS_API const uint64_t *bypass_stats(const struct bypass_stack *s);
 
 struct bypass_audit { /* everything that is in use; all zero after an orderly end */
     uint32_t conns, listeners, udp_socks, handles, timers, chunks, frags, dst_waiting, frames, tx_pending, flights;
+    uint32_t lent; /* frames and chunks that a program has out (bypass_recv_zc(), bypass_buf_alloc()) */
 };
 BYPASS_API void bypass_audit(const struct bypass_stack *s, struct bypass_audit *out);
 

@@ -11,8 +11,6 @@
 #include "core.h"
 #include "tcp.h"
 
-enum { CORE_MAGIC = 0x42595041 }; /* "BYPA" */
-
 static_assert(sizeof(struct chunk) == CHUNK_SIZE, "a chunk is 512 bytes");
 static_assert(sizeof(struct bypass_pkt_meta) == 64, "one cache line of metadata a frame");
 
@@ -127,6 +125,8 @@ int bypass_create(struct bypass_stack *s, void *arena, size_t size, const struct
     memcpy(c->port_key, secret + 4, 16);
     memcpy(c->rand_state, secret + 6, 16);
     memcpy(c->fastopen_key, secret + 8, 16);
+    c->lend_id = siphash13(c->rand_state, "lend", 4);
+    c->lend_serial = (uint32_t)c->lend_id;                     /* so that another stack's tokens are not good here */
     c->txq_cap = min_u32(TXQ_MAX, round_up_pow2(dev->frames)); /* each frame is in it at most once */
     tcp_init(s);
     c->abi = BYPASS_ABI;
@@ -281,6 +281,7 @@ void bypass_audit(const struct bypass_stack *s, struct bypass_audit *out)
     *out = (struct bypass_audit){
         .handles = c->socks.used,
         .chunks = c->chunks.used,
+        .lent = c->lent,
         .tx_pending = c->txq_tail - c->txq_head,
     };
     for (uint32_t p = 0; p < s->dev->frames; p++)

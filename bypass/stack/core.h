@@ -71,6 +71,10 @@ struct core {
     uint64_t txq_off;
     uint32_t txq_cap, txq_head, txq_tail;
 
+    uint32_t lent, writing; /* frames and chunks that a program holds; of these to be written (sock_zc.c) */
+    uint32_t lend_serial, pad1;
+    uint64_t lend_id; /* of this stack, among those that use the device one after the other */
+
     struct pool chunks;
     struct pool socks;
     uint32_t ev_head, ev_tail; /* sockets with unreported events */
@@ -86,6 +90,8 @@ struct core {
 
 static inline struct core *core(const struct bypass_stack *s) { return s->arena; }
 static inline void *at(const struct bypass_stack *s, uint64_t off) { return (uint8_t *)s->arena + off; }
+enum { CORE_MAGIC = 0x42595041 }; /* "BYPA" */
+static inline bool core_alive(const struct bypass_stack *s) { return core(s)->magic == CORE_MAGIC; }
 static inline uint64_t now_ns(const struct bypass_stack *s) { return core(s)->now_ns; }
 #define STAT(s, name) (core(s)->stats[ST_##name]++)
 #define STAT_ADD(s, name, n) (core(s)->stats[ST_##name] += (n))
@@ -113,7 +119,9 @@ void sock_layout(struct layout *l, struct core *c);
 /* ---- Frames ------------------------------------------------------------------------------------ */
 enum { /* meta.seg_flags: which queues of the stack a frame is in. It is freed when it is in none. */
        IN_TXQ = 1,
-       IN_TCP = 2, /* in a connection's send queue: kept until acknowledged */
+       IN_TCP = 2,   /* in a connection's send queue: kept until acknowledged */
+       IN_LENT = 4,  /* the program's: received and lent, or being written (sock_zc.c) */
+       IN_TAKEN = 8, /* ... about to be sent */
 };
 static inline struct bypass_pkt_meta *pkt_meta(const struct bypass_stack *s, bypass_pkt p)
 {

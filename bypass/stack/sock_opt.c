@@ -163,6 +163,14 @@ static int64_t get_mtu(const struct owner *o)
     return o->c->path_mtu ? o->c->path_mtu : o->s->dev->mtu;
 }
 
+static int set_keep_frames(const struct owner *o, int64_t v)
+{
+    *o->feat = v ? *o->feat | TX_KEEP_FRAMES : *o->feat & ~(uint32_t)TX_KEEP_FRAMES;
+    return 0;
+}
+
+static int64_t get_keep_frames(const struct owner *o) { return (*o->feat & TX_KEEP_FRAMES) != 0; }
+
 static int64_t get_type(const struct owner *o)
 {
     (void)o;
@@ -188,6 +196,7 @@ static const struct row rows[BYPASS_OPT_COUNT] = {
     [BYPASS_SO_TYPE] = {NOWHERE, .fixed = true, .get = get_type},
     [BYPASS_SO_ACCEPTCONN] = {NOWHERE, .fixed = true, .get = get_acceptconn},
     [BYPASS_SO_MAX_PACING_RATE] = {NOWHERE, .set = set_pacing, .get = get_pacing},
+    [BYPASS_TCP_KEEP_FRAMES] = {NOWHERE, .set = set_keep_frames, .get = get_keep_frames},
     [BYPASS_TCP_ECN] = {IN_U8, OPT(ecn), .max = 2},
     [BYPASS_IP_TTL] = {IN_U8, OPT(ttl), .min = 1, .max = 255, .fit = fit_ttl},
     [BYPASS_IP_TOS] = {IN_U8, OPT(tos), .max = 255, .fit = fit_tos},
@@ -227,7 +236,7 @@ void tcp_options_default(struct tcp_endpoint *ep, const struct bypass_config *cf
 }
 
 enum { INHERITED_FLAGS = TF_NODELAY | TF_CORK | TF_KEEPALIVE };
-enum { INHERITED_FEAT = TX_SNDBUF_SET | TX_RCVBUF_SET | TX_RCVLOWAT | TX_NOTSENT };
+enum { INHERITED_FEAT = TX_SNDBUF_SET | TX_RCVBUF_SET | TX_RCVLOWAT | TX_NOTSENT | TX_KEEP_FRAMES };
 
 void tcp_options_inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tcp_endpoint *ep)
 {

@@ -28,6 +28,7 @@
  *   tcp_tw.c        TIME_WAIT: how long, how many, who may take its place
  *   tcp_cookie.c    SYN cookies: not even that is kept
  *   tcp_info.c      what a connection tells of itself (TCP_INFO)
+ *   sock_zc.c       payload that is not copied
  *   sock_opt.c      what a program may set: one table
  *
  * Hot state is four cache lines a connection, in a pool of its own; what only set-up, tear-down and
@@ -85,6 +86,7 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_PMTU_PROBE = 1 << 11,  /* a probe of packetization-layer discovery is in flight (RFC 4821) */
        TX_PMTU_SEARCH = 1 << 22, /* ... which is at work on this connection */
        TX_RCVLOWAT = 1 << 12,    /* cold.opt.rcvlowat is more than a byte */
+       TX_KEEP_FRAMES = 1 << 21, /* no copy break (sock_zc.c) */
        TX_LENT = 1 << 17,        /* cold.rcv_lent */
        TX_LONE = 1 << 18,        /* what is in flight is one segment, sent by the short way without a record */
        TX_CC_LAZY = 1 << 19,     /* the congestion control wants to hear of no ACK but when the window limits */
@@ -833,6 +835,8 @@ static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_c
 void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c); /* something was read */
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
 void tcp_rcv_after_read(struct bypass_stack *s, struct tcp_conn *c, bool bulk); /* bulk: much had been queued */
+/* The first item leaves the queue; it stays charged. */
+uint32_t tcp_rcv_take(struct bypass_stack *s, struct tcp_conn *c);
 void tcp_rcv_skip(struct bypass_stack *s, struct tcp_conn *c, uint32_t n); /* n <= rcv_queued bytes are passed over */
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c);          /* what waits to be read */
 void tcp_rcv_clear(struct bypass_stack *s, struct tcp_conn *c);
@@ -844,6 +848,8 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
 uint32_t tcp_snd_ack(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm);
 /* Fills never-sent frame p up to len bytes from those behind it. false: they have fewer, or it has no room. */
 bool tcp_snd_merge(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
+/* Whole frames of the program's (sock_zc.c) join the queue. How many, or -errno. */
+int tcp_send_frames(struct bypass_stack *s, struct tcp_conn *c, const struct bypass_buf *bufs, int n, int flags);
 bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
 uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c);

@@ -83,6 +83,14 @@ static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const u
  * sending. */
 static bool frame_to_spare(const struct bypass_stack *s) { return s->dev->free_frames > s->dev->frames / 8; }
 
+/* A reader that lets twice its buffer pile up in frames gets copies instead. */
+static bool should_copy(const struct bypass_stack *s, const struct tcp_conn *c, uint32_t len)
+{
+    if (unlikely(c->feat & TX_KEEP_FRAMES) && len <= COPY_BREAK)
+        len = COPY_BREAK + 1;
+    return pkt_should_copy(s, len) || c->rcv_charged > 2 * c->rcvbuf;
+}
+
 /* Stores `len` bytes of the segment that start at `skip`; returns how many were kept. */
 static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint32_t skip, uint32_t len,
                       bool in_order)
@@ -91,8 +99,7 @@ static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment
     uint16_t off = (uint16_t)(m->off + g->data_off + skip);
     seq_t at = seq_add(g->seq, skip);
     uint32_t copied = 0;
-    /* a reader that lets twice its buffer pile up in frames gets copies instead */
-    if (pkt_should_copy(s, len) || c->rcv_charged > 2 * c->rcvbuf) {
+    if (should_copy(s, c, len)) {
         copied = store_copied(s, c, pkt_frame(s, g->pkt) + off, len, at, in_order);
         if (copied == len)
             return len;
@@ -299,6 +306,17 @@ static void drop_front(struct bypass_stack *s, struct tcp_conn *c, uint32_t n)
     if (c->rcvq_head == NO_INDEX)
         c->rcvq_tail = NO_INDEX;
     item_free(s, c, item);
+}
+
+uint32_t tcp_rcv_take(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t item = c->rcvq_head;
+    struct item_view v = item_view(s, item);
+    c->rcv_queued -= *v.len;
+    c->rcvq_head = *v.next;
+    if (c->rcvq_head == NO_INDEX)
+        c->rcvq_tail = NO_INDEX;
+    return item;
 }
 
 void tcp_rcv_skip(struct bypass_stack *s, struct tcp_conn *c, uint32_t n)

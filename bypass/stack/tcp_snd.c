@@ -153,6 +153,47 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
     return done > 0 ? (int64_t)done : -EAGAIN;
 }
 
+/* A frame as the program wrote it: summed, not copied. */
+static void queue_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p);
+    m->seq = seq_add(c->snd_una, c->snd_queued).v;
+    m->data_len = (uint16_t)len;
+    m->csum = s->dev->caps & BYPASS_CAP_TX_CSUM ? 0 : csum_bytes(pkt_frame(s, p) + m->data_off, len, 0);
+    m->seg_flags = IN_TCP;
+    link_behind(s, c, c->sndq_tail, p);
+    if (c->sndq_next == BYPASS_PKT_NONE)
+        c->sndq_next = p;
+    c->snd_queued += len;
+}
+
+int tcp_send_frames(struct bypass_stack *s, struct tcp_conn *c, const struct bypass_buf *bufs, int n, int flags)
+{
+    int done = 0, err = send_allowed(c, conn_cold(s, c));
+    if (err < 0) {
+        c->flags |= err == -EAGAIN ? TF_WANT_OUT : 0;
+        return err;
+    }
+    tcp_rate_write(s, c);
+    for (; done < n; done++) {
+        if (tcp_snd_room(s, c) == 0)
+            tcp_tune_write(s, c);
+        if (tcp_snd_room(s, c) == 0)
+            break;
+        queue_frame(s, c, (uint32_t)bufs[done].token, bufs[done].len);
+    }
+    if (done < n)
+        c->flags |= TF_WANT_OUT;
+    if (done == 0)
+        return -EAGAIN;
+    pkt_meta(s, c->sndq_tail)->seg_flags |= SEG_PSH;
+    if (unlikely(flags & BYPASS_OOB))
+        tcp_urg_mark(s, c);
+    c->flags = flags & BYPASS_MORE ? c->flags | TF_MORE : c->flags & ~(uint32_t)TF_MORE;
+    tcp_output(s, c);
+    return done;
+}
+
 /* ---- Acknowledgment ------------------------------------------------------------------------------------ */
 static void frame_release(struct bypass_stack *s, bypass_pkt p)
 {
