@@ -7,33 +7,11 @@ whose line is gone is a failure: mend the list.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-STACK = ROOT / "bypass/stack"
-OUT = ROOT / "build/release"
-ENV = {
-    k: v
-    for k, v in os.environ.items()
-    if k not in ("LD_PRELOAD", "MAKEFLAGS", "MAKELEVEL", "SAN", "BYPASS_DEBUG")
-}
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One line of a file, what a careless hand made of it, and the test that notices."""
-
-    file: str
-    right: str
-    wrong: str
-    test: str  # of test_tcp_*.py
-
+from mutants import Mutant, build, run
 
 MUTANTS = {
     "a reset anywhere in the window ends the connection": Mutant(
@@ -303,33 +281,10 @@ MUTANTS = {
 }
 
 
-def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV | env, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def objects() -> list[Path]:
-    """The right stack's."""
-    done = run("make", "-s", "build")
-    assert done.returncode == 0, done.stderr
-    return [p for p in OUT.rglob("*.o") if p.name != "_core.o"] + [OUT / "_core.o"]
-
-
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name: str, objects: list[Path], tmp_path: Path) -> None:
+def test_a_mutant_is_noticed(name: str, tmp_path: Path) -> None:
     m = MUTANTS[name]
-    text = (STACK / m.file).read_text()
-    assert text.count(m.right) == 1, f"{m.file}: the line is there {text.count(m.right)} times"
-    source = tmp_path / m.file
-    source.write_text(text.replace(m.right, m.wrong))
-    mutated = tmp_path / source.with_suffix(".o").name
-    flags = ["-std=c11", "-fPIC", "-fvisibility=hidden", "-O0", "-w", "-Ibypass/include", "-Ibypass/stack"]
-    done = run("gcc", *flags, "-c", source, "-o", mutated)
-    assert done.returncode == 0, done.stderr
-    rest = [o for o in objects if o != OUT / "bypass/stack" / mutated.name]
-    assert len(rest) == len(objects) - 1
-    done = run("gcc", "-shared", *rest, mutated, "-o", tmp_path / "_core.so")
-    assert done.returncode == 0, done.stderr
+    build(m, tmp_path)
     topic, _, test = m.test.partition("::")
     quick = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     where = f"tests/test_tcp_{topic}.py::{test}"

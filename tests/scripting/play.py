@@ -79,7 +79,7 @@ class Backend(Protocol):
         """Waits until the call has returned; False: it has not until then."""
 
     def info(self, fd: int, name: str) -> int: ...
-    def close(self) -> None: ...
+    def close(self) -> object: ...
 
 
 @dataclass
@@ -146,7 +146,9 @@ class Player:
                 event = p.event
                 self.collect(p)
             event = self.script.events[-1]
-            self.nothing_waits(self.backend.now() + 1)
+            if self.backend.flaky:  # what is on its way comes
+                self.backend.wait(self.backend.now() + self.backend.late_ns)
+            self.nothing_waits(self.backend.now() + self.backend.late_ns + 1)
         except (Differs, Stuck, infos.CodeError) as e:
             return Verdict(False, event.line, event.text, str(e), self.trace)
         return Verdict(True, trace=self.trace)
