@@ -246,3 +246,16 @@ def test_it_probes_the_round_trip_and_goes_on() -> None:
         b.transfer(3)
         assert min(r.cwnd for r in b.rows) == 4 * MSS
         assert b.transfer(1) > 0.92 * 10_000_000
+
+
+def test_a_small_send_buffer_does_not_keep_it_in_startup() -> None:
+    """20 Mbit/s, 40 ms, a queue of a bandwidth-delay product. The buffer holds more than both, and less than STARTUP
+    would have in flight: the program waits for it all the time and is not idle. Else BBR sends at 2.89 times the rate for
+    ever, and loses the rest."""
+    with Bottleneck("bbr", rate=20_000_000, rtt_ms=40, queue=100_000, SO_SNDBUF=260_000) as b:
+        b.transfer(3)
+        lost = b.info().retransmits
+        b.rows.clear()
+        assert b.transfer(5) > 0.93 * 20_000_000
+        assert sum(r.srtt_us for r in b.rows) / len(b.rows) < 48_000
+        assert b.info().retransmits - lost < 50

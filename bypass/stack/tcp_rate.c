@@ -66,11 +66,12 @@ void tcp_rate_done(struct bypass_stack *s, struct tcp_conn *c, struct tcp_sample
 }
 
 /* 3.4, before the program's bytes are queued: less than a segment waits to be sent, nothing to be sent again, and more
- * could have been in flight. */
+ * could have been in flight. Where half of the send buffer is in flight it is the buffer that limits, as steadily as a
+ * path does; a program that waits for room in it would be called idle for ever. */
 void tcp_rate_gap(struct bypass_stack *s, struct tcp_conn *c)
 {
     uint32_t unsent = c->snd_queued - (c->snd_nxt.v - c->snd_una.v);
-    if (unsent >= c->snd_mss || c->lost_bytes > 0)
+    if (unsent >= c->snd_mss || c->lost_bytes > 0 || c->snd_queued >= c->sndbuf / 2)
         return;
     struct tcp_flight *fl = conn_flight(s, c);
     uint32_t pipe = tcp_pipe(s, c);
