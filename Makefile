@@ -17,7 +17,7 @@ endif
 Q := $(if $(V),,@)# V=1 shows the commands
 
 CC := gcc
-CFLAGS_release := -O2 -g
+CFLAGS_release := -O3 -g
 CFLAGS_debug := -O1 -g -DBYPASS_DEBUG
 comma := ,
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -262,9 +262,10 @@ static inline uint32_t copy_small(uint8_t *to, const uint8_t *from, uint32_t len
 
 /* Ethernet, IP and TCP headers in front of the payload at b + PLAIN + PLAIN_TS, each word built and summed in
  * registers. */
-static inline void put_headers(const struct bypass_stack *s, const struct tcp_conn *c, const struct tcp_cold *k,
-                               const struct dst *d, uint8_t *b, seq_t at, uint8_t flags, uint32_t len,
-                               uint32_t payload_sum, uint16_t wnd)
+static inline __attribute__((always_inline)) void put_headers(const struct bypass_stack *s, const struct tcp_conn *c,
+                                                              const struct tcp_cold *k, const struct dst *d, uint8_t *b,
+                                                              seq_t at, uint8_t flags, uint32_t len,
+                                                              uint32_t payload_sum, uint16_t wnd)
 {
     uint32_t src = load32(addr_v4(&c->laddr)), dst = load32(addr_v4(&c->raddr)), tcp_len = PLAIN_TS + len;
     uint16_t total = __builtin_bswap16((uint16_t)(IP4_LEN + tcp_len));
