@@ -8,8 +8,8 @@ it. Ratios are taken within a round.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "bare-sleep": ("a", "ring to ring, sleeping"),
     "bypass-spin": ("b", "bypass, spinning"),
     "bypass-sleep": ("b", "bypass, sleeping"),
+    "bypass-csum": ("b", "bypass, sleeping, checksums left to the device"),
     "kernel": ("c", "kernel sockets, epoll"),
     "kernel-offload": ("c", "kernel, with checksum and segmentation offload"),
     "python": ("d", "bypass, asyncio echo in Python"),
@@ -70,6 +71,7 @@ RATIOS = (
     ("b/c spin", "bypass-spin", "kernel"),
     ("b/c sleep", "bypass-sleep", "kernel"),
     ("b/c offload", "bypass-sleep", "kernel-offload"),
+    ("b csum/b", "bypass-csum", "bypass-sleep"),
 )
 
 
@@ -79,6 +81,8 @@ def applies(variant: str, test: Test) -> bool:
         return not test.bulk
     if variant == "kernel-offload":
         return test.bulk
+    if variant == "bypass-csum":
+        return test.mode == "down"
     if variant == "python":
         return test.mode == "tcp"
     return True
@@ -118,10 +122,12 @@ def derived(raw: dict[str, Any], bulk: bool) -> dict[str, Any]:
     }
 
 
-def set_offloads(lab: Lab, on: bool) -> None:
-    """Transmit checksum offload on both ends; segmentation offload follows it. A lab begins without."""
-    for ns, ifname in ((lab.server_ns, SERVER_IFNAME), (lab.client_ns, CLIENT_IFNAME)):
-        netns.run(ns, _set_offload, ifname, on)
+def set_offloads(lab: Lab, on: bool, *, client: bool = True) -> None:
+    """Transmit checksum offload on both ends (or the server's alone); segmentation offload follows it. A lab begins
+    without. The kernel's client never leaves sums to a veth whose other end is AF_XDP: nobody would complete them."""
+    netns.run(lab.server_ns, _set_offload, SERVER_IFNAME, on)
+    if client:
+        netns.run(lab.client_ns, _set_offload, CLIENT_IFNAME, on)
 
 
 def _set_offload(ifname: str, on: bool) -> None:
@@ -136,17 +142,17 @@ def _set_offload(ifname: str, on: bool) -> None:
         ethtool.close()
 
 
-class _Offloads:
-    """With offloads inside the block."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-
-    def __enter__(self) -> None:
-        set_offloads(self.lab, True)
-
-    def __exit__(self, *exc: object) -> None:
-        set_offloads(self.lab, False)
+@contextmanager
+def _offloads(lab: Lab, variant: str) -> Iterator[None]:
+    """With the offloads that the variant has inside the block."""
+    wanted = variant in ("kernel-offload", "bypass-csum")
+    if wanted:
+        set_offloads(lab, True, client=variant == "kernel-offload")
+    try:
+        yield
+    finally:
+        if wanted:
+            set_offloads(lab, False)
 
 
 def run(
@@ -165,10 +171,7 @@ def run(
     for number in range(rounds):
         turn = number % len(names)
         for variant in names[turn:] + names[:turn]:
-            with (
-                _Offloads(lab) if variant == "kernel-offload" else nullcontext(),
-                start(lab, variant) as server,
-            ):
+            with _offloads(lab, variant), start(lab, variant) as server:
                 for test in TESTS:
                     if applies(variant, test):
                         step(f"round {number + 1}: {VARIANTS[variant][1]}: {test.title}")

@@ -36,7 +36,7 @@ from bypass.policy import parse_policy
 from bypass.steering import Steering
 
 ECHO, DISCARD, CHARGEN = 7, 9, 19
-VARIANTS = ("bare-spin", "bare-sleep", "bypass-spin", "bypass-sleep", "python")
+VARIANTS = ("bare-spin", "bare-sleep", "bypass-spin", "bypass-sleep", "bypass-csum", "python")
 
 POLICY = f"""
 version: 1
