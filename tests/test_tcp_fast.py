@@ -96,7 +96,14 @@ class Held:
 
     def state(self) -> tuple[Any, Counter[str]]:
         counted = Counter(self.t.counted())
-        for name in ("tcp_in_fast", "tcp_in_joined", "rx_bytes", "ip_in_bad_header", "ip_in_bad_checksum", "ip_in_truncated"):
+        for name in (
+            "tcp_in_fast",
+            "tcp_in_joined",
+            "rx_bytes",
+            "ip_in_bad_header",
+            "ip_in_bad_checksum",
+            "ip_in_truncated",
+        ):
             counted.pop(name, None)  # those of the network layer depend on where the wrong bit lies
         return (str(self.t.info) if self.t.state() else "", +counted)
 
@@ -159,6 +166,8 @@ def test_full_segments_that_may_go_share_a_header() -> None:
         t.write(9 * 1448 + 10)
         sent = t.out()
         assert t.stack.stats()["tcp_out_joined"] == 8  # all but the first and the last
-        assert [(s.seq, s.end - s.seq) for s in sent] == [(1 + 1448 * i, 1448 if i < 9 else 10) for i in range(10)]
+        assert [(s.seq, s.end - s.seq) for s in sent] == [
+            (1 + 1448 * i, 1448 if i < 9 else 10) for i in range(10)
+        ]
         assert {s.flags for s in sent[:-1]} == {"."} and sent[-1].flags == "P."
         assert len({(s.ack, s.win, str(s.opts)) for s in sent}) == 1

@@ -94,9 +94,9 @@ static void reduction_begin(struct bypass_stack *s, struct tcp_conn *c, struct t
     tcp_cc_event(s, c, ev);
 }
 
-/* RFC 9937 6.2; in bytes. */
+/* RFC 9937 6.2; in bytes. safe: SafeACK, the ACK makes progress and tells of no loss. */
 static void proportional_reduction(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl,
-                                   const struct tcp_sample *sm)
+                                   const struct tcp_sample *sm, bool safe)
 {
     uint32_t pipe = tcp_pipe(s, c), send;
     if (sm->delivered == 0 || tcp_cc_own_window(s, c))
@@ -108,7 +108,7 @@ static void proportional_reduction(struct bypass_stack *s, struct tcp_conn *c, s
     } else {
         send = fl->prr_delivered > fl->prr_out ? fl->prr_delivered - fl->prr_out : 0;
         send = max_u32(send, sm->delivered);
-        if (sm->acked > 0 && sm->lost == 0) /* SafeACK: recovery makes good progress */
+        if (safe)
             send += c->snd_mss;
         send = min_u32(send, c->ssthresh - pipe);
     }
@@ -415,6 +415,7 @@ void tcp_recover_ack(struct bypass_stack *s, struct tcp_conn *c, const struct se
 {
     struct tcp_flight *fl = conn_flight(s, c);
     const struct ack a = {.g = g, .sm = sm, .duplicate = duplicate};
+    const uint64_t lost = fl->lost;
     fl->reorder_at = NO_DEADLINE;
     if (unlikely(reneges(s, c, sm)))
         return;
@@ -433,7 +434,7 @@ void tcp_recover_ack(struct bypass_stack *s, struct tcp_conn *c, const struct se
     sm->lost = (uint32_t)fl->lost - fl->lost_told;
     fl->lost_told = (uint32_t)fl->lost;
     if (fl->ca_state == CA_RECOVERY || fl->ca_state == CA_CWR)
-        proportional_reduction(s, c, fl, sm);
+        proportional_reduction(s, c, fl, sm, sm->acked > 0 && fl->lost == lost);
     set_timer(s, c, fl, sm);
 }
 
@@ -444,7 +445,7 @@ void tcp_recover_reorder_due(struct bypass_stack *s, struct tcp_conn *c)
     if (find_losses(s, c, fl) && fl->ca_state < CA_RECOVERY && !tcp_pmtu_probe_lost(s, c)) {
         const struct tcp_sample one = {.delivered = 1};
         enter_recovery(s, c, fl, &one);
-        proportional_reduction(s, c, fl, &one);
+        proportional_reduction(s, c, fl, &one, false);
     }
     tcp_rtx_rearm_rto(s, c);
     if (fl->reorder_at != NO_DEADLINE)
