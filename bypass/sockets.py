@@ -20,13 +20,14 @@ import os
 import select
 import socket as _socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from bypass import sockopt
 from bypass._core import lib
 from bypass.core import FOREVER, Address
 from bypass.stack_api import KINDS, Stack
+from bypass.zerocopy import PIECES, Received, SendBuffer
 
 __all__ = ["Socket", "create_connection", "create_server"]
 
@@ -114,6 +115,7 @@ class Socket:
         holds where settimeout() sets none."""
         deadline: int | None = None
         while (result := attempt(self._h())) is None:
+            self._stack.lent.drain()  # buffers that were forgotten may be what the peer waits for
             if nonblocking or self._timeout == 0:
                 raise raised(errno.EAGAIN)
             driver = self._stack.driver
@@ -402,6 +404,48 @@ class Socket:
         with self._lock:
             ready = self._stack.core.ready(self._h())
         return sum(bit for ours, bit in POLL_BITS.items() if ready & ours)
+
+    # ---- data that is not copied (bypass.zerocopy)
+    def recv_zc(self, pieces: int = PIECES, flags: int = 0) -> Received:
+        """Lends what was received, in up to `pieces` pieces, until it is released: `with sock.recv_zc() as got:`. Empty
+        when the peer has closed its direction. TCP only. MSG_DONTWAIT.
+
+        Raises:
+            OSError: as recv(); EMSGSIZE: the mark of urgent data lies inside of the next piece: recv() up to it.
+        """
+        _translate(flags & ~DONTWAIT, {})
+        with self._lock:
+            lent = self._stack.lent
+            got: list[Any] = self._until(
+                lambda h: self._done(lent.received(h, pieces)), nonblocking=bool(flags & DONTWAIT)
+            )
+            self._stack.touched()
+        return Received(self._stack, got)
+
+    def alloc_zc(self, n: int = 1) -> list[SendBuffer]:
+        """Up to n buffers, one at least, to write payload in for send_zc(). ENOBUFS: too many are out."""
+        with self._lock:
+            got: list[Any] = self._done(self._stack.lent.alloc(self._h(), n))
+        return [SendBuffer(self._stack, m) for m in got]
+
+    def send_zc(self, buffers: Sequence[SendBuffer], flags: int = 0) -> int:
+        """Sends buffers of alloc_zc() as they are: how many, at least one; the rest has to be sent again. Those that
+        were taken can be seen no more. MSG_MORE, MSG_OOB, MSG_DONTWAIT.
+
+        Raises:
+            BufferError: there is a view of one besides its `data`. ValueError: one was released or sent.
+            OSError: as send(); EINVAL: there is none, or one has no bytes used.
+        """
+        ours = _translate(flags & ~DONTWAIT, SEND_FLAGS | OOB_FLAGS)
+        with self._lock:
+            lent = self._stack.lent
+            sent: int = self._until(
+                lambda h: self._done(lent.send(h, buffers, ours)),
+                nonblocking=bool(flags & DONTWAIT),
+                option=_socket.SO_SNDTIMEO,
+            )
+            self._stack.touched()
+        return sent
 
     def makefile(
         self,

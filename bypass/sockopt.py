@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from bypass._core import lib
+from bypass.zerocopy import TCP_KEEP_FRAMES
 
 if TYPE_CHECKING:
     from bypass.sockets import Socket
@@ -54,6 +55,7 @@ OPTIONS: dict[Key, int] = {
     (TCP, _socket.TCP_SYNCNT): lib.BYPASS_TCP_SYNCNT,
     (TCP, _socket.TCP_LINGER2): lib.BYPASS_TCP_LINGER2,
     (TCP, _socket.TCP_NOTSENT_LOWAT): lib.BYPASS_TCP_NOTSENT_LOWAT,
+    (TCP, TCP_KEEP_FRAMES): lib.BYPASS_TCP_KEEP_FRAMES,
 }
 # Linux counts its own overhead too: it doubles what is set, and reports that (socket(7)).
 DOUBLED: frozenset[Key] = frozenset({(SOL, _socket.SO_SNDBUF), (SOL, _socket.SO_RCVBUF)})

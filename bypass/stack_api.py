@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bypass._core import lib
 from bypass.core import FOREVER, Address, ConnInfo, CoreStack
 from bypass.driver import Driver
+from bypass.zerocopy import Lendings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +108,7 @@ class Stack:
         self._entries: dict[int, _Entry] = {}  # by user value
         self._by_handle: dict[int, _Entry] = {}
         self._next_user = 1
+        self.lent = Lendings(core)  # buffers of zero-copy calls that are out
         self._orphans: deque[int] = deque()  # handles whose objects were forgotten unclosed
 
     @classmethod
@@ -304,11 +306,16 @@ class Stack:
     # ---- end
     def close(self, linger: float = 1.0) -> None:
         """Closes every socket in order, waits up to `linger` seconds of the stack's clock until what was sent has
-        been acknowledged, resets the rest, and lets go of device and steering. A second call does nothing."""
+        been acknowledged, resets the rest, and lets go of device and steering. A second call does nothing.
+
+        Raises:
+            BufferError: views of lent buffers are alive (bypass.zerocopy): nothing is closed.
+        """
         driver = self.driver
         with driver.lock:
             if self.core.closed:
                 return
+            self.lent.end()
             watchers = [e.handler for e in self._entries.values() if e.handler is not None]
             try:
                 # Listeners first: nothing new comes in while the rest ends.
@@ -324,8 +331,9 @@ class Stack:
                     handler(ENDED)
 
     def destroy(self) -> None:
-        """Lock held. Ends at once: connections are reset."""
+        """Lock held. Ends at once: connections are reset. BufferError: as close()."""
         if not self.core.closed:
+            self.lent.end()
             self.core.close()
             self.alert()
             self._entries.clear()

@@ -31,6 +31,7 @@ SWITCHES = (
     "SO_BROADCAST",
     "TCP_NODELAY",
     "TCP_CORK",
+    "TCP_KEEP_FRAMES",
 )
 # What is set, and what it becomes.
 FITTED = {

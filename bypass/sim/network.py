@@ -566,6 +566,6 @@ class Network(Driver):
     def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         try:
             self.close()
-        except SimulationError:
+        except (SimulationError, BufferError):
             if exc_type is None:  # else the first error is the one to see
                 raise
