@@ -51,6 +51,19 @@ class Path(ByHand):
                 prior_in_flight=flight,
             )
 
+    def trickle(self, part: int, us: int, prior: int = 2 * BDP) -> None:
+        """One ACK, so much later than the last one; the path holds a bandwidth-delay product."""
+        self.cc.now_us += us
+        self.ack_flight(
+            part,
+            BDP,
+            prior_delivered=max(self.delivered - BDP, 0),
+            rate_bytes=BDP,
+            interval_us=self.rtt,
+            rtt_us=self.rtt,
+            prior_in_flight=prior,
+        )
+
     def ack_flight(self, part: int, flight: int, **sample: int) -> None:
         self.cc.srtt_us = self.rtt
         cwnd = int(self.cc.cwnd)
@@ -134,13 +147,63 @@ def test_the_gains_go_round(stack: CoreStack) -> None:
     assert "ud-ud-" in cycle, cycle
 
 
-def test_the_window_is_twice_what_the_path_holds(stack: CoreStack) -> None:
-    """4.2.3: gain 2, and room for three pieces of a millisecond."""
+@pytest.mark.parametrize(("short", "ends"), [(-100, True), (200, False)])
+def test_probing_for_bandwidth_ends_when_the_pipe_is_fuller(stack: CoreStack, short: int, ends: bool) -> None:
+    """4.3.4.3: not before a quarter more is in flight, with room for pieces, the piece that goes next included."""
     p = steady(stack)
-    for _ in range(10):
-        p.round(in_flight=BDP)
+    piece = int(RATE * 1.25 * MARGIN) >> 10
+    prior = BDP * 5 // 4 + 2 * piece + 2 * MSS - short
+    gains = []
+    for _ in range(24 * 100):
+        p.trickle(BDP // 105, p.rtt // 100, prior)
+        gains.append(round(p.gain(), 2))
+    assert (gains[-800:].count(1.25) < 800) == ends
+
+
+def test_the_window_is_twice_what_the_path_holds(stack: CoreStack) -> None:
+    """4.2.3: gain 2, and room for three pieces of a millisecond; here ACKs come a hundred in a round trip."""
+    p = steady(stack)
+    for _ in range(40 * 100):
+        p.trickle(BDP // 105, p.rtt // 100)
     piece = p.cc.pacing_rate >> 10
-    assert 2 * BDP * 0.98 <= p.cc.cwnd <= 2 * BDP + 4 * piece + 4 * MSS
+    assert 2 * BDP * 0.98 <= p.cc.cwnd <= 2 * BDP + 4 * piece + 4 * MSS + BDP // 50
+
+
+def test_acks_that_come_in_bunches_get_room(stack: CoreStack) -> None:
+    """As Linux: half of the path's content is acknowledged at once, twice in a round trip: as much more may be in
+    flight, or the sender would pause for the next bunch. That is forgotten ten rounds after
+    they come one by one again."""
+    p = steady(stack)
+    for _ in range(40):
+        p.trickle(BDP // 2, p.rtt // 2)
+    assert p.cc.cwnd > 2.45 * BDP
+    for _ in range(40 * 100):
+        p.trickle(BDP // 105, p.rtt // 100)
+    assert p.cc.cwnd < 2.2 * BDP
+
+
+def test_a_policer_is_found_and_obeyed_for_48_rounds(stack: CoreStack) -> None:
+    """As Linux: two intervals of four rounds at the same rate with more than a fifth lost: no more probing above it
+    for a while."""
+    p = steady(stack)
+    p.rate = RATE // 4
+    for _ in range(13):
+        p.round(lost=int(p.cc.cwnd) // 3, in_flight=BDP // 4)
+    gains = []
+    for _ in range(70):
+        p.round()
+        gains.append(round(p.gain(), 1))
+    assert set(gains[:40]) == {1.0}
+    assert min(gains[44:]) < 0.8, "it may have gone: the gains go round again"
+
+
+def test_losses_of_a_tenth_are_no_policer(stack: CoreStack) -> None:
+    p = steady(stack)
+    gains = []
+    for _ in range(50):
+        p.round(lost=int(p.cc.cwnd) // 12, in_flight=BDP)
+        gains.append(round(p.gain(), 1))
+    assert 1.2 in gains[25:]
 
 
 def test_every_ten_seconds_the_pipe_is_emptied(stack: CoreStack) -> None:
@@ -250,8 +313,8 @@ def test_it_probes_the_round_trip_and_goes_on() -> None:
 
 def test_a_small_send_buffer_does_not_keep_it_in_startup() -> None:
     """20 Mbit/s, 40 ms, a queue of a bandwidth-delay product. The buffer holds more than both, and less than STARTUP
-    would have in flight: the program waits for it all the time and is not idle. Else BBR sends at 2.89 times the rate for
-    ever, and loses the rest."""
+    would have in flight: the program waits for it all the time and is not idle. Else BBR sends at 2.89 times the rate
+    for ever, and loses the rest."""
     with Bottleneck("bbr", rate=20_000_000, rtt_ms=40, queue=100_000, SO_SNDBUF=260_000) as b:
         b.transfer(3)
         lost = b.info().retransmits

@@ -6,8 +6,10 @@
  *
  *     STARTUP --(no faster for three rounds)--> DRAIN --(queue gone)--> PROBE_BW <--> PROBE_RTT
  *
- * Left out: the long-term sampling that Linux adds to find token-bucket policers, and its allowance for ACKs that come
- * in large aggregates. Rates are bytes a second, gains in 256ths.
+ * All of the draft's section 4 is here, and two parts that Linux has beyond it: room for ACKs that come in bunches, and
+ * the long-term rate of a path with a policer (a token bucket, which drops what is above its rate without a queue).
+ * Nothing of versions 2 and 3 (reaction to loss and ECN, upper bounds of what is in flight). Rates are bytes a second,
+ * gains in 256ths.
  */
 #include "tcp_cc.h"
 
@@ -20,12 +22,21 @@ enum {
     CYCLE = 8,
     BW_ROUNDS = 10,
     MIN_RTT_US = 10 * 1000000, /* RTpropFilterLen (4.1.2.3) */
-    PROBE_RTT_US = 200000,
+    PROBE_RTT_MS = 200,
     MIN_SEGMENTS = 4,
     FULL_ROUNDS = 3,
     MARGIN = 99, /* percent: what is sent stays below what the bottleneck takes */
     QUANTUM_MAX = 65536,
+    CWND_MOST = 1 << 30,
     SLOW_RATE = 150000, /* 1.2 Mbit/s: below it single segments */
+    BUNCH_ROUNDS = 5,
+    BUNCH_US = 100000,
+    BUNCH_RESTART = 1 << 30, /* bytes */
+    POLICER_ROUNDS = 4,      /* the least that are judged; up to four times as many */
+    POLICER_LOST = 50,       /* of 256 bytes delivered: so many more are lost */
+    POLICER_RATIO = 8,       /* two intervals agree: their rates differ by an eighth at most, */
+    POLICER_DIFF = 500,      /* or by 4 kbit/s */
+    POLICED_ROUNDS = 48,     /* after so many it may have gone */
 };
 static const uint16_t cycle_gain[CYCLE] = {UNIT * 5 / 4, UNIT * 3 / 4, UNIT, UNIT, UNIT, UNIT, UNIT, UNIT};
 
@@ -35,12 +46,18 @@ struct bbr {
     uint32_t round;
     uint64_t round_end; /* value of `delivered` that ends the round */
     uint64_t full_bw;
-    uint64_t cycle_us, min_rtt_at_us, probe_rtt_done_us;
+    uint64_t policed_bw;              /* of the last interval; 0: there was none */
+    uint32_t cycle_us, min_rtt_at_us; /* wrap */
+    uint32_t probe_rtt_done_ms;       /* wraps; 0: not begun */
     uint32_t min_rtt_us, prior_cwnd;
     uint32_t random;
-    uint8_t mode, cycle_idx, full_count, full;
-    uint8_t round_start, idle_restart, probe_rtt_round, conserve;
-    uint8_t seen_rtt, prior_state;
+    uint32_t bunch_us, bunch_bytes; /* since when, and how much was acknowledged since */
+    uint32_t bunch_most[2];         /* bytes above the rate: most in these rounds, and in those before */
+    uint32_t policer_ms, policer_delivered,
+        policer_lost; /* when the interval began; in units of 16 bytes; bytes since */
+    uint8_t mode, cycle_idx, full_count, prior_state, bunch_rounds, policer_rounds;
+    uint16_t full : 1, round_start : 1, idle_restart : 1, probe_rtt_round : 1, conserve : 1, seen_rtt : 1;
+    uint16_t bunch_idx : 1, sampling : 1, policed : 1;
 } __attribute__((may_alias));
 static_assert(sizeof(struct bbr) <= BYPASS_CC_BYTES, "state");
 
@@ -83,6 +100,8 @@ static void max_bw_update(struct bbr *b, uint64_t bw)
 }
 
 /* ---- The model ------------------------------------------------------------------------------------------------ */
+static uint64_t bandwidth(const struct bbr *b) { return b->policed ? b->policed_bw : b->bw[0]; }
+
 static uint32_t pacing_gain(const struct bbr *b)
 {
     switch (b->mode) {
@@ -91,7 +110,7 @@ static uint32_t pacing_gain(const struct bbr *b)
     case DRAIN:
         return DRAIN_GAIN;
     case PROBE_BW:
-        return cycle_gain[b->cycle_idx];
+        return b->policed ? UNIT : cycle_gain[b->cycle_idx];
     default:
         return UNIT;
     }
@@ -110,19 +129,104 @@ static uint32_t quantum(const struct bypass_cc *cc)
 }
 
 /* BBRInflight (4.2.3.2): gain times the bandwidth-delay product, and room for pieces and delayed ACKs. */
-static uint32_t inflight(const struct bypass_cc *cc, const struct bbr *b, uint32_t gain)
+static uint32_t inflight(const struct bypass_cc *cc, const struct bbr *b, uint64_t bw, uint32_t gain)
 {
     uint64_t bytes = 10 * cc->mss;
     if (b->min_rtt_us != UINT32_MAX) /* min_rtt_us < 2^27, bw < 2^36: no overflow */
-        bytes = b->bw[0] * b->min_rtt_us / 1000000 * gain / UNIT;
+        bytes = bw * b->min_rtt_us / 1000000 * gain / UNIT;
     bytes += 3 * quantum(cc);
     if (b->mode == PROBE_BW && b->cycle_idx == 0)
         bytes += 2 * cc->mss;
-    return (uint32_t)min_u64(bytes, 1u << 30);
+    return (uint32_t)min_u64(bytes, CWND_MOST);
+}
+
+/* ---- PROBE_BW's cycle (4.3.4) ----------------------------------------------------------------------------------- */
+static void next_phase(struct bypass_cc *cc, struct bbr *b)
+{
+    b->cycle_idx = (b->cycle_idx + 1) % CYCLE;
+    b->cycle_us = (uint32_t)cc->now_us;
+}
+
+static bool phase_is_over(struct bypass_cc *cc, const struct bbr *b, const struct bypass_cc_sample *sm)
+{
+    uint32_t gain = pacing_gain(b);
+    bool long_enough = (uint32_t)cc->now_us - b->cycle_us > b->min_rtt_us;
+    if (gain == UNIT)
+        return long_enough;
+    uint32_t goal = inflight(cc, b, b->bw[0], gain > UNIT ? gain : UNIT);
+    if (gain > UNIT) /* until the pipe was really fuller, with the piece that goes next, or it cannot be */
+        return long_enough && (sm->lost > 0 || sm->prior_in_flight + quantum(cc) >= goal);
+    return long_enough || sm->prior_in_flight <= goal;
+}
+
+static void enter_probe_bw(struct bypass_cc *cc, struct bbr *b)
+{
+    b->mode = PROBE_BW;
+    b->random = b->random * 1664525 + 1013904223; /* flows do not probe in step; any phase but the draining one */
+    b->cycle_idx = (uint8_t)(CYCLE - 1 - (b->random >> 16) % (CYCLE - 1));
+    next_phase(cc, b);
+}
+
+/* ---- Policers ------------------------------------------------------------------------------------------------------ */
+static uint32_t now_ms(const struct bypass_cc *cc) { return (uint32_t)(cc->now_us / 1000); }
+
+static void policer_interval(const struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
+{
+    b->sampling = 1;
+    b->policer_ms = now_ms(cc);
+    b->policer_delivered = (uint32_t)(sm->delivered_all >> 4);
+    b->policer_lost = 0;
+    b->policer_rounds = 0;
+}
+
+static void policer_forget(struct bbr *b)
+{
+    b->policed_bw = 0;
+    b->sampling = b->policed = 0;
+}
+
+/* An interval from loss to loss, of a few rounds, is over when much was lost in it. The second that tells the same rate
+ * as the one before it convicts. */
+static void policer_judge(const struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
+{
+    uint64_t delivered = (uint64_t)((uint32_t)(sm->delivered_all >> 4) - b->policer_delivered) << 4;
+    uint32_t ms = now_ms(cc) - b->policer_ms;
+    if (delivered == 0 || ms == 0 || (uint64_t)b->policer_lost * 256 < delivered * POLICER_LOST)
+        return;
+    uint64_t bw = max_u64(delivered * 1000 / ms, 1), last = b->policed_bw;
+    uint64_t diff = bw > last ? bw - last : last - bw;
+    if (last != 0 && (diff * POLICER_RATIO <= last || diff <= POLICER_DIFF)) {
+        b->policed_bw = (bw + last) / 2;
+        b->policed = 1;
+        b->policer_rounds = 0;
+        return;
+    }
+    b->policed_bw = bw;
+    policer_interval(cc, b, sm);
+}
+
+static void look_for_policer(struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
+{
+    b->policer_rounds += b->round_start;
+    if (b->policed) {
+        if (b->mode == PROBE_BW && b->policer_rounds >= POLICED_ROUNDS) {
+            policer_forget(b);
+            enter_probe_bw(cc, b);
+        }
+        return;
+    }
+    if (b->sampling)
+        b->policer_lost = (uint32_t)min_u64((uint64_t)b->policer_lost + sm->lost, UINT32_MAX);
+    else if (sm->lost > 0) /* its bucket is empty now */
+        policer_interval(cc, b, sm);
+    if (sm->app_limited || b->policer_rounds > 4 * POLICER_ROUNDS)
+        policer_forget(b);
+    else if (b->sampling && b->policer_rounds >= POLICER_ROUNDS && sm->lost > 0)
+        policer_judge(cc, b, sm);
 }
 
 /* BBRUpdateRound, BBRUpdateBtlBw (4.1.1). */
-static void update_bw(struct bbr *b, const struct bypass_cc_sample *sm)
+static void update_bw(struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
 {
     b->round_start = 0;
     if (sm->interval_us == 0)
@@ -133,35 +237,10 @@ static void update_bw(struct bbr *b, const struct bypass_cc_sample *sm)
         b->round_start = 1;
         b->conserve = 0;
     }
+    look_for_policer(cc, b, sm);
     uint64_t bw = min_u64(sm->rate_bytes * 1000000 / sm->interval_us, (1ull << 36) - 1);
     if (!sm->app_limited || bw >= b->bw[0])
         max_bw_update(b, bw);
-}
-
-/* ---- PROBE_BW's cycle (4.3.4) ----------------------------------------------------------------------------------- */
-static void next_phase(struct bypass_cc *cc, struct bbr *b)
-{
-    b->cycle_idx = (b->cycle_idx + 1) % CYCLE;
-    b->cycle_us = cc->now_us;
-}
-
-static bool phase_is_over(struct bypass_cc *cc, const struct bbr *b, const struct bypass_cc_sample *sm)
-{
-    uint32_t gain = cycle_gain[b->cycle_idx];
-    bool long_enough = cc->now_us - b->cycle_us > b->min_rtt_us;
-    if (gain == UNIT)
-        return long_enough;
-    if (gain > UNIT) /* until the pipe was really fuller, or it cannot be */
-        return long_enough && (sm->lost > 0 || sm->prior_in_flight >= inflight(cc, b, gain));
-    return long_enough || sm->prior_in_flight <= inflight(cc, b, UNIT);
-}
-
-static void enter_probe_bw(struct bypass_cc *cc, struct bbr *b)
-{
-    b->mode = PROBE_BW;
-    b->random = b->random * 1664525 + 1013904223; /* flows do not probe in step; any phase but the draining one */
-    b->cycle_idx = (uint8_t)(CYCLE - 1 - (b->random >> 16) % (CYCLE - 1));
-    next_phase(cc, b);
 }
 
 /* ---- STARTUP, DRAIN (4.3.2, 4.3.3) -------------------------------------------------------------------------------- */
@@ -181,9 +260,9 @@ static void check_drain(struct bypass_cc *cc, struct bbr *b)
 {
     if (b->mode == STARTUP && b->full) {
         b->mode = DRAIN;
-        cc->ssthresh = inflight(cc, b, UNIT);
+        cc->ssthresh = inflight(cc, b, b->bw[0], UNIT);
     }
-    if (b->mode == DRAIN && cc->in_flight <= inflight(cc, b, UNIT))
+    if (b->mode == DRAIN && cc->in_flight <= inflight(cc, b, b->bw[0], UNIT))
         enter_probe_bw(cc, b);
 }
 
@@ -198,9 +277,9 @@ static void save_cwnd(const struct bypass_cc *cc, struct bbr *b)
 
 static void check_probe_rtt_done(struct bypass_cc *cc, struct bbr *b)
 {
-    if (b->probe_rtt_done_us == 0 || cc->now_us <= b->probe_rtt_done_us)
+    if (b->probe_rtt_done_ms == 0 || (int32_t)(now_ms(cc) - b->probe_rtt_done_ms) <= 0)
         return;
-    b->min_rtt_at_us = cc->now_us;
+    b->min_rtt_at_us = (uint32_t)cc->now_us;
     cc->cwnd = max_u32(cc->cwnd, b->prior_cwnd);
     if (b->full)
         enter_probe_bw(cc, b);
@@ -211,11 +290,11 @@ static void check_probe_rtt_done(struct bypass_cc *cc, struct bbr *b)
 static void probe_rtt(struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
 {
     cc->held_back = 1; /* what is delivered now says nothing about the bottleneck */
-    if (b->probe_rtt_done_us == 0 && cc->in_flight <= MIN_SEGMENTS * cc->mss) {
-        b->probe_rtt_done_us = cc->now_us + PROBE_RTT_US;
+    if (b->probe_rtt_done_ms == 0 && cc->in_flight <= MIN_SEGMENTS * cc->mss) {
+        b->probe_rtt_done_ms = max_u32(now_ms(cc) + PROBE_RTT_MS, 1);
         b->probe_rtt_round = 0;
         b->round_end = sm->delivered_all;
-    } else if (b->probe_rtt_done_us != 0) {
+    } else if (b->probe_rtt_done_ms != 0) {
         b->probe_rtt_round |= b->round_start;
         if (b->probe_rtt_round)
             check_probe_rtt_done(cc, b);
@@ -224,15 +303,15 @@ static void probe_rtt(struct bypass_cc *cc, struct bbr *b, const struct bypass_c
 
 static void update_min_rtt(struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
 {
-    bool expired = cc->now_us > b->min_rtt_at_us + MIN_RTT_US;
+    bool expired = (uint32_t)cc->now_us - b->min_rtt_at_us > MIN_RTT_US;
     if (sm->rtt_us != 0 && (sm->rtt_us < b->min_rtt_us || expired)) {
         b->min_rtt_us = (uint32_t)min_u64(sm->rtt_us, (1u << 27) - 1);
-        b->min_rtt_at_us = cc->now_us;
+        b->min_rtt_at_us = (uint32_t)cc->now_us;
     }
     if (expired && !b->idle_restart && b->mode != PROBE_RTT) {
         save_cwnd(cc, b);
         b->mode = PROBE_RTT;
-        b->probe_rtt_done_us = 0;
+        b->probe_rtt_done_ms = 0;
     }
     if (b->mode == PROBE_RTT)
         probe_rtt(cc, b, sm);
@@ -251,11 +330,40 @@ static void first_rate(struct bypass_cc *cc, struct bbr *b)
 
 static void set_rate(struct bypass_cc *cc, struct bbr *b)
 {
-    uint64_t rate = max_u64(rate_for(b->bw[0], pacing_gain(b)), 1);
+    uint64_t rate = max_u64(rate_for(bandwidth(b), pacing_gain(b)), 1);
     if (!b->seen_rtt && cc->srtt_us != 0)
         first_rate(cc, b);
     if (b->full || rate > cc->pacing_rate)
         cc->pacing_rate = rate;
+}
+
+/* ACKs that come in bunches are paused between them: what a bunch brought beyond the rate, at most, has to be in flight
+ * on top, so that there is something to send meanwhile. */
+static void update_bunches(struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
+{
+    if (sm->interval_us == 0)
+        return;
+    b->bunch_rounds += b->round_start;
+    if (b->bunch_rounds >= BUNCH_ROUNDS) {
+        b->bunch_rounds = 0;
+        b->bunch_idx ^= 1;
+        b->bunch_most[b->bunch_idx] = 0;
+    }
+    uint64_t expected = bandwidth(b) * ((uint32_t)cc->now_us - b->bunch_us) / 1000000;
+    if (b->bunch_bytes <= expected || b->bunch_bytes > BUNCH_RESTART) {
+        b->bunch_us = (uint32_t)cc->now_us;
+        b->bunch_bytes = 0;
+        expected = 0;
+    }
+    b->bunch_bytes += sm->delivered;
+    uint32_t extra = b->bunch_bytes > expected ? (uint32_t)(b->bunch_bytes - expected) : 0;
+    b->bunch_most[b->bunch_idx] = max_u32(b->bunch_most[b->bunch_idx], min_u32(extra, cc->cwnd));
+}
+
+static uint32_t bunch_room(const struct bbr *b)
+{
+    uint32_t most = max_u32(b->bunch_most[0], b->bunch_most[1]);
+    return b->full ? (uint32_t)min_u64(most, bandwidth(b) * BUNCH_US / 1000000) : 0;
 }
 
 /* BBRModulateCwndForRecovery (4.2.3.4): in the first round trip of a recovery no more goes than was delivered; what it
@@ -283,7 +391,7 @@ static bool modulate_for_recovery(struct bypass_cc *cc, struct bbr *b, const str
 static void set_cwnd(struct bypass_cc *cc, struct bbr *b, const struct bypass_cc_sample *sm)
 {
     if (!modulate_for_recovery(cc, b, sm)) {
-        uint32_t target = inflight(cc, b, window_gain(b));
+        uint32_t target = min_u32(inflight(cc, b, bandwidth(b), window_gain(b)) + bunch_room(b), CWND_MOST);
         if (b->full)
             cc->cwnd = min_u32(cc->cwnd + sm->delivered, target);
         else if (cc->cwnd < target || sm->delivered_all < 10 * cc->mss)
@@ -300,7 +408,7 @@ static void bbr_init(struct bypass_cc *cc)
     struct bbr *b = cc->state;
     b->random = cc->random;
     b->min_rtt_us = cc->min_rtt_us == UINT32_MAX && cc->srtt_us ? cc->srtt_us : cc->min_rtt_us;
-    b->min_rtt_at_us = cc->now_us;
+    b->min_rtt_at_us = b->bunch_us = (uint32_t)cc->now_us;
     cc->ssthresh = UINT32_MAX;
     first_rate(cc, b);
 }
@@ -308,7 +416,8 @@ static void bbr_init(struct bypass_cc *cc)
 static void bbr_acked(struct bypass_cc *cc, const struct bypass_cc_sample *sm)
 {
     struct bbr *b = cc->state;
-    update_bw(b, sm);
+    update_bw(cc, b, sm);
+    update_bunches(cc, b, sm);
     if (b->mode == PROBE_BW && phase_is_over(cc, b, sm))
         next_phase(cc, b);
     check_full(b, sm);
@@ -335,10 +444,13 @@ static void bbr_event(struct bypass_cc *cc, int event)
     } else if (event == BYPASS_CC_EV_UNDO) {
         b->full_bw = 0;
         b->full_count = 0;
+        policer_forget(b);
     } else if (event == BYPASS_CC_EV_RESTART) { /* 4.3.4.4: no burst to fill what drained in the pause */
         b->idle_restart = 1;
+        b->bunch_us = (uint32_t)cc->now_us;
+        b->bunch_bytes = 0;
         if (b->mode == PROBE_BW)
-            cc->pacing_rate = max_u64(rate_for(b->bw[0], UNIT), 1);
+            cc->pacing_rate = max_u64(rate_for(bandwidth(b), UNIT), 1);
         else if (b->mode == PROBE_RTT)
             check_probe_rtt_done(cc, b);
     }
