@@ -371,11 +371,30 @@ static int64_t nothing_to_read(struct tcp_conn *c, struct tcp_cold *k)
     return (c->flags & TF_RCV_SHUT) || conn_over(c) ? 0 : -EAGAIN;
 }
 
+/* All that is there is in one chunk, and goes: the usual request. */
+static int64_t copy_only_chunk(struct bypass_stack *s, struct tcp_conn *c, uint8_t *buf)
+{
+    uint32_t n = c->rcv_queued, i = c->rcvq_head & ~(uint32_t)ITEM_CHUNK;
+    const struct chunk *k = chunk_at(s, i);
+    memcpy(buf, k->data + k->off, n);
+    c->rcvq_head = c->rcvq_tail = NO_INDEX;
+    c->rcv_queued = 0;
+    c->rcv_charged -= CHUNK_SIZE;
+    chunk_free(s, i);
+    STAT_ADD(s, tcp_copied_bytes, n);
+    if (!(c->flags & TF_DEAD))
+        tcp_rcv_window_update(s, c);
+    return n;
+}
+
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags)
 {
     const bool peek = (flags & BYPASS_PEEK) != 0, bulk = c->rcv_queued >= WORTH_TUNING;
     uint32_t skip = 0;
     size_t done;
+    if (likely(flags == 0 && c->rcvq_head == c->rcvq_tail && (c->rcvq_head & ITEM_CHUNK) && c->rcv_queued <= n) &&
+        c->rcv_queued > 0 && !(c->feat & TX_URG_IN))
+        return copy_only_chunk(s, c, buf);
     if (unlikely(flags & BYPASS_OOB))
         return tcp_urg_recv(s, c, buf, n, flags);
     if (unlikely(c->feat & TX_URG_IN))
