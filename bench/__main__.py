@@ -22,7 +22,7 @@ from bypass import __version__, probe
 from bypass.errors import BypassError
 from bypass.lab import Lab
 
-PARTS = ("instructions", "simulated", "network", "drop", "costs")
+PARTS = ("instructions", "simulated", "copies", "network", "drop", "costs")
 PRIVILEGED = ("network", "drop", "costs")
 
 
@@ -46,6 +46,7 @@ def steps(parts: tuple[str, ...], rounds: int) -> int:
     each = {
         "instructions": 2,
         "simulated": 1,
+        "copies": 1,
         "network": rounds * runs,
         "drop": rounds * ways * len(drop.SENDERS),
         "costs": len(costs.TESTS),
@@ -69,6 +70,9 @@ def without_network(parts: tuple[str, ...], quick: bool, step: Callable[[str], N
         step("bulk over the simulated wire")
         found["sim_bulk"] = simulated.bulk(1 if quick else 5, 20 if quick else 1000)
         found["idle_connection"] = simulated.idle_connection(20_000 if quick else 100_000)
+    if "copies" in parts:
+        step("copies of a payload byte")
+        found["copies"] = simulated.copies(1 if quick else 5, 20 if quick else 150)
     return found
 
 

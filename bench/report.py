@@ -37,8 +37,22 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"[bold]Idle connection[/]: {i['bytes']:.0f} bytes, {i['conns']:,} of them (budget: {i['budget']}); "
             f"address space for 1,000,000: {i['arena_bytes_1m'] / 1e6:.0f} MB"
         )
+    if "copies" in result:
+        _copies(result["copies"], console)
     if "costs" in result:
         _costs(result["costs"], console)
+
+
+def _copies(found: dict[str, Any], console: Console) -> None:
+    each = (
+        f"{name.replace('_', ' ')} {max(c['sent']):g} sent, {max(c['received']):g} received"
+        for name in ("plain", "zero_copy")
+        for c in (found[name],)
+    )
+    console.print(
+        f"[bold]Payload bytes copied by the stack per byte delivered[/]: {'; '.join(each)} (budget: 1 and 0). "
+        f"CPU without copies by CPU with them: {_spread(found['cpu_ratio'])}"
+    )
 
 
 def _number(value: float) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs no network: bulk over the simulated wire, and the memory of an idle connection."""
+"""What needs no network: bulk over the simulated wire, copies of payload, the memory of an idle connection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from bypass._core import ffi, lib
 
-from bench.figures import spread
+from bench.figures import ratios, spread
 from bench.programs import SERVER_CORE, pinned, program, run_json
 
 BULK_BUDGET_GBIT = 20.0
@@ -28,6 +28,28 @@ def bulk(rounds: int, megabytes: int = 1000, delay_us: int = 10) -> dict[str, An
         "frames": runs[0]["frames"],
         "retransmits": sum(r["retransmits"] for r in runs),
     }
+
+
+def copies(rounds: int, megabytes: int = 150) -> dict[str, Any]:
+    """Payload bytes that the stack copies per byte delivered, with plain calls and with those that do not copy, one
+    transfer each way; and what that is worth: CPU time of the one by that of the other, of the same round."""
+    runs = [
+        {
+            mode: run_json(pinned(SERVER_CORE, [program("sim_copies"), str(megabytes), mode]))
+            for mode in ("plain", "zc")
+        }
+        for _ in range(rounds)
+    ]
+    found: dict[str, Any] = {"bytes": runs[0]["plain"]["bytes"]}
+    for name, mode in (("plain", "plain"), ("zero_copy", "zc")):
+        last = runs[-1][mode]
+        found[name] = {
+            "sent": [last[f"{way}sender_copied"] / last["bytes"] for way in ("", "back_")],
+            "received": [last[f"{way}receiver_copied"] / last["bytes"] for way in ("", "back_")],
+            "gbit_per_cpu_s": spread([2 * r[mode]["bytes"] * 8 / r[mode]["cpu_ns"] for r in runs]),
+        }
+    found["cpu_ratio"] = ratios([r["zc"]["cpu_ns"] for r in runs], [r["plain"]["cpu_ns"] for r in runs])
+    return found
 
 
 def idle_connection(conns: int = 100_000) -> dict[str, Any]:

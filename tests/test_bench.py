@@ -94,6 +94,14 @@ def test_simulated_bulk_and_idle_connection_have_figures(tmp_path: Path) -> None
     assert 256 < result["idle_connection"]["bytes"] <= result["idle_connection"]["budget"]
 
 
+def test_each_byte_is_copied_once_a_side_by_plain_calls_and_never_by_the_others(tmp_path: Path) -> None:
+    copies = bench(tmp_path, "--only", "copies")["copies"]
+    assert copies["plain"]["sent"] == copies["plain"]["received"] == [1, 1]
+    assert copies["zero_copy"]["sent"] == copies["zero_copy"]["received"] == [0, 0]
+    assert is_spread(copies["cpu_ratio"])
+    assert is_spread(copies["zero_copy"]["gbit_per_cpu_s"])
+
+
 # ---- Network -----------------------------------------------------------------------------------------------------
 @pytest.mark.netns
 def test_every_test_has_every_server_that_can_do_it(tmp_path: Path) -> None:
@@ -200,6 +208,7 @@ def test_document_names_every_key_of_the_figures() -> None:
         "packets_per_s", "cpu_s_per_million", "arrived_share", "per_request", "stack", "device", "functions",
         "files", "cpu_ratios",
         "gbit_per_cpu_s", "groups", "b/a spin", "b/c sleep",
+        "copies", "plain", "zero_copy", "sent", "received", "cpu_ratio",
     }  # fmt: skip
     assert keys <= named, sorted(keys - named)
     assert {t.name for t in network.TESTS} <= named
