@@ -47,6 +47,7 @@ POLL_BITS: dict[int, int] = {
     lib.BYPASS_ERR: select.POLLERR,
     lib.BYPASS_HUP: select.POLLHUP,
     lib.BYPASS_RDHUP: select.POLLRDHUP,
+    lib.BYPASS_PRI: select.POLLPRI,
 }
 # States in which the peer has not acknowledged all that was sent, the end included.
 LINGERING = frozenset({"FIN_WAIT_1", "CLOSING", "LAST_ACK"})
@@ -400,10 +401,15 @@ class Socket:
 
     # ---- readiness
     def readiness(self) -> int:
-        """What poll(2) would report now, as a mask of select.POLLIN, POLLOUT, POLLERR, POLLHUP, POLLRDHUP."""
+        """What poll(2) would report now, as a mask of select.POLLIN, POLLOUT, POLLPRI, POLLERR, POLLHUP, POLLRDHUP."""
         with self._lock:
             ready = self._stack.core.ready(self._h())
         return sum(bit for ours, bit in POLL_BITS.items() if ready & ours)
+
+    def at_mark(self) -> bool:
+        """What is read next is the urgent byte, or lies behind it (SIOCATMARK). EINVAL: not a connection."""
+        with self._lock:
+            return self._stack.core.at_mark(self._h())
 
     # ---- data that is not copied (bypass.zerocopy)
     def recv_zc(self, pieces: int = PIECES, flags: int = 0) -> Received:
