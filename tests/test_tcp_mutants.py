@@ -46,9 +46,15 @@ MUTANTS = {
     ),
     "any segment updates the window": Mutant(
         "tcp_ack.c",
-        "if (seq_lt(c->snd_wl1, g->seq) || (seq_eq(c->snd_wl1, g->seq) && seq_leq(c->snd_wl2, g->ack))) {",
+        "if (advances || seq_lt(c->snd_wl1, g->seq) || (seq_eq(c->snd_wl1, g->seq) && seq_leq(c->snd_wl2, g->ack))) {",
         "if (true) {",
         "send::test_a_window_from_an_older_segment_is_not_believed",
+    ),
+    "a new acknowledgment keeps the old window": Mutant(
+        "tcp_ack.c",
+        "if (advances || seq_lt(c->snd_wl1,",
+        "if (seq_lt(c->snd_wl1,",
+        "send::test_a_new_acknowledgment_tells_the_window_whatever_its_sequence_number",
     ),
     "Nagle is off": Mutant(
         "tcp_out.c",

@@ -165,6 +165,19 @@ def test_the_window_is_scaled_as_agreed() -> None:
         assert t.out()[-1].end == 1 + 5 * 1460
 
 
+def test_a_new_acknowledgment_tells_the_window_whatever_its_sequence_number() -> None:
+    """RFC 9293 3.10.7.4 would keep the window, and so move its right edge where nobody has offered it."""
+    with Talk() as t:
+        t.established()
+        t.peer("P. 101:111 ack 1 win 3000")  # what is before it was lost, and is repeated now
+        t.write(10000)
+        assert t.out()[-1].end == 2921
+        t.peer("P. 1:101 ack 1461 win 1540")
+        assert t.info.snd_wnd == 1540
+        t.hears(". 2921:2921 ack 111")
+        t.silence(0.1)
+
+
 def test_a_window_from_an_older_segment_is_not_believed() -> None:
     """RFC 9293 3.10.7.4: SND.WL1, SND.WL2."""
     with Talk() as t:

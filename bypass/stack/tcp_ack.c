@@ -232,10 +232,12 @@ static inline bool is_unusual(const struct bypass_stack *s, const struct tcp_con
     return fl->ca_state != CA_OPEN || g->opt.sacks > 0 || fl->tlp_out || ((g->flags & TCP_ECE) && (c->feat & TX_ECN));
 }
 
-/* RFC 9293 3.10.7.4: the newest segment tells the window. */
-static void update_window(struct tcp_conn *c, const struct segment *g)
+/* RFC 9293 3.10.7.4: the newest segment tells the window. What acknowledges more than any before it is new whatever its
+ * sequence number, which may be a repeated one: to keep the old window with the new acknowledgment would move the right
+ * edge where the peer has not offered it (Linux reads it so as well). */
+static void update_window(struct tcp_conn *c, const struct segment *g, bool advances)
 {
-    if (seq_lt(c->snd_wl1, g->seq) || (seq_eq(c->snd_wl1, g->seq) && seq_leq(c->snd_wl2, g->ack))) {
+    if (advances || seq_lt(c->snd_wl1, g->seq) || (seq_eq(c->snd_wl1, g->seq) && seq_leq(c->snd_wl2, g->ack))) {
         c->snd_wnd = g->wnd << c->snd_wscale;
         c->snd_wnd_max = max_u32(c->snd_wnd_max, c->snd_wnd);
         c->snd_wl1 = g->seq;
@@ -263,7 +265,7 @@ bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment
     bool advances = seq_gt(g->ack, c->snd_una);
     bool current = seq_eq(g->ack, c->snd_una);
     if (advances || current)
-        update_window(c, g);
+        update_window(c, g, advances);
     c->probes = 0;
     /* RFC 5681 2: a duplicate acknowledges nothing new, carries nothing, and changes no window */
     bool duplicate = current && g->len == 0 && !(g->flags & TCP_FIN) && c->snd_wnd == old_wnd &&
