@@ -4,9 +4,13 @@
  * directions, each by chance. Every byte is compared with what was written: the stream is a function of the position,
  * so that nothing misplaced can pass; its hash is printed by both ends besides.
  *
+ * The longest time without a new byte is told as well, and when the transfer breaks, how both ends stood.
+ *
  * hostile MEGABYTES [LOSS REORDER DUPLICATE CORRUPT [SEED]]: chances in parts per million, of each frame; by default 5 %,
  * 5 %, 1 % and 0.1 %. Prints one JSON object; a line of progress a gigabyte on standard error.
  */
+#include <stdbool.h>
+
 #include "simhost.h"
 
 enum { CHUNK = 1 << 18 };
@@ -34,6 +38,8 @@ static void stream(uint64_t at, uint8_t *buf, size_t n)
     }
 }
 
+static inline uint64_t max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
 static void took(struct end *e, const uint8_t *buf, size_t n)
 {
     for (size_t i = 0; i < n; i++) /* FNV-1a */
@@ -41,7 +47,23 @@ static void took(struct end *e, const uint8_t *buf, size_t n)
     e->at += n;
 }
 
-static void send_some(struct host *from, struct end *e, uint64_t total)
+static void tell(const char *who, struct host *h)
+{
+    struct bypass_tcp_info i = {0};
+    (void)bypass_tcp_info(&h->stack, h->sock, &i);
+    fprintf(stderr,
+            "%s: state %u una %u nxt %u rcv_nxt %u snd_wnd %u rcv_wnd %u cwnd %u ssthresh %u mss %u queued %u/%u "
+            "rto %u us ca %u timeouts %u probes %u backoff %u unacked %u sacked %u lost %u retrans %u notsent %u\n",
+            who, i.state, i.snd_una, i.snd_nxt, i.rcv_nxt, i.snd_wnd, i.rcv_wnd, i.cwnd, i.ssthresh, i.snd_mss,
+            i.snd_queued, i.rcv_queued, i.rto_us, i.ca_state, i.timeouts, i.probes, i.backoff, i.unacked, i.sacked,
+            i.lost, i.retrans, i.notsent);
+    for (int n = 0; n < bypass_stat_count(); n++)
+        if (bypass_stats(&h->stack)[n])
+            fprintf(stderr, " %s %llu", bypass_stat_name(n), (unsigned long long)bypass_stats(&h->stack)[n]);
+    fprintf(stderr, "\n");
+}
+
+static bool send_some(struct host *from, struct end *e, uint64_t total)
 {
     static uint8_t buf[CHUNK];
     while (e->at < total) {
@@ -49,11 +71,14 @@ static void send_some(struct host *from, struct end *e, uint64_t total)
         stream(e->at, buf, n);
         int64_t sent = bypass_send(&from->stack, from->sock, buf, n, 0);
         if (sent == -EAGAIN)
-            return;
-        if (sent < 0)
-            die("send", sent);
+            return true;
+        if (sent < 0) {
+            fprintf(stderr, "hostile: send: %s at byte %llu\n", strerror((int)-sent), (unsigned long long)e->at);
+            return false;
+        }
         took(e, buf, (size_t)sent);
     }
+    return true;
 }
 
 static void receive_some(struct host *to, struct end *e)
@@ -110,13 +135,18 @@ int main(int argc, char **argv)
     host_open(&server, sim, wire, 1, &faults);
     host_open(&client, sim, wire, 2, &faults);
     connect_both(sim, &server, &client);
-    uint64_t began_ns = sim_now(sim), cpu = cpu_ns();
-    for (;;) {
-        send_some(&client, &out, total);
+    uint64_t began_ns = sim_now(sim), moved_ns = began_ns, stall_ns = 0, cpu = cpu_ns();
+    for (uint64_t at = 0; in.at < total; stall_ns = max(stall_ns, sim_now(sim) - moved_ns)) {
+        if (!send_some(&client, &out, total)) {
+            tell("sender", &client);
+            tell("receiver", &server);
+            exit(1);
+        }
         receive_some(&server, &in);
-        if (in.at == total)
-            break;
-        step(sim);
+        moved_ns = in.at > at ? sim_now(sim) : moved_ns;
+        at = in.at;
+        if (in.at < total)
+            step(sim);
     }
     cpu = cpu_ns() - cpu;
     double virtual_s = (double)(sim_now(sim) - began_ns) / 1e9;
@@ -125,10 +155,11 @@ int main(int argc, char **argv)
     nothing_left(sim, &client, "client: something is left");
     nothing_left(sim, &server, "server: something is left");
     printf("{\"bytes\": %llu, \"sent_hash\": \"%016llx\", \"received_hash\": \"%016llx\", \"cpu_s\": %.1f, "
-           "\"virtual_s\": %.1f, \"frames\": %llu, \"lost\": %llu, \"reordered\": %llu, \"duplicated\": %llu, "
+           "\"virtual_s\": %.1f, \"longest_stall_s\": %.2f, \"frames\": %llu, \"lost\": %llu, \"reordered\": %llu, "
+           "\"duplicated\": %llu, "
            "\"corrupted\": %llu, \"retransmits\": %u}\n",
            (unsigned long long)in.at, (unsigned long long)out.hash, (unsigned long long)in.hash, (double)cpu / 1e9,
-           virtual_s, (unsigned long long)stats.tx_frames, (unsigned long long)stats.lost,
+           virtual_s, (double)stall_ns / 1e9, (unsigned long long)stats.tx_frames, (unsigned long long)stats.lost,
            (unsigned long long)stats.reordered, (unsigned long long)stats.duplicated,
            (unsigned long long)stats.corrupted, info.retransmits);
     host_close(&client);
