@@ -36,7 +36,7 @@ T = TypeVar("T")
 RECV_FLAGS: dict[int, int] = {_socket.MSG_PEEK: lib.BYPASS_PEEK, _socket.MSG_TRUNC: lib.BYPASS_TRUNC}
 SEND_FLAGS: dict[int, int] = {_socket.MSG_MORE: lib.BYPASS_MORE, _socket.MSG_NOSIGNAL: 0}
 OOB_FLAGS: dict[int, int] = {_socket.MSG_OOB: lib.BYPASS_OOB}  # of streams
-DONTWAIT, WAITALL = _socket.MSG_DONTWAIT, _socket.MSG_WAITALL
+DONTWAIT, WAITALL, FASTOPEN = _socket.MSG_DONTWAIT, _socket.MSG_WAITALL, _socket.MSG_FASTOPEN
 AT_ONCE = DONTWAIT | _socket.MSG_OOB  # an urgent byte is there or not: nobody waits for it
 
 SOL, TCP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP
@@ -235,6 +235,8 @@ class Socket:
     def sendto(self, data: Any, *args: Any) -> int:
         """sendto(data, address) or sendto(data, flags, address): one datagram."""
         flags, address = (0, args[0]) if len(args) == 1 else args
+        if self.type == _socket.SOCK_STREAM and flags & FASTOPEN:
+            return self._fast_open(data, flags & ~FASTOPEN, address)
         if self.type == _socket.SOCK_STREAM:
             return self.send(data, flags)
         ours = _translate(flags & ~DONTWAIT, SEND_FLAGS)
@@ -244,6 +246,23 @@ class Socket:
                 nonblocking=bool(flags & DONTWAIT),
                 option=_socket.SO_SNDTIMEO,
             )
+            return sent
+
+    def _fast_open(self, data: Any, flags: int, address: Address) -> int:
+        """sendto() with MSG_FASTOPEN (RFC 7413): connects, with data in the SYN where the peer's cookie is known."""
+        ours = _translate(flags & ~DONTWAIT, SEND_FLAGS)
+        with memoryview(data) as view, view.cast("B") as rest, self._lock:
+            sent = self._stack.fastopen(self._h(), rest, address)
+            if self._timeout != 0 and not flags & DONTWAIT and (sent >= 0 or sent == -errno.EINPROGRESS):
+                failed = self._until(lambda h: self._connected(h, address), option=_socket.SO_SNDTIMEO)
+                if failed < 0:
+                    raise raised(-failed)
+                sent = max(sent, 0)
+                if sent < len(rest):
+                    with rest[sent:] as part:
+                        sent += self._send(part, ours, False)
+            if sent < 0:
+                raise raised(-sent)
             return sent
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:

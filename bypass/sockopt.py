@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["getsockopt", "setsockopt"]
 
 SOL, TCP, IP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP, _socket.IPPROTO_IP
-IP_MTU_DISCOVER, IP_MTU, SO_MAX_PACING_RATE = (
-    10,
-    14,
-    47,
-)  # Linux' numbers; the socket module does not name them
+# Linux' numbers; the socket module does not name them.
+IP_MTU_DISCOVER, IP_MTU, SO_MAX_PACING_RATE, TCP_FASTOPEN_CONNECT = 10, 14, 47, 30
 Key = tuple[int, int]
 
 OPTIONS: dict[Key, int] = {
@@ -54,6 +51,8 @@ OPTIONS: dict[Key, int] = {
     (TCP, _socket.TCP_USER_TIMEOUT): lib.BYPASS_TCP_USER_TIMEOUT,
     (TCP, _socket.TCP_SYNCNT): lib.BYPASS_TCP_SYNCNT,
     (TCP, _socket.TCP_LINGER2): lib.BYPASS_TCP_LINGER2,
+    (TCP, _socket.TCP_FASTOPEN): lib.BYPASS_TCP_FASTOPEN,
+    (TCP, TCP_FASTOPEN_CONNECT): lib.BYPASS_TCP_FASTOPEN_CONNECT,
     (TCP, _socket.TCP_NOTSENT_LOWAT): lib.BYPASS_TCP_NOTSENT_LOWAT,
     (TCP, TCP_KEEP_FRAMES): lib.BYPASS_TCP_KEEP_FRAMES,
 }

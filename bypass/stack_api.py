@@ -224,15 +224,31 @@ class Stack:
             PermissionError: no rule grants the flow.
         """
         entry = self._by_handle[handle]
+        self._may_connect(entry, address)
+        result = self.core.connect(handle, address)
+        entry.connecting = result in (-errno.EINPROGRESS, -errno.EALREADY, -errno.EISCONN) or (
+            entry.connecting and result == 0
+        )
+        self.touched()
+        return result
+
+    def _may_connect(self, entry: _Entry, address: Address) -> None:
         if self._control is not None and not entry.connecting:
             if entry.lease is None:
                 self._bind_lease(entry, self._control.lease(entry.kind, ("0.0.0.0", 0), address))
             # Live before the SYN leaves: its answer must find the entry.
             self._activate(entry, address)
-        result = self.core.connect(handle, address)
-        entry.connecting = result in (-errno.EINPROGRESS, -errno.EALREADY, -errno.EISCONN) or (
-            entry.connecting and result == 0
-        )
+
+    def fastopen(self, handle: int, data: Any, address: Address) -> int:
+        """Connects, with data in the SYN (RFC 7413). Its bytes, or -errno: -EINPROGRESS means that none went with it.
+
+        Raises:
+            PermissionError: no rule grants the flow.
+        """
+        entry = self._by_handle[handle]
+        self._may_connect(entry, address)
+        result = self.core.sendto(handle, data, address, lib.BYPASS_FASTOPEN)
+        entry.connecting = entry.connecting or result >= 0 or result == -errno.EINPROGRESS
         self.touched()
         return result
 

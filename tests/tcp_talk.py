@@ -77,7 +77,7 @@ class Segment:
 
 
 def options_bytes(text: str, iss: int = 0) -> bytes:
-    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, nop, eol, hex 0504...`; SACK blocks count from `iss`."""
+    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, fo 0123, nop, eol, hex 0504...`; SACK blocks count from `iss`."""
     out = b""
     for word in (w.split() for w in text.split(",") if w.strip()):
         match word:
@@ -92,6 +92,10 @@ def options_bytes(text: str, iss: int = 0) -> bytes:
             case ["sack", *blocks]:
                 edges = [(iss + int(edge)) % WRAP for block in blocks for edge in block.split(":")]
                 out += struct.pack(f"!BB{len(edges)}I", 5, 2 + 4 * len(edges), *edges)
+            case ["fo"]:
+                out += b"\x22\x02"
+            case ["fo", cookie]:
+                out += bytes([34, 2 + len(cookie) // 2]) + bytes.fromhex(cookie)
             case ["urg", _]:
                 pass  # the header's, not an option
             case ["nop"]:
@@ -268,7 +272,7 @@ class Talk(Conversation):
         assert m, f"not a segment: {spec!r}"
         seq, end = int(m["seq"]), int(m["end"])
         if data is None:
-            data = stream(seq, end) if end > seq else b""
+            data = stream(seq + ("S" in m["flags"]), end + ("S" in m["flags"])) if end > seq else b""
         flags = 0
         for letter in m["flags"]:
             flags |= LETTERS[letter]
@@ -343,7 +347,8 @@ class Talk(Conversation):
         rel_ack = (ack - self.peer_iss + (1 << 31)) % WRAP - (1 << 31) if flags & ACK else None
         data = raw[head:]
         if data:
-            assert data == stream(rel, rel + len(data)), f"payload of {rel}:{rel + len(data)}"
+            first = rel + bool(flags & SYN)
+            assert data == stream(first, first + len(data)), f"payload of {rel}:{rel + len(data)}"
         if not flags & RST:
             self.heard = max(self.heard, rel + len(data) + bool(flags & SYN) + bool(flags & FIN))
         return Segment(fmt(flags), rel, data, rel_ack, win, opts, at_ns, packet)

@@ -44,7 +44,12 @@ FITTED = {
     "TCP_NOTSENT_LOWAT": {0: 0, 5000: 5000, -1: (1 << 32) - 1},
     "TCP_MAXSEG": {88: 88, 1000: 1000, 32767: 32767, 0: 536},
 }
-ELSEWHERE = {"SO_MAX_PACING_RATE", "TCP_ECN"}  # have tests of their own
+ELSEWHERE = {
+    "SO_MAX_PACING_RATE",
+    "TCP_ECN",
+    "TCP_FASTOPEN",
+    "TCP_FASTOPEN_CONNECT",
+}  # have tests of their own
 FIXED = ("SO_TYPE", "SO_ACCEPTCONN", "IP_MTU")
 both = pytest.mark.parametrize("connected", [False, True])
 

@@ -290,7 +290,9 @@ enum {
     BYPASS_TRUNC = 2, /* UDP: return the datagram's real size; TCP: throw bytes away without copying them */
     BYPASS_OOB = 8,   /* recv: the urgent byte, -EINVAL: there is none; send: the last byte is urgent (RFC 6093) */
     /* bypass_send() flags */
-    BYPASS_MORE = 4, /* more follows: do not send a partial segment yet */
+    BYPASS_MORE = 4,      /* more follows: do not send a partial segment yet */
+    BYPASS_FASTOPEN = 16, /* bypass_sendto() on a TCP socket that is not connected: connects, and the data goes with
+                           * the SYN where a cookie of the peer's is known (RFC 7413) */
 
     /* options (value is int64) */
     BYPASS_SO_SNDBUF = 1,
@@ -322,6 +324,8 @@ enum {
     BYPASS_SO_MAX_PACING_RATE = 27, /* bytes a second that leave at most; 0 or negative: no limit. Turns pacing on */
     BYPASS_TCP_ECN = 28,            /* 0: never, 1: asked for and agreed to, 2: agreed to when the peer asks */
     BYPASS_TCP_KEEP_FRAMES = 29,    /* short payloads stay in their frames too, for bypass_recv_zc() */
+    BYPASS_TCP_FASTOPEN = 30, /* of a listener: connections that may be open before their handshake ends; 0: none */
+    BYPASS_TCP_FASTOPEN_CONNECT = 31, /* 1: connect() waits for the first send() where a cookie is known */
     BYPASS_OPT_COUNT,
 };
 
@@ -332,7 +336,7 @@ BYPASS_API int bypass_listen(struct bypass_stack *s, bypass_sock sock, int backl
 /* A handle of an established connection, -EAGAIN, -EINVAL (not listening), -ENFILE. */
 BYPASS_API bypass_sock bypass_accept(struct bypass_stack *s, bypass_sock sock);
 /* TCP: -EINPROGRESS, then BYPASS_OUT or BYPASS_ERR. Called again: -EALREADY, 0 once when it is open, or why it failed;
- * then the socket is as it was before and may connect elsewhere. UDP: 0. -EADDRNOTAVAIL, -EISCONN, -ENETUNREACH. */
+ * then the socket is as it was before and may connect elsewhere. 0: BYPASS_TCP_FASTOPEN_CONNECT. UDP: 0. -EADDRNOTAVAIL, -EISCONN, -ENETUNREACH. */
 BYPASS_API int bypass_connect(struct bypass_stack *s, bypass_sock sock, const struct bypass_endpoint *peer);
 /* Bytes queued (may be fewer than n), -EAGAIN, -EPIPE, -ENOTCONN, -ECONNRESET, -ETIMEDOUT, ... */
 BYPASS_API int64_t bypass_send(struct bypass_stack *s, bypass_sock sock, const void *buf, size_t n, int flags);
@@ -340,6 +344,8 @@ BYPASS_API int64_t bypass_send(struct bypass_stack *s, bypass_sock sock, const v
 BYPASS_API int64_t bypass_recv(struct bypass_stack *s, bypass_sock sock, void *buf, size_t n, int flags);
 /* UDP. One datagram each. to/from may be NULL on a connected socket. -EMSGSIZE, -EAGAIN,
  * -EDESTADDRREQ, -ECONNREFUSED, -EHOSTUNREACH. */
+/* With BYPASS_FASTOPEN: bytes that went with the SYN; -EINPROGRESS: it went without, send them when it is connected;
+ * -EOPNOTSUPP: not enabled; and what bypass_connect() gives. */
 BYPASS_API int64_t bypass_sendto(struct bypass_stack *s, bypass_sock sock, const void *buf, size_t n, int flags,
                                  const struct bypass_endpoint *to);
 BYPASS_API int64_t bypass_recvfrom(struct bypass_stack *s, bypass_sock sock, void *buf, size_t n, int flags,

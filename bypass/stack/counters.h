@@ -39,6 +39,8 @@
     X(tcp_blocked) X(tcp_active_opens) X(tcp_passive_opens) X(tcp_accepted) X(tcp_established)               \
     X(tcp_listen_overflow) X(tcp_syn_overflow) X(tcp_no_conn) X(tcp_time_wait) X(tcp_time_wait_reused)       \
     X(tcp_time_wait_overflow) X(tcp_mtu_probes) X(tcp_mtu_probes_acked) X(tcp_mtu_probes_lost)                   \
+    X(tcp_fastopen_cookies) X(tcp_fastopen_passive) X(tcp_fastopen_bad_cookies) X(tcp_fastopen_overflow)     \
+    X(tcp_fastopen_active) X(tcp_fastopen_active_taken)                                                      \
     X(tcp_mtu_black_holes) X(tcp_cookies_sent) X(tcp_cookies_good) X(tcp_cookies_bad)                             \
     X(tcp_aborted) X(tcp_timed_out) X(tcp_keepalive_timeouts) X(tcp_ooo_pruned)      \
     X(tcp_ooo_refused) X(tcp_out_sacks) X(tcp_out_dsacks) X(tcp_tune_rcvbuf) X(tcp_tune_sndbuf) \

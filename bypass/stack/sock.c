@@ -235,8 +235,26 @@ static int connect_again(struct bypass_stack *s, struct sock *k)
         return failed < 0 ? failed : err ? -err : -ECONNABORTED;
     }
     if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
-        return -EALREADY;
+        return c->feat & TX_FO_DEFER ? -EISCONN : -EALREADY;
     k->phase = SS_CONNECTED;
+    return 0;
+}
+
+/* The socket becomes a connection in SYN_SENT, whose SYN is to be sent. */
+static int begin_connect(struct bypass_stack *s, struct sock *k, const struct bypass_endpoint *peer)
+{
+    uint32_t ep = k->idx;
+    if (endpoint_at(s, ep)->listening)
+        return -EISCONN;
+    int64_t idx = tcp_connect(s, ep, peer);
+    if (idx < 0)
+        return (int)idx;
+    conn_at(s, (uint32_t)idx)->sock = sock_index(s, k);
+    cold_at(s, (uint32_t)idx)->error = endpoint_at(s, ep)->error;
+    k->type = SOCK_TCP;
+    k->phase = SS_CONNECTING;
+    k->idx = (uint32_t)idx;
+    tcp_endpoint_close(s, ep); /* its options and port live on in the connection */
     return 0;
 }
 
@@ -249,21 +267,27 @@ int bypass_connect(struct bypass_stack *s, bypass_sock h, const struct bypass_en
         return udp_connect(s, k->idx, peer);
     if (k->type == SOCK_TCP)
         return connect_again(s, k);
-    uint32_t ep = k->idx;
-    if (endpoint_at(s, ep)->listening)
-        return -EISCONN;
-    int64_t idx = tcp_connect(s, ep, peer);
-    if (idx < 0)
-        return (int)idx;
-    struct tcp_conn *c = conn_at(s, (uint32_t)idx);
-    c->sock = sock_index(s, k);
-    cold_at(s, (uint32_t)idx)->error = endpoint_at(s, ep)->error;
-    k->type = SOCK_TCP;
-    k->phase = SS_CONNECTING;
-    k->idx = (uint32_t)idx;
-    tcp_endpoint_close(s, ep); /* its options and port live on in the connection */
+    int err = begin_connect(s, k, peer);
+    if (err < 0)
+        return err;
+    struct tcp_conn *c = conn_at(s, k->idx);
+    if (unlikely(cold_at(s, k->idx)->opt.bits & OPT_FASTOPEN_CONNECT))
+        return tcp_fastopen_defer(s, c);
     tcp_send_syn(s, c);
     return -EINPROGRESS;
+}
+
+static int64_t sock_fastopen(struct bypass_stack *s, struct sock *k, const void *buf, size_t n,
+                             const struct bypass_endpoint *peer)
+{
+    if (!(core(s)->cfg.fastopen & BYPASS_FASTOPEN_CLIENT))
+        return -EOPNOTSUPP;
+    if (k->type == SOCK_TCP)
+        return connect_again(s, k);
+    if (!peer)
+        return -EDESTADDRREQ;
+    int err = begin_connect(s, k, peer);
+    return err < 0 ? err : tcp_fastopen_connect(s, conn_at(s, k->idx), buf, n);
 }
 
 int bypass_disconnect(struct bypass_stack *s, bypass_sock h)
@@ -302,7 +326,7 @@ int bypass_shutdown(struct bypass_stack *s, bypass_sock h, int how)
     if (k->type == SOCK_LISTEN)
         return shutdown_endpoint(s, k, how);
     struct tcp_conn *c = conn_at(s, k->idx);
-    bool opening = c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED;
+    bool opening = tcp_opening(c);
     if (k->phase == SS_CONNECTING)
         k->phase = opening || conn_over(c) ? SS_DISCONNECTING : SS_CONNECTED;
     if (conn_over(c))
@@ -398,6 +422,8 @@ int64_t bypass_sendto(struct bypass_stack *s, bypass_sock h, const void *buf, si
         return -EBADF;
     if (k->type == SOCK_UDP)
         return udp_sendto(s, k->idx, buf, n, flags, to);
+    if (unlikely(flags & BYPASS_FASTOPEN))
+        return sock_fastopen(s, k, buf, n, to);
     return bypass_send(s, h, buf, n, flags); /* a connection has its peer: `to` says nothing, as on Linux */
 }
 

@@ -156,6 +156,29 @@ static int set_pacing(const struct owner *o, int64_t v)
 
 static int64_t get_pacing(const struct owner *o) { return (int64_t)tcp_pace_limit(o->opt); }
 
+/* tcp(7): how many connections may wait for the end of their handshake although their data is here. */
+static int set_fastopen(const struct owner *o, int64_t v)
+{
+    if (v < 0 || v > INT32_MAX || !o->ep)
+        return -EINVAL;
+    o->ep->fo_max = (uint16_t)min_u64((uint64_t)v, BACKLOG_MAX);
+    return 0;
+}
+
+static int64_t get_fastopen(const struct owner *o) { return o->ep ? o->ep->fo_max : 0; }
+
+static int set_fastopen_connect(const struct owner *o, int64_t v)
+{
+    if (v < 0 || v > 1 || !o->ep || o->ep->listening)
+        return -EINVAL;
+    if (!(core(o->s)->cfg.fastopen & BYPASS_FASTOPEN_CLIENT))
+        return -EOPNOTSUPP;
+    o->opt->bits = (uint16_t)(v ? o->opt->bits | OPT_FASTOPEN_CONNECT : o->opt->bits & ~OPT_FASTOPEN_CONNECT);
+    return 0;
+}
+
+static int64_t get_fastopen_connect(const struct owner *o) { return (o->opt->bits & OPT_FASTOPEN_CONNECT) != 0; }
+
 static int64_t get_mtu(const struct owner *o)
 {
     if (!o->c)
@@ -213,6 +236,8 @@ static const struct row rows[BYPASS_OPT_COUNT] = {
     [BYPASS_TCP_USER_TIMEOUT] = {IN_U32, OPT(user_timeout_ms), .max = INT32_MAX},
     [BYPASS_TCP_SYNCNT] = {IN_U8, OPT(syn_retries), .min = 1, .max = 127},
     [BYPASS_TCP_LINGER2] = {IN_I16, OPT(fin_wait_s), .min = -1, .max = INT16_MAX, .fit = fit_fin_wait},
+    [BYPASS_TCP_FASTOPEN] = {NOWHERE, .set = set_fastopen, .get = get_fastopen},
+    [BYPASS_TCP_FASTOPEN_CONNECT] = {NOWHERE, .set = set_fastopen_connect, .get = get_fastopen_connect},
     [BYPASS_TCP_NOTSENT_LOWAT] = {IN_U32, OPT(notsent_lowat), .max = UINT32_MAX, .fit = fit_notsent,
                                   .changed = notsent_changed},
 };

@@ -27,6 +27,7 @@
  *   tcp_req.c       half-open connections: a SYN that was answered, until its ACK comes
  *   tcp_tw.c        TIME_WAIT: how long, how many, who may take its place
  *   tcp_cookie.c    SYN cookies: not even that is kept
+ *   tcp_fastopen.c  data in the SYN (RFC 7413)
  *   tcp_info.c      what a connection tells of itself (TCP_INFO)
  *   sock_zc.c       payload that is not copied
  *   sock_opt.c      what a program may set: one table
@@ -83,6 +84,10 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_FASTOPEN = 1 << 10,    /* data went with the SYN, or came with it (RFC 7413) */
        TX_ECN_EXACT = 1 << 20,   /* each mark is told by itself (RFC 8257 3.2) */
        TX_PACE_WAIT = 1 << 16,   /* the next segment waits for flight.pace_at */
+       TX_FO_PENDING = 1 << 14,  /* data came with the SYN; the handshake's ACK did not come yet */
+       TX_FO_ASK = 1 << 15,      /* our SYN or SYN-ACK carries the option of Fast Open */
+       TX_FO_FIN = 1 << 24,      /* the program has closed a TX_FO_PENDING connection */
+       TX_FO_DEFER = 1 << 23,    /* the SYN waits for the first write */
        TX_PMTU_PROBE = 1 << 11,  /* a probe of packetization-layer discovery is in flight (RFC 4821) */
        TX_PMTU_SEARCH = 1 << 22, /* ... which is at work on this connection */
        TX_RCVLOWAT = 1 << 12,    /* cold.opt.rcvlowat is more than a byte */
@@ -240,6 +245,7 @@ enum { /* tcp_options.bits */
        OPT_OOBINLINE = 1 << 2,
        OPT_BROADCAST = 1 << 3, /* means nothing to TCP; kept as Linux keeps it */
        OPT_SLOWACK = 1 << 4,   /* TCP_QUICKACK was switched off */
+       OPT_FASTOPEN_CONNECT = 1 << 5,
 };
 struct tcp_options {
     uint32_t max_pacing; /* 0: no limit; bytes a second, from 2^31 on in units of 256 (tcp_pace_limit) */
@@ -317,7 +323,10 @@ struct tcp_endpoint {
     struct tcp_options opt;
     int16_t error; /* of the connection that it was, positive errno */
     uint8_t cc;    /* index of the congestion control */
-    uint8_t pad[5];
+    uint8_t pad[3];
+    uint16_t fo_max;                /* TCP_FASTOPEN: connections before the end of their handshake; 0: off */
+    uint16_t fo_pending, fo_resets; /* there are so many; so many were reset, */
+    uint64_t fo_resets_end;         /* and count until then */
 };
 
 enum { TCP_PORT_BUCKETS = 256, TCP_PORT_CLOCKS = 1024 };
@@ -401,6 +410,11 @@ static inline struct tcp_flight *conn_flight(const struct bypass_stack *s, const
 static inline bool tcp_hint_ok(const struct tcp_conn *c, const struct sack_hint *h)
 {
     return h->pkt != BYPASS_PKT_NONE && seq_geq(h->at, c->snd_una);
+}
+/* Nothing can be read or written yet. */
+static inline bool tcp_opening(const struct tcp_conn *c)
+{
+    return c->state == BYPASS_SYN_SENT || (c->state == BYPASS_SYN_RECEIVED && !(c->feat & TX_FO_PENDING));
 }
 static inline bool has_flight(const struct tcp_conn *c) { return c->flight != NO_INDEX; }
 static inline struct tcp_req *req_at(const struct bypass_stack *s, uint32_t i) { return pool_at(s, &core(s)->reqs, i); }
@@ -499,11 +513,13 @@ struct tcp_conn *conn_find(const struct bypass_stack *s, uint32_t hash, const ad
 struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep, const addr_t *laddr, uint16_t lport,
                           const addr_t *raddr, uint16_t rport);
 void conn_set_state(struct bypass_stack *s, struct tcp_conn *c, int state);
+void conn_begin(struct bypass_stack *s, struct tcp_conn *c); /* data may be sent and received from now on */
 void conn_established(struct bypass_stack *s, struct tcp_conn *c);
 /* Frees queues and timers, leaves table and pool unless a handle still holds it (then it stays DEAD). */
 void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err);
 void conn_reset(struct bypass_stack *s, struct tcp_conn *c, int err); /* sends RST, then drops */
 bool conn_fin_wait(struct bypass_stack *s, struct tcp_conn *c);
+void conn_close_late(struct bypass_stack *s, struct tcp_conn *c);
 void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask);
 /* Tries again at the next poll (no frame, device busy) or when a next hop was answered. */
 void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop);
@@ -586,6 +602,7 @@ bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct s
 struct tcp_conn *tcp_req_in(struct bypass_stack *s, struct tcp_req *r, const struct segment *g);
 /* A connection in SYN_RECEIVED out of what a SYN said, our answer to it having been iss. NULL: no room. */
 struct tcp_conn *tcp_req_promote(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *syn, seq_t iss);
+seq_t tcp_req_iss(const struct bypass_stack *s, const struct segment *syn); /* our first number to answer it */
 void tcp_req_icmp(struct bypass_stack *s, const struct icmp_error *e, uint32_t hash);
 void tcp_req_reset_all(struct bypass_stack *s, struct tcp_endpoint *ep); /* the listener goes */
 void tcp_req_timers(struct bypass_stack *s);
@@ -598,6 +615,22 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
 /* An ACK that might bring a cookie back: the connection that it makes, in SYN_RECEIVED, or NULL: *good tells whether it
  * was one. */
 struct tcp_conn *tcp_cookie_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g, bool *good);
+
+/* tcp_fastopen.c */
+void tcp_fastopen_layout(struct layout *l, struct core *c);
+/* A SYN with a good cookie has become a connection. false: it is to be treated as if it had no data. */
+bool tcp_fastopen_syn_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g);
+void tcp_fastopen_offer(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g, struct tcp_opts *o);
+void tcp_fastopen_done(struct bypass_stack *s, struct tcp_conn *c);  /* TX_FO_PENDING ends */
+void tcp_fastopen_reset(struct bypass_stack *s, struct tcp_conn *c); /* ... by a reset: before conn_drop() */
+/* Sends the SYN, with as much of the data as may go. Its bytes; -EINPROGRESS: none */
+int64_t tcp_fastopen_connect(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n);
+int tcp_fastopen_defer(struct bypass_stack *s, struct tcp_conn *c); /* 0: TX_FO_DEFER, or -EINPROGRESS */
+int64_t tcp_fastopen_first_write(struct bypass_stack *s, struct tcp_conn *c, const void *buf, size_t n);
+uint32_t tcp_fastopen_syn_out(struct bypass_stack *s, struct tcp_conn *c, struct tcp_opts *o, bypass_pkt p,
+                              uint32_t *sum);
+void tcp_fastopen_syn_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* TX_FO_ASK */
+void tcp_fastopen_crossed(struct bypass_stack *s, struct tcp_conn *c); /* TX_FO_ASK, and the peer's SYN came */
 
 /* tcp_ack.c */
 bool tcp_ack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g); /* false: drop the segment */
@@ -852,6 +885,8 @@ bool tcp_snd_merge(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uin
 int tcp_send_frames(struct bypass_stack *s, struct tcp_conn *c, const struct bypass_buf *bufs, int n, int flags);
 bool tcp_snd_split(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, uint32_t len);
 void tcp_snd_clear(struct bypass_stack *s, struct tcp_conn *c);
+size_t tcp_snd_queue(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *buf, size_t n); /* how many fitted */
+void tcp_snd_skip(struct bypass_stack *s, struct tcp_conn *c, uint32_t n); /* the first n bytes have arrived */
 uint32_t tcp_snd_room(const struct bypass_stack *s, const struct tcp_conn *c);
 enum {                /* meta.seg_flags beyond core.h's */
        SEG_LOST = 16, /* counts in lost_bytes; to be sent again */

@@ -28,6 +28,7 @@ void tcp_layout(struct layout *l, struct core *c)
     layout_pool(l, &c->ranges, sizeof(struct tcp_range),
                 max_u32(4 * OOO_RANGES_MAX, min_u32(8 * c->cfg.max_conns, 1u << 18)));
     tcp_req_layout(l, c);
+    tcp_fastopen_layout(l, c);
     layout_pool(l, &c->listeners, sizeof(struct tcp_endpoint), min_u32(c->cfg.max_socks, UNCONNECTED_MAX));
 }
 
@@ -207,23 +208,31 @@ void conn_set_state(struct bypass_stack *s, struct tcp_conn *c, int state)
 
 void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask) { sock_event(s, c->sock, mask); }
 
+void conn_begin(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct dst *d = dst_get(s, &c->dst, &c->raddr);
+    conn_update_mss(s, c, d ? d->mtu : 0);
+    tcp_pmtu_established(s, c);
+    tcp_cc_init(s, c);
+    if (c->flags & TF_SYN_RTX)
+        c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */
+    tcp_tune_begin(s, c);
+}
+
 void conn_established(struct bypass_stack *s, struct tcp_conn *c)
 {
     conn_set_state(s, c, BYPASS_ESTABLISHED);
     c->rtx_at = 0;
     c->rtx_count = c->backoff = 0;
     conn_cold(s, c)->min_rtt_half_us = conn_cold(s, c)->min_rtt_since = 0;
-    struct dst *d = dst_get(s, &c->dst, &c->raddr);
-    conn_update_mss(s, c, d ? d->mtu : 0);
-    tcp_pmtu_established(s, c);
-    tcp_cc_init(s, c);
-    if (c->flags & TF_SYN_RTX) {
-        c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */
+    if (likely(!(c->feat & TX_FO_PENDING)))
+        conn_begin(s, c);
+    else
+        tcp_fastopen_done(s, c);
+    if (c->flags & TF_SYN_RTX)
         c->rto_us = RTO_FALLBACK_US;
-    }
     if (c->flags & TF_KEEPALIVE)
         c->keep_at = now_ns(s) + conn_cold(s, c)->opt.keep_idle_s * SEC_NS;
-    tcp_tune_begin(s, c);
     tcp_timer_update(s, c);
     STAT(s, tcp_established);
     conn_event(s, c, BYPASS_OUT);
@@ -339,9 +348,20 @@ void conn_reset(struct bypass_stack *s, struct tcp_conn *c, int err)
 
 static void queue_fin(struct bypass_stack *s, struct tcp_conn *c)
 {
+    if (unlikely(c->feat & TX_FO_PENDING)) { /* RFC 9293 3.10.4, SYN-RECEIVED: after entering ESTABLISHED */
+        c->feat |= TX_FO_FIN;
+        return;
+    }
     c->flags |= TF_FIN_QUEUED;
     conn_set_state(s, c, c->state == BYPASS_CLOSE_WAIT ? BYPASS_LAST_ACK : BYPASS_FIN_WAIT_1);
     tcp_output(s, c);
+}
+
+/* TX_FO_FIN, and the handshake is over. */
+void conn_close_late(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->feat &= ~(uint32_t)TX_FO_FIN;
+    queue_fin(s, c);
 }
 
 /* sock.c has dealt with connections that are not open yet, or not any more. */
@@ -384,7 +404,7 @@ void tcp_close(struct bypass_stack *s, struct tcp_conn *c)
         conn_drop(s, c, 0);
         return;
     }
-    if (c->rcv_queued > 0 || conn_cold(s, c)->opt.linger_s == 0 || c->state == BYPASS_SYN_RECEIVED) {
+    if (c->rcv_queued > 0 || conn_cold(s, c)->opt.linger_s == 0 || tcp_opening(c)) {
         conn_reset(s, c, 0);
         return;
     }
@@ -466,8 +486,8 @@ int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
     int mask = conn_cold(s, c)->error ? BYPASS_ERR : 0;
     if (conn_over(c))
         return mask | BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP;
-    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
-        return mask;
+    if (tcp_opening(c))
+        return mask | (c->feat & TX_FO_DEFER ? BYPASS_OUT : 0);
     bool no_more_in = (c->flags & (TF_FIN_IN | TF_RCV_SHUT)) != 0, no_more_out = (c->flags & TF_FIN_QUEUED) != 0;
     if (no_more_in)
         mask |= BYPASS_IN | BYPASS_RDHUP;

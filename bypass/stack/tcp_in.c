@@ -58,6 +58,8 @@ static bool parse(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri
 static void syn_sent_established(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {
     struct tcp_cold *k = conn_cold(s, c);
+    if (unlikely(c->feat & TX_FO_ASK))
+        tcp_fastopen_syn_ack_in(s, c, g);
     c->snd_una = g->ack;
     if (!(c->flags & TF_SYN_RTX))
         tcp_rtt_sample(c, max_u64((now_ns(s) - k->syn_sent_ns) / 1000, 1));
@@ -101,6 +103,8 @@ static void syn_sent_in(struct bypass_stack *s, struct tcp_conn *c, struct segme
     }
     conn_set_state(s, c, BYPASS_SYN_RECEIVED); /* simultaneous open */
     c->rtx_count = c->backoff = 0;
+    if (c->feat & TX_FO_ASK)
+        tcp_fastopen_crossed(s, c);
     tcp_send_syn(s, c);
 }
 
@@ -215,7 +219,9 @@ static void reset_in(struct bypass_stack *s, struct tcp_conn *c, const struct se
     }
     STAT(s, tcp_in_reset);
     int err = ECONNRESET;
-    if (c->state == BYPASS_SYN_RECEIVED)
+    if (c->feat & TX_FO_PENDING)
+        tcp_fastopen_reset(s, c);
+    else if (c->state == BYPASS_SYN_RECEIVED)
         err = ECONNREFUSED;
     else if (c->state == BYPASS_CLOSE_WAIT)
         err = EPIPE;
@@ -227,21 +233,28 @@ static void reset_in(struct bypass_stack *s, struct tcp_conn *c, const struct se
 /* Fifth, in SYN-RECEIVED. */
 static enum next_step handshake_ack(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {
-    if (!seq_eq(g->ack, c->snd_nxt)) {
+    bool early = (c->feat & TX_FO_PENDING) != 0; /* accepted, and data may be in flight: tcp_ack_in() does the rest */
+    if (early ? seq_lt(g->ack, c->snd_una) || seq_gt(g->ack, c->snd_nxt) : !seq_eq(g->ack, c->snd_nxt)) {
         tcp_reply_rst(s, g);
         return STOP;
     }
-    if ((c->flags & TF_PASSIVE) && !tcp_listen_ready(s, c))
+    if ((c->flags & TF_PASSIVE) && !early && !tcp_listen_ready(s, c))
         return STOP; /* nobody can take it now; the SYN-ACK goes again */
-    c->snd_una = g->ack;
-    c->snd_wnd = g->wnd << c->snd_wscale;
-    c->snd_wnd_max = c->snd_wnd;
-    c->snd_wl1 = g->seq;
-    c->snd_wl2 = g->ack;
+    if (!early) {
+        c->snd_una = g->ack;
+        c->snd_wnd = g->wnd << c->snd_wscale;
+        c->snd_wnd_max = c->snd_wnd;
+        c->snd_wl1 = g->seq;
+        c->snd_wl2 = g->ack;
+    }
     uint64_t sent_ns = conn_cold(s, c)->syn_sent_ns; /* 0: it was a cookie, and nobody remembers */
     if (!(c->flags & TF_SYN_RTX) && sent_ns != 0)
         tcp_rtt_sample(c, max_u64((now_ns(s) - sent_ns) / 1000, 1));
     conn_established(s, c);
+    if (early && !seq_eq(c->snd_una, c->snd_nxt))
+        tcp_rtx_restart(s, c);
+    if (unlikely(c->feat & TX_FO_FIN))
+        conn_close_late(s, c);
     return GO_ON;
 }
 
@@ -367,7 +380,8 @@ void tcp_icmp_error(struct bypass_stack *s, const struct icmp_error *e)
         tcp_req_icmp(s, e, hash);
     if (!c || c->state == BYPASS_TIME_WAIT)
         return;
-    if (seq_lt(seq(e->seq), c->snd_una) || seq_geq(seq(e->seq), c->snd_nxt))
+    seq_t first = c->feat & TX_FO_PENDING ? conn_cold(s, c)->iss : c->snd_una;
+    if (seq_lt(seq(e->seq), first) || seq_geq(seq(e->seq), c->snd_nxt))
         return;
     STAT(s, tcp_in_error_quoted);
     if (e->type == 3 && e->code == 4) {

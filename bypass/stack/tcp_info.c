@@ -31,7 +31,7 @@ static void count_flight(const struct bypass_stack *s, const struct tcp_conn *c,
 static void fill_sender(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
 {
     const struct tcp_cold *k = conn_cold(s, c);
-    bool opening = c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED;
+    bool opening = tcp_opening(c);
     bool fin = (c->flags & TF_FIN_SENT) != 0;
     count_flight(s, c, out);
     uint32_t sent = c->snd_nxt.v - c->snd_una.v - (fin && out->unacked > 0); /* bytes in flight */

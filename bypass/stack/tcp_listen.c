@@ -89,7 +89,7 @@ static bool syn_queue_full(const struct bypass_stack *s, const struct tcp_endpoi
 }
 
 /* RFC 9293 3.10.7.2, third. Refusing costs nothing, keeping is bounded, and beyond that a cookie costs no memory. */
-static void syn_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g)
+static void syn_in(struct bypass_stack *s, struct tcp_endpoint *ep, struct segment *g)
 {
     uint8_t cookies = core(s)->cfg.syn_cookies;
     if (tcp_accept_full(ep)) {
@@ -110,7 +110,7 @@ static void syn_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct
     /* a cookie cannot be told to follow a TIME_WAIT's sequence numbers (RFC 1122 4.2.2.13) */
     if ((full || cookies == BYPASS_COOKIES_ALWAYS) && cookies != BYPASS_COOKIES_OFF && !g->follows)
         tcp_cookie_send(s, ep, g);
-    else if (!full)
+    else if (!full && !(unlikely(g->opt.has_fo) && tcp_fastopen_syn_in(s, ep, g)))
         (void)tcp_req_new(s, ep, g);
 }
 
@@ -180,6 +180,7 @@ void tcp_listen_forget(struct bypass_stack *s, struct tcp_conn *c)
     struct tcp_endpoint *ep = listener_of(s, k);
     if (ep && (c->flags & TF_ACCEPTABLE))
         accept_unlink(s, ep, c);
+    tcp_fastopen_done(s, c);
     k->listener = NO_INDEX;
 }
 
@@ -192,7 +193,8 @@ int64_t tcp_accept(struct bypass_stack *s, uint32_t idx)
         return -EAGAIN;
     uint32_t i = ep->accept_head;
     accept_unlink(s, ep, conn_at(s, i));
-    cold_at(s, i)->listener = NO_INDEX;
+    if (likely(!(conn_at(s, i)->feat & TX_FO_PENDING)))
+        cold_at(s, i)->listener = NO_INDEX;
     STAT(s, tcp_accepted);
     return i;
 }

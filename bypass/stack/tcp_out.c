@@ -197,8 +197,9 @@ void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
     struct dst *d = conn_dst(s, c);
     bool answer = c->state == BYPASS_SYN_RECEIVED;
     uint8_t opts[40];
-    tcp_rtx_restart(s, c);
-    c->snd_nxt = seq_add(k->iss, 1);
+    tcp_rtx_arm_rto(s, c);
+    if (seq_eq(c->snd_nxt, k->iss))
+        c->snd_nxt = seq_add(k->iss, 1);
     if (!d)
         return;
     bypass_pkt p = pkt_alloc(s);
@@ -208,21 +209,25 @@ void tcp_send_syn(struct bypass_stack *s, struct tcp_conn *c)
     }
     uint32_t mss = min_u32((d->mtu ? d->mtu : s->dev->mtu) - 40u, k->opt.maxseg ? k->opt.maxseg : UINT32_MAX);
     struct header h = {.seq = k->iss, .src_port = c->lport, .dst_port = c->rport, .opts = opts};
-    h.flags = (uint8_t)((answer ? TCP_SYN | TCP_ACK : TCP_SYN) | tcp_ecn_syn(s, c));
+    h.flags = (uint8_t)((answer ? TCP_SYN | TCP_ACK : TCP_SYN) |
+                        (c->feat & TX_FO_PENDING ? (c->feat & TX_ECN ? TCP_ECE : 0) : tcp_ecn_syn(s, c)));
     h.ack = answer ? c->rcv_nxt : seq(0);
     h.wnd = (uint16_t)min_u32(c->rcvbuf, 65535); /* never scaled, RFC 7323 2.2 */
-    const struct tcp_opts offer = {.mss = (uint16_t)mss,
-                                   .has_wscale = (c->flags & TF_WSCALE) != 0,
-                                   .wscale = c->rcv_wscale,
-                                   .has_ts = (c->flags & TF_TS) != 0,
-                                   .ts_val = tcp_ts_now(s, c),
-                                   .ts_ecr = answer ? c->ts_recent : 0,
-                                   .sack_ok = (c->feat & TX_SACK) != 0};
+    struct tcp_opts offer = {.mss = (uint16_t)mss,
+                             .has_wscale = (c->flags & TF_WSCALE) != 0,
+                             .wscale = c->rcv_wscale,
+                             .has_ts = (c->flags & TF_TS) != 0,
+                             .ts_val = tcp_ts_now(s, c),
+                             .ts_ecr = answer ? c->ts_recent : 0,
+                             .sack_ok = (c->feat & TX_SACK) != 0};
+    uint32_t sum = 0;
+    if (unlikely(c->feat & TX_FO_ASK))
+        (void)tcp_fastopen_syn_out(s, c, &offer, p, &sum);
     h.opts_len = tcp_opt_write_syn(opts, &offer);
     c->rcv_adv = seq_add(c->rcv_nxt, h.wnd);
     k->syn_sent_ns = now_ns(s);
     k->segs_out++;
-    push_header(s, p, &h, &c->laddr, &c->raddr, 0);
+    push_header(s, p, &h, &c->laddr, &c->raddr, sum);
     pkt_meta(s, p)->queue = c->queue;
     struct ip_tx tx = conn_ip(s, c);
     ip_out_ready(s, p, &tx, d);
@@ -505,11 +510,11 @@ static void output_fin(struct bypass_stack *s, struct tcp_conn *c)
     c->snd_nxt = seq_add(c->snd_nxt, 1);
 }
 
-static inline bool state_sends_data(uint8_t state)
+static inline bool sends_data(const struct tcp_conn *c)
 {
     static const uint16_t mask = 1u << BYPASS_ESTABLISHED | 1u << BYPASS_CLOSE_WAIT | 1u << BYPASS_FIN_WAIT_1 |
                                  1u << BYPASS_CLOSING | 1u << BYPASS_LAST_ACK;
-    return mask >> state & 1;
+    return (mask >> c->state & 1) || (c->feat & TX_FO_PENDING);
 }
 
 /* RFC 5682 2.1 step 2: was there new data to send, and a window for it? Else recovery goes on as usual. */
@@ -542,7 +547,7 @@ static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c, bool se
 
 void tcp_output_now(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (state_sends_data(c->state) && tcp_has_output(c)) {
+    if (sends_data(c) && tcp_has_output(c)) {
         if (c->feat & TX_LONE)
             tcp_flight_late(s, c);
         struct dst *d = conn_dst(s, c);
@@ -573,9 +578,9 @@ void tcp_resume(struct bypass_stack *s, struct tcp_conn *c)
         conn_drop(s, c, EHOSTUNREACH);
         return;
     }
-    if (opening)
+    if (opening && (tcp_opening(c) || conn_cold(s, c)->syn_sent_ns == 0))
         tcp_send_syn(s, c);
-    else
+    if (!tcp_opening(c))
         tcp_output(s, c);
     if ((c->flags & TF_WANT_OUT) && tcp_snd_room(s, c) > 0 && !(c->flags & TF_BLOCKED)) {
         if (pkt_scarce(s)) {

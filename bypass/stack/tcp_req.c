@@ -131,15 +131,21 @@ static uint16_t offered_mss(struct bypass_stack *s, const struct tcp_req *r)
     return (uint16_t)min_u32(mtu - 40u, ep->opt.maxseg ? ep->opt.maxseg : UINT32_MAX);
 }
 
-static void send_syn_ack(struct bypass_stack *s, struct tcp_req *r)
+/* fast_open: the cookie that it gives, or NULL */
+static void send_syn_ack(struct bypass_stack *s, struct tcp_req *r, const struct tcp_opts *fast_open)
 {
-    const struct tcp_opts o = {.mss = offered_mss(s, r),
-                               .has_wscale = (r->flags & REQ_WSCALE) != 0,
-                               .wscale = r->rcv_wscale,
-                               .has_ts = (r->flags & REQ_TS) != 0,
-                               .ts_val = req_ts_now(s, r),
-                               .ts_ecr = r->ts_recent,
-                               .sack_ok = (r->flags & REQ_SACK) != 0};
+    struct tcp_opts o = {.mss = offered_mss(s, r),
+                         .has_wscale = (r->flags & REQ_WSCALE) != 0,
+                         .wscale = r->rcv_wscale,
+                         .has_ts = (r->flags & REQ_TS) != 0,
+                         .ts_val = req_ts_now(s, r),
+                         .ts_ecr = r->ts_recent,
+                         .sack_ok = (r->flags & REQ_SACK) != 0};
+    if (unlikely(fast_open != NULL)) {
+        o.has_fo = true;
+        o.cookie_len = fast_open->cookie_len;
+        memcpy(o.cookie, fast_open->cookie, fast_open->cookie_len);
+    }
     send_for(s, r, (uint8_t)(TCP_SYN | TCP_ACK | (r->flags & REQ_ECN ? TCP_ECE : 0)), &o);
     r->sent_ns = now_ns(s);
 }
@@ -183,6 +189,14 @@ static void take_options(const struct bypass_stack *s, struct tcp_req *r, const 
     }
 }
 
+seq_t tcp_req_iss(const struct bypass_stack *s, const struct segment *g)
+{
+    seq_t iss = tcp_flow_isn(s, &g->ri->dst, g->dst_port, &g->ri->src, g->src_port).iss;
+    if (g->follows && seq_leq(iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
+        iss = seq_add(g->old_snd_nxt, 65536);
+    return iss;
+}
+
 bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g)
 {
     uint32_t i = pool_alloc(s, &core(s)->reqs);
@@ -198,9 +212,7 @@ bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct s
                           .irs = g->seq,
                           .wnd = (uint16_t)g->wnd,
                           .queue = pkt_meta(s, g->pkt)->queue};
-    r->iss = tcp_flow_isn(s, &r->laddr, r->lport, &r->raddr, r->rport).iss;
-    if (g->follows && seq_leq(r->iss, seq_add(g->old_snd_nxt, 65535))) /* RFC 1122 4.2.2.13 (1) */
-        r->iss = seq_add(g->old_snd_nxt, 65536);
+    r->iss = tcp_req_iss(s, g);
     take_options(s, r, ep, &g->opt);
     if (tcp_ecn_agreed(s, ep, g))
         r->flags |= REQ_ECN;
@@ -211,7 +223,9 @@ bool tcp_req_new(struct bypass_stack *s, struct tcp_endpoint *ep, const struct s
     *bucket(s, r->hash) = i + 1;
     ep->syn_count++;
     STAT(s, tcp_passive_opens);
-    send_syn_ack(s, r);
+    struct tcp_opts cookie = {.has_fo = false};
+    tcp_fastopen_offer(s, ep, g, &cookie);
+    send_syn_ack(s, r, cookie.has_fo ? &cookie : NULL);
     list_append(s, r);
     return true;
 }
@@ -281,7 +295,7 @@ static void refuse(struct bypass_stack *s, struct tcp_req *r, const struct segme
     } else if ((g->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && seq_eq(g->seq, r->irs)) {
         list_unlink(s, r); /* our SYN-ACK was lost, or is late: which one is answered will not be known (Karn) */
         r->tries += r->tries == 0;
-        send_syn_ack(s, r);
+        send_syn_ack(s, r, NULL);
         list_append(s, r);
     } else {
         STAT(s, tcp_in_out_of_window);
@@ -339,7 +353,7 @@ static void req_timeout(struct bypass_stack *s, struct tcp_req *r)
     list_unlink(s, r);
     r->tries++;
     STAT(s, tcp_out_retransmits);
-    send_syn_ack(s, r);
+    send_syn_ack(s, r, NULL);
     list_append(s, r);
 }
 

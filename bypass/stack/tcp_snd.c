@@ -88,15 +88,15 @@ static int send_allowed(struct tcp_conn *c, struct tcp_cold *k)
         k->error = 0;
         return -err;
     }
-    if (c->flags & (TF_DEAD | TF_FIN_QUEUED))
+    if ((c->flags & (TF_DEAD | TF_FIN_QUEUED)) || (c->feat & TX_FO_FIN))
         return -EPIPE;
-    if (c->state == BYPASS_SYN_SENT || c->state == BYPASS_SYN_RECEIVED)
+    if (tcp_opening(c))
         return -EAGAIN;
     return 0;
 }
 
 /* Puts bytes into the last frame if it was never sent, then into new ones. Returns how many fitted. */
-static size_t queue_bytes(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *buf, size_t n)
+size_t tcp_snd_queue(struct bypass_stack *s, struct tcp_conn *c, const uint8_t *buf, size_t n)
 {
     size_t done = 0;
     uint32_t limit = c->snd_mss;
@@ -126,6 +126,8 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
             return sent;
     }
     int err = send_allowed(c, conn_cold(s, c));
+    if (unlikely(c->feat & TX_FO_DEFER) && err == -EAGAIN)
+        return tcp_fastopen_first_write(s, c, buf, n);
     if (err == -EAGAIN)
         c->flags |= TF_WANT_OUT;
     if (err < 0 || n == 0)
@@ -138,7 +140,7 @@ int64_t tcp_send(struct bypass_stack *s, struct tcp_conn *c, const void *buf, si
         tcp_tune_write(s, c);
         room = max_u32(room, tcp_snd_room(s, c));
     }
-    size_t done = room == 0 ? 0 : queue_bytes(s, c, buf, n < room ? n : room);
+    size_t done = room == 0 ? 0 : tcp_snd_queue(s, c, buf, n < room ? n : room);
     if (done < n)
         c->flags |= TF_WANT_OUT;
     if (done == 0 && room > 0)
@@ -216,6 +218,25 @@ static void trim_front(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,
     m->data_off = (uint16_t)(m->data_off + n);
     m->data_len = (uint16_t)(m->data_len - n);
     m->csum = csum_bytes(pkt_frame(s, p) + m->data_off, m->data_len, 0);
+}
+
+void tcp_snd_skip(struct bypass_stack *s, struct tcp_conn *c, uint32_t n)
+{
+    while (n > 0) {
+        bypass_pkt p = c->sndq_head;
+        struct bypass_pkt_meta *m = pkt_meta(s, p);
+        uint32_t take = min_u32(n, m->data_len);
+        n -= take;
+        c->snd_queued -= take;
+        if (take < m->data_len) {
+            trim_front(s, c, p, take, NULL);
+            return;
+        }
+        c->sndq_head = m->next;
+        if (c->sndq_tail == p)
+            c->sndq_tail = BYPASS_PKT_NONE;
+        frame_release(s, p);
+    }
 }
 
 /* Frees what the ACK covers. sm->rtt_us: round trip of the newest frame; 0: none is valid, because one was sent
