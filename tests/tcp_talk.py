@@ -77,7 +77,7 @@ class Segment:
 
 
 def options_bytes(text: str, iss: int = 0) -> bytes:
-    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, fo 0123, nop, eol, hex 0504...`; SACK blocks count from `iss`."""
+    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, fo 0123, nop, eol, hex 0504...`; blocks count from `iss`."""
     out = b""
     for word in (w.split() for w in text.split(",") if w.strip()):
         match word:

@@ -278,6 +278,42 @@ MUTANTS = {
         "return p->used == p->cap;",
         "handshake::test_many_half_open_connections_are_bounded",
     ),
+    "any cookie opens fast": Mutant(
+        "tcp_fastopen.c",
+        "if (cookie == COOKIE_WRONG) {",
+        "if (false) {",
+        "fastopen::test_data_in_a_syn_with_a_forged_cookie_is_never_delivered",
+    ),
+    "a cookie is everybody's": Mutant(
+        "tcp_fastopen.c",
+        "} id = {*client, period};",
+        "} id = {{{0}}, period};\n    (void)client;",
+        "fastopen::test_a_cookie_is_good_for_the_address_that_it_was_given_to",
+    ),
+    "connections that opened fast have no bound": Mutant(
+        "tcp_fastopen.c",
+        "return ep->fo_pending + ep->fo_resets < ep->fo_max;",
+        "return ep->fo_resets < ep->fo_max;",
+        "fastopen::test_connections_before_the_end_of_their_handshake_are_bounded",
+    ),
+    "resets give a thief of cookies more": Mutant(
+        "tcp_fastopen.c",
+        "ep->fo_resets++;",
+        "",
+        "fastopen::test_a_stolen_cookie_gets_no_more_connections_by_the_resets_of_its_owner",
+    ),
+    "data that went with the SYN is never sent again": Mutant(
+        "tcp_fastopen.c",
+        "take_back(c, g->ack);",
+        "",
+        "fastopen::test_what_the_syn_ack_does_not_acknowledge_goes_again_at_once",
+    ),
+    "a repeated SYN has data again": Mutant(
+        "tcp_fastopen.c",
+        "(c->flags & TF_SYN_RTX)) /* 4.2.1: repeated without */",
+        "false)",
+        "fastopen::test_a_lost_syn_is_repeated_without_data_and_option",
+    ),
     "removal leaves a hole in the flow table": Mutant(
         "tcp_conn.c",
         "if (((j - home) & mask) < ((j - i) & mask))\n            continue;",
