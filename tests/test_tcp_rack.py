@@ -76,9 +76,18 @@ def test_an_ack_that_is_too_quick_for_the_retransmission_is_the_originals() -> N
     with Talk() as t:
         begin(t, 10)
         assert after(t, 0, ack(0, (6, 10))) == [0, 1, 2, 3]
-        assert after(t, 0.01, ack(1, (6, 10))) == [4, 5]  # 0's original
+        assert after(t, 0.01, ack(0, (3, 4), (6, 10))) == [4]  # 3's original
         assert after(t, RTT / 2) == []
         assert t.counted().get("tcp_lost_retransmits", 0) == 0
+
+
+def test_late_originals_acknowledged_with_the_first_block_are_what_rack_measures() -> None:
+    """RFC 8985 6.2 step 2: the round trip is that of all that this ACK delivers, not only of its blocks."""
+    with Talk() as t:
+        begin(t)
+        assert 10 in after(t, 0, ack(2))
+        assert 9 not in after(t, RTT, ack(9, (10, 11)))  # 2 to 8 took two round trips: so may 9
+        assert after(t, WINDOW + TICK)[:1] == [9]
 
 
 def test_a_duplicate_report_widens_the_window_for_sixteen_recoveries() -> None:
@@ -206,6 +215,19 @@ def test_there_is_one_probe_and_then_the_timeout() -> None:
         t.mark()
         got = t.at(0.202, ". 9001:10001 ack 1".replace(". ", "P. "), 0.502, ". 7001:8001 ack 1")
         assert len(got) == 2
+        assert state(t) == "loss"
+
+
+def test_until_the_probe_is_answered_progress_starts_the_timeout_and_not_another_probe() -> None:
+    """RFC 8985 7.3."""
+    with Talk() as t:
+        begin(t, 10)
+        t.peer(ack(7))
+        assert after(t, 0.21) == [9]
+        t.peer(ack(8))
+        rto = t.info.rto_us / 1e6
+        assert after(t, rto - TICK) == []
+        assert after(t, 2 * TICK) == [8]
         assert state(t) == "loss"
 
 

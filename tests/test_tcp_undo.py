@@ -39,8 +39,9 @@ def test_without_sack_two_duplicates_allow_two_new_segments_and_a_third_none() -
     with Talk() as t:
         begin(t, opts=PLAIN)
         said = each(t, ack(0), ack(0), ack(0))
-        assert said[:2] == [[10], [11]]
-        assert said[2] == [0]
+        assert said == [[10], [11], [0]]
+        assert after(t, RTT, ack(12)) == [12, 13, 14, 15, 16]
+        assert each(t, *[ack(12)] * 4) == [[17], [18], [], []]  # no recovery at its end (RFC 6582 3.2)
 
 
 def test_the_first_retransmission_does_not_wait_for_the_window() -> None:
@@ -74,6 +75,14 @@ def test_when_much_is_lost_sending_goes_on_as_in_slow_start() -> None:
         assert len(after(t, RTT, ack(1, (7, 10)))) == 2  # one delivered: one and SafeACK's
 
 
+def test_new_losses_are_not_progress() -> None:
+    """RFC 9937 6.2: no SafeACK by an ACK that tells of more loss, or that is not cumulative: packet conservation."""
+    with Talk() as t:
+        begin(t, 30)
+        assert each(t, ack(0, (6, 9))) == [[0, 1, 2]]
+        assert each(t, ack(0, (6, 10))) == [[3]]
+
+
 def test_a_bad_ack_in_recovery_adds_nothing() -> None:
     """RFC 9937 6.2: an ACK that delivers nothing sends nothing."""
     with Talk() as t:
@@ -92,6 +101,36 @@ def test_recovery_ends_with_ssthresh_as_the_window() -> None:
         t.peer(ack(10))
         assert window(t) == (5, 5)
         assert state(t) == "open"
+
+
+def test_the_ack_that_ends_a_recovery_does_not_grow_the_window_besides() -> None:
+    """RFC 9937 6.2; RFC 5681 3.1 (3) counts from there: five segments for one."""
+    with Talk() as t:
+        begin(t, 10, opts=PLAIN)
+        t.peer(*[ack(0)] * 9)
+        assert numbers(t) == [0]
+        t.advance(RTT)
+        t.peer(ack(10))
+        t.write(20 * MSS)
+        assert numbers(t) == [10, 11, 12, 13, 14]
+        t.advance(RTT)
+        sizes = []
+        for n in range(11, 16):
+            t.peer(ack(n))
+            sizes.append(window(t)[0])
+        assert sizes == [5, 5, 5, 5, 6]
+
+
+def test_a_window_that_had_shrunk_below_ssthresh_ends_there_too() -> None:
+    """RFC 9937 6.2, last step."""
+    with Talk() as t:
+        begin(t, 10)
+        assert each(t, ack(0, (8, 10)), ack(0, (7, 10))) == [[], []]
+        assert after(t, RTT / 4 + TICK) == [0]
+        assert window(t) == (1, 5)
+        t.advance(RTT)
+        t.peer(ack(10))
+        assert window(t) == (5, 5)
 
 
 def test_two_losses_of_one_window_halve_it_once() -> None:
@@ -150,6 +189,8 @@ def test_a_block_above_the_hole_after_the_new_data_says_so_too() -> None:
         new = after(t, 0.01, ack(1))
         assert min(new) >= 10
         assert after(t, 0.01, ack(1, (new[0], new[0] + 1)))[:1] == [1]
+        t.advance(0.01)
+        t.peer(ack(10, (new[0], new[0] + 1)))  # that 2 to 9 had arrived proves nothing any more
         assert "tcp_undone_timeouts" not in t.counted()
 
 
@@ -215,10 +256,11 @@ def test_an_old_timestamp_echoed_after_a_fast_retransmission_undoes_it() -> None
 @pytest.mark.parametrize("echo", ["0", "own"])
 def test_an_echo_of_the_retransmission_undoes_nothing(echo: str) -> None:
     """RFC 3522 3.2: neither does an echo of 0, which says nothing (RFC 7323 3.2)."""
-    with Talk() as t:
+    with Talk(peer_port=40001) as t:
         begin(t, 10, opts=SACK_TS)
         assert each(t, ack(0, (1, 4))) == [[0]]
         assert t.ts is not None
+        assert t.ts[1] < 1 << 31, "0 looks older than this"
         t.advance(RTT)
         t.peer(ack(10, more=f"nop, nop, ts 5000 {t.ts[1] if echo == 'own' else 0}"))
         assert "tcp_undone_recoveries" not in t.counted()
