@@ -15,6 +15,7 @@ import pytest
 from bypass._core import ffi, lib
 from cc_bench import EV_LOSS, EV_RTO, INFINITE, Bottleneck, ByHand
 from tcp_talk import Talk
+from test_tcp_ecn import arrive
 
 from bypass.core import CoreStack
 from bypass.sim.network import Network
@@ -25,7 +26,7 @@ OPTS = f"mss {MSS}, nop, ws 7"
 
 
 def ack(n: int) -> str:
-    return f". 1:1 ack {1 + n * MSS} win 512"
+    return f". 1:1 ack {1 + n * MSS} win 4096"
 
 
 def refused(code: int, call: Any, *args: Any) -> None:
@@ -275,17 +276,72 @@ def test_the_window_stays_after_a_pause_when_asked_to() -> None:
     with Talk(sndbuf=1 << 20, frames=2048, config={"keep_idle_window": True}) as t:
         cwnd = grown(t)
         t.advance(30)
+        done = t.wrote // MSS
+        for n in range(60):
+            t.write(MSS)
+            t.advance(0.01)
+            t.peer(ack(done + n + 1))
+            assert t.info.cwnd == cwnd
+        t.out()
+
+
+def test_what_a_pause_took_slow_start_brings_back() -> None:
+    """RFC 2861 3.1: ssthresh is at least three quarters of the window of before, or a window learned over many round
+    trips would have to be learned again. Before it, ECN halved the first window."""
+    with Talk(sndbuf=1 << 20, frames=2048, config={"ecn": 1}) as t:
+        t.server()
+        arrive(t, f"SEW 0:0 win 65535 <{OPTS}>")
+        t.out()
+        t.advance(0.01)
+        arrive(t, ". 1:1 ack 1 win 4096")
+        t.accept()
+        t.write(10 * MSS)
+        t.advance(0.01)
+        arrive(t, f".E 1:1 ack {1 + 10 * MSS} win 4096")
+        assert t.info.ssthresh == 5 * MSS
+        cwnd = filled(t, 10, 40)
+        t.advance(1.5 * t.info.rto_us / 1e6)
         t.write(MSS)
         t.settle()
-        assert t.info.cwnd == cwnd
+        assert t.info.cwnd == cwnd // 2
+        assert t.info.ssthresh == cwnd - cwnd // 4
         t.out()
         t.peer("R 1:1")
 
 
-def grown(t: Talk) -> int:
-    t.established(opts=OPTS, rtt=0.01)
-    done = 0
-    while t.info.cwnd < 80 * MSS:
+def test_half_of_what_was_not_used_for_a_timeout_goes() -> None:
+    """RFC 2861 3.2: counted from when the window was used in full; what was used most since then stays."""
+    with Talk(sndbuf=1 << 20, frames=2048) as t:
+        cwnd = grown(t)
+        done = t.wrote // MSS
+
+        def uses(segments: int) -> None:
+            """For 10 ms; one segment more is in flight all the time, so that there is no pause."""
+            nonlocal done
+            t.write(segments * MSS)
+            t.advance(0.01)
+            t.out()
+            done += segments
+            t.peer(ack(done))
+
+        t.write(MSS)
+        for segments in (*[10] * 10, t.info.cwnd // MSS - 1, *[10] * 10, 39, *[10] * 8):
+            uses(segments)
+            assert t.info.cwnd >= cwnd
+        cwnd, used = t.info.cwnd, 40 * MSS
+        for _ in range(4):
+            uses(10)
+        assert t.info.cwnd == (cwnd + used) // 2
+        for _ in range(23):
+            uses(10)
+        assert t.info.cwnd == ((cwnd + used) // 2 + 11 * MSS) // 2
+        t.out()
+        t.peer("R 1:1")
+
+
+def filled(t: Talk, done: int, segments: int) -> int:
+    """Writes whole windows, a round trip of 10 ms each, until there are so many segments; cwnd."""
+    while t.info.cwnd < segments * MSS:
         n = t.info.cwnd // MSS
         t.write(n * MSS)
         t.advance(0.01)
@@ -294,6 +350,11 @@ def grown(t: Talk) -> int:
             t.peer(ack(done))
     t.out()
     return int(t.info.cwnd)
+
+
+def grown(t: Talk) -> int:
+    t.established(opts=OPTS, rtt=0.01)
+    return filled(t, 0, 80)
 
 
 def test_idle_connections_hold_no_record() -> None:

@@ -173,6 +173,18 @@ def test_time_in_which_the_program_was_the_limit_does_not_count(stack: CoreStack
     assert abs(h.cc.cwnd - twin.cc.cwnd) < 2 * MSS
 
 
+def test_a_window_that_a_pause_shrank_comes_back_no_faster_than_in_slow_start(stack: CoreStack) -> None:
+    """RFC 2861 3.1, RFC 9438 4.3: Reno's estimate is of before; one ACK does not bring all of it back."""
+    h = after_a_loss(stack, 10 * MSS)
+    for _ in range(30):
+        a_round(h, 10_000)
+    h.cc.cwnd = int(h.cc.cwnd) * 3 // 4
+    h.cc.ssthresh = before = int(h.cc.cwnd)
+    h.cc.now_us += 10_000
+    h.ack(2 * MSS, rtt_us=10_000)
+    assert before < h.cc.cwnd <= before + 2 * MSS
+
+
 # ---- HyStart++ ---------------------------------------------------------------------------------------------
 def to_round(h: ByHand, rtts: list[int]) -> None:
     """Whole round trips, two segments an ACK."""

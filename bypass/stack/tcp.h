@@ -226,9 +226,10 @@ struct tcp_flight {
     uint32_t rate_bytes, rate_us;       /* the last delivery rate, as a fraction */
     uint32_t used_most;                 /* most that was in flight in this round, until used_end is acknowledged */
     seq_t used_end;
-    uint64_t pace_rate; /* bytes a second; 0: not paced */
-    uint64_t pace_at;   /* earliest time of the next segment */
-    uint8_t paused;     /* the window was not used all the time since the congestion control was asked last */
+    uint32_t used_since, validated_ms; /* most since the window was used in full, and when that was */
+    uint64_t pace_rate;                /* bytes a second; 0: not paced */
+    uint64_t pace_at;                  /* earliest time of the next segment */
+    uint8_t paused; /* the window was not used all the time since the congestion control was asked last */
     uint8_t pad[3];
     seq_t probe_seq;                        /* TX_PMTU_PROBE */
     uint64_t cc_state[BYPASS_CC_BYTES / 8]; /* the congestion control's own; zero when the record begins */

@@ -122,13 +122,74 @@ static void view_store(struct tcp_conn *c, struct tcp_flight *fl, const struct b
     fl->pace_rate = v->pacing_rate;
 }
 
-/* ---- A connection's life --------------------------------------------------------------------------------- */
+/* ---- The window is used, or not (RFC 2861) ----------------------------------------------------------------- */
 uint32_t tcp_initial_window(const struct tcp_conn *c)
 {
     uint32_t mss = c->snd_mss;
     return min_u32(10 * mss, max_u32(2 * mss, 14600)); /* RFC 6928 2 */
 }
 
+bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return cc_ops(s, c)->flags & BYPASS_CC_OWN_WINDOW;
+}
+
+/* What was used of a window tells for how much of it the network was asked. It was asked for all of it now. */
+static void window_used(const struct bypass_stack *s, struct tcp_flight *fl)
+{
+    fl->validated_ms = conn_now_ms(s);
+    fl->used_since = 0;
+}
+
+/* 3.1, 3.2: it shrinks, and slow start may bring back most of it. */
+static void window_decays(struct tcp_conn *c, uint32_t to)
+{
+    if (to >= c->cwnd)
+        return;
+    if (c->ssthresh != UINT32_MAX)
+        c->ssthresh = max_u32(c->ssthresh, c->cwnd - c->cwnd / 4);
+    c->cwnd = to;
+}
+
+/* The most that was in flight in this round trip. */
+void tcp_cc_sent(struct bypass_stack *s, struct tcp_conn *c)
+{
+    struct tcp_flight *fl = conn_flight(s, c);
+    uint32_t flight = c->snd_nxt.v - c->snd_una.v;
+    if (flight > fl->used_most || seq_geq(c->snd_una, fl->used_end)) {
+        fl->used_most = flight;
+        fl->used_end = c->snd_nxt;
+        fl->used_since = max_u32(fl->used_since, flight);
+    }
+}
+
+/* Would a larger window have been used? In slow start, where it doubles, half of it is enough. */
+static bool window_limits(const struct tcp_conn *c, const struct tcp_flight *fl)
+{
+    return fl->used_most + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * fl->used_most);
+}
+
+/* 3.2: not for as long as a timeout: half of what was not used goes. */
+static void window_unused(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl)
+{
+    if (conn_now_ms(s) - fl->validated_ms < c->rto_us / 1000)
+        return;
+    uint32_t used = max_u32(fl->used_since, tcp_initial_window(c));
+    if (!tcp_cc_own_window(s, c) && !core(s)->cfg.keep_idle_window && used < c->cwnd)
+        window_decays(c, used + (c->cwnd - used) / 2);
+    window_used(s, fl);
+}
+
+/* RFC 5681 4.1, 3.1: after a pause the window says less and less about the network. It is halved for each timeout that
+ * the pause lasted, down to what a new connection has. */
+void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns)
+{
+    uint64_t rtos = idle_ns / (c->rto_us * 1000ull);
+    if (!tcp_cc_own_window(s, c) && !core(s)->cfg.keep_idle_window)
+        window_decays(c, max_u32(rtos > 31 ? 0 : c->cwnd >> rtos, tcp_initial_window(c)));
+}
+
+/* ---- A connection's life --------------------------------------------------------------------------------- */
 bool tcp_cc_exact_ecn(const struct bypass_stack *s, uint8_t cc) { return ops_at(s, cc)->flags & BYPASS_CC_EXACT_ECN; }
 
 /* What the short ways ask about, in one word. Lazy: no flag, so it is told of ACKs only when the window limits, keeps
@@ -154,6 +215,7 @@ void tcp_cc_begin(struct bypass_stack *s, struct tcp_conn *c)
     const struct bypass_cc_ops *ops = cc_ops(s, c);
     struct tcp_flight *fl = conn_flight(s, c);
     fl->app_limited = 1; /* until the program has filled the window once */
+    window_used(s, fl);
     if (ops->flags & BYPASS_CC_KEEP)
         fl->keep |= FK_CC;
     tcp_pace_begin(s, c, ops->flags & BYPASS_CC_PACED);
@@ -178,35 +240,14 @@ void tcp_cc_repace(struct bypass_stack *s, struct tcp_conn *c)
 void tcp_cc_resume(struct bypass_stack *s, struct tcp_conn *c)
 {
     conn_flight(s, c)->paused = 1;
+    window_used(s, conn_flight(s, c));
     if (cc_ops(s, c)->flags & BYPASS_CC_KEEP)
         tcp_cc_event(s, c, CC_EV_RESTART);
-}
-
-/* RFC 2861 3.2, RFC 7661: the most that was in flight in this round trip tells whether the window was used. */
-void tcp_cc_sent(struct bypass_stack *s, struct tcp_conn *c)
-{
-    struct tcp_flight *fl = conn_flight(s, c);
-    uint32_t flight = c->snd_nxt.v - c->snd_una.v;
-    if (flight > fl->used_most || seq_geq(c->snd_una, fl->used_end)) {
-        fl->used_most = flight;
-        fl->used_end = c->snd_nxt;
-    }
-}
-
-/* Would a larger window have been used? In slow start, where it doubles, half of it is enough. */
-static bool window_limits(const struct tcp_conn *c, const struct tcp_flight *fl)
-{
-    return fl->used_most + c->snd_mss > c->cwnd || (c->cwnd < c->ssthresh && c->cwnd < 2 * fl->used_most);
 }
 
 static bool window_is_recoverys(const struct tcp_flight *fl, const struct bypass_cc_ops *ops)
 {
     return (fl->ca_state == CA_RECOVERY || fl->ca_state == CA_CWR) && !(ops->flags & BYPASS_CC_OWN_WINDOW);
-}
-
-bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c)
-{
-    return cc_ops(s, c)->flags & BYPASS_CC_OWN_WINDOW;
 }
 
 static void call_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm, bool limited)
@@ -241,6 +282,10 @@ void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_s
     const struct bypass_cc_ops *ops = cc_ops(s, c);
     struct tcp_flight *fl = conn_flight(s, c);
     bool limited = window_limits(c, fl);
+    if (limited || fl->ca_state != CA_OPEN)
+        window_used(s, fl);
+    else
+        window_unused(s, c, fl);
     if (!(ops->flags & BYPASS_CC_EVERY_ACK)) {
         bool slow_start = fl->ca_state == CA_LOSS;
         if (!limited && !slow_start) {
@@ -272,16 +317,6 @@ void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev)
     if (ops->event)
         ops->event(&v, (int)ev);
     view_store(c, fl, &v, true);
-}
-
-/* RFC 5681 4.1: after a pause the window says less and less about the network. It is halved for each timeout that the
- * pause lasted (RFC 2861 3.1), down to what a new connection has. */
-void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c, uint64_t idle_ns)
-{
-    uint32_t floor = min_u32(c->cwnd, tcp_initial_window(c));
-    uint64_t rtos = idle_ns / (c->rto_us * 1000ull);
-    if (!tcp_cc_own_window(s, c) && !core(s)->cfg.keep_idle_window)
-        c->cwnd = max_u32(rtos > 31 ? 0 : c->cwnd >> rtos, floor);
 }
 
 /* ---- Which one ------------------------------------------------------------------------------------------- */

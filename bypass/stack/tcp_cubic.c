@@ -109,8 +109,8 @@ static void avoid_congestion(struct bypass_cc *cc, struct cubic *q, uint32_t ack
         stage_begin(cc, q);
     reno_estimate(cc, q, acked);
     uint64_t t = cc->now_us - v->start_us;
-    if (curve_at(v, t, cc->mss) < v->w_est) { /* 4.3 */
-        cc->cwnd = (uint32_t)max_u64(cc->cwnd, min_u64(v->w_est, UINT32_MAX));
+    if (curve_at(v, t, cc->mss) < v->w_est) { /* 4.3; after a pause that shrank the window, no faster than slow start */
+        cc->cwnd = (uint32_t)max_u64(cc->cwnd, min_u64(v->w_est, (uint64_t)cc->cwnd + acked));
         return;
     }
     /* 4.4, 4.5: a round trip ahead, at most half as much again */

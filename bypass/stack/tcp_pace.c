@@ -46,7 +46,8 @@ void tcp_pace_spend(struct bypass_stack *s, struct tcp_conn *c, uint32_t bytes)
 {
     struct tcp_flight *fl = conn_flight(s, c);
     uint64_t rate = pace_rate(s, c);
-    if (rate == 0)
+    bool first_window = conn_cold(s, c)->data_segs_out < 10 && rate != tcp_pace_limit(&conn_cold(s, c)->opt);
+    if (rate == 0 || first_window) /* RFC 6928 2 allows it at once, and a short transfer gains half a round trip */
         return;
     uint64_t saved = now_ns(s) > SAVED_NS ? now_ns(s) - SAVED_NS : 0;
     fl->pace_at = max_u64(fl->pace_at, saved) + bytes * SEC_NS / rate;
