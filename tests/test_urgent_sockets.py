@@ -178,7 +178,10 @@ def test_at_the_end_of_the_stream_the_byte_is_still_there(pair: Any) -> None:
 
 def test_a_mark_is_of_connections(pair: Any) -> None:
     if isinstance(pair, Ours):
-        with pair.reader.stack.socket(socket.SOCK_DGRAM) as udp, pytest.raises(OSError, match="Invalid argument"):
+        with (
+            pair.reader.stack.socket(socket.SOCK_DGRAM) as udp,
+            pytest.raises(OSError, match="Invalid argument"),
+        ):
             udp.at_mark()
 
 
