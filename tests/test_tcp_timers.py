@@ -129,17 +129,72 @@ def test_keepalive_leaves_a_closed_window_to_its_own_probes() -> None:
         t.peer("R 1:1")
 
 
+def ends_after(t: Talk, conn: int, seconds: float) -> None:
+    """The connection ends with ETIMEDOUT so long from now, and not before."""
+    t.advance(seconds - 0.01)
+    assert t.stack.error(conn) == 0
+    t.advance(0.02)
+    assert t.stack.error(conn) == errno.ETIMEDOUT
+    assert t.state() == ""
+
+
 def test_a_user_timeout_ends_a_connection_whose_data_is_not_acknowledged() -> None:
+    """RFC 5482 2: at that time, not at the retransmission behind it."""
     with Talk() as t:
         conn = t.established(TCP_USER_TIMEOUT=5000)
         t.advance(100)
         t.write(100)
-        t.advance(4.9)
+        ends_after(t, conn, 5)
         t.out()
-        assert t.state() == "ESTABLISHED"
-        t.advance(8)
-        assert t.state() == ""
+
+
+def test_a_long_user_timeout_allows_more_retransmissions_than_the_default() -> None:
+    """tcp(7): the maximum time, not a number; 15 retransmissions are over after 15 minutes."""
+    with Talk() as t:
+        conn = t.established(TCP_USER_TIMEOUT=3_600_000)
+        t.write(100)
+        ends_after(t, conn, 3600)
+        assert 15 < len(t.out()) < 45
+
+
+def test_a_short_user_timeout_still_tries_once_more() -> None:
+    with Talk() as t:
+        conn = t.established(TCP_USER_TIMEOUT=10)
+        t.write(100)
+        t.hears("P. 1:101")
+        t.at(0.2, "P. 1:101")
+        t.advance(0.01)
         assert t.stack.error(conn) == errno.ETIMEDOUT
+
+
+def test_a_user_timeout_limits_connecting_too() -> None:
+    with Talk() as t:
+        conn = t.client(TCP_USER_TIMEOUT=5000)
+        ends_after(t, conn, 5)
+        assert len(t.out()) == 3
+
+
+def test_a_user_timeout_limits_the_wait_for_a_window() -> None:
+    """RFC 9293 3.8.6.1: probes that are answered would go on for ever."""
+    with Talk() as t:
+        conn = t.established(TCP_USER_TIMEOUT=5000)
+        t.peer(". 1:1 ack 1 win 0")
+        t.write(100)
+        for _ in range(9):
+            t.advance(0.5)
+            if t.out():
+                t.peer(". 1:1 ack 1 win 0")
+        ends_after(t, conn, 0.5)
+
+
+def test_a_user_timeout_decides_about_keepalive_in_place_of_the_number_of_probes() -> None:
+    """tcp(7): at the first probe behind it; not earlier, however many there are."""
+    with Talk() as t:
+        conn = t.established(
+            SO_KEEPALIVE=1, TCP_KEEPIDLE=10, TCP_KEEPINTVL=1, TCP_KEEPCNT=2, TCP_USER_TIMEOUT=15_500
+        )
+        ends_after(t, conn, 16)
+        assert [s.flags for s in t.out()] == ["."] * 6 + ["R."]
 
 
 def test_a_user_timeout_counts_from_the_last_progress() -> None:

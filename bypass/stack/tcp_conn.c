@@ -474,6 +474,7 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
         conn_follow(s, c, after);
     c->flags |= TF_TS | TF_WSCALE; /* offered; the answer decides */
     c->feat |= TX_SACK;
+    conn_cold(s, c)->unacked_since = now_ns(s);
     conn_set_state(s, c, BYPASS_SYN_SENT);
     STAT(s, tcp_active_opens);
     return conn_index(s, c);

@@ -109,16 +109,33 @@ static void give_up(struct bypass_stack *s, struct tcp_conn *c)
     conn_drop(s, c, k->soft_error ? k->soft_error : ETIMEDOUT);
 }
 
-static bool user_timeout_over(struct bypass_stack *s, struct tcp_conn *c)
+/* RFC 5482, as TCP_USER_TIMEOUT has it: absolute, or NO_DEADLINE. */
+static uint64_t user_deadline(const struct bypass_stack *s, const struct tcp_conn *c)
 {
     const struct tcp_cold *k = conn_cold(s, c);
-    return k->opt.user_timeout_ms != 0 && now_ns(s) - k->unacked_since >= k->opt.user_timeout_ms * MSEC_NS;
+    return k->opt.user_timeout_ms ? k->unacked_since + k->opt.user_timeout_ms * MSEC_NS : NO_DEADLINE;
+}
+
+/* Something was tried again at least once; a program that says how long means that, however often it is. */
+static bool user_timeout_over(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return now_ns(s) >= user_deadline(s, c) && (c->rtx_count > 0 || c->backoff > 0);
+}
+
+/* The next try comes no later than the end of the user timeout. */
+static void end_with_user_timeout(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint64_t end = user_deadline(s, c);
+    if (c->rtx_at == 0 || c->rtx_kind != RTX_NONE || c->rtx_at <= end)
+        return;
+    c->rtx_at = max_u64(end, now_ns(s) + MSEC_NS);
+    tcp_timer_update(s, c);
 }
 
 static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
     uint32_t most = c->state == BYPASS_SYN_SENT ? conn_cold(s, c)->opt.syn_retries : (uint32_t)SYNACK_RETRIES;
-    if (c->rtx_count >= most) {
+    if (c->rtx_count >= most || (c->state == BYPASS_SYN_SENT && user_timeout_over(s, c))) {
         give_up(s, c);
         return;
     }
@@ -127,6 +144,8 @@ static void syn_timeout(struct bypass_stack *s, struct tcp_conn *c)
     c->flags |= TF_SYN_RTX;
     STAT(s, tcp_out_retransmits);
     tcp_send_syn(s, c);
+    if (c->state == BYPASS_SYN_SENT)
+        end_with_user_timeout(s, c);
 }
 
 /* No program holds it, nor will. */
@@ -142,7 +161,7 @@ static bool window_taken_back(struct bypass_stack *s, const struct tcp_conn *c)
 static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
 {
     uint32_t most = orphan(c) ? ORPHAN_RETRIES : DATA_RETRIES;
-    if (c->rtx_count >= most || user_timeout_over(s, c)) {
+    if (user_deadline(s, c) == NO_DEADLINE ? c->rtx_count >= most : user_timeout_over(s, c)) {
         give_up(s, c);
         return;
     }
@@ -151,10 +170,11 @@ static void data_timeout(struct bypass_stack *s, struct tcp_conn *c)
     if (unlikely(c->rtx_count >= 3 || (c->feat & TX_PMTU_PROBE)))
         tcp_pmtu_timeout(s, c);
     tcp_enter_loss(s, c);
-    c->rtx_count = (uint8_t)(c->rtx_count + !window_taken_back(s, c));
+    c->rtx_count = (uint8_t)min_u32(c->rtx_count + !window_taken_back(s, c), UINT8_MAX);
     c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX);
     tcp_rtx_restart(s, c);
     tcp_output(s, c);
+    end_with_user_timeout(s, c);
 }
 
 static void flight_due(struct bypass_stack *s, struct tcp_conn *c)
@@ -190,6 +210,7 @@ static void probe_timeout(struct bypass_stack *s, struct tcp_conn *c)
     c->flags |= TF_PROBING;
     c->backoff = (uint8_t)min_u32(c->backoff + 1u, UINT8_MAX); /* also when they are answered (SHLD-30) */
     c->rtx_at = now_ns(s) + max_u64(backed_off_ns(c), RTO_MIN_US * 1000ull);
+    end_with_user_timeout(s, c);
     c->probes++;
     STAT(s, tcp_out_probes);
     tcp_send_probe(s, c);
@@ -219,6 +240,14 @@ static void rtx_due(struct bypass_stack *s, struct tcp_conn *c)
     }
 }
 
+/* tcp(7): a user timeout decides in place of TCP_KEEPCNT. */
+static bool keepalive_failed(const struct bypass_stack *s, const struct tcp_conn *c, const struct tcp_cold *k)
+{
+    if (k->opt.user_timeout_ms == 0)
+        return c->probes >= k->opt.keep_cnt;
+    return c->probes > 0 && now_ns(s) - k->last_in >= k->opt.user_timeout_ms * MSEC_NS;
+}
+
 static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
 {
     const struct tcp_cold *k = conn_cold(s, c);
@@ -234,12 +263,12 @@ static void keepalive_due(struct bypass_stack *s, struct tcp_conn *c)
         c->keep_at = now_ns(s) + SEC_NS;
         return;
     }
-    if (c->probes >= k->opt.keep_cnt) {
+    if (keepalive_failed(s, c, k)) {
         STAT(s, tcp_keepalive_timeouts);
         conn_reset(s, c, ETIMEDOUT);
         return;
     }
-    c->probes++;
+    c->probes = (uint8_t)min_u32(c->probes + 1u, UINT8_MAX);
     c->keep_at = now_ns(s) + k->opt.keep_intvl_s * SEC_NS;
     STAT(s, tcp_out_keepalives);
     tcp_send_probe(s, c);
