@@ -190,7 +190,13 @@ static int take_train(struct bypass_stack *s, struct tcp_conn *c, const bypass_p
         largest = max_u32(largest, len);
         STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[k])->len);
     }
-    c->snd_wl1 = seq_add(end, 0u - pkt_meta(s, pkts[k - 1])->data_len);
+    seq_t last = seq_add(end, 0u - pkt_meta(s, pkts[k - 1])->data_len);
+    if (seq_lt(c->snd_wl1, last)) { /* it tells the window, also when the first one was overtaken by news of it */
+        c->snd_wl1 = last;
+        c->snd_wl2 = g->ack;
+        c->snd_wnd = g->wnd << c->snd_wscale;
+        c->snd_wnd_max = max_u32(c->snd_wnd_max, c->snd_wnd);
+    }
     struct tcp_cold *cold = conn_cold(s, c);
     cold->segs_in += (uint32_t)k - 1;
     cold->data_segs_in += (uint32_t)k - 1;
