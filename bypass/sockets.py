@@ -43,6 +43,7 @@ SOL, TCP = _socket.SOL_SOCKET, _socket.IPPROTO_TCP
 SENDFILE_BYTES = 1 << 18
 POLL_BITS: dict[int, int] = {
     lib.BYPASS_IN: select.POLLIN,
+    lib.BYPASS_PRI: select.POLLPRI,
     lib.BYPASS_OUT: select.POLLOUT,
     lib.BYPASS_ERR: select.POLLERR,
     lib.BYPASS_HUP: select.POLLHUP,
@@ -321,7 +322,7 @@ class Socket:
                     return at
 
     def _recv_part(self, target: memoryview, flags: int) -> int:
-        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS)
+        ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS | OOB_FLAGS)
         with self._lock:
             core = self._stack.core
             n: int = self._until(
@@ -330,7 +331,7 @@ class Socket:
                     if self._enough(h, len(target), flags)
                     else None
                 ),
-                nonblocking=bool(flags & DONTWAIT),
+                nonblocking=bool(flags & AT_ONCE),
             )
             self._stack.touched()
             return n

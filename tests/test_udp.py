@@ -192,6 +192,33 @@ def test_the_most_specific_socket_gets_it() -> None:
         assert all(c.stack.recv(s, 1) == EAGAIN for s in socks.values())
 
 
+def test_a_port_that_is_shared_by_agreement_spreads_flows_and_each_stays_with_its_own() -> None:
+    """SO_REUSEPORT, socket(7)."""
+    with Conversation() as c:
+        socks = []
+        for _ in range(4):
+            sock = c.stack.socket(lib.BYPASS_DGRAM)
+            c.stack.setopt(sock, lib.BYPASS_SO_REUSEPORT, 1)
+            c.stack.bind(sock, ("0.0.0.0", 7))
+            socks.append(sock)
+        with pytest.raises(OSError, match="in use"):
+            c.udp(7)
+
+        def owner(sport: int) -> int:
+            c.inject_ip(datagram(b"x", sport=sport))
+            [got] = [s for s in socks if c.stack.recv(s, 1) == b"x"]
+            return got
+
+        first = {sport: owner(sport) for sport in range(1000, 1200)}
+        shares = [sum(o == s for o in first.values()) for s in socks]
+        assert all(20 < n < 90 for n in shares), shares
+        gone = socks.pop()
+        c.stack.close_socket(gone)
+        assert all(owner(sport) == s for sport, s in first.items() if s != gone), (
+            "only the flows of the one move"
+        )
+
+
 def test_a_connected_socket_takes_nothing_from_others() -> None:
     with Conversation() as c:
         sock = c.udp(7, peer=(PEER, 9))
@@ -341,6 +368,63 @@ def test_what_does_not_is_cut(n: int) -> None:
         packets = c.sent_ip()
         assert len(packets) == -(-(n + 8) // 1480)
         assert parse_udp(join(packets)).data == data
+
+
+@pytest.mark.parametrize(
+    ("discover", "n", "df", "packets"),
+    [
+        (0, 100, False, 1),
+        (0, 1473, False, 2),
+        (1, 100, True, 1),
+        (1, 1473, False, 2),
+        (2, 1472, True, 1),
+        (3, 1472, True, 1),
+    ],
+)
+def test_whether_packets_may_be_cut_is_the_sockets_choice(
+    discover: int, n: int, df: bool, packets: int
+) -> None:
+    """IP_MTU_DISCOVER, ip(7): DONT, WANT, DO, PROBE."""
+    with Conversation() as c:
+        sock = c.udp(7)
+        c.stack.setopt(sock, lib.BYPASS_IP_MTU_DISCOVER, discover)
+        assert c.stack.sendto(sock, bytes(n), (PEER, 9)) == n
+        sent = c.sent_ip()
+        assert [p.df for p in sent] == [df] * packets
+
+
+@pytest.mark.parametrize("discover", [2, 3])
+def test_what_must_not_be_cut_is_refused_when_it_does_not_fit(discover: int) -> None:
+    with Conversation() as c:
+        sock = c.udp(7)
+        c.stack.setopt(sock, lib.BYPASS_IP_MTU_DISCOVER, discover)
+        assert c.stack.sendto(sock, bytes(1473), (PEER, 9)) == -errno.EMSGSIZE
+        assert c.sent_ip() == []
+
+
+def test_a_path_that_has_become_narrow_counts_for_do_and_not_for_probe() -> None:
+    with Conversation() as c:
+        sock = c.udp(7, peer=(PEER, 9))
+        c.stack.send(sock, bytes(1000))
+        assert len(c.sent_ip()) == 1
+        assert c.stack.getopt(sock, lib.BYPASS_IP_MTU) == 1500
+        quote = ipv4(US, PEER, UDP, udp(US, PEER, 7, 9, bytes(1000)))
+        c.inject_ip(ipv4(PEER, US, ICMP, icmp(3, 4, (1000).to_bytes(4, "big"), quote)))
+        assert c.stack.error(sock) in (0, errno.EMSGSIZE)
+        assert c.stack.getopt(sock, lib.BYPASS_IP_MTU) == 1000
+        for discover, got in ((2, -errno.EMSGSIZE), (3, 1400)):
+            c.stack.setopt(sock, lib.BYPASS_IP_MTU_DISCOVER, discover)
+            assert c.stack.send(sock, bytes(1400)) == got
+        [packet] = c.sent_ip()
+        assert packet.df
+
+
+def test_a_datagram_is_one_call() -> None:
+    """MSG_MORE would make one of several: it is refused, not ignored."""
+    with Conversation() as c:
+        sock = c.udp(7, peer=(PEER, 9))
+        assert c.stack.send(sock, b"a", lib.BYPASS_MORE) == -errno.EOPNOTSUPP
+        assert c.sent_ip() == []
 
 
 def test_what_is_cut_waits_for_the_next_hop_as_a_whole() -> None:
@@ -543,10 +627,13 @@ def test_options_keep_their_values_and_refuse_nonsense() -> None:
     with Conversation() as c:
         sock = c.udp(7)
         for option, good, bad in (
-            (lib.BYPASS_IP_TTL, (1, 255), (0, 256, -1)),
-            (lib.BYPASS_IP_TOS, (0, 255), (256, -1)),
+            (lib.BYPASS_IP_TTL, (1, 255), (0, 256, -2)),
+            (lib.BYPASS_IP_TOS, (0, 255), ()),
             (lib.BYPASS_SO_BROADCAST, (1, 0), ()),
             (lib.BYPASS_SO_REUSEADDR, (1, 0), ()),
+            (lib.BYPASS_SO_REUSEPORT, (1, 0), ()),
+            (lib.BYPASS_SO_LINGER, (-1, 0, 5), (-2,)),
+            (lib.BYPASS_IP_MTU_DISCOVER, (0, 1, 2, 3), (-1, 4)),
             (lib.BYPASS_SO_RCVBUF, (4096, 1 << 20), ()),
             (lib.BYPASS_SO_SNDBUF, (4096, 1 << 20), ()),
         ):

@@ -290,7 +290,7 @@ enum {
     BYPASS_TRUNC = 2, /* UDP: return the datagram's real size; TCP: throw bytes away without copying them */
     BYPASS_OOB = 8,   /* recv: the urgent byte, -EINVAL: there is none; send: the last byte is urgent (RFC 6093) */
     /* bypass_send() flags */
-    BYPASS_MORE = 4,      /* more follows: do not send a partial segment yet */
+    BYPASS_MORE = 4,      /* more follows: do not send a partial segment yet. UDP: -EOPNOTSUPP */
     BYPASS_FASTOPEN = 16, /* bypass_sendto() on a TCP socket that is not connected: connects, and the data goes with
                            * the SYN where a cookie of the peer's is known (RFC 7413) */
 

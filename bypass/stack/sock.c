@@ -402,6 +402,8 @@ int64_t bypass_recv(struct bypass_stack *s, bypass_sock h, void *buf, size_t n, 
         return udp_recvfrom(s, k->idx, buf, n, flags, NULL);
     if (k->type == SOCK_TCP)
         return tcp_recv(s, conn_at(s, k->idx), buf, n, flags);
+    if ((flags & BYPASS_OOB) && !endpoint_at(s, k->idx)->listening)
+        return -EINVAL; /* looked for first, as on Linux */
     int err = endpoint_at(s, k->idx)->listening ? 0 : take_error(s, k);
     return err ? -err : -ENOTCONN;
 }

@@ -138,9 +138,9 @@ static int set_maxseg(const struct owner *o, int64_t v)
 
 static int64_t get_maxseg(const struct owner *o)
 {
-    if (o->c && !(o->c->flags & TF_DEAD))
-        return o->c->snd_mss;
-    return o->opt->maxseg ? o->opt->maxseg : TCP_DEFAULT_MSS;
+    if (o->opt->maxseg && (!o->c || (o->c->flags & TF_DEAD)))
+        return o->opt->maxseg;
+    return o->c ? o->c->snd_mss : TCP_DEFAULT_MSS;
 }
 
 static int set_pacing(const struct owner *o, int64_t v)

@@ -485,6 +485,8 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
 int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
 {
     int mask = conn_cold(s, c)->error ? BYPASS_ERR : 0;
+    if (unlikely(c->feat & TX_URG_IN) && tcp_urg_ready(s, c))
+        mask |= BYPASS_PRI;
     if (conn_over(c))
         return mask | BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP;
     if (tcp_opening(c))
@@ -494,8 +496,6 @@ int tcp_conn_ready(const struct bypass_stack *s, const struct tcp_conn *c)
         mask |= BYPASS_IN | BYPASS_RDHUP;
     if (tcp_readable(s, c))
         mask |= BYPASS_IN;
-    if (unlikely(c->feat & TX_URG_IN) && tcp_urg_ready(s, c))
-        mask |= BYPASS_PRI;
     if (no_more_out || tcp_snd_room(s, c) > 0)
         mask |= BYPASS_OUT;
     if (no_more_in && no_more_out)

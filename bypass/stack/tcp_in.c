@@ -313,12 +313,12 @@ static void synchronised_in(struct bypass_stack *s, struct tcp_conn *c, struct s
         return; /* both directions are complete; a repeated FIN was answered above */
     if (!tcp_ack_in(s, c, g) || fin_acked(s, c) == STOP)
         return;
-    if (data_after_close(s, c, g))
-        return;
     if (unlikely(c->feat & TX_ECN) && seg_len(g) > 0)
         tcp_ecn_in(s, c, g);
     if (unlikely((g->flags & TCP_URG) || (c->feat & TX_URG_IN)) && !(c->flags & TF_FIN_IN))
-        tcp_urg_in(s, c, g);                                             /* sixth */
+        tcp_urg_in(s, c, g); /* sixth */
+    if (data_after_close(s, c, g))
+        return;
     if ((g->len > 0 || (g->flags & TCP_FIN)) && !(c->flags & TF_FIN_IN)) /* nothing comes after a FIN */
         tcp_rcv_data(s, c, g);                                           /* seventh, eighth */
     tcp_output(s, c);

@@ -61,7 +61,7 @@ size_t tcp_urg_limit(struct bypass_stack *s, struct tcp_conn *c, size_t n, bool 
 {
     struct tcp_cold *k = conn_cold(s, c);
     uint32_t ahead = k->rcv_up.v - read_seq(c).v;
-    if (k->urg_state == URG_NONE || ahead > c->rcv_queued)
+    if (k->urg_state == URG_NONE || ahead > c->rcv_queued || n == 0) /* a read of nothing passes nothing over */
         return n;
     if (ahead > 0)
         return n < ahead ? n : ahead;
@@ -90,6 +90,8 @@ int64_t tcp_urg_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size
     struct tcp_cold *k = conn_cold(s, c);
     if (in_line(k) || k->urg_state == URG_NONE || k->urg_state == URG_TAKEN)
         return -EINVAL;
+    if (conn_over(c) && !(c->flags & TF_FIN_IN))
+        return -ENOTCONN;
     if (k->urg_state == URG_AHEAD)
         return c->flags & (TF_FIN_IN | TF_RCV_SHUT | TF_DEAD) ? 0 : -EAGAIN;
     if (!(flags & BYPASS_PEEK))

@@ -40,6 +40,9 @@ int udp_create(struct bypass_stack *s, uint32_t *idx)
         .sndbuf = core(s)->cfg.sndbuf,
         .q_head = UDP_Q_NONE,
         .q_tail = UDP_Q_NONE,
+        .linger_s = -1,
+        .rcvlowat = 1,
+        .mtu_discover = MTU_WANT,
     };
     return 0;
 }
@@ -69,7 +72,7 @@ static bool port_taken(const struct bypass_stack *s, const struct udp *u, const 
     for (uint32_t link = *udp_bucket(s, port); link != 0;) {
         const struct udp *o = udp_at(s, link - 1);
         bool overlap = addr_is_any(addr) || !udp_has_addr(o) || addr_eq(&o->local, addr);
-        if (o->local_port == port && overlap && !(o->flags & u->flags & UDP_REUSE)) {
+        if (o->local_port == port && overlap && !(o->flags & u->flags & (UDP_REUSE | UDP_REUSEPORT))) {
             return true;
         }
         link = o->hash_next;
@@ -210,24 +213,52 @@ static uint32_t clamp_buf(int64_t value)
     return (uint32_t)(value < BUF_MIN ? BUF_MIN : value > BUF_MAX ? BUF_MAX : value);
 }
 
-static int set_byte(uint8_t *field, int64_t value, int64_t min)
+/* Of options that are one bit; 0: another option. */
+static uint32_t flag_of(int opt)
 {
-    if (value < min || value > 255) {
+    switch (opt) {
+    case BYPASS_SO_REUSEADDR:
+        return UDP_REUSE;
+    case BYPASS_SO_REUSEPORT:
+        return UDP_REUSEPORT;
+    case BYPASS_SO_BROADCAST:
+        return UDP_BROADCAST;
+    case BYPASS_SO_KEEPALIVE:
+        return UDP_KEEPALIVE;
+    case BYPASS_SO_OOBINLINE:
+        return UDP_OOBINLINE;
+    default:
+        return 0;
+    }
+}
+
+/* ip(7): -1 is the default. */
+static int set_ttl(struct udp *u, int64_t value)
+{
+    if (value != -1 && (value < 1 || value > 255)) {
         return -EINVAL;
     }
-    *field = (uint8_t)value;
+    u->ttl = (uint8_t)(value == -1 ? 0 : value);
     return 0;
 }
 
-static int set_flag(struct udp *u, uint32_t flag, int64_t value)
+static int set_linger(struct udp *u, int64_t value)
 {
-    u->flags = value != 0 ? u->flags | flag : u->flags & ~flag;
+    if (value < -1 || value > INT32_MAX) {
+        return -EINVAL;
+    }
+    u->linger_s = (int32_t)value;
     return 0;
 }
 
 int udp_setopt(struct bypass_stack *s, uint32_t idx, int opt, int64_t value)
 {
     struct udp *u = udp_at(s, idx);
+    uint32_t flag = flag_of(opt);
+    if (flag != 0) {
+        u->flags = value != 0 ? u->flags | flag : u->flags & ~flag;
+        return 0;
+    }
     switch (opt) {
     case BYPASS_SO_SNDBUF:
         u->sndbuf = clamp_buf(value);
@@ -235,35 +266,64 @@ int udp_setopt(struct bypass_stack *s, uint32_t idx, int opt, int64_t value)
     case BYPASS_SO_RCVBUF:
         u->rcvbuf = clamp_buf(value);
         return 0;
-    case BYPASS_SO_REUSEADDR:
-        return set_flag(u, UDP_REUSE, value);
-    case BYPASS_SO_BROADCAST:
-        return set_flag(u, UDP_BROADCAST, value);
+    case BYPASS_SO_LINGER:
+        return set_linger(u, value);
+    case BYPASS_SO_RCVLOWAT:
+        u->rcvlowat = value < 0 || value > INT32_MAX ? INT32_MAX : value == 0 ? 1 : (uint32_t)value;
+        return 0;
     case BYPASS_IP_TTL:
-        return set_byte(&u->ttl, value, 1);
+        return set_ttl(u, value);
+    case BYPASS_IP_MTU_DISCOVER:
+        if (value < MTU_DONT || value > MTU_PROBE) {
+            return -EINVAL;
+        }
+        u->mtu_discover = (uint8_t)value;
+        return 0;
     case BYPASS_IP_TOS:
-        return set_byte(&u->tos, value, 0);
+        u->tos = (uint8_t)value; /* as Linux: an int of which the low byte counts */
+        return 0;
     default:
         return -ENOPROTOOPT;
     }
 }
 
+static int64_t path_mtu(struct bypass_stack *s, const struct udp *u)
+{
+    if (!(u->flags & UDP_CONNECTED)) {
+        return -ENOTCONN;
+    }
+    const struct dst *d = dst_hit(s, &u->dst, &u->peer);
+    return d != NULL ? d->mtu : s->dev->mtu;
+}
+
 int64_t udp_getopt(struct bypass_stack *s, uint32_t idx, int opt)
 {
     const struct udp *u = udp_at(s, idx);
+    uint32_t flag = flag_of(opt);
+    if (flag != 0) {
+        return (u->flags & flag) != 0;
+    }
     switch (opt) {
     case BYPASS_SO_SNDBUF:
         return u->sndbuf;
     case BYPASS_SO_RCVBUF:
         return u->rcvbuf;
-    case BYPASS_SO_REUSEADDR:
-        return (u->flags & UDP_REUSE) != 0;
-    case BYPASS_SO_BROADCAST:
-        return (u->flags & UDP_BROADCAST) != 0;
+    case BYPASS_SO_LINGER:
+        return u->linger_s;
+    case BYPASS_SO_RCVLOWAT:
+        return u->rcvlowat;
+    case BYPASS_SO_TYPE:
+        return BYPASS_DGRAM;
+    case BYPASS_SO_ACCEPTCONN:
+        return 0;
     case BYPASS_IP_TTL:
         return u->ttl != 0 ? u->ttl : IP4_TTL_DEFAULT;
     case BYPASS_IP_TOS:
         return u->tos;
+    case BYPASS_IP_MTU:
+        return path_mtu(s, u);
+    case BYPASS_IP_MTU_DISCOVER:
+        return u->mtu_discover;
     default:
         return -ENOPROTOOPT;
     }

@@ -14,7 +14,12 @@ enum { /* udp.flags */
        UDP_SHUT_RD = 32,
        UDP_SHUT_WR = 64,
        UDP_BLOCKED = 128, /* was told -EAGAIN on sending: is in the list of the blocked */
+       UDP_REUSEPORT = 256,
+       UDP_KEEPALIVE = 512, /* kept only, as on Linux: datagrams have neither */
+       UDP_OOBINLINE = 1024,
 };
+
+enum { MTU_DONT, MTU_WANT, MTU_DO, MTU_PROBE }; /* cut, cut but say so, never cut, never cut nor ask the path */
 
 /* Received datagrams stand in a list. Those in frames are linked by meta.next, their payload is at meta.data_off from
  * the frame's start; those in chunks start with struct udp_stored and are linked by chunk.owner[0]. A link is a frame's
@@ -37,6 +42,10 @@ struct udp {
     addr_t from;        /* and its source, as long as the reference holds */
     uint16_t queue;     /* the last datagram read came by it; answers leave by it */
     uint8_t ttl, tos;
+    int32_t linger_s; /* kept only, as on Linux: one datagram makes a socket readable, and close() never waits */
+    uint32_t rcvlowat;
+    uint8_t mtu_discover; /* MTU_*, ip(7) IP_MTU_DISCOVER */
+    uint8_t pad[3];
 };
 
 struct udp_stored { /* in front of a datagram in chunks */

@@ -40,7 +40,20 @@ static int score(const struct udp *u, const struct flow *f)
     return points;
 }
 
-/* Among equals (SO_REUSEADDR) the one bound last, as Linux does. */
+/* What a socket of a group (SO_REUSEPORT) bids for a flow: the highest gets it, and when one comes or goes only the
+ * flows that it gets or had move. */
+static uint64_t bid(const struct bypass_stack *s, const struct udp *u, const struct flow *f)
+{
+    struct {
+        addr_t src;
+        uint32_t ports, socket;
+    } id = {*f->src, (uint32_t)f->src_port << 16 | f->dst_port, u->sock};
+    return siphash13(core(s)->hash_key, &id, sizeof id);
+}
+
+static bool grouped(const struct udp *u) { return (u->flags & (UDP_REUSEPORT | UDP_CONNECTED)) == UDP_REUSEPORT; }
+
+/* Among equals: of a group the one that bids most, else (SO_REUSEADDR) the one bound last, as Linux does. */
 static struct udp *lookup(const struct bypass_stack *s, const struct flow *f)
 {
     struct udp *best = NULL;
@@ -48,7 +61,8 @@ static struct udp *lookup(const struct bypass_stack *s, const struct flow *f)
     for (uint32_t link = *udp_bucket(s, f->dst_port); link != 0;) {
         struct udp *u = udp_at(s, link - 1);
         int points = score(u, f);
-        if (points > best_score) {
+        bool tie = points == best_score && best != NULL;
+        if (points > best_score || (tie && grouped(best) && grouped(u) && bid(s, u, f) > bid(s, best, f))) {
             best = u;
             best_score = points;
         }

@@ -142,13 +142,17 @@ static int64_t transmit(struct bypass_stack *s, uint32_t idx, struct datagram *g
     enum { DF_MIN_MTU = 552 }; /* below it a smaller path would not be believed (udp_in.c): routers may cut */
     struct udp *u = udp_at(s, idx);
     uint32_t total = UDP_LEN + g->len, frames = 1;
+    uint32_t mtu = u->mtu_discover == MTU_PROBE ? s->dev->mtu : d->mtu;
+    if (u->mtu_discover >= MTU_DO && total > mtu - IP4_LEN) {
+        return -EMSGSIZE;
+    }
     struct ip_tx tx = {.src = g->src, .dst = g->dst, .proto = PROTO_UDP, .ttl = u->ttl, .tos = u->tos};
     tx.ref = u->dst.gen != 0 ? &u->dst : NULL; /* resolve() keeps none of groups */
-    tx.df = d->mtu > DF_MIN_MTU;
+    tx.df = u->mtu_discover >= MTU_DO || (u->mtu_discover == MTU_WANT && d->mtu > DF_MIN_MTU);
     if (tx.ttl == 0 && addr_v4(g->dst)[0] >> 4 == 14) {
         tx.ttl = 1; /* RFC 1112 6.1: multicast stays on the link */
     }
-    g->piece = min_u32(d->mtu - IP4_LEN, s->dev->stride - s->dev->headroom);
+    g->piece = min_u32(mtu - IP4_LEN, s->dev->stride - s->dev->headroom);
     bool cut = total > g->piece;
     if (cut) {
         g->piece &= ~7u;
@@ -206,7 +210,9 @@ int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t
 {
     struct udp *u = udp_at(s, idx);
     struct bypass_endpoint peer;
-    (void)flags;
+    if (flags & BYPASS_MORE) {
+        return -EOPNOTSUPP; /* a datagram made of several calls */
+    }
     if (u->err != 0) {
         return -udp_error(s, idx);
     }
