@@ -169,7 +169,7 @@ static int64_t get_fastopen(const struct owner *o) { return o->ep ? o->ep->fo_ma
 
 static int set_fastopen_connect(const struct owner *o, int64_t v)
 {
-    if (v < 0 || v > 1 || !o->ep || o->ep->listening)
+    if (v < 0 || v > 1 || (o->ep ? o->ep->listening : !conn_over(o->c)))
         return -EINVAL;
     if (!(core(o->s)->cfg.fastopen & BYPASS_FASTOPEN_CLIENT))
         return -EOPNOTSUPP;
