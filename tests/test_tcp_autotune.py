@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 import pytest
 from bypass._core import lib
 from tcp_talk import PEER_PORT, Talk, stream
+
+from bypass.core import Config
+from bypass.sim import Faults, Network
 
 WS = "mss 1460, nop, ws 7"
 TS = "mss 1460, nop, nop, ts 1000 0, nop, ws 7"
@@ -108,6 +112,79 @@ def test_a_program_that_asks_for_a_gigabyte_gets_the_scale_for_it() -> None:
         t.client(SO_RCVBUF=1 << 30)
         [syn] = t.out()
         assert (syn.opts["ws"], syn.win) == (14, 65535)
+
+
+# ---- A gigabyte -------------------------------------------------------------------------------------------------
+GIB_WINDOW = 65535 << 14  # the largest that the header can say (RFC 7323 2.2)
+
+
+def test_a_gigabyte_is_offered_and_taken_from_end_to_end() -> None:
+    """RFC 7323 2.3: data at the far end of the window is new, behind it is cut off, and before it is old."""
+    with Talk(config={"rcvbuf_max": 1 << 30}) as t:
+        t.established(opts="mss 1460, sackok, nop, ws 14", SO_RCVBUF=1 << 30)
+        t.peer("P. 1:101")
+        t.advance(0.05)
+        t.hears(". 1:1 ack 101 win 65535")
+        edge = 101 + GIB_WINDOW
+        t.inject_ip(t.segment(f". {edge - 50}:{edge + 50}", data=bytes(100)))
+        [ack] = t.out()
+        assert ack.opts["sack"] == (f"{edge - 50}:{edge}",)
+        t.inject_ip(t.segment(f". {edge}:{edge + 10}", data=bytes(10)))
+        assert t.counted()["tcp_in_out_of_window"] == 1
+        t.inject_ip(t.segment(f". {101 - GIB_WINDOW}:{151 - GIB_WINDOW}", data=bytes(50)))
+        assert t.counted()["tcp_in_duplicate"] == 1
+        t.out()
+        assert t.read() == stream(1, 101)
+        assert t.info.rcv_queued == 0
+
+
+def test_a_peers_gigabyte_is_understood() -> None:
+    with Talk(cc="reno") as t:
+        t.established(opts="mss 1460, nop, ws 14")
+        assert t.info.snd_wnd == GIB_WINDOW
+        t.write(20_000)  # the congestion window is the limit
+        assert (t.info.snd_nxt - t.info.snd_una) % 2**32 == 14_600
+        t.out()
+        t.peer(". 1:1 ack 14601 win 1")
+        assert t.info.snd_wnd == 1 << 14
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["set", "tuned"])
+def test_half_a_second_of_path_is_filled(tuned: bool) -> None:
+    """A window beyond 2^25 bytes in use, with the largest shift; buffers set to a gigabyte, and grown towards it as far
+    as half of the frames allow."""
+    sizes = {"sndbuf_max": 1 << 30, "rcvbuf_max": 1 << 30} | (
+        {} if tuned else {"sndbuf": 1 << 30, "rcvbuf": 1 << 30}
+    )
+    port = {"frames": 131072 if tuned else 65536, "in_flight": 65536, "tx_ring": 65536}
+    with Network(seed=1) as net:
+        net.wire(faults=Faults(delay_ns=250_000_000))
+        server, client = (
+            net.stack(ip, config=Config(conns=8, **sizes), **port) for ip in ("10.0.0.2", "10.0.0.1")
+        )
+        listener = server.create_server(("10.0.0.2", 80))
+        a = client.create_connection(("10.0.0.2", 80))
+        b, _ = listener.accept()
+        for s in (a, b):
+            s.setblocking(False)
+        total, at, got, target, flight = 150 * MIB, 0, 0, bytearray(MIB), 0
+        block = bytes(range(256)) * (MIB // 256)
+        while got < total:
+            with contextlib.suppress(BlockingIOError):
+                while at < total:
+                    at += a.send(block[at % 256 : min(MIB, at % 256 + total - at)])
+            with contextlib.suppress(BlockingIOError):
+                while n := b.recv_into(target):
+                    assert target[0] == got % 256
+                    assert target[n - 1] == (got + n - 1) % 256
+                    got += n
+            [info] = client.conns()
+            flight = max(flight, (info.snd_nxt - info.snd_una) % 2**32)
+            client.run(timeout=0.05)
+        assert flight > 1 << 25
+        assert info.retransmits == 0
+        for s in (a, b, listener):
+            s.close()
 
 
 # ---- Sending ----------------------------------------------------------------------------------------------------
