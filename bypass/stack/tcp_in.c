@@ -263,6 +263,7 @@ static enum next_step fin_acked(struct bypass_stack *s, struct tcp_conn *c)
 {
     if (!(c->flags & TF_FIN_SENT) || !seq_eq(c->snd_una, c->snd_nxt) || c->sndq_head != BYPASS_PKT_NONE)
         return GO_ON;
+    conn_event(s, c, BYPASS_OUT); /* who lingers has waited for it, as on Linux */
     if (c->state == BYPASS_FIN_WAIT_1) {
         conn_set_state(s, c, BYPASS_FIN_WAIT_2);
         if (c->sock == NO_INDEX && !conn_fin_wait(s, c))
