@@ -310,29 +310,30 @@ class Socket:
             while True:
                 try:
                     with target[at:] as part:
-                        n = self._recv_part(part, flags)
+                        n = self._recv_part(part, flags, more=at > 0)
                 except OSError:
                     if at == 0:
                         raise
-                    return (
-                        at  # what was read counts; an error that was told by this is gone, as after recv(2)
-                    )
+                    return at  # what was read counts
                 at += n
                 if not flags & WAITALL or flags & _socket.MSG_PEEK or n == 0 or at == len(target):
                     return at
 
-    def _recv_part(self, target: memoryview, flags: int) -> int:
+    def _recv_part(self, target: memoryview, flags: int, *, more: bool) -> int:
+        """more: something was read already, so that an error is left to the next call."""
         ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS | OOB_FLAGS)
-        with self._lock:
+
+        def attempt(h: int) -> int | None:
             core = self._stack.core
-            n: int = self._until(
-                lambda h: (
-                    self._done(core.recv_into(h, target, ours))
-                    if self._enough(h, len(target), flags)
-                    else None
-                ),
-                nonblocking=bool(flags & AT_ONCE),
-            )
+            if more and core.ready(h) & lib.BYPASS_ERR and not core.tcp_info(h).rcv_queued:
+                return 0
+            if not self._enough(h, len(target), flags):
+                return None
+            got: int | None = self._done(core.recv_into(h, target, ours))
+            return got
+
+        with self._lock:
+            n = self._until(attempt, nonblocking=bool(flags & AT_ONCE))
             self._stack.touched()
             return n
 

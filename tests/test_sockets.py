@@ -104,6 +104,18 @@ def test_an_urgent_byte_comes_out_of_band(world: World) -> None:
         assert connection.recv(100) == b"behind"
 
 
+def test_an_error_waits_until_what_was_read_before_it_is_told(world: World) -> None:
+    client, connection = world.pair()
+    with client, connection:
+        client.sendall(b"last words")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        assert connection.recv(100, socket.MSG_WAITALL) == b"last words"
+        with pytest.raises(ConnectionResetError):
+            connection.recv(100)
+        assert connection.recv(100) == b""
+
+
 def test_echo_with_names_and_addresses(world: World) -> None:
     with world.listener() as server:
         assert server.getsockname()[0] == world.server_ip
