@@ -226,7 +226,7 @@ MUTANTS = {
     ),
     "ICMP errors need not quote anything in flight": Mutant(
         "tcp_in.c",
-        "if (seq_lt(seq(e->seq), c->snd_una) || seq_geq(seq(e->seq), c->snd_nxt))\n        return;",
+        "if (seq_lt(seq(e->seq), first) || seq_geq(seq(e->seq), c->snd_nxt))\n        return;",
         "",
         "icmp::test_errors_that_quote_nothing_in_flight_are_ignored",
     ),
