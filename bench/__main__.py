@@ -16,13 +16,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import costs, drop, instructions, network, report, simulated
+from bench import costs, defence, drop, instructions, network, report, simulated
 from bench.programs import ROOT, BenchError, require_two_cores
 from bypass import __version__, probe
 from bypass.errors import BypassError
 from bypass.lab import Lab
 
-PARTS = ("instructions", "simulated", "copies", "network", "drop", "costs")
+PARTS = ("instructions", "simulated", "copies", "churn", "flood", "network", "drop", "costs")
 PRIVILEGED = ("network", "drop", "costs")
 
 
@@ -47,6 +47,8 @@ def steps(parts: tuple[str, ...], rounds: int) -> int:
         "instructions": 2,
         "simulated": 1,
         "copies": 1,
+        "churn": 1,
+        "flood": 0 if instructions.missing() else 4,
         "network": rounds * runs,
         "drop": rounds * ways * len(drop.SENDERS),
         "costs": len(costs.TESTS),
@@ -73,6 +75,13 @@ def without_network(parts: tuple[str, ...], quick: bool, step: Callable[[str], N
     if "copies" in parts:
         step("copies of a payload byte")
         found["copies"] = simulated.copies(1 if quick else 5, 20 if quick else 150)
+    if "churn" in parts:
+        found["churn"] = defence.churn(60_000 if quick else 1_000_000, step=step)
+    if "flood" in parts:
+        if instructions.missing():
+            found["flood"] = {"missing": instructions.missing()}
+        else:
+            found["flood"] = defence.flood(200 if quick else 10_000, 20 if quick else 100, step=step)
     return found
 
 

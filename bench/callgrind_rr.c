@@ -11,8 +11,6 @@
  * Run under: valgrind --tool=callgrind --collect-atstart=no callgrind_rr OPERATIONS CONNECTIONS
  * With several connections each poll finds a request of each of them.
  */
-#include <stdio.h>
-
 #include <valgrind/callgrind.h>
 
 #include "memhost.h"
@@ -93,11 +91,7 @@ int main(int argc, char **argv)
         take_answers(&client, conns, request);
     }
     printf("%d\n", done);
-    bypass_destroy(&client.stack);
-    bypass_destroy(&server.stack);
-    munmap(client.stack.arena, client.size);
-    munmap(server.stack.arena, server.size);
-    memport_close(&client.port);
-    memport_close(&server.port);
+    host_close(&client);
+    host_close(&server);
     return 0;
 }

@@ -4,13 +4,14 @@
  *
  * churn CONNECTIONS: a client connects by a port of its stack's choice, sends 64 bytes, gets them back, and closes first,
  * so that its end goes through TIME_WAIT; the server's end is closed as the FIN comes. The way takes 20 us of virtual
- * time in each direction, so ports come round before a minute is over. Prints one JSON object.
+ * time in each direction, so ports come round before a minute is over. Prints one JSON object; `memory`: resident bytes of
+ * both arenas and of the process, connections, and what else is in use, after a tenth, a half and all of them.
  */
 #include <time.h>
 
-#include "hosts.h"
+#include "memhost.h"
 
-enum { SIZE = 64, PORT = 7, WAY_NS = 20000 };
+enum { SIZE = 64, PORT = 7, WAY_NS = 20000, MOST = 40000 };
 
 static struct host server, client;
 
@@ -25,14 +26,6 @@ static void pass(void)
 {
     now_ns += WAY_NS;
     (void)exchange(&server, &client);
-}
-
-/* Events are taken as they come; each socket is asked itself. */
-static void forget_events(void)
-{
-    struct bypass_event ev[BATCH];
-    while (bypass_events(&server.stack, ev, BATCH) > 0) {}
-    while (bypass_events(&client.stack, ev, BATCH) > 0) {}
 }
 
 static void echo(bypass_sock k, bypass_sock end, uint32_t number)
@@ -56,11 +49,7 @@ static void echo(bypass_sock k, bypass_sock end, uint32_t number)
 
 static void one(bypass_sock listener, uint32_t number)
 {
-    struct bypass_endpoint at = endpoint(1, PORT);
-    bypass_sock k = bypass_socket(&client.stack, BYPASS_STREAM), end;
-    int err = bypass_connect(&client.stack, k, &at);
-    if (err != -EINPROGRESS)
-        die("connect", err);
+    bypass_sock k = connect_to(&client, PORT), end;
     for (int i = 0; (end = bypass_accept(&server.stack, listener)) == -EAGAIN && i < 1000; i++)
         pass();
     if (end < 0)
@@ -76,38 +65,40 @@ static void one(bypass_sock listener, uint32_t number)
         die("close", -EIO);
     pass();
     pass();
-    forget_events();
+    forget_events(&server);
+    forget_events(&client);
+}
+
+static void report_memory(uint32_t done, uint32_t total)
+{
+    struct bypass_audit at_server, at_client;
+    bypass_audit(&server.stack, &at_server);
+    bypass_audit(&client.stack, &at_client);
+    printf("%s{\"conns\": %u, \"server\": %llu, \"client\": %llu, \"process\": %llu, \"open\": %u, \"time_wait\": %u, "
+           "\"chunks\": %u, \"frames\": %u}",
+           done == total / 10 ? "" : ", ", done, (unsigned long long)resident_bytes(&server),
+           (unsigned long long)resident_bytes(&client), (unsigned long long)process_bytes(), at_server.conns,
+           at_client.conns, at_server.chunks + at_client.chunks,
+           server.port.dev.frames - server.port.dev.free_frames + client.port.dev.frames - client.port.dev.free_frames);
 }
 
 int main(int argc, char **argv)
 {
     uint32_t total = argc == 2 ? (uint32_t)atoi(argv[1]) : 0;
-    struct bypass_audit in_use;
-    struct bypass_config cfg;
     if (total < 10 || total > 100000000)
         die("usage: churn CONNECTIONS (at least 10)", -EINVAL);
-    bypass_config_default(&cfg, 40000);
-    host_open(&server, 1, &cfg);
-    host_open(&client, 2, &cfg);
-    bypass_sock listener = listen_on(&server, 1, PORT, 128);
-    uint64_t early[2] = {0}, late[2];
+    host_open(&server, 1, MOST, false);
+    host_open(&client, 2, MOST, false);
+    bypass_sock listener = listen_on(&server, PORT, 128);
+    printf("{\"memory\": [");
     double began = cpu_s();
-    for (uint32_t i = 0; i < total; i++) {
+    for (uint32_t i = 1; i <= total; i++) {
         one(listener, i);
-        if (i + 1 == total / 2) { /* by then TIME_WAIT holds as many as there are ports */
-            early[0] = resident_bytes(&server);
-            early[1] = resident_bytes(&client);
-        }
+        if (i == total / 10 || i == total / 2 || i == total)
+            report_memory(i, total);
     }
-    double took = cpu_s() - began;
-    late[0] = resident_bytes(&server);
-    late[1] = resident_bytes(&client);
-    bypass_audit(&client.stack, &in_use);
-    printf("{\"conns\": %u, \"cpu_s\": %.3f, \"virtual_s\": %.3f, \"time_wait\": %u, \"taken_over\": %llu, "
-           "\"resident_early\": [%llu, %llu], \"resident\": [%llu, %llu]}\n",
-           total, took, (double)now_ns / 1e9 - 1, in_use.conns,
-           (unsigned long long)stat_of(&client.stack, "tcp_time_wait_reused"), (unsigned long long)early[0],
-           (unsigned long long)early[1], (unsigned long long)late[0], (unsigned long long)late[1]);
+    printf("], \"conns\": %u, \"cpu_s\": %.3f, \"virtual_s\": %.3f, \"taken_over\": %llu}\n", total, cpu_s() - began,
+           (double)now_ns / 1e9 - 1, (unsigned long long)stat_of(&client.stack, "tcp_time_wait_reused"));
     host_close(&client);
     host_close(&server);
     return 0;

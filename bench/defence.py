@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,25 @@ def _counted(*args: int) -> tuple[int, dict[str, Any]]:
         return int(totals.split()[1]), json.loads(done.stdout)
 
 
-def flood(requests: int = 10_000, newcomers: int = 100) -> dict[str, Any]:
-    """A flood of SYNS forged SYNs for each request.
+def flood(
+    requests: int = 10_000, newcomers: int = 100, *, step: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """A flood of SYNS forged SYNs for each request; at the full size a million of them.
 
     Returns:
         `quiet` and `flooded`: instructions of a request without and with the flood; `syn`: of a forged SYN; `ratio`;
-        `newcomers`: clients that connected, asked and left during it; `resident_early`, `resident`: bytes of the
-        server's arena after a tenth of the flood and at its end.
+        `newcomers`: clients that connected, asked and left during it; `resident`: bytes of the server's arena after a
+        tenth of the flood, a half, and at its end.
     """
     if missing():
         raise BenchError(f"missing: {missing()}")
+    step("requests without a flood of SYNs")
     quiet, alone = _counted(requests, 0, 1, 0)
+    step("a flood of SYNs without requests")
     syns, _ = _counted(requests, SYNS, 0, 0)
+    step("requests in a flood of SYNs")
     both, found = _counted(requests, SYNS, 1, 0)
+    step("newcomers in a flood of SYNs")
     joined = run_json([program("synflood"), str(requests), str(SYNS), "1", str(newcomers)])
     if alone["requests"] != requests or found["requests"] != requests:
         raise BenchError("requests were not answered")
@@ -65,14 +72,14 @@ def flood(requests: int = 10_000, newcomers: int = 100) -> dict[str, Any]:
         "ratio": (both - syns) / quiet,
         "budget": FLOOD_BUDGET,
         "newcomers": joined["newcomers"],
-        "resident_early": joined["resident_early"],
         "resident": joined["resident"],
     }
 
 
-def churn(conns: int = 1_000_000) -> dict[str, Any]:
-    """Connections opened, used and closed one after another: `per_cpu_s` of both ends together, and the resident bytes
-    of both arenas after half of them and at the end."""
+def churn(conns: int = 1_000_000, *, step: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
+    """Connections opened, used and closed one after another: `per_cpu_s` of both ends together, and in `memory`
+    what is resident and in use after a tenth of them, a half, and at the end."""
+    step("connections that come and go")
     found = run_json([program("churn"), str(conns)])
     return found | {"per_cpu_s": found["conns"] / found["cpu_s"]}
 

@@ -6,10 +6,6 @@
  * idle CONNECTIONS: prints one JSON object. A program holds a handle for each; keepalive is on, so that each stands
  * in the timer wheel.
  */
-#include <stdio.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include "memhost.h"
 
 static void opened(void *ctx, uint32_t i, bypass_sock at_server, bypass_sock at_client)
@@ -17,19 +13,6 @@ static void opened(void *ctx, uint32_t i, bypass_sock at_server, bypass_sock at_
     struct host *server = ctx;
     (void)i, (void)at_client;
     (void)bypass_setopt(&server->stack, at_server, BYPASS_SO_KEEPALIVE, 1);
-}
-
-static uint64_t resident_bytes(const struct host *h)
-{
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (h->size + page - 1) / page;
-    unsigned char *in_core = malloc(pages);
-    uint64_t n = 0;
-    if (!in_core || mincore(h->stack.arena, h->size, in_core) < 0)
-        die("mincore", -errno);
-    for (size_t i = 0; i < pages; i++)
-        n += in_core[i] & 1;
-    free(in_core);
-    return n * page;
 }
 
 int main(int argc, char **argv)

@@ -8,7 +8,6 @@
  * many CONNECTIONS REQUESTS: prints one JSON object: requests, CPU nanoseconds of the server's half alone (bypass_poll
  * to bypass_flush). The client's half is not counted, but shares the cache.
  */
-#include <stdio.h>
 #include <time.h>
 
 #include "memhost.h"

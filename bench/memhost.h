@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * memhost.h - two hosts on a wire of memory (memport.h), for the programs that measure the stack alone: creation,
- * a clock that only moves when told, and connections from one to the other.
+ * a clock that only moves when told, connections from one to the other, and how much memory has come to life.
  */
 #ifndef BENCH_MEMHOST_H
 #define BENCH_MEMHOST_H
@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "memport.h"
 
@@ -28,16 +29,21 @@ static inline int die(const char *what, int64_t err)
     exit(1);
 }
 
-static int repeatable(void *ctx, void *buf, size_t n)
+/* The same in each run. */
+static inline uint64_t next_random(uint64_t *state)
 {
-    uint64_t *state = ctx;
-    for (size_t i = 0; i < n; i++) {
-        *state = *state * 6364136223846793005ull + 1442695040888963407ull;
-        ((uint8_t *)buf)[i] = (uint8_t)(*state >> 56);
-    }
+    *state = *state * 6364136223846793005ull + 1442695040888963407ull;
+    return *state >> 20;
+}
+
+static inline int repeatable(void *ctx, void *buf, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        ((uint8_t *)buf)[i] = (uint8_t)(next_random(ctx) >> 36);
     return 0;
 }
 
+/* ---- Hosts ---------------------------------------------------------------------------------------------- */
 static inline struct bypass_endpoint endpoint(uint8_t last, uint32_t port)
 {
     return (struct bypass_endpoint){.addr = {{[10] = 0xff, [11] = 0xff, 10, 0, 0, last}}, .port = (uint16_t)port};
@@ -63,29 +69,97 @@ static inline void host_open(struct host *h, uint8_t last, uint32_t conns, bool 
         die("create", err);
 }
 
+static inline void host_close(struct host *h)
+{
+    bypass_destroy(&h->stack);
+    munmap(h->stack.arena, h->size);
+    memport_close(&h->port);
+}
+
+/* Of the arena; its pages come to life as they are touched. */
+static inline uint64_t resident_bytes(const struct host *h)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (h->size + page - 1) / page;
+    unsigned char *in_core = malloc(pages);
+    uint64_t n = 0;
+    if (!in_core || mincore(h->stack.arena, h->size, in_core) < 0)
+        die("mincore", -errno);
+    for (size_t i = 0; i < pages; i++)
+        n += in_core[i] & 1;
+    free(in_core);
+    return n * page;
+}
+
+/* Of this process, with the frames and everything else. */
+static inline uint64_t process_bytes(void)
+{
+    unsigned long long all = 0, resident = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (!f || fscanf(f, "%llu %llu", &all, &resident) != 2)
+        die("/proc/self/statm", -EIO);
+    fclose(f);
+    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+static inline uint64_t stat_of(const struct bypass_stack *s, const char *name)
+{
+    for (int i = 0; i < bypass_stat_count(); i++)
+        if (strcmp(bypass_stat_name(i), name) == 0)
+            return bypass_stats(s)[i];
+    return (uint64_t)die(name, -ENOENT);
+}
+
+/* ---- The wire ---------------------------------------------------------------------------------------------- */
+/* All that is under way at this instant goes one step further. Frames that were carried. */
+static inline int exchange(struct host *a, struct host *b)
+{
+    (void)bypass_poll(&a->stack, now_ns, MEMPORT_FRAMES);
+    (void)bypass_poll(&b->stack, now_ns, MEMPORT_FRAMES);
+    int to_b = memport_carry(&a->port, &b->port), to_a = memport_carry(&b->port, &a->port);
+    if (to_a < 0 || to_b < 0)
+        die("frames", -ENOBUFS);
+    return to_a + to_b;
+}
+
+static inline void forget_events(struct host *h)
+{
+    struct bypass_event ev[BATCH];
+    while (bypass_events(&h->stack, ev, BATCH) > 0) {}
+}
+
 /* Everything that is under way arrives; events are thrown away. */
 static inline void settle(struct host *a, struct host *b)
 {
-    struct bypass_event ev[BATCH];
     for (int quiet = 0; quiet < 2;) {
         now_ns += 1000;
-        (void)bypass_poll(&a->stack, now_ns, BATCH);
-        (void)bypass_poll(&b->stack, now_ns, BATCH);
-        while (bypass_events(&a->stack, ev, BATCH) > 0 || bypass_events(&b->stack, ev, BATCH) > 0) {}
-        quiet = memport_carry(&a->port, &b->port) + memport_carry(&b->port, &a->port) > 0 ? 0 : quiet + 1;
+        quiet = exchange(a, b) > 0 ? 0 : quiet + 1;
+        forget_events(a);
+        forget_events(b);
     }
 }
 
-static inline bypass_sock listen_on(struct host *server, uint32_t port)
+/* ---- Connections ------------------------------------------------------------------------------------------- */
+/* The server is 10.0.0.1. */
+static inline bypass_sock listen_on(struct host *server, uint32_t port, int backlog)
 {
     struct bypass_endpoint at = endpoint(1, port);
     bypass_sock listener = bypass_socket(&server->stack, BYPASS_STREAM);
     int err = bypass_bind(&server->stack, listener, &at);
     if (err == 0)
-        err = bypass_listen(&server->stack, listener, BATCH);
+        err = bypass_listen(&server->stack, listener, backlog);
     if (err < 0)
         die("listen", err);
     return listener;
+}
+
+static inline bypass_sock connect_to(struct host *client, uint32_t port)
+{
+    struct bypass_endpoint at = endpoint(1, port);
+    bypass_sock k = bypass_socket(&client->stack, BYPASS_STREAM);
+    int err = bypass_connect(&client->stack, k, &at);
+    if (err != -EINPROGRESS)
+        die("connect", err);
+    return k;
 }
 
 /* So many a listening port that the client's ports suffice. opened(ctx, i, server's socket, client's socket) is called
@@ -97,16 +171,10 @@ static inline void open_connections(struct host *server, struct host *client, ui
     bypass_sock listener = -1, ours[BURST];
     for (uint32_t i = 0; i < conns;) {
         uint32_t port = FIRST_PORT + i / PORTS_EACH, n = 0;
-        struct bypass_endpoint at = endpoint(1, port);
         if (i % PORTS_EACH == 0)
-            listener = listen_on(server, port);
-        uint32_t most = i == 0 ? 1 : BURST - i % BURST; /* the first learns the way */
-        for (; n < most && i + n < conns; n++) {
-            ours[n] = bypass_socket(&client->stack, BYPASS_STREAM);
-            int err = bypass_connect(&client->stack, ours[n], &at);
-            if (err != -EINPROGRESS)
-                die("connect", err);
-        }
+            listener = listen_on(server, port, BATCH);
+        for (; n < BURST - i % BURST && i + n < conns; n++)
+            ours[n] = connect_to(client, port);
         settle(server, client);
         for (uint32_t k = 0; k < n; k++, i++) { /* in the order of their SYNs */
             bypass_sock theirs = bypass_accept(&server->stack, listener);

@@ -39,6 +39,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     if "copies" in result:
         _copies(result["copies"], console)
+    if "churn" in result:
+        _churn(result["churn"], console)
+    if "flood" in result:
+        _flood(result["flood"], console)
     if "costs" in result:
         _costs(result["costs"], console)
 
@@ -53,6 +57,57 @@ def _copies(found: dict[str, Any], console: Console) -> None:
         f"[bold]Payload bytes copied by the stack per byte delivered[/]: {'; '.join(each)} (budget: 1 and 0). "
         f"CPU without copies by CPU with them: {_spread(found['cpu_ratio'])}"
     )
+
+
+def _churn(found: dict[str, Any], console: Console) -> None:
+    table = Table(title="\nConnections opened, used and closed one after another", title_justify="left")
+    table.title_style = "bold"
+    for name in (
+        "connections",
+        "server MB",
+        "client MB",
+        "process MB",
+        "at the server",
+        "TIME_WAIT",
+        "chunks",
+    ):
+        table.add_column(name, justify="right")
+    for m in found["memory"]:
+        table.add_row(
+            f"{m['conns']:,}",
+            *(f"{m[which] / 1e6:.2f}" for which in ("server", "client", "process")),
+            *(f"{m[which]:,}" for which in ("open", "time_wait", "chunks")),
+        )
+    table.caption = (
+        f"{found['per_cpu_s']:,.0f} a CPU second, both ends on one core; TIME_WAIT taken over {found['taken_over']:,} "
+        "times"
+    )
+    table.caption_justify = "left"
+    console.print(table)
+
+
+def _flood(found: dict[str, Any], console: Console) -> None:
+    if "missing" in found:
+        console.print(f"[yellow]Flood of SYNs: not counted, missing: {found['missing']}")
+        return
+    table = Table(
+        title=f"\nA flood of {found['syns']:,} forged SYNs", title_justify="left", title_style="bold"
+    )
+    table.add_column("instructions of the server's stack")
+    table.add_column("count", justify="right")
+    for what, count in (
+        ("a request and its answer, without the flood", found["quiet"]),
+        (f"the same, with {found['syns'] // found['requests']} forged SYNs for each", found["flooded"]),
+        ("a forged SYN", found["syn"]),
+    ):
+        table.add_row(what, f"{count:,.0f}")
+    table.caption = (
+        f"ratio {found['ratio']:.3f} (budget: {found['budget']:g}); {found['newcomers']} new clients connected, asked "
+        f"and left; {found['cookies']:,} cookies; the server's arena after a tenth, a half and all: "
+        + ", ".join(f"{n / 1e3:,.0f} kB" for n in found["resident"])
+    )
+    table.caption_justify = "left"
+    console.print(table)
 
 
 def _number(value: float) -> str:

@@ -10,9 +10,9 @@
  */
 #include <valgrind/callgrind.h>
 
-#include "hosts.h"
+#include "memhost.h"
 
-enum { SIZE = 64, CONNS = 64, PORT = 7, SYN_LEN = 14 + 20 + 40 };
+enum { SIZE = 64, CONNS = 64, PORT = 7, SYN_LEN = 14 + 20 + 40, MOST = 10000 };
 
 static struct host server, client;
 static bypass_sock listener, asking[CONNS];
@@ -91,24 +91,12 @@ static int serve(void)
     return done;
 }
 
-static void settle(void)
-{
-    for (int quiet = 0; quiet < 2;) {
-        now_ns += 1000;
-        quiet = exchange(&server, &client) > 0 ? 0 : quiet + 1;
-    }
-}
-
 /* A connection, established at both ends. The server's end: as accept() gave it. */
 static bypass_sock join(bypass_sock *server_end)
 {
-    struct bypass_endpoint at = endpoint(1, PORT);
-    bypass_sock k = bypass_socket(&client.stack, BYPASS_STREAM);
-    int err = bypass_connect(&client.stack, k, &at);
-    if (err != -EINPROGRESS)
-        die("connect", err);
+    bypass_sock k = connect_to(&client, PORT);
     flood(flood_seed != 99); /* into a queue that is full, once there is a flood */
-    settle();
+    settle(&server, &client);
     *server_end = bypass_accept(&server.stack, listener);
     if (*server_end < 0)
         die("accept", *server_end);
@@ -122,16 +110,16 @@ static void newcomer(void)
     bypass_sock end, k = join(&end);
     if (bypass_send(&client.stack, k, request, SIZE, 0) != SIZE)
         die("newcomer", -EIO);
-    settle();
+    settle(&server, &client);
     int64_t n = bypass_recv(&server.stack, end, buf, SIZE, 0);
     if (n != SIZE || bypass_send(&server.stack, end, buf, SIZE, 0) != SIZE)
         die("newcomer's request", n < 0 ? n : -EIO);
-    settle();
+    settle(&server, &client);
     n = bypass_recv(&client.stack, k, buf, SIZE, 0);
     if (n != SIZE || memcmp(buf, request, SIZE) != 0)
         die("newcomer's answer", n < 0 ? n : -EIO);
     (void)bypass_abort(&client.stack, k);
-    settle();
+    settle(&server, &client);
     (void)bypass_close(&server.stack, end);
 }
 
@@ -156,13 +144,11 @@ static void answered(int round)
 
 static void open_all(void)
 {
-    struct bypass_config cfg;
-    bypass_config_default(&cfg, 10000);
-    host_open(&server, 1, &cfg);
-    host_open(&client, 2, &cfg);
+    host_open(&server, 1, MOST, false);
+    host_open(&client, 2, MOST, false);
     struct bypass_endpoint gateway = endpoint(2, 0);
     (void)bypass_gateway_set(&server.stack, &gateway.addr);
-    listener = listen_on(&server, 1, PORT, 1024);
+    listener = listen_on(&server, PORT, 1024);
     for (int i = 0; i < CONNS; i++) {
         bypass_sock end;
         asking[i] = join(&end);
@@ -174,10 +160,11 @@ int main(int argc, char **argv)
     if (argc != 5)
         die("usage: synflood ROUNDS SYNS REQUESTS NEWCOMERS", -EINVAL);
     int rounds = atoi(argv[1]), syns = atoi(argv[2]), requests = atoi(argv[3]), newcomers = atoi(argv[4]);
-    uint64_t early = 0;
     int done = 0, joined = 0;
-    if (rounds < 1 || syns < 0 || syns > 2000 || newcomers > rounds)
-        die("synflood: out of range", -EINVAL);
+    static const int tenths[3] = {1, 5, 10};
+    uint64_t memory[3] = {0};
+    if (rounds < 10 || rounds % 10 != 0 || syns < 0 || syns > 2000 || newcomers > rounds)
+        die("out of range; ROUNDS is a multiple of 10", -EINVAL);
     open_all();
     for (int round = 0; round < rounds; round++) {
         now_ns += 10000000;
@@ -195,14 +182,15 @@ int main(int argc, char **argv)
             newcomer();
             joined++;
         }
-        if (round == rounds / 10)
-            early = resident_bytes(&server);
+        for (int i = 0; i < 3; i++)
+            if (round + 1 == rounds / 10 * tenths[i])
+                memory[i] = resident_bytes(&server);
     }
-    printf("{\"requests\": %d, \"syns\": %llu, \"newcomers\": %d, \"cookies\": %llu, \"resident_early\": %llu, "
-           "\"resident\": %llu}\n",
+    printf("{\"requests\": %d, \"syns\": %llu, \"newcomers\": %d, \"cookies\": %llu, \"resident\": [%llu, %llu, %llu], "
+           "\"process\": %llu}\n",
            done, (unsigned long long)rounds * (unsigned)syns, joined,
-           (unsigned long long)stat_of(&server.stack, "tcp_cookies_sent"), (unsigned long long)early,
-           (unsigned long long)resident_bytes(&server));
+           (unsigned long long)stat_of(&server.stack, "tcp_cookies_sent"), (unsigned long long)memory[0],
+           (unsigned long long)memory[1], (unsigned long long)memory[2], (unsigned long long)process_bytes());
     host_close(&client);
     host_close(&server);
     return 0;
