@@ -142,15 +142,32 @@ def test_a_datagram_waits_for_the_answer() -> None:
         assert c.held() == 0
 
 
-def test_three_datagrams_wait_and_the_oldest_makes_room() -> None:
-    with Conversation(neighbours=()) as c:
+def test_a_burst_waits_and_the_oldest_makes_room() -> None:
+    """As many as Linux keeps (unres_qlen: 101)."""
+    with Conversation(neighbours=(), frames=2048) as c:
         sock = c.udp(peer=(PEER, 9))
-        for i in range(5):
-            assert c.stack.send(sock, b"%d" % i) == 1
+        for i in range(110):
+            assert c.stack.send(sock, b"%03d" % i) == 3
         assert c.sent() == [question(PEER)]
         c.answer_arp(PEER)
-        assert [d.data for d in c.sent_udp()] == [b"2", b"3", b"4"]
-        assert c.counted()["dst_wait_dropped"] == 2
+        assert [d.data for d in c.sent_udp()] == [b"%03d" % i for i in range(9, 110)]
+        assert c.counted()["dst_wait_dropped"] == 9
+
+
+def test_silent_neighbours_leave_room_for_what_others_wait_for() -> None:
+    """An eighth of the frames is for all who wait; half of that is for those with three or fewer."""
+    with Conversation(neighbours=(), frames=1024) as c:
+        sock = c.udp()
+        for host in range(10, 20):
+            for _ in range(50):
+                assert c.stack.sendto(sock, b"lost", (f"192.0.2.{host}", 9)) == 4
+        c.sent()
+        assert 64 <= c.held() <= 64 + 10 * 3
+        for i in range(3):
+            assert c.stack.sendto(sock, b"%d" % i, (PEER, 9)) == 1
+        assert c.sent() == [question(PEER)]
+        c.answer_arp(PEER)
+        assert [d.data for d in c.sent_udp()] == [b"0", b"1", b"2"]
 
 
 def test_the_question_is_repeated_each_second_and_given_up_after_three() -> None:

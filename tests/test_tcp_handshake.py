@@ -543,3 +543,21 @@ def test_options_are_written_as_the_rfc_says() -> None:
     assert options_bytes("mss 1460, nop, ws 7, ts 1 2") == bytes.fromhex(
         "020405b4 01 030307 080a 00000001 00000002"
     )
+
+
+def test_a_burst_of_syns_is_answered_while_the_question_for_their_neighbour_is_open() -> None:
+    """The answers go back to where the SYNs came from; none of them waits, or is dropped."""
+    with Talk(neighbours=(), iss=None) as t:
+        t.server(backlog=64)
+        t.peer("S 0:0 <mss 1460>")
+        t.out()
+        t.peer(". 1:1")
+        assert t.stack.nexthop_wanted() == [PEER], "the connection asks"
+        frames = []
+        for t.peer_port in range(41000, 41040):
+            frames.append(t.frame(t.segment("S 0:0 <mss 1460>")))
+        t.inject(*frames)
+        answers = t.sent()
+        assert len(answers) == 40
+        assert {f[:6] for f in answers} == {PEER_MAC}
+        assert "dst_wait_dropped" not in t.counted()

@@ -428,7 +428,7 @@ def test_a_datagram_is_one_call() -> None:
 
 
 def test_what_is_cut_waits_for_the_next_hop_as_a_whole() -> None:
-    with Conversation(neighbours=()) as c:
+    with Conversation(neighbours=(), frames=96) as c:
         sock = c.udp(7)
         for i in range(5):
             c.stack.sendto(sock, bytes([i]) * 4000, (PEER, 9))

@@ -153,7 +153,8 @@ void dst_wait(struct bypass_stack *s, struct dst *d, bypass_pkt head, uint32_t f
 {
     struct net *n = net(s);
     uint32_t limit = max_u32(s->dev->frames / 8, 2); /* of the pool, on all destinations together */
-    while (d->waiting > 0 && (d->waiting >= WAIT_MAX || n->waiting_frames + frames > limit)) {
+    while (d->waiting > 0 && (d->waiting >= WAIT_MAX || n->waiting_frames + frames > limit ||
+                              (d->waiting >= WAIT_FEW && n->waiting_frames + frames > limit / 2))) {
         wait_drop_oldest(s, d);
     }
     if (n->waiting_frames + frames > limit) {

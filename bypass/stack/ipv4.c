@@ -258,10 +258,11 @@ const uint8_t *pkt_came_from(const struct bypass_stack *s, bypass_pkt p)
 
 int ip_out_back(struct bypass_stack *s, bypass_pkt p, const struct ip_tx *tx, const uint8_t *mac)
 {
-    if (mac == NULL || dst_find(s, tx->dst) != NULL) {
+    const struct dst *d = dst_find(s, tx->dst);
+    if (mac == NULL || (d && d->state == DST_OK)) {
         return ip_out(s, p, tx);
     }
-    struct dst back = {.state = DST_OK, .mtu = s->dev->mtu};
+    struct dst back = {.state = DST_OK, .mtu = d && d->mtu ? d->mtu : s->dev->mtu};
     memcpy(back.mac, mac, 6);
     ip_out_ready(s, p, tx, &back);
     return 0;

@@ -45,7 +45,9 @@ enum addr_kind addr_kind(const struct bypass_stack *s, const uint8_t *wire);
 bool addr_on_link(const struct bypass_stack *s, const uint8_t *wire);
 
 /* dst.c */
-enum { WAIT_MAX = 3 };                  /* datagrams that wait for one next hop */
+/* Datagrams that wait for one next hop: as Linux' unres_qlen_bytes counts full frames. A few of each may use all the room
+ * that there is for all; beyond them only half of it, so that silent neighbours do not take it from the others. */
+enum { WAIT_MAX = 101, WAIT_FEW = 3 };
 void dst_purge(struct bypass_stack *s); /* all entries: addresses or routes changed */
 /* The short half of dst_get(): the entry that ref names, if it is this address's and nothing is to be looked at. */
 struct dst *dst_hit(const struct bypass_stack *s, const struct dst_ref *ref, const addr_t *addr);
