@@ -56,12 +56,6 @@ void flow_start(struct bench *b, struct flow *f)
         die(f->cc, f->sender);
 }
 
-static void look(struct bench *b, struct flow *f)
-{
-    struct host *from = b->hosts[f->from];
-    from->ops->info(from, f->sender, &f->last);
-}
-
 static void pump_send(struct bench *b, struct flow *f)
 {
     struct host *from = b->hosts[f->from];
@@ -143,8 +137,9 @@ void flow_event(struct bench *b, uint64_t tag)
     }
 }
 
-void flow_end(struct bench *b, struct flow *f)
+void flow_look(struct bench *b, struct flow *f)
 {
+    struct host *from = b->hosts[f->from];
     if (f->sender >= 0)
-        look(b, f);
+        from->ops->info(from, f->sender, &f->last);
 }

@@ -18,6 +18,7 @@
 #ifndef GOODPUT_H
 #define GOODPUT_H
 
+#include <linux/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -72,9 +73,6 @@ void path_destroy(struct path *p);
 /* ---- Hosts: linux.c, ours.c ------------------------------------------------------------------------------ */
 struct bench;
 struct host;
-struct host_info { /* of a sender */
-    uint64_t cwnd_bytes, srtt_us, retransmits;
-};
 struct host_ops { /* handles are >= 0, errors -errno; `tag` comes back in flow_event() */
     void (*deliver)(struct host *, const uint8_t *frame, uint32_t len);
     void (*run)(struct host *);               /* what is due; what goes out is given to host_out() */
@@ -85,8 +83,8 @@ struct host_ops { /* handles are >= 0, errors -errno; `tag` comes back in flow_e
     int64_t (*send)(struct host *, int64_t sock, const void *buf, size_t n);
     int64_t (*recv)(struct host *, int64_t sock, void *buf, size_t n);
     void (*close)(struct host *, int64_t sock);
-    void (*info)(struct host *, int64_t sock, struct host_info *out);
-    void (*end)(struct host *); /* die() when the host itself lost frames */
+    void (*info)(struct host *, int64_t sock, struct tcp_info *out); /* both speak of themselves as Linux does */
+    void (*end)(struct host *);                                      /* die() when the host itself lost frames */
 };
 struct host {
     const struct host_ops *ops;
@@ -108,8 +106,7 @@ struct flow {
     uint64_t sent, received; /* of this transfer */
     uint64_t began_ns;
     uint64_t total, total_at_warm; /* delivered to the program, all transfers */
-    uint64_t retransmits;
-    struct host_info last;
+    struct tcp_info last;          /* the sender's */
     const char *error;
     bool started;
     uint32_t done, done_cap; /* transfers */
@@ -119,8 +116,8 @@ struct flow {
 void flow_init(void);
 void flow_listen(struct bench *b, struct flow *f);
 void flow_start(struct bench *b, struct flow *f);
-void flow_event(struct bench *b, uint64_t tag); /* look at what this end can do */
-void flow_end(struct bench *b, struct flow *f); /* last figures */
+void flow_event(struct bench *b, uint64_t tag);  /* look at what this end can do */
+void flow_look(struct bench *b, struct flow *f); /* at the sender: `last` */
 
 /* ---- main.c ---------------------------------------------------------------------------------------------- */
 struct bench {

@@ -10,7 +10,7 @@
 #include <linux/if_tun.h>
 #include <net/if.h>
 #include <net/if_arp.h>
-#include <netinet/tcp.h>
+#include <netinet/in.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -184,16 +184,12 @@ static void linux_close(struct host *h, int64_t sock)
     close((int)sock);
 }
 
-static void linux_info(struct host *h, int64_t sock, struct host_info *out)
+static void linux_info(struct host *h, int64_t sock, struct tcp_info *out)
 {
-    struct tcp_info i;
-    socklen_t len = sizeof i;
+    socklen_t len = sizeof *out;
     (void)h;
-    if (getsockopt((int)sock, IPPROTO_TCP, TCP_INFO, &i, &len) < 0)
+    if (getsockopt((int)sock, IPPROTO_TCP, TCP_INFO, out, &len) < 0)
         die("TCP_INFO", -errno);
-    *out = (struct host_info){.cwnd_bytes = (uint64_t)i.tcpi_snd_cwnd * i.tcpi_snd_mss,
-                              .srtt_us = i.tcpi_rtt,
-                              .retransmits = i.tcpi_total_retrans};
 }
 
 /* What the device dropped because we did not read in time would not be the wire's doing. */

@@ -4,6 +4,7 @@
  *
  *   clock=real|virtual (real)   seed=N (1)   ms=N (10000): measured   warmup_ms=N (2000): before that
  *   sample_ms=N (0): also each flow's bytes at every so many milliseconds   pcap=PREFIX: records (path.c)
+ *   trace=FILE: with sample_ms, what each sender's TCP says of itself
  *   flow=FROM,TO,CC[,START_MS[,BYTES]]: FROM and TO are linux or ours; BYTES: transfers of that size, repeated
  *   fwd.KEY=N, rev.KEY=N: struct faults of goodput.h by name; both.KEY=N: of both directions
  *
@@ -28,13 +29,14 @@ enum { START_NS = 1000000000, EVENTS = 64 };
 struct options {
     uint64_t ms, warmup_ms, sample_ms;
     struct faults faults[2];
-    const char *pcap;
+    const char *pcap, *trace;
 };
 
 struct run {
     struct options opt;
     struct histogram late;
     uint64_t late_max_ns, measured_from_ns, measured_to_ns, samples;
+    FILE *trace;
     uint64_t *series; /* samples of all flows, one after another */
     bool realtime;
 };
@@ -142,6 +144,8 @@ static void option(struct bench *b, struct options *o, const char *arg)
         flow_option(b, value);
     else if (strncmp(arg, "pcap=", 5) == 0)
         o->pcap = value;
+    else if (strncmp(arg, "trace=", 6) == 0)
+        o->trace = value;
     else if (strchr(arg, '.') && strchr(arg, '.') < equals)
         fault_option(o, arg, value);
     else if (strcmp(arg, "clock=real") != 0)
@@ -203,6 +207,22 @@ static void wait_until(struct bench *b, uint64_t when_ns)
             flow_event(b, ev[i].data.u64);
 }
 
+static void trace(struct bench *b, const struct run *r, int i)
+{
+    static const char *const states[] = {"open", "disorder", "cwr", "recovery", "loss"};
+    struct flow *f = &b->flows[i];
+    const struct tcp_info *t = &f->last;
+    flow_look(b, f);
+    fprintf(r->trace,
+            "%" PRIu64 " flow %d got %" PRIu64
+            " %s cwnd %u ssthresh %d unacked %u sacked %u lost %u retrans %u/%u rto %u "
+            "backoff %u srtt %u var %u min %u rate %" PRIu64 " paced %" PRId64 "\n",
+            (uint64_t)((b->now_ns - b->began_ns) / MSEC), i, f->total, states[t->tcpi_ca_state % 5], t->tcpi_snd_cwnd,
+            (int)t->tcpi_snd_ssthresh, t->tcpi_unacked, t->tcpi_sacked, t->tcpi_lost, t->tcpi_retrans,
+            t->tcpi_total_retrans, t->tcpi_rto, t->tcpi_backoff, t->tcpi_rtt, t->tcpi_rttvar, t->tcpi_min_rtt,
+            (uint64_t)t->tcpi_delivery_rate, (int64_t)t->tcpi_pacing_rate);
+}
+
 static void marks(struct bench *b, struct run *r)
 {
     uint64_t from = b->began_ns + r->opt.warmup_ms * MSEC;
@@ -213,8 +233,11 @@ static void marks(struct bench *b, struct run *r)
             b->flows[i].total_at_warm = b->flows[i].total;
     }
     while (step && b->now_ns >= b->began_ns + (r->samples + 1) * step) {
-        for (int i = 0; i < b->flow_count; i++)
+        for (int i = 0; i < b->flow_count; i++) {
             r->series[r->samples * (uint64_t)b->flow_count + (uint64_t)i] = b->flows[i].total;
+            if (r->trace)
+                trace(b, r, i);
+        }
         r->samples++;
     }
 }
@@ -249,7 +272,8 @@ static void print_flow(const struct bench *b, const struct run *r, int i)
     printf("{\"from\": \"%s\", \"to\": \"%s\", \"cc\": \"%s\", \"mbit\": %.4f, \"bytes\": %" PRIu64
            ", \"retransmits\": %" PRIu64 ", \"cwnd\": %" PRIu64 ", \"srtt_ms\": %.2f, \"error\": ",
            kinds[f->from], kinds[f->to], f->cc, (double)(f->total - f->total_at_warm) * 8 / 1e6 / s, f->total,
-           f->last.retransmits, f->last.cwnd_bytes, (double)f->last.srtt_us / 1000);
+           (uint64_t)f->last.tcpi_total_retrans, (uint64_t)f->last.tcpi_snd_cwnd * f->last.tcpi_snd_mss,
+           (double)f->last.tcpi_rtt / 1000);
     printf(f->error ? "\"%s\"" : "null", f->error);
     printf(", \"transfers_ms\": [");
     for (uint32_t k = 0, first = 1; k < f->done; k++) {
@@ -337,26 +361,34 @@ int main(int argc, char **argv)
         die("with a virtual clock and without delay, time would stand still", 0);
     flow_init();
     b.epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (b.epoll < 0)
+        die("epoll", -errno);
+    b.now_ns = b.is_virtual ? START_NS : clock_ns();
+    open_hosts(&b); /* a namespace takes its time, which no flow should be charged with */
     b.began_ns = b.now_ns = b.is_virtual ? START_NS : clock_ns();
     b.path = path_create(b.seed, b.now_ns, r.opt.faults);
-    if (!b.path || b.epoll < 0)
+    if (!b.path)
         die("memory", -ENOMEM);
     if (r.opt.sample_ms)
         r.series = calloc((r.opt.ms + r.opt.warmup_ms) / r.opt.sample_ms + 2, (size_t)b.flow_count * sizeof *r.series);
     if (r.opt.sample_ms && !r.series)
         die("memory", -ENOMEM);
-    open_hosts(&b);
     int err = r.opt.pcap ? path_record(b.path, r.opt.pcap) : 0;
     if (err < 0)
         die(r.opt.pcap, err);
+    r.trace = r.opt.trace ? fopen(r.opt.trace, "w") : NULL;
+    if (r.opt.trace && !r.trace)
+        die(r.opt.trace, -errno);
     r.realtime = !b.is_virtual && be_on_time();
     loop(&b, &r);
     for (int i = 0; i < b.flow_count; i++)
-        flow_end(&b, &b.flows[i]);
+        flow_look(&b, &b.flows[i]);
     for (int i = 0; i < HOSTS; i++)
         if (b.hosts[i])
             b.hosts[i]->ops->end(b.hosts[i]);
     print(&b, &r);
     path_destroy(b.path);
+    if (r.trace)
+        (void)fclose(r.trace);
     return 0;
 }

@@ -133,12 +133,12 @@ static void ours_close(struct host *h, int64_t sock)
     (void)bypass_close(&self(h)->stack, sock);
 }
 
-static void ours_info(struct host *h, int64_t sock, struct host_info *out)
+static void ours_info(struct host *h, int64_t sock, struct tcp_info *out)
 {
     struct bypass_tcp_info i;
     if (bypass_tcp_info(&self(h)->stack, sock, &i) < 0)
         memset(&i, 0, sizeof i);
-    *out = (struct host_info){.cwnd_bytes = i.cwnd, .srtt_us = i.srtt_us, .retransmits = i.retransmits};
+    (void)bypass_tcp_info_linux(&i, out, sizeof *out);
 }
 
 static void ours_end(struct host *h)
