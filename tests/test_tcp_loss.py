@@ -157,6 +157,47 @@ def test_timestamps_tell_which_transmission_was_answered() -> None:
         assert t.info.rttvar_us > 0
 
 
+@pytest.mark.parametrize("dsack", [False, True])
+def test_the_age_of_a_copy_whose_ack_was_lost_is_no_round_trip(dsack: bool) -> None:
+    """The echo of an earlier transmission: its ACK was lost, or is late. A D-SACK (RFC 2883) says that this one answers
+    the last; without it the timeout stays backed off until something sent once is acknowledged (RFC 6298 5.7)."""
+    opts = "mss 1000, sackok, nop, nop, ts 1000 0"
+    with Talk() as t:
+        t.established(ts=True, opts=opts, rtt=0.1)
+        srtt, rto = t.info.srtt_us, t.info.rto_us
+        t.write(100)
+        [first] = t.out()
+        t.advance(1.5)
+        again = t.out()
+        assert len(again) == t.info.retransmits >= 2
+        t.advance(0.2)
+        age_us = (t.now - again[-1].at_ns) // 1000
+        block = ", nop, nop, sack 1:101" if dsack else ""
+        t.peer(f". 1:1 ack 101 <nop, nop, ts 9000 {first.opts['ts'][0]}{block}>")
+        if dsack:
+            assert t.info.srtt_us == pytest.approx(srtt + (age_us - srtt) / 8, abs=2000)
+        else:
+            assert (t.info.srtt_us, t.info.rto_us) == (srtt, rto)
+
+
+def test_the_window_grows_by_what_has_arrived_when_a_timeout_was_a_mistake() -> None:
+    """RFC 9438 4.9: window and curve are as they were, and time has gone on: the ACK that tells counts as others do."""
+    with Talk() as t:
+        t.established(opts=f"{OPTS}, sackok", rtt=0.1)
+        fill(t)
+        t.peer(ack(10))
+        fill(t)
+        before = t.info.cwnd
+        t.advance(3)  # nothing arrives, several timeouts
+        t.out()
+        assert t.info.cwnd == MSS
+        t.peer(ack(11))  # of what was repeated; new data goes (RFC 5682)
+        assert t.info.cwnd < before
+        t.out()
+        t.peer(ack(14))
+        assert t.info.cwnd > before
+
+
 # ---- The congestion window ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("mss", "segments"), [(1460, 10), (1000, 10), (536, 10)])
 def test_the_first_window_is_ten_segments(mss: int, segments: int) -> None:

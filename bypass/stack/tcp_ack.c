@@ -106,15 +106,30 @@ static void take_min_rtt(struct bypass_stack *s, struct tcp_conn *c, uint32_t us
     }
 }
 
+/* All that was acknowledged had been sent more than once. The echo tells which transmission it was (RFC 7323 4) - or that
+ * an earlier one had arrived, whose ACK was lost or is late: its age is no round trip, and would double with each
+ * timeout. With a D-SACK this ACK answers the last one; without, nobody knows (Karn). */
+static void take_echoed_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g,
+                            const struct tcp_sample *sm)
+{
+    uint64_t us = (tcp_ts_now(s, c) - g->opt.ts_ecr) * 1000ull;
+    uint64_t last_us = sm->prior ? (uint64_t)(tcp_rate_tick(now_ns(s)) - sm->tx_at) * 1024 / 1000 : us;
+    if (us > last_us + 2000) { /* either clock's tick */
+        if (!sm->dsack && !sm->dsack_tlp)
+            return;
+        us = last_us;
+    }
+    if (us < RTO_MAX_US)
+        tcp_rtt_sample(c, max_u64(us, 1));
+}
+
 static void take_rtt(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, const struct tcp_sample *sm)
 {
     if (likely(sm->rtt_us != 0)) {
         take_min_rtt(s, c, (uint32_t)min_u64(sm->rtt_us, RTO_MAX_US));
         tcp_rtt_sample(c, sm->rtt_us);
     } else if (sm->acked > 0 && (c->flags & TF_TS) && g->opt.has_ts && g->opt.ts_ecr != 0) {
-        uint32_t ms = tcp_ts_now(s, c) - g->opt.ts_ecr; /* tells which transmission it was, RFC 7323 4 */
-        if (ms < RTO_MAX_US / 1000)
-            tcp_rtt_sample(c, max_u64(ms * 1000ull, 1));
+        take_echoed_rtt(s, c, g, sm);
     }
 }
 

@@ -153,19 +153,6 @@ static void take_timestamp(struct bypass_stack *s, struct tcp_conn *c, const str
     }
 }
 
-/* The answer to data that came before echoes this copy of it, not the first: its sender times the round trip by the
- * echo (RFC 7323 4.3), and a lost ACK would cost it the age of the original, which doubles with each timeout. R2 of
- * 5.3 passes over such segments because their sequence numbers are easy to guess, and a forged timestamp ahead of
- * time would stop the connection; here they must lie less than a window back, and the ACK has to be good too. */
-static void echo_retransmission(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
-{
-    uint32_t oldest = max_u32(c->snd_wnd_max, 65535); /* RFC 5961 5.2 */
-    bool recent = c->rcv_nxt.v - g->seq.v <= max_u32(c->rcvbuf, 65535);
-    bool acks = (g->flags & TCP_ACK) && seq_leq(g->ack, c->snd_nxt) && seq_geq(seq_add(g->ack, oldest), c->snd_una);
-    if (recent && acks)
-        take_timestamp(s, c, g);
-}
-
 /* First: sequence number, with PAWS before it. */
 static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {
@@ -199,7 +186,8 @@ static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c,
             c->rtx_at = now_ns(s) + TIME_WAIT_S * SEC_NS; /* eighth: our last ACK was lost, the wait starts over */
             tcp_timer_update(s, c);
         }
-        echo_retransmission(s, c, g);
+        /* Its timestamp is not the one to echo (RFC 7323 5.3 R2): the older one lets its sender see that it sent again
+         * needlessly (RFC 3522), and an old sequence number is easy to forge. */
         tcp_sack_old(s, c, g);
         tcp_send_ack(s, c); /* its sender waits for this */
         return STOP;

@@ -72,7 +72,7 @@ static void undo(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *
         c->cwnd = max_u32(c->cwnd, fl->prior_cwnd);
         c->ssthresh = max_u32(c->ssthresh, fl->prior_ssthresh);
     }
-    sm->settled = true;
+    sm->settled = fl->ca_state != CA_LOSS; /* a timeout's was long ago: what has arrived since counts for growth */
     fl->undo = false;
     fl->frto = FRTO_OFF;
     c->feat &= ~(uint32_t)TX_CWR;
