@@ -6,7 +6,10 @@
 A script runs in a child process with a network namespace of its own. A script that differs is run again, up to
 `RETRIES` times: a busy machine makes real time unsteady, and a difference that counts is there each time.
 tests/scripts/differences.yaml lists the scripts on which Linux does something else than the script says, with the line
-and the reason; anything that is not listed, or is listed and does not differ, is a failure.
+and the reason; anything that is not listed, or is listed and does not differ, is a failure. At the end a table by topic
+tells what our stack and Linux do; --ours plays the scripts on our stack only, without root.
+
+Exit code: 0; 1: something is not as registered; 2: a script or a list cannot be read, or this is no place to run it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import multiprocessing.connection
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +50,10 @@ def all_scripts() -> list[Path]:
 
 def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
+
+
+def topic_of(name: str) -> str:
+    return name.partition("/")[0].replace("_", " ")
 
 
 def play_ours(script: Script) -> Verdict:
@@ -92,6 +100,10 @@ class Difference:
 
 class RegisterError(Exception):
     """differences.yaml or pending.yaml says something that makes no sense."""
+
+
+class UnableError(Exception):
+    """This is no place to play scripts on the kernel."""
 
 
 def read_list(path: Path) -> list[dict[str, Any]]:
@@ -201,6 +213,42 @@ def run_linux(
     return done
 
 
+def unable() -> str:
+    """What is missing here to play scripts on the kernel; empty: nothing."""
+    if os.geteuid() != 0:
+        return "it makes a network namespace for each script, so it needs root (--ours does not)"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "it needs TUN devices: /dev/net/tun is missing here, or not open to us (--ours needs none)"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            from scripting.linux import CLONE_NEWNET, LIBC
+
+            os._exit(LIBC.unshare(CLONE_NEWNET) != 0)
+        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+            os._exit(1)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+        return "it may not make network namespaces here (--ours needs none)"
+    return ""
+
+
+def table(columns: Mapping[str, Mapping[str, bool]], registered: Mapping[str, Difference]) -> str:
+    """By topic: how many scripts there are, how many do what they say on whom, how many differences are registered."""
+    names = sorted({name for verdicts in columns.values() for name in verdicts})
+    scripts, differ = Counter(map(topic_of, names)), Counter(topic_of(n) for n in registered if n in names)
+    rows = [("topic", "scripts", *columns, "registered differences")]
+    passed = [Counter(topic_of(n) for n, ok in verdicts.items() if ok) for verdicts in columns.values()]
+    for topic in scripts:
+        rows.append((topic, *(str(c[topic]) for c in (scripts, *passed, differ))))
+    rows.append(("all", *(str(c.total()) for c in (scripts, *passed, differ))))
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = (
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, width, strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(cells) for cells in aligned)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Runs scripts against the kernel and compares with the register."
@@ -233,16 +281,24 @@ def main(argv: list[str] | None = None) -> int:
                 verdicts[name_of(path)] = play_ours(load(path))
                 report(path, verdicts[name_of(path)], 1)
             bad = [n for n, v in verdicts.items() if v.ok == (n in waiting)]
+            if not args.scripts:
+                print(table({"ours": {n: v.ok for n, v in verdicts.items()}}, registered))
             print(f"{len(verdicts)} scripts, {len(bad)} not as pending.yaml says: {', '.join(bad)}")
             return bool(bad)
         for path in paths:
             load(path)
-    except (ScriptError, RegisterError, OSError) as e:
+        if why := unable():
+            raise UnableError(why)
+    except (ScriptError, RegisterError, UnableError, OSError) as e:
         print(f"oracle: {e}", file=sys.stderr)
         return 2
     expected = {name: entry.line for name, entry in registered.items()}
     verdicts = run_linux(paths, expected=expected, jobs=args.jobs, retries=args.retries, report=report)
     wrong = complaints(verdicts, registered, whole=not args.scripts)
+    if not args.scripts:
+        ours = {name_of(path): play_ours(load(path)).ok for path in paths}
+        linux = {name: verdict.ok for name, verdict in verdicts.items()}
+        print(table({"ours": ours, "Linux": linux}, registered))
     for line in wrong:
         print(f"oracle: {line}")
     agree = sum(v.ok for v in verdicts.values())

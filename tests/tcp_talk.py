@@ -38,7 +38,10 @@ OUR_ISS = WRAP - 2000
 PEER_ISS = WRAP - 1500
 TICK = 0.0011  # seconds: timers run at most a tick of the wheel (2^20 ns) late
 LETTERS = {"S": SYN, "F": FIN, "R": RST, "P": PSH, ".": ACK, "U": URG, "E": 0x40, "W": 0x80}
-PATTERN = bytes((i * 31 + (i >> 8) * 17 + (i >> 16)) & 0xFF for i in range(1 << 20))
+# Byte i is i * 31 + (i >> 8) * 17 + (i >> 16), modulo 256; 256 bytes at a time.
+SHIFTS = [bytes((byte + by) & 0xFF for byte in range(256)) for by in range(256)]
+LINE = bytes(i * 31 & 0xFF for i in range(256))
+PATTERN = b"".join(LINE.translate(SHIFTS[(i * 17 + (i >> 8)) & 0xFF]) for i in range(1 << 12))
 SPEC = re.compile(
     r"(?P<flags>[SFRPUEW.]+) (?P<seq>-?\d+):(?P<end>-?\d+)( ack (?P<ack>-?\d+))?( win (?P<win>\d+))?( <(?P<opts>[^>]*)>)?"
 )

@@ -101,6 +101,32 @@ def test_a_script_that_cannot_be_read_is_one_clear_error(
     assert f"oracle: {path}:2:16: the end of the line" in capsys.readouterr().err
 
 
+def test_where_it_cannot_run_it_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(oracle.all_scripts()[0])
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert oracle.main([path]) == 2
+    assert "needs root" in capsys.readouterr().err
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert oracle.main([path]) == 2
+    assert "/dev/net/tun" in capsys.readouterr().err
+    assert oracle.main(["--ours", path]) == 0
+
+
+def test_the_table_counts_by_topic() -> None:
+    ours, theirs = {"a_b/c": True, "a_b/d": True, "e/f": True}, {"a_b/c": True, "a_b/d": False, "e/f": True}
+    registered = {"a_b/d": Difference("a_b/d", 7, "RFC")}
+    said = oracle.table({"ours": ours, "Linux": theirs}, registered).splitlines()
+    assert [line.split() for line in said] == [
+        ["topic", "scripts", "ours", "Linux", "registered", "differences"],
+        ["a", "b", "2", "2", "1", "1"],
+        ["e", "1", "1", "1", "0"],
+        ["all", "3", "3", "2", "1"],
+    ]
+
+
 # ---- Linux ---------------------------------------------------------------------------------------------------------
 def linux(tmp_path: Path, more: str, retries: int = 4) -> Verdict:
     path = tmp_path / "talk.pkt"

@@ -46,7 +46,6 @@ RECV_FLAGS = {
     socket.MSG_PEEK: "PEEK",
     socket.MSG_TRUNC: "TRUNC",
     socket.MSG_OOB: "OOB",
-    socket.MSG_WAITALL: "WAITALL",
     socket.MSG_DONTWAIT: "",
 }
 
@@ -297,14 +296,25 @@ class OurStack:
         return got
 
     def do_recv(self, fd: int, n: int, flags: int) -> Op:
-        known = translate(flags, RECV_FLAGS)
+        """Waits as bypass.sockets does: until the socket is readable, and with MSG_WAITALL for all of it."""
+        known = translate(flags & ~socket.MSG_WAITALL, RECV_FLAGS)
+        waits = fd not in self.nonblocking and not flags & (socket.MSG_DONTWAIT | socket.MSG_OOB)
+        end = lib.BYPASS_IN | lib.BYPASS_ERR | lib.BYPASS_HUP | lib.BYPASS_RDHUP
+        have = b""
         while True:
-            got = self.stack.recv(fd, n, known)
+            got = (
+                -errno.EAGAIN
+                if waits and not self.stack.ready(fd) & end
+                else self.stack.recv(fd, n - len(have), known)
+            )
             if isinstance(got, bytes):
-                return got
+                have += got
+                if not flags & socket.MSG_WAITALL or not got or len(have) == n:
+                    return have
+                continue
             if got != -errno.EAGAIN:
                 raise fail(-got)
-            if fd in self.nonblocking or flags & (socket.MSG_DONTWAIT | socket.MSG_OOB):
+            if not waits:
                 raise fail(errno.EAGAIN)
             yield
 

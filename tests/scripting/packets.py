@@ -23,7 +23,10 @@ LETTERS = {"S": SYN, "F": FIN, "R": RST, "P": PSH, "U": URG, "E": ECE, "W": CWR,
 ECN_BITS = {"noecn": 0, "ect1": 1, "ect0": 2, "ce": 3}
 ECN_NAMES = {v: k for k, v in ECN_BITS.items()}
 KINDS = {"unreachable": 3, "source_quench": 4, "time_exceeded": 11, "parameter_problem": 12}
-PATTERN = bytes((i * 31 + (i >> 8) * 17 + (i >> 16)) & 0xFF for i in range(1 << 20))
+# Byte i is i * 31 + (i >> 8) * 17 + (i >> 16), modulo 256; 256 bytes at a time.
+SHIFTS = [bytes((byte + by) & 0xFF for byte in range(256)) for by in range(256)]
+LINE = bytes(i * 31 & 0xFF for i in range(256))
+PATTERN = b"".join(LINE.translate(SHIFTS[(i * 17 + (i >> 8)) & 0xFF]) for i in range(1 << 12))
 
 
 def stream(first: int, end: int) -> bytes:
