@@ -88,7 +88,7 @@ static bool config_valid(const struct bypass_config *cfg)
     if (cfg->sndbuf < 4096 || cfg->rcvbuf < 4096 || cfg->sndbuf > cfg->sndbuf_max || cfg->rcvbuf > cfg->rcvbuf_max)
         return false;
     if (cfg->sndbuf_max > 1u << 30 || cfg->rcvbuf_max > 1u << 30 || cfg->delack_ms == 0 || cfg->delack_ms > 500)
-        return false; /* MUST-58 of RFC 9293 3.8.6.3: less than half a second */
+        return false; /* MUST-40 of RFC 9293 3.8.6.3: less than half a second */
     return cfg->max_frags > 0 && cfg->max_frags <= 65536 && cfg->reserved == 0;
 }
 
