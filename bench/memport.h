@@ -16,7 +16,10 @@
 
 #include "bypass.h"
 
-enum { MEMPORT_FRAMES = 4096, MEMPORT_MASK = MEMPORT_FRAMES - 1, MEMPORT_STRIDE = 2048 };
+#ifndef MEMPORT_COUNT
+#define MEMPORT_COUNT 4096 /* a power of two */
+#endif
+enum { MEMPORT_FRAMES = MEMPORT_COUNT, MEMPORT_MASK = MEMPORT_FRAMES - 1, MEMPORT_STRIDE = 2048 };
 
 struct memport {
     struct bypass_netdev dev;

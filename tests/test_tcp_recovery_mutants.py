@@ -215,6 +215,12 @@ MUTANTS = {
         "        if (true)\n",
         "undo::test_new_losses_are_not_progress",
     ),
+    "a window of data is undone again and again": Mutant(
+        "tcp_recover.c",
+        "fl->undo = !fl->undone;",
+        "fl->undo = true;",
+        "undo::test_a_window_of_data_is_undone_once",
+    ),
     "what the timer found counts against the next ACK": Mutant(
         "tcp_recover.c",
         "sm->acked > 0 && fl->lost == lost);",

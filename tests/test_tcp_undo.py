@@ -305,3 +305,24 @@ def test_duplicate_reports_of_what_was_sent_once_undo_nothing() -> None:
         t.peer(*[ack(0, (-1, 0)), ack(1, (0, 1)), ack(2, (0, 1)), ack(2, (0, 2))])
         assert not {"tcp_undone_recoveries", "tcp_undone_timeouts"} & set(t.counted())
         assert window(t)[1] == before[1]
+
+
+def test_a_window_of_data_is_undone_once() -> None:
+    """A liar could have all that is in flight marked and unmarked with every other ACK otherwise; the second recovery
+    before all that was out at the first is acknowledged stays, and ends as any."""
+    with Talk() as t:
+        begin(t, 10)
+        assert each(t, ack(0, (5, 8))) == [[0, 1, 2]]
+        t.advance(0.01)
+        t.peer(ack(3, (0, 3), (5, 8)))  # "I had them all"
+        assert t.counted()["tcp_undone_recoveries"] == 1
+        t.advance(RTT)
+        t.peer(ack(3, (5, 9)))
+        assert after(t, RTT) == [3]
+        assert state(t) == "recovery"
+        t.peer(ack(4, (3, 4), (5, 9)))
+        assert "tcp_undone_recoveries" not in t.counted()
+        assert state(t) == "recovery"
+        t.advance(RTT)
+        t.peer(ack(10))
+        assert window(t)[0] == window(t)[1]

@@ -187,6 +187,7 @@ struct tcp_flight {
     uint8_t frto;                    /* FRTO_*: steps of RFC 5682 */
     bool tlp_out, tlp_rtx;           /* a tail loss probe awaits its ACK; it was a retransmission */
     bool undo;                       /* what recovery did to the window can be undone */
+    bool undone;                     /* ... was, and `recover` is not passed yet */
     bool rtx_stamped;                /* rtx_ts is valid */
     bool hold;                       /* no recovery by duplicate ACKs until `recover` is passed (RFC 6582 3.2) */
     bool reordering, in_dsack_round; /* RFC 8985 6.2: it was seen; dsack_round is valid */

@@ -42,9 +42,11 @@ static void settle(struct tcp_conn *c, struct tcp_flight *fl)
 }
 
 /* ---- Undo ------------------------------------------------------------------------------------------------- */
+/* A window of data is undone once: a peer that lies could have all of it marked and unmarked with every other ACK. */
 static void undo_begin(struct tcp_conn *c, struct tcp_flight *fl)
 {
-    fl->undo = true;
+    fl->undone = fl->undone && seq_lt(c->snd_una, fl->recover);
+    fl->undo = !fl->undone;
     fl->undo_una = c->snd_una;
     fl->undo_rtx = fl->resent_frames > 0 ? fl->resent_frames : UNDO_NONE_SENT;
 }
@@ -74,6 +76,7 @@ static void undo(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *
     }
     sm->settled = fl->ca_state != CA_LOSS; /* a timeout's was long ago: what has arrived since counts for growth */
     fl->undo = false;
+    fl->undone = true;
     fl->frto = FRTO_OFF;
     c->feat &= ~(uint32_t)TX_CWR;
     tcp_cc_event(s, c, CC_EV_UNDO);
@@ -119,7 +122,7 @@ static void proportional_reduction(struct bypass_stack *s, struct tcp_conn *c, s
 
 static void reduction_end(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, struct tcp_sample *sm)
 {
-    bool reduced = fl->ca_state == CA_CWR || (fl->ca_state == CA_RECOVERY && fl->undo);
+    bool reduced = fl->ca_state == CA_CWR || fl->ca_state == CA_RECOVERY;
     if (reduced && !tcp_cc_own_window(s, c) && c->ssthresh != UINT32_MAX) {
         c->cwnd = c->ssthresh; /* RFC 9937 6.2, last paragraph: pipe is near it by now */
         sm->settled = true;
