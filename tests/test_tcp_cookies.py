@@ -119,6 +119,25 @@ def test_window_scale_and_sack_come_back_through_the_timestamp(scale: int | None
         assert data.opts["ts"][0] - syn_ack.opts["ts"][0] < 1 << 31, "our timestamps never go back"
 
 
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("ts", [False, True])
+def test_ecn_comes_back_through_the_timestamp(asks: bool, ts: bool) -> None:
+    """RFC 3168 6.1.1: agreed to only where it can be remembered."""
+    with cookie_talk() as t:
+        t.server()
+        t.iss = None
+        t.peer(f"S{'EW' if asks else ''} 0:0 <mss 1460{', nop, nop, ts 700 0' if ts else ''}>")
+        [syn_ack] = t.out()
+        agreed = asks and ts
+        assert syn_ack.flags == ("S.E" if agreed else "S.")
+        t.peer(". 1:1 ack 1" + (f" <nop, nop, ts 701 {syn_ack.opts['ts'][0]}>" if ts else ""))
+        t.accept()
+        t.write(100)
+        [data] = t.out()
+        assert data.ip is not None
+        assert data.ip.tos & 3 == (2 if agreed else 0)
+
+
 def test_without_timestamps_only_the_mss_comes_back() -> None:
     """As on Linux: there is no room for more in the sequence number."""
     with cookie_talk() as t:

@@ -192,6 +192,31 @@ def test_the_lower_mtu_holds_for_other_connections_and_for_ten_minutes() -> None
         t.peer(". 1:1")
 
 
+@pytest.mark.parametrize("seq", [-1, 1, 5000, 1 << 31])
+def test_a_half_open_connection_believes_only_an_error_that_quotes_its_syn_ack(seq: int) -> None:
+    with Talk() as t:
+        t.server()
+        t.peer("S 0:0")
+        t.hears("S. 0:0")
+        t.icmp(3, 3, seq)
+        assert t.state() == "SYN_RECEIVED"
+        assert "tcp_in_error_quoted" not in t.counted()
+
+
+def test_a_source_quench_changes_nothing() -> None:
+    """RFC 6633 3."""
+    with Talk() as t:
+        t.established()
+        t.write(3000)
+        cwnd = t.info.cwnd
+        t.out()
+        t.icmp(4, 0, 1)
+        assert t.info.cwnd == cwnd
+        assert t.counted()["icmp_in_ignored"] == 1
+        t.peer(". 1:1 ack 2921")
+        t.hears("P. 2921:3001")
+
+
 def test_a_syn_received_survives_soft_errors() -> None:
     with Talk() as t:
         t.server()

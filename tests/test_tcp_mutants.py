@@ -278,6 +278,18 @@ MUTANTS = {
         "return p->used == p->cap;",
         "handshake::test_many_half_open_connections_are_bounded",
     ),
+    "a reset ends TIME_WAIT": Mutant(
+        "tcp_in.c",
+        "if (c->state == BYPASS_TIME_WAIT) {\n        STAT(s, tcp_in_reset_ignored);",
+        "if (false) {",
+        "reset::test_a_reset_does_not_end_time_wait",
+    ),
+    "answers to a SYN wait for the next hop": Mutant(
+        "ipv4.c",
+        "if (mac == NULL || (d && d->state == DST_OK)) {",
+        "if (mac == NULL || d) {",
+        "handshake::test_a_burst_of_syns_is_answered_while_the_question_for_their_neighbour_is_open",
+    ),
     "any cookie opens fast": Mutant(
         "tcp_fastopen.c",
         "if (cookie == COOKIE_WRONG) {",

@@ -79,7 +79,6 @@ def test_a_reset_needs_no_timestamp() -> None:
         ("shutdown ack", errno.ECONNRESET),  # FIN_WAIT_2
         ("shutdown peer", errno.ECONNRESET),  # CLOSING
         ("peer shutdown", errno.ECONNRESET),  # LAST_ACK
-        ("shutdown ack peer", 0),  # TIME_WAIT
     ],
 )
 def test_a_reset_in_every_state_ends_it(steps: str, error: int) -> None:
@@ -104,6 +103,23 @@ def test_a_reset_in_every_state_ends_it(steps: str, error: int) -> None:
         assert t.stack.error(conn) == 0
 
 
+def test_a_reset_does_not_end_time_wait() -> None:
+    """RFC 1337 3, F1: it may answer our answer to an old duplicate; then nothing would guard against more of them."""
+    with Talk() as t:
+        t.established()
+        t.close_sock()
+        t.peer(". 1:1 ack 2", "F. 1:1 ack 2")
+        t.out()
+        assert t.state() == "TIME_WAIT"
+        t.peer(". 1:1 ack 2", "R 2:2", "R. 2:2 ack 2")
+        t.out()
+        assert t.state() == "TIME_WAIT"
+        t.peer("F. 1:1 ack 2")
+        t.hears(". 2:2 ack 2")
+        t.silence(61)
+        assert t.state() == ""
+
+
 # ---- SYNs in a connection (RFC 5961 4.2) --------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "spec", ["S 1:1", "S 500:500", "S. 1:1 ack 1", "S 100000:100000", "S 0:0", "S. 0:0 ack 1"]
@@ -126,6 +142,19 @@ def test_challenges_of_one_connection_are_two_a_second_at_most() -> None:
             t.advance(0.1)
         assert 4 <= len(t.out()) <= 9
         assert t.counted()["tcp_out_challenge_limited"] >= 30
+
+
+def test_challenges_of_a_half_open_connection_are_two_a_second_at_most() -> None:
+    with Talk() as t:
+        t.server()
+        t.peer("S 0:0")
+        t.hears("S. 0:0 ack 1")
+        for _ in range(9):
+            t.peer("R 100:100", "S 100:100", ". 90000:90000 ack 1")
+            t.advance(0.1)
+        assert 1 <= len(t.out()) <= 2
+        assert t.state() == "SYN_RECEIVED"
+        assert t.counted()["tcp_out_challenge_limited"] >= 20
 
 
 def test_challenges_of_all_connections_are_limited_and_the_limit_is_not_told() -> None:

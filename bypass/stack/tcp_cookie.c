@@ -73,9 +73,10 @@ static struct flow_isn flow_part(const struct bypass_stack *s, const struct segm
 
 /* ---- Out -------------------------------------------------------------------------------------------------- */
 /* Never ahead of the clock: the connection's timestamps must not go back (RFC 7323 5.2). */
-static uint32_t ts_with_options(uint32_t ms, const struct tcp_opts *o)
+static uint32_t ts_with_options(uint32_t ms, const struct tcp_opts *o, bool ecn)
 {
-    uint32_t bits = (o->has_wscale ? o->wscale : (uint32_t)NO_WSCALE) | (o->sack_ok ? (uint32_t)OPT_SACK : 0);
+    uint32_t bits = (o->has_wscale ? o->wscale : (uint32_t)NO_WSCALE) | (o->sack_ok ? (uint32_t)OPT_SACK : 0) |
+                    (ecn ? (uint32_t)OPT_ECN : 0);
     uint32_t ts = (ms & ~((1u << OPT_BITS) - 1)) | bits;
     return (int32_t)(ts - ms) > 0 ? ts - (1u << OPT_BITS) : ts;
 }
@@ -85,11 +86,11 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
     uint32_t secret = period_now(s) & 1, mss = mss_index(g->opt.mss ? g->opt.mss : (uint16_t)TCP_DEFAULT_MSS);
     struct flow_isn f = flow_part(s, g);
     uint32_t bits = secret << 31 | mss << TAG_BITS | tag(s, g, g->seq, secret, mss);
-    bool ts = g->opt.has_ts;
+    bool ts = g->opt.has_ts, ecn = ts && tcp_ecn_agreed(s, ep, g);
     const struct tcp_opts o = {.mss =
                                    (uint16_t)min_u32(s->dev->mtu - 40u, ep->opt.maxseg ? ep->opt.maxseg : UINT32_MAX),
                                .has_ts = ts,
-                               .ts_val = ts_with_options(conn_now_ms(s), &g->opt) + f.ts_offset,
+                               .ts_val = ts_with_options(conn_now_ms(s), &g->opt, ecn) + f.ts_offset,
                                .ts_ecr = g->opt.ts_val,
                                .has_wscale = ts && g->opt.has_wscale,
                                .wscale = tcp_tune_wscale(s, ep->rcvbuf, ep->feat),
@@ -102,7 +103,7 @@ void tcp_cookie_send(struct bypass_stack *s, struct tcp_endpoint *ep, const stru
                                .queue = pkt_meta(s, g->pkt)->queue,
                                .seq = seq(g->seq.v + f.iss.v + bits),
                                .ack = seq_add(g->seq, 1),
-                               .flags = TCP_SYN | TCP_ACK,
+                               .flags = (uint8_t)(TCP_SYN | TCP_ACK | (ecn ? TCP_ECE : 0)),
                                .ttl = ep->opt.ttl,
                                .tos = ep->opt.tos,
                                .opts = &o};
@@ -122,15 +123,17 @@ static uint16_t cookie_mss(struct bypass_stack *s, const struct segment *g, stru
     return (bits & ((1u << TAG_BITS) - 1)) == tag(s, g, irs, secret, mss) ? mss_table[mss] : 0;
 }
 
-static void options_of(struct tcp_opts *o, uint16_t mss, const struct segment *g, struct flow_isn f)
+/* What the peer's echo brings back. Returns TX_ECN, if that was agreed. */
+static uint32_t options_of(struct tcp_opts *o, uint16_t mss, const struct segment *g, struct flow_isn f)
 {
     uint32_t bits = g->opt.ts_ecr - f.ts_offset;
     *o = (struct tcp_opts){.mss = mss, .has_ts = g->opt.has_ts, .ts_val = g->opt.ts_val};
     if (!g->opt.has_ts)
-        return;
+        return 0;
     o->has_wscale = (bits & NO_WSCALE) != NO_WSCALE;
     o->wscale = o->has_wscale ? bits & NO_WSCALE : 0;
     o->sack_ok = (bits & OPT_SACK) != 0;
+    return bits & OPT_ECN ? TX_ECN : 0;
 }
 
 struct tcp_conn *tcp_cookie_in(struct bypass_stack *s, struct tcp_endpoint *ep, const struct segment *g, bool *good)
@@ -154,11 +157,12 @@ struct tcp_conn *tcp_cookie_in(struct bypass_stack *s, struct tcp_endpoint *ep, 
     struct segment syn = *g;
     syn.seq = seq_add(g->seq, (uint32_t)-1);
     syn.flags = TCP_SYN;
-    options_of(&syn.opt, mss, g, f);
+    uint32_t feat = options_of(&syn.opt, mss, g, f);
     struct tcp_conn *c = tcp_req_promote(s, ep, &syn, seq_add(g->ack, (uint32_t)-1));
     if (c) {
         STAT(s, tcp_passive_opens);
         conn_cold(s, c)->last_in = now_ns(s);
+        c->feat |= feat;
     }
     return c;
 }

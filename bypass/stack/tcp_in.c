@@ -197,9 +197,14 @@ static enum next_step check_sequence(struct bypass_stack *s, struct tcp_conn *c,
     return STOP;
 }
 
-/* Second: RST. Only the exact next sequence number resets (RFC 5961 3.2). */
+/* Second: RST. Only the exact next sequence number resets (RFC 5961 3.2), and never TIME_WAIT: there it answers an old
+ * duplicate, and the wait is there against those (RFC 1337 3, F1). */
 static void reset_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
 {
+    if (c->state == BYPASS_TIME_WAIT) {
+        STAT(s, tcp_in_reset_ignored);
+        return;
+    }
     if (!seq_eq(g->seq, c->rcv_nxt)) {
         STAT(s, tcp_in_reset_ignored);
         tcp_challenge(s, c);
