@@ -197,6 +197,29 @@ def test_a_job_that_fails_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) 
     assert len(fake.seen) == 6
 
 
+def test_a_measurement_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has run is not run again; a line that was cut off, or another program's, counts for nothing."""
+    path = tmp_path / "goodput.runs.jsonl"
+    first = Fake(fail=5)
+    monkeypatch.setattr(run, "steady", first)
+    with run.Journal(path, resume=False) as journal, pytest.raises(BenchError, match="broken"):
+        run.many(mixed_jobs(), 1, journal=journal)
+    done = [seed for seed in first.seen if seed != 5]
+    other = {"program": "?", "job": run.Journal.key(mixed_jobs()[5]), "result": {"seed": -1}}
+    with path.open("a") as file:
+        file.write(json.dumps(other) + "\n" + '{"program": "')
+    second = Fake()
+    monkeypatch.setattr(run, "steady", second)
+    told: list[int] = []
+    with run.Journal(path, resume=True) as journal:
+        found = run.many(mixed_jobs(), 1, lambda job: told.append(job.seed), journal)
+    assert [r["seed"] for r in found] == sorted(told) == list(range(60))
+    assert sorted(second.seen + done) == list(range(60))
+    with run.Journal(path, resume=False) as journal:
+        assert journal.known == {}
+    assert path.read_text() == ""
+
+
 def test_without_linux_and_without_the_algorithm_nothing_is_promised() -> None:
     assert matrix.variants("bbr", [], linux=True) == [matrix.REFERENCE]
     assert matrix.variants("cubic", ["cubic"], linux=False) == [matrix.BOTH]

@@ -62,7 +62,12 @@ def total(parts: tuple[str, ...], plan: list[Any], marking: list[str], rounds: i
 @click.option("--condition", type=click.Choice(list(BY_NAME)), multiple=True, help="Only this condition.")
 @click.option("--cc", type=click.Choice(matrix.CCS), multiple=True, help="Only this congestion control.")
 @click.option(
-    "--jobs", type=click.IntRange(1, 64), default=32, show_default=True, help="Wires at once, at most."
+    "--jobs", type=click.IntRange(1, 256), default=160, show_default=True, help="Wires at once, at most."
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with a measurement that was cut off: what it has run is not run again.",
 )
 @click.option(
     "--output",
@@ -77,12 +82,13 @@ def main(
     condition: tuple[str, ...],
     cc: tuple[str, ...],
     jobs: int,
+    resume: bool,
     output: Path,
 ) -> None:
     """Goodput of this stack and of Linux under twelve conditions, fairness between them, DCTCP with marking.
 
-    Every figure is explained in docs/benchmark.md. Without root and TAP devices only what needs no Linux is run: this
-    stack with itself in virtual time.
+    Every figure is explained in docs/benchmark.md. Every run is kept beside the figures, in *.runs.jsonl. Without root
+    and TAP devices only what needs no Linux is run: this stack with itself in virtual time.
     """
     console = Console(width=None if sys.stdout.isatty() else 150)
     began = time.monotonic()
@@ -103,12 +109,12 @@ def main(
         "left_out": lacking,
     }
     ticker = Ticker(console, total(parts, plan, marking, rounds))
-    with ticker.bar:
+    with ticker.bar, run.Journal(output.with_suffix(".runs.jsonl"), resume=resume) as journal:
         if "matrix" in parts:
-            result["matrix"] = matrix.run(conditions, ccs, ours, rounds, jobs, not lacking, ticker)
+            result["matrix"] = matrix.run(conditions, ccs, ours, rounds, jobs, not lacking, ticker, journal)
         if "fairness" in parts:
             seconds = 10 if quick else sharing.SHARED.seconds
-            result["fairness"] = sharing.fairness("cubic", rounds, jobs, ticker, seconds)
+            result["fairness"] = sharing.fairness("cubic", rounds, jobs, ticker, seconds, journal)
         if "dctcp" in parts:
             result["dctcp"] = sharing.dctcp(marking, rounds, jobs, ticker)
     result["seconds"] = round(time.monotonic() - began, 1)

@@ -148,7 +148,7 @@ CONDITIONS = (
         why="the end of a window with all its retransmissions is lost together",
         fwd=Link(rate_mbit=50, delay_ms=15, queue_bytes=187_500, burst=0.001, burst_frames=8),
         rev=Link(rate_mbit=50, delay_ms=15),
-        wires=2,
+        wires=4,
         use=0.3,
     ),
     Condition(
@@ -179,7 +179,7 @@ CONDITIONS = (
         rev=Link(rate_mbit=1, delay_ms=200, loss=0.01, outage_every_ms=8000, outage_ms=1500),
         warmup_s=4,
         seconds=24,
-        wires=6,
+        wires=24,
     ),
     Condition(
         name="acks",
@@ -199,7 +199,7 @@ CONDITIONS = (
         seconds=14,
         transfer_bytes=100_000,
         parallel=3,
-        wires=3,
+        wires=6,
     ),
 )
 BY_NAME = {c.name: c for c in CONDITIONS}

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.figures import significant, spread
 from bench.goodput.conditions import Condition
-from bench.goodput.run import LINUX, OURS, Flow, Job, fills, goodput, many
+from bench.goodput.run import LINUX, OURS, Flow, Job, Journal, fills, goodput, many
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,13 @@ def run(
     at_once: int,
     linux: bool,
     step: Callable[[str], None],
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """{cc: {condition: {"variants": {name: figures}, "ratios": {name: of Linux to Linux}, "noise": {name: its
     standard error}}}}."""
     plan = jobs(conditions, ccs, ours, rounds, linux)
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
-    results = many([job for _, _, job in plan], at_once, lambda job: step(job.condition.title))
+    results = many([job for _, _, job in plan], at_once, lambda job: step(job.condition.title), journal)
     for (cc, v, job), result in zip(plan, results, strict=True):
         found.setdefault(cc, {}).setdefault(job.condition.name, {}).setdefault(v.name, []).append(result)
     by_name = {c.name: c for c in conditions}

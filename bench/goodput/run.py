@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.goodput.conditions import Condition
@@ -99,16 +101,67 @@ def goodput(result: dict[str, Any]) -> float:
     return float(sum(f["mbit"] for f in result["flows"]))
 
 
+class Journal:
+    """Every run as it ends, a line each, so that a measurement that was cut off is not lost: `resume` takes what the
+    same program has measured before. Lines of another version of the program are passed over.
+
+    Attributes:
+        known: results by job.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.program = hashlib.sha256(Path(program("goodput")).read_bytes()).hexdigest()[:16]
+        self.known: dict[str, dict[str, Any]] = {}
+        if resume and path.exists():
+            for line in path.read_text().splitlines():
+                self._read(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a" if resume else "w")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def _read(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return  # the machine stopped in the middle of it
+        if entry["program"] == self.program:
+            self.known[entry["job"]] = entry["result"]
+
+    @staticmethod
+    def key(job: Job) -> str:
+        return " ".join(job.argv()[1:])
+
+    def find(self, job: Job) -> dict[str, Any] | None:
+        return self.known.get(self.key(job))
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        entry = {"program": self.program, "job": self.key(job), "result": result}
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+
 class _Crew:
     """Jobs beside each other: the first of those next in line that the machine still carries is begun."""
 
-    def __init__(self, jobs: Sequence[Job], at_once: int, done: Callable[[Job], None]) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], at_once: int, done: Callable[[Job], None], journal: Journal | None
+    ) -> None:
         self.jobs = jobs
         self.at_once = at_once
         self.done = done
-        self.waiting = list(range(len(jobs)))
-        self.running: set[int] = set()
+        self.journal = journal
         self.results: dict[int, dict[str, Any]] = {}
+        for i, job in enumerate(jobs):
+            if journal and (result := journal.find(job)) is not None:
+                self.results[i] = result
+                done(job)
+        self.waiting = [i for i in range(len(jobs)) if i not in self.results]
+        self.running: set[int] = set()
         self.failed: list[BaseException] = []
         self.cond = threading.Condition()
 
@@ -125,6 +178,8 @@ class _Crew:
             result = steady(self.jobs[i])
             with self.cond:
                 self.results[i] = result
+                if self.journal:
+                    self.journal.add(self.jobs[i], result)
                 self.done(self.jobs[i])
         except BaseException as e:  # noqa: BLE001 - run() raises it again
             with self.cond:
@@ -149,15 +204,18 @@ class _Crew:
 
 
 def many(
-    jobs: Sequence[Job], at_once: int, done: Callable[[Job], None] = lambda job: None
+    jobs: Sequence[Job],
+    at_once: int,
+    done: Callable[[Job], None] = lambda job: None,
+    journal: Journal | None = None,
 ) -> list[dict[str, Any]]:
     """Results in the order of the jobs; `done` is called, by another thread, when one has ended. Several run at once,
-    as far as their rates together stay below CAPACITY_MBIT.
+    as far as their rates together stay below CAPACITY_MBIT. What the journal has is not run again.
 
     Raises:
         BenchError: of the first that failed, when those that were running have ended.
     """
-    crew = _Crew(jobs, at_once, done)
+    crew = _Crew(jobs, at_once, done, journal)
     crew.run()
     return [crew.results[i] for i in range(len(jobs))]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.figures import spread
 from bench.goodput.conditions import Condition, Link
-from bench.goodput.run import LINUX, OURS, Flow, Job, goodput, many
+from bench.goodput.run import LINUX, OURS, Flow, Job, Journal, goodput, many
 
 START_S = 4  # when the second flow begins
 SETTLED_S = 14  # from when on they are judged
@@ -57,7 +57,12 @@ def over_time(result: dict[str, Any]) -> list[list[float]]:
 
 
 def fairness(
-    cc: str, rounds: int, at_once: int, step: Callable[[str], None], seconds: float = SHARED.seconds
+    cc: str,
+    rounds: int,
+    at_once: int,
+    step: Callable[[str], None],
+    seconds: float = SHARED.seconds,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """{pair: {"mbit": one spread a flow, "jain": of the settled time, "jain_each_s": the mean over its seconds,
     "over_time": rates in the middle run, ...}}; the receiver is Linux."""
@@ -68,7 +73,7 @@ def fairness(
         for name, (a, b) in PAIRS.items()
     ]
     found: dict[str, list[dict[str, Any]]] = {}
-    results = many([job for _, job in plan], at_once, lambda job: step("fairness"))
+    results = many([job for _, job in plan], at_once, lambda job: step("fairness"), journal)
     for (name, _), result in zip(plan, results, strict=True):
         found.setdefault(name, []).append(result)
     return {"condition": condition.title, "cc": cc, "pairs": {n: _pair(rs) for n, rs in found.items()}}
