@@ -388,15 +388,41 @@ def test_an_unanswered_syn_is_repeated_six_times_and_then_times_out() -> None:
         assert t.stack.error(conn) == 0, "an error is reported once"
 
 
-def test_after_a_lost_syn_the_first_window_is_one_segment() -> None:
-    """RFC 5681 3.1, RFC 6298 3 (Karn)."""
+@pytest.mark.parametrize(("lost", "cwnd"), [(1, 10_000), (2, 1000)])
+def test_after_two_lost_syns_the_first_window_is_one_segment(lost: int, cwnd: int) -> None:
+    """RFC 6928 2: not after one, which may have been late. RFC 6298 3 (Karn): no round trip either way."""
     with Talk() as t:
         t.client()
         t.hears("S 0:0")
-        t.at(1, "S 0:0")
+        t.at(*(1, "S 0:0", 3, "S 0:0")[: 2 * lost])
         t.peer("S. 0:0 <mss 1000>")
         t.hears(". 1:1 ack 1")
-        assert (t.info.srtt_us, t.info.cwnd) == (0, 1000)
+        assert (t.info.srtt_us, t.info.cwnd) == (0, cwnd)
+
+
+def test_timestamps_tell_which_syn_was_answered() -> None:
+    """RFC 7323 4: no three seconds until the first timeout then (RFC 6298 5.7)."""
+    with Talk() as t:
+        t.client()
+        t.hears("S 0:0")
+        [again] = t.at(1, "S 0:0")
+        t.advance(0.05)
+        t.peer(f"S. 0:0 <mss 1000, nop, nop, ts 500 {again.opts['ts'][0]}>")
+        t.hears(". 1:1 ack 1")
+        assert t.info.srtt_us == pytest.approx(50_000, abs=3000)
+        assert t.info.rto_us < 300_000
+
+
+def test_timestamps_tell_which_syn_ack_was_answered() -> None:
+    with Talk() as t:
+        t.server()
+        t.peer("S 0:0 <mss 1000, nop, nop, ts 500 0>")
+        t.advance(1.5)
+        again = t.out()[-1]
+        age_us = (t.now - again.at_ns) // 1000
+        t.peer(f". 1:1 ack 1 <nop, nop, ts 600 {again.opts['ts'][0]}>")
+        assert t.info.srtt_us == pytest.approx(age_us, abs=3000)
+        assert t.info.cwnd == 10 * t.info.snd_mss
 
 
 def test_a_refused_connection_says_so_once() -> None:

@@ -214,8 +214,8 @@ void conn_begin(struct bypass_stack *s, struct tcp_conn *c)
     conn_update_mss(s, c, d ? d->mtu : 0);
     tcp_pmtu_established(s, c);
     tcp_cc_init(s, c);
-    if (c->flags & TF_SYN_RTX)
-        c->cwnd = c->snd_mss; /* RFC 5681 3.1: a lost SYN makes the initial window one segment */
+    if (c->rtx_count > 1)
+        c->cwnd = c->snd_mss; /* RFC 6928 2: a SYN that was lost twice makes the initial window one segment */
     tcp_tune_begin(s, c);
 }
 
@@ -223,13 +223,13 @@ void conn_established(struct bypass_stack *s, struct tcp_conn *c)
 {
     conn_set_state(s, c, BYPASS_ESTABLISHED);
     c->rtx_at = 0;
-    c->rtx_count = c->backoff = 0;
     conn_cold(s, c)->min_rtt_half_us = conn_cold(s, c)->min_rtt_since = 0;
     if (likely(!(c->feat & TX_FO_PENDING)))
         conn_begin(s, c);
     else
         tcp_fastopen_done(s, c);
-    if (c->flags & TF_SYN_RTX)
+    c->rtx_count = c->backoff = 0;
+    if ((c->flags & TF_SYN_RTX) && c->srtt_us == 0)
         c->rto_us = RTO_FALLBACK_US;
     if (c->flags & TF_KEEPALIVE)
         c->keep_at = now_ns(s) + conn_cold(s, c)->opt.keep_idle_s * SEC_NS;

@@ -54,6 +54,21 @@ static bool parse(struct bypass_stack *s, bypass_pkt p, const struct rx_info *ri
     return true;
 }
 
+/* ---- The first round trip ------------------------------------------------------------------------------- */
+/* Of a SYN that was repeated only timestamps tell (RFC 7323 4); without them it stays unknown (Karn). */
+static void handshake_rtt(const struct bypass_stack *s, struct tcp_conn *c, const struct segment *g)
+{
+    uint64_t sent_ns = conn_cold(s, c)->syn_sent_ns; /* 0: it was a cookie, and nobody remembers */
+    if (!(c->flags & TF_SYN_RTX)) {
+        if (sent_ns != 0)
+            tcp_rtt_sample(c, max_u64((now_ns(s) - sent_ns) / 1000, 1));
+    } else if ((c->flags & TF_TS) && g->opt.has_ts && g->opt.ts_ecr != 0) {
+        uint32_t ms = tcp_ts_now(s, c) - g->opt.ts_ecr;
+        if (ms < RTO_MAX_US / 1000)
+            tcp_rtt_sample(c, max_u64(ms * 1000ull, 1));
+    }
+}
+
 /* ---- SYN-SENT (3.10.7.3) -------------------------------------------------------------------------------- */
 static void syn_sent_established(struct bypass_stack *s, struct tcp_conn *c, struct segment *g)
 {
@@ -61,8 +76,7 @@ static void syn_sent_established(struct bypass_stack *s, struct tcp_conn *c, str
     if (unlikely(c->feat & TX_FO_ASK))
         tcp_fastopen_syn_ack_in(s, c, g);
     c->snd_una = g->ack;
-    if (!(c->flags & TF_SYN_RTX))
-        tcp_rtt_sample(c, max_u64((now_ns(s) - k->syn_sent_ns) / 1000, 1));
+    handshake_rtt(s, c, g);
     k->soft_error = 0;
     conn_established(s, c);
     c->flags |= TF_ACK_NOW;
@@ -240,9 +254,7 @@ static enum next_step handshake_ack(struct bypass_stack *s, struct tcp_conn *c, 
         c->snd_wl1 = g->seq;
         c->snd_wl2 = g->ack;
     }
-    uint64_t sent_ns = conn_cold(s, c)->syn_sent_ns; /* 0: it was a cookie, and nobody remembers */
-    if (!(c->flags & TF_SYN_RTX) && sent_ns != 0)
-        tcp_rtt_sample(c, max_u64((now_ns(s) - sent_ns) / 1000, 1));
+    handshake_rtt(s, c, g);
     conn_established(s, c);
     if (early && !seq_eq(c->snd_una, c->snd_nxt))
         tcp_rtx_restart(s, c);

@@ -269,6 +269,7 @@ static struct tcp_conn *promote(struct bypass_stack *s, struct tcp_req *r, const
     conn_cold(s, c)->last_in = now_ns(s);
     if (r->tries > 0)
         c->flags |= TF_SYN_RTX;
+    c->rtx_count = r->tries;
     req_free(s, r);
     return c;
 }
