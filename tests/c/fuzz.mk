@@ -17,7 +17,7 @@ $(OUT)/stack/%.o: bypass/stack/%.c
 	@mkdir -p $(@D)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass/stack -MMD -MP -c $< -o $@
 
-$(OUT)/%: tests/c/%.c tests/c/fuzz.h tests/c/memdev.h $(STACK)
+$(OUT)/%: tests/c/%.c $(wildcard tests/c/*.h) $(STACK)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass/stack $< $(STACK) -o $@
 
 .PHONY: all

@@ -12,6 +12,7 @@
  *  - at the end everything that no program owns ends by itself, and nothing is left.
  */
 #include "fuzz.h"
+#include "fuzz_lend.h"
 
 enum { RECORD = 8, MOST_RECORDS = 300, LANES = 4, PORT = 80, FIRST_PORT = 2000, PEER_ISS = 0xfffff000, ANSWERS = 2 };
 enum { MSS = 1460, OUR_BYTES = 1 << 20, URGENT = 8 };
@@ -40,6 +41,7 @@ struct story {
     struct fuzz_world w;
     struct lane lanes[LANES];
     bypass_sock listener;
+    struct fuzz_lent lent;
     uint16_t next_port;
     bool slow;         /* the device may hold segments back */
     uint32_t in, bare; /* segments to the stack since it was polled last, and those without data that it answered */
@@ -482,6 +484,50 @@ static void op_read(struct story *s, struct lane *l, const uint8_t *a)
     look(s);
 }
 
+static void op_lend(struct story *s, struct lane *l, const uint8_t *a)
+{
+    struct bypass_buf bufs[4];
+    if (a[1] & 128)
+        fuzz_lent_mistake(&s->w.s, &s->lent, a + 2);
+    if (a[1] & 64 && s->lent.n > 0)
+        fuzz_lent_release(&s->w.s, &s->lent, a[2] % s->lent.n);
+    if (l->sock < 0)
+        return;
+    int n = bypass_recv_zc(&s->w.s, l->sock, bufs, (a[0] & 3) + 1);
+    CHECK(n <= (a[0] & 3) + 1, "%d pieces", n);
+    for (int i = 0; i < n; i++) {
+        l->read = check_read(l, bufs[i].data, bufs[i].len);
+        fuzz_lent_keep(&s->w.s, &s->lent, &bufs[i]);
+    }
+    (void)bypass_flush(&s->w.s);
+    look(s);
+}
+
+static void op_hand_over(struct story *s, struct lane *l, const uint8_t *a)
+{
+    struct bypass_buf bufs[4];
+    uint32_t at = l->wrote, lens[4];
+    int n = l->sock < 0 ? 0 : bypass_buf_alloc(&s->w.s, l->sock, bufs, (a[0] & 3) + 1);
+    for (int i = 0; i < n; i++) {
+        lens[i] = bufs[i].len = 1 + (a[1 + i % 3] * bufs[i].cap >> 8);
+        for (uint32_t k = 0; k < lens[i]; k++)
+            bufs[i].data[k] = our_byte(at++);
+    }
+    if (n <= 0 || at > OUR_BYTES)
+        n = n > 0 ? -n : 0; /* all go back */
+    int took =
+        n > 0 ? bypass_send_zc(&s->w.s, l->sock, bufs, n, (a[4] & 8 ? BYPASS_MORE : 0) | (a[4] & 16 ? 8 : 0)) : 0;
+    CHECK(took <= 0 || !l->fin, "took buffers behind the end");
+    for (int i = 0; i < (n < 0 ? -n : n); i++) {
+        if (i < took)
+            l->wrote += lens[i];
+        else
+            CHECK(bypass_release(&s->w.s, &bufs[i].token, 1) == 0, "what was not taken is the program's");
+    }
+    (void)bypass_flush(&s->w.s);
+    look(s);
+}
+
 static void op_end(struct story *s, struct lane *l, uint8_t how)
 {
     if (l->sock < 0)
@@ -616,6 +662,12 @@ static void step(struct story *s, const uint8_t *r)
     case 17:
         op_polite(s, l, a);
         break;
+    case 18:
+        op_lend(s, l, a);
+        break;
+    case 19:
+        op_hand_over(s, l, a);
+        break;
     default:
         op_segment(s, l, a);
     }
@@ -646,6 +698,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int i = 0; i < LANES; i++)
         release(&s, &s.lanes[i]);
     (void)bypass_close(&s.w.s, s.listener);
+    fuzz_lent_end(&s.w.s, &s.lent);
     fuzz_run_out(&s.w);
     fuzz_close(&s.w);
     return 0;
