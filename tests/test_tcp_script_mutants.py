@@ -570,6 +570,12 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             ";",
             "syn_cookies/options_survive_in_the_timestamp",
         ),
+        "ECN is forgotten": Mutant(
+            "tcp_cookie.c",
+            "return bits & OPT_ECN ? TX_ECN : 0;",
+            "return 0;",
+            "syn_cookies/ecn_survives_in_the_timestamp",
+        ),
         "a SYN is kept all the same": Mutant(
             "tcp_listen.c",
             "(full || cookies == BYPASS_COOKIES_ALWAYS)",
