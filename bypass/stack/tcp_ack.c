@@ -58,6 +58,7 @@ void tcp_flight_end(struct bypass_stack *s, struct tcp_conn *c)
         tcp_flight_drop(s, c);
 }
 
+/* RFC 6675 4, SetPipe(); what RACK calls lost is lost (RFC 8985 6.2). */
 uint32_t tcp_pipe(const struct bypass_stack *s, const struct tcp_conn *c)
 {
     if (!has_flight(c))

@@ -271,7 +271,7 @@ static void watch(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight 
     }
 }
 
-/* All that was out when it began is acknowledged. */
+/* All that was out when it began is acknowledged (RFC 6675 5, RFC 6582 3.2 step 3: a full acknowledgment). */
 static void finish(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, const struct ack *a)
 {
     if (fl->undo && (dsacks_detect(fl) || eifel_detects(c, fl, a->g)))
@@ -303,6 +303,7 @@ static bool undo_in_recovery(struct bypass_stack *s, struct tcp_conn *c, struct 
     return true;
 }
 
+/* RFC 6675 5 (A) to (C), with RACK's losses; without SACK RFC 6582 3.2. What leaves, tcp_output() decides. */
 static void in_recovery(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, const struct ack *a)
 {
     if (seq_geq(c->snd_una, fl->recover)) {
@@ -339,6 +340,7 @@ static bool frto_detects(struct tcp_conn *c, struct tcp_flight *fl, const struct
     return false;
 }
 
+/* After a timeout slow start, unless it turns out to be a mistake. */
 static void in_loss(struct bypass_stack *s, struct tcp_conn *c, struct tcp_flight *fl, const struct ack *a)
 {
     bool late = fl->undo && a->sm->acked > 0 && eifel_detects(c, fl, a->g);

@@ -105,7 +105,7 @@ void tcp_sack_mark_resent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt
     fl->resent_frames++;
 }
 
-/* The lowest of what is lost: with several holes the receiver's first is filled first. */
+/* The lowest of what is lost (RFC 6675 4, NextSeg() rule 1): with several holes the receiver's first is filled first. */
 bypass_pkt tcp_sack_next_lost(const struct bypass_stack *s, const struct tcp_flight *fl)
 {
     if (fl->lost_list.head == BYPASS_PKT_NONE || fl->again_list.head == BYPASS_PKT_NONE)
@@ -282,7 +282,8 @@ static bool is_dsack(const struct segment *g)
     return g->opt.sacks > 1 && seq_geq(b[0].first, b[1].first) && seq_leq(b[0].end, b[1].end);
 }
 
-/* Something arrived twice. It counts when it can have been a segment that we sent twice. */
+/* Something arrived twice. It counts when it can have been a segment that we sent twice (RFC 3708 2); what is longer than
+ * any window was, or was never sent, is a lie. */
 static void take_dsack(struct bypass_stack *s, struct tcp_conn *c, const struct sack_block *b, struct tcp_sample *sm)
 {
     struct tcp_flight *fl = conn_flight(s, c);
@@ -334,6 +335,7 @@ static uint32_t sort_blocks(struct bypass_stack *s, const struct tcp_conn *c, co
     return ok;
 }
 
+/* RFC 6675 4, Update(), for the blocks; the cumulative ACK comes by tcp_sack_acked(). */
 void tcp_sack_in(struct bypass_stack *s, struct tcp_conn *c, const struct segment *g, struct tcp_sample *sm)
 {
     struct tcp_flight *fl = conn_flight(s, c);
