@@ -318,6 +318,8 @@ class Socket:
                 at += n
                 if not flags & WAITALL or flags & _socket.MSG_PEEK or n == 0 or at == len(target):
                     return at
+                if self.at_mark():
+                    return at  # what has read something ends at the urgent mark
 
     def _recv_part(self, target: memoryview, flags: int, *, more: bool) -> int:
         """more: something was read already, so that an error is left to the next call."""
@@ -344,15 +346,19 @@ class Socket:
         data, sender, _ = self._recvfrom(bufsize, flags)
         return data, sender
 
-    def _recvfrom(self, bufsize: int, flags: int) -> tuple[bytes, Address, int]:
+    def _recvfrom(self, bufsize: int, flags: int) -> tuple[bytes, Address | None, int]:
         """A datagram, its sender, and with MSG_TRUNC its size before it was cut."""
         ours = _translate(flags & ~(DONTWAIT | WAITALL), RECV_FLAGS)
         with self._lock:
-            core = self._stack.core
-            got: tuple[bytes, Address, int] = self._until(
-                lambda h: self._done(core.recvfrom(h, bufsize, ours)), nonblocking=bool(flags & DONTWAIT)
-            )
-        return got
+            core, waits = self._stack.core, self._timeout is None and not flags & DONTWAIT
+
+            def attempt(h: int) -> tuple[bytes, Address | None, int] | None:
+                got: tuple[bytes, Address, int] | None = self._done(core.recvfrom(h, bufsize, ours))
+                if got is None and waits and core.ready(h) & lib.BYPASS_RDHUP:
+                    return b"", None, 0  # who would wait after shutdown(SHUT_RD) gets nothing from nobody
+                return got
+
+            return self._until(attempt, nonblocking=bool(flags & DONTWAIT))
 
     def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Address | None]:
         if self.type == _socket.SOCK_STREAM:

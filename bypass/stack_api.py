@@ -210,7 +210,7 @@ class Stack:
 
     def listen(self, handle: int, backlog: int) -> None:
         entry = self._by_handle[handle]
-        if self.core.local(handle)[1] == 0:
+        if entry.kind == STREAM and self.core.local(handle)[1] == 0:
             self.bind(handle, ("0.0.0.0", 0))
         self.core.listen(handle, backlog)
         self._activate(entry, None)

@@ -93,14 +93,13 @@ def more_datagrams(w: World) -> Any:
         return outcome(lambda: x.sendto(b"x", socket.MSG_MORE, w.address(1, 9)))
 
 
-def local_of_datagrams(w: World) -> Any:
+def port_of_an_attempt(w: World) -> Any:
     with w.socket(0, DGRAM) as x:
-        x.connect(w.address(1, 9))
-        return x.getsockname()[0] == w.address(0, 0)[0]
+        return outcome(lambda: x.send(b"x")), x.getsockname()[1] != 0
 
 
 CASES: dict[str, tuple[Callable[[World], Any], Any, Any]] = {  # what is done, Linux' answer, ours
-    "shutdown before there is a connection": (shutdown_early, ("ENOTCONN", 1), ("ENOTCONN", 0)),
+    "shutdown of a stream before there is a connection": (shutdown_early, ("ENOTCONN", 1), ("ENOTCONN", 0)),
     "bind after the connection has ended": (bind_again, None, "EINVAL"),
     "the port after a connection attempt failed": (
         port_after_failure,
@@ -111,6 +110,11 @@ CASES: dict[str, tuple[Callable[[World], Any], Any, Any]] = {  # what is done, L
     "connect to 0.0.0.0": (connect_to_any, "EINPROGRESS", "ECONNREFUSED"),
     "connect to port 0": (connect_to_port_0, "EINPROGRESS", "ECONNREFUSED"),
     "unknown flags": (unknown_flags, 1, "ENOTSUP"),
+    "the port of a datagram socket that could not send": (
+        port_of_an_attempt,
+        ("EDESTADDRREQ", True),
+        ("EDESTADDRREQ", False),
+    ),
     "datagrams of several calls": (more_datagrams, 1, "ENOTSUP"),
 }
 

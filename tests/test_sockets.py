@@ -400,6 +400,15 @@ def test_datagrams(world: World) -> None:
     assert e.value.errno == errno.EDESTADDRREQ
 
 
+def test_who_would_wait_for_datagrams_after_shutdown_gets_nothing(world: World) -> None:
+    with world.at_client(socket.SOCK_DGRAM) as sock:
+        sock.connect((world.server_ip, 9))
+        sock.shutdown(socket.SHUT_RD)
+        assert sock.recvfrom(10) == (b"", None)
+        with pytest.raises(BlockingIOError):
+            sock.recv(10, socket.MSG_DONTWAIT)
+
+
 def test_datagram_to_a_closed_port_is_refused(world: World) -> None:
     with world.at_server(socket.SOCK_DGRAM) as placeholder:
         placeholder.bind((world.server_ip, 0))

@@ -173,9 +173,6 @@ int udp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_endpoi
 int udp_shutdown(struct bypass_stack *s, uint32_t idx, int how)
 {
     struct udp *u = udp_at(s, idx);
-    if (!(u->flags & UDP_CONNECTED)) {
-        return -ENOTCONN;
-    }
     if (how == BYPASS_SHUT_RD || how == BYPASS_SHUT_RDWR) {
         u->flags |= UDP_SHUT_RD;
         sock_event(s, u->sock, BYPASS_IN | BYPASS_RDHUP);
@@ -184,7 +181,10 @@ int udp_shutdown(struct bypass_stack *s, uint32_t idx, int how)
         u->flags |= UDP_SHUT_WR;
         sock_event(s, u->sock, BYPASS_OUT);
     }
-    return 0;
+    if ((u->flags & UDP_SHUT_RD) && (u->flags & UDP_SHUT_WR)) {
+        sock_event(s, u->sock, BYPASS_HUP);
+    }
+    return u->flags & UDP_CONNECTED ? 0 : -ENOTCONN; /* done all the same, as on Linux */
 }
 
 int udp_local(struct bypass_stack *s, uint32_t idx, struct bypass_endpoint *out)

@@ -183,7 +183,7 @@ static void store(struct bypass_stack *s, uint32_t *cursor, const uint8_t *data,
 
 static bool has_room(struct bypass_stack *s, const struct udp *u, uint32_t cost)
 {
-    if (u->flags & UDP_SHUT_RD || u->charged + cost > u->rcvbuf) {
+    if (u->charged + cost > u->rcvbuf) {
         STAT(s, udp_in_full);
         return false;
     }
@@ -412,7 +412,7 @@ int64_t udp_recvfrom(struct bypass_stack *s, uint32_t idx, void *buf, size_t n, 
         return -udp_error(s, idx);
     }
     if (u->q_head == UDP_Q_NONE) {
-        return u->flags & UDP_SHUT_RD ? 0 : -EAGAIN;
+        return -EAGAIN; /* also after shutdown(), as on Linux: who would wait sees BYPASS_RDHUP */
     }
     struct udp_stored head = q_read(s, u->q_head, buf, n);
     if (from != NULL) {

@@ -213,12 +213,6 @@ int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t
     if (flags & BYPASS_MORE) {
         return -EOPNOTSUPP; /* a datagram made of several calls */
     }
-    if (u->err != 0) {
-        return -udp_error(s, idx);
-    }
-    if (u->flags & UDP_SHUT_WR) {
-        return -EPIPE;
-    }
     if (n > UDP_MAX_PAYLOAD) {
         return -EMSGSIZE;
     }
@@ -235,6 +229,12 @@ int64_t udp_sendto(struct bypass_stack *s, uint32_t idx, const void *buf, size_t
         if (err < 0) {
             return err;
         }
+    }
+    if (u->err != 0) { /* after what is wrong with the call itself, as on Linux */
+        return -udp_error(s, idx);
+    }
+    if (u->flags & UDP_SHUT_WR) {
+        return -EPIPE;
     }
     struct datagram g = {
         .data = buf,
