@@ -27,7 +27,8 @@ POLL = select.POLLIN | select.POLLPRI | select.POLLOUT | select.POLLRDHUP  # POL
 MS = 1_000_000
 
 DIFFERENCES = {
-    "shutdown of a stream before there is a connection": "fails with ENOTCONN as on Linux, but leaves no mark on the socket",
+    "shutdown of a stream before there is a connection": "fails with ENOTCONN as on Linux, but leaves no "
+    "mark on the socket",
     "bind after the connection has ended": "EINVAL always; Linux allows it when the port was not chosen by bind()",
     "the port after a connection attempt failed": "getsockname() tells 0 for a port that is free again; Linux tells "
     "the old number, which is not reserved any more",
@@ -36,8 +37,8 @@ DIFFERENCES = {
     "connect to 0.0.0.0": "ECONNREFUSED at once; Linux means the host itself",
     "connect to port 0": "ECONNREFUSED at once, UDP EINVAL; Linux sends to it",
     "unknown flags": "EOPNOTSUPP for a flag that the call does not have; Linux ignores most that it does not know",
-    "the port of a datagram socket that could not send": "is chosen by the first datagram that leaves; Linux chooses it "
-    "at the first attempt",
+    "the port of a datagram socket that could not send": "is chosen by the first datagram that leaves; Linux chooses "
+    "it at the first attempt",
     "datagrams of several calls": "EOPNOTSUPP for MSG_MORE on UDP; Linux collects one datagram",
 }
 
