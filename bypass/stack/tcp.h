@@ -250,8 +250,11 @@ enum { /* tcp_options.bits */
        OPT_FASTOPEN_CONNECT = 1 << 5,
 };
 struct tcp_options {
-    uint32_t max_pacing; /* 0: no limit; bytes a second, from 2^31 on in units of 256 (tcp_pace_limit) */
-    int32_t linger_s;    /* -1: off */
+    uint8_t ttl, tos;     /* first: in the cache line of tcp_cold that each segment needs */
+    uint8_t mtu_discover; /* as Linux numbers it */
+    uint8_t ecn;          /* BYPASS_TCP_ECN */
+    uint32_t max_pacing;  /* 0: no limit; bytes a second, from 2^31 on in units of 256 (tcp_pace_limit) */
+    int32_t linger_s;     /* -1: off */
     uint32_t user_timeout_ms;
     uint32_t rcvlowat;
     uint32_t notsent_lowat; /* 0: no limit */
@@ -261,22 +264,15 @@ struct tcp_options {
     int16_t fin_wait_s; /* TCP_LINGER2: seconds in FIN_WAIT_2 without a program; -1: none at all */
     uint8_t keep_cnt;
     uint8_t syn_retries;
-    uint8_t ttl, tos;
-    uint8_t mtu_discover; /* as Linux numbers it */
-    uint8_t ecn;          /* BYPASS_TCP_ECN */
 };
 static_assert(sizeof(struct tcp_options) == 36, "in every connection's cold half");
 
 struct tcp_cold { /* at its connection's index: the pool's free list is never used */
-    seq_t iss, irs, fin_ahead;
+    /* line 0: what each segment needs */
+    seq_t iss, irs;
     uint32_t ts_offset;
-    uint32_t retransmits;
-    uint32_t listener, listener_gen;
-    uint32_t accept_next;
-    uint32_t tw_next, tw_prev; /* list of TIME_WAIT, oldest first */
-    int16_t error;             /* positive errno for the program */
-    int16_t soft_error;        /* last ICMP error, the reason if the connection times out */
-    struct tcp_options opt;
+    int16_t error;          /* positive errno for the program */
+    int16_t soft_error;     /* last ICMP error, the reason if the connection times out */
     uint64_t unacked_since; /* when the oldest data in flight began to wait; user timeout */
     uint64_t last_in;       /* when the last segment came */
     union {
@@ -287,8 +283,15 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     };
     /* counted for TCP_INFO; what can be told from sequence numbers is not */
     uint32_t segs_in, segs_out, data_segs_in, data_segs_out;
-    uint32_t rtx_bytes;
     uint16_t una_laps, nxt_laps; /* 2^31 bytes each, from iss to snd_una and from irs to rcv_nxt */
+    struct tcp_options opt;
+    /* the rest */
+    seq_t fin_ahead;
+    uint32_t retransmits;
+    uint32_t listener, listener_gen;
+    uint32_t accept_next;
+    uint32_t tw_next, tw_prev; /* list of TIME_WAIT, oldest first */
+    uint32_t rtx_bytes;
     uint16_t timeouts;
     uint8_t urg_byte, urg_state;  /* URG_*: the last urgent byte that came, out of band */
     uint32_t challenge_ms;        /* when the last challenge ACK went; 0: none */
@@ -306,6 +309,7 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     uint32_t rcv_lent; /* TX_LENT: bytes of buffer that the program holds by bypass_recv_zc() */
 };
 static_assert(sizeof(struct tcp_cold) <= 192, "three cache lines");
+static_assert(offsetof(struct tcp_cold, opt.ecn) == 63, "line 0");
 
 /* An endpoint that is not connected: fresh, bound, or listening. */
 struct tcp_endpoint {
@@ -731,7 +735,16 @@ void tcp_cc_resume(struct bypass_stack *s, struct tcp_conn *c); /* ... or was ke
 void tcp_cc_acked(struct bypass_stack *s, struct tcp_conn *c, const struct tcp_sample *sm);
 void tcp_cc_event(struct bypass_stack *s, struct tcp_conn *c, enum tcp_cc_ev ev);
 void tcp_cc_restart(struct bypass_stack *s, struct tcp_conn *c,
-                    uint64_t idle_ns);                                          /* it was idle for longer than an RTO */
+                    uint64_t idle_ns); /* it was idle for longer than an RTO */
+/* Before data when nothing is in flight. */
+static inline void tcp_cc_wake(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint64_t idle_ns = now_ns(s) - conn_cold(s, c)->unacked_since;
+    if (unlikely(idle_ns > c->rto_us * 1000ull))
+        tcp_cc_restart(s, c, idle_ns);
+}
+
+/* tcp_rate.c. A tick is 1024 ns; counts modulo 2^32. */
 bool tcp_cc_exact_ecn(const struct bypass_stack *s, uint8_t cc);                /* index */
 bool tcp_cc_own_window(const struct bypass_stack *s, const struct tcp_conn *c); /* also in recovery (BBR) */
 void tcp_cc_sent(struct bypass_stack *s, struct tcp_conn *c); /* new data went out: was the window used? (RFC 7661) */
@@ -773,8 +786,6 @@ static inline bool tcp_header_special(const struct tcp_conn *c)
 {
     return c->ooo != NO_INDEX || (c->feat & (TX_DSACK | TX_URG_OUT));
 }
-
-/* tcp_rate.c. A tick is 1024 ns; counts modulo 2^32. */
 static inline uint32_t tcp_rate_tick(uint64_t ns) { return (uint32_t)(ns >> 10); }
 void tcp_rate_sent(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p); /* at each transmission of a frame */
 void tcp_rate_delivered(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p,

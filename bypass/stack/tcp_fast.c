@@ -63,11 +63,9 @@ void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx
         if (idx == 0)
             continue;
         const uint8_t *c = (const uint8_t *)conn_at(s, idx - 1);
-        const uint8_t *k = (const uint8_t *)cold_at(s, idx - 1);
         for (uint32_t off = 0; off < sizeof(struct tcp_conn); off += 64)
             __builtin_prefetch(c + off);
-        for (uint32_t off = 0; off < sizeof(struct tcp_cold); off += 64)
-            __builtin_prefetch(k + off);
+        __builtin_prefetch(cold_at(s, idx - 1)); /* its first line */
     }
 }
 
@@ -306,7 +304,7 @@ static inline bool may_go_at_once(struct bypass_stack *s, const struct tcp_conn 
     return c->state == BYPASS_ESTABLISHED && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 &&
            c->sndq_head == BYPASS_PKT_NONE && c->snd_nxt.v == c->snd_una.v && c->ooo == NO_INDEX &&
            n - 1 < c->snd_mss && n <= c->snd_wnd && n <= c->sndbuf && k->error == 0 &&
-           s->dev->free_frames >= s->dev->frames / 4 && now_ns(s) - k->unacked_since <= c->rto_us * 1000ull;
+           s->dev->free_frames >= s->dev->frames / 4;
 }
 
 /* Nothing was learned that an ACK of this segment would change: no losses, and a window that one segment does not fill
@@ -339,6 +337,7 @@ int64_t tcp_fast_send(struct bypass_stack *s, struct tcp_conn *c, const void *bu
     const struct dst *d = dst_get(s, &c->dst, &c->raddr);
     if (unlikely(!d || d->state != DST_OK || c->path_mtu != d->mtu || s->dev->ops->alloc(s->dev, &p, 1) != 1))
         return 0;
+    tcp_cc_wake(s, c);
     uint16_t off = s->dev->headroom;
     uint8_t *payload = pkt_frame(s, p) + off;
     struct bypass_pkt_meta *m = pkt_meta(s, p);

@@ -416,15 +416,6 @@ static bool may_send(const struct tcp_conn *c, bypass_pkt p, uint32_t frame_len,
     return *len >= c->snd_wnd_max / 2 || (c->flags & (TF_PUSH_ALL | TF_PROBING)) == (TF_PUSH_ALL | TF_PROBING);
 }
 
-/* Nothing is in flight. */
-static void output_first(struct bypass_stack *s, struct tcp_conn *c)
-{
-    uint64_t idle_ns = now_ns(s) - conn_cold(s, c)->unacked_since;
-    if (idle_ns > c->rto_us * 1000ull)
-        tcp_cc_restart(s, c, idle_ns);
-    tcp_flight_begin(s, c);
-}
-
 /* The next frame that was never sent. probe: whatever cwnd says. false: there is none, or it has to wait. */
 static bool output_next(struct bypass_stack *s, struct tcp_conn *c, struct dst *d, bool probe)
 {
@@ -435,8 +426,10 @@ static bool output_next(struct bypass_stack *s, struct tcp_conn *c, struct dst *
     int32_t usable = seq_diff(seq_add(c->snd_una, c->snd_wnd), c->snd_nxt);
     if (usable <= 0 || !may_send(c, p, frame_len, (uint32_t)usable, &len))
         return false;
-    if (c->snd_nxt.v == c->snd_una.v)
-        output_first(s, c);
+    if (c->snd_nxt.v == c->snd_una.v) {
+        tcp_cc_wake(s, c);
+        tcp_flight_begin(s, c);
+    }
     if (!probe && tcp_pipe(s, c) + len > c->cwnd && tcp_pipe(s, c) > 0)
         return false;
     if (!probe && !tcp_pace_may_send(s, c))
