@@ -138,7 +138,7 @@ def test_there_are_twelve_conditions_and_each_does_something_of_its_own() -> Non
 
 
 def test_rounds_are_interleaved_and_begin_with_another_variant_each_time() -> None:
-    plan = matrix.jobs(CONDITIONS[:2], ["cubic"], ["cubic"], rounds=3, linux=True)
+    plan = matrix.jobs(CONDITIONS[:2], ["cubic"], ["cubic"], rounds=3, linux=["cubic"])
     names = [v.name for _, v, _ in plan]
     assert len(names) == 3 * 2 * 4
     assert names[0:4] == names[4:8]  # both conditions of one round
@@ -148,7 +148,7 @@ def test_rounds_are_interleaved_and_begin_with_another_variant_each_time() -> No
 
 def test_where_chance_decides_a_figure_is_the_mean_of_several_runs() -> None:
     satellite = BY_NAME["satellite"]
-    plan = matrix.jobs([satellite], ["reno"], [], rounds=1, linux=True)
+    plan = matrix.jobs([satellite], ["reno"], [], rounds=1, linux=["reno"])
     assert [job.seed for *_, job in plan] == list(range(1, satellite.wires + 1))
     assert matrix.means([1, 3, 5, 7], of=2) == [2, 6]
 

@@ -96,9 +96,12 @@ def main(
     conditions = [BY_NAME[n] for n in condition or (QUICK if quick else BY_NAME)]
     ccs = cc or matrix.CCS
     ours = [name for name in ccs if run.has(name)]
-    parts = tuple(p for p in only or PARTS if not (p == "fairness" and (lacking or "cubic" not in ours)))
+    linux = [] if lacking else [name for name in ccs if run.has(name, run.LINUX)]
+    parts = tuple(
+        p for p in only or PARTS if not (p == "fairness" and ("cubic" not in ours or "cubic" not in linux))
+    )
     marking = [name for name in MARKING_CCS if run.has(name)] if "dctcp" in parts else []
-    plan = matrix.jobs(conditions, ccs, ours, rounds, not lacking)
+    plan = matrix.jobs(conditions, ccs, ours, rounds, linux)
     result: dict[str, Any] = {
         "version": 1,
         "machine": {"cores": os.cpu_count(), "kernel": platform.release(), "load_before": os.getloadavg()[0]},
@@ -106,12 +109,13 @@ def main(
         "jobs": jobs,
         "conditions": {c.name: asdict(c) for c in conditions},
         "missing": [name for name in ccs if name not in ours],
+        "missing_linux": [] if lacking else [name for name in ccs if name not in linux],
         "left_out": lacking,
     }
     ticker = Ticker(console, total(parts, plan, marking, rounds))
     with ticker.bar, run.Journal(output.with_suffix(".runs.jsonl"), resume=resume) as journal:
         if "matrix" in parts:
-            result["matrix"] = matrix.run(conditions, ccs, ours, rounds, jobs, not lacking, ticker, journal)
+            result["matrix"] = matrix.run(conditions, ccs, ours, rounds, jobs, linux, ticker, journal)
         if "fairness" in parts:
             seconds = 10 if quick else sharing.SHARED.seconds
             result["fairness"] = sharing.fairness("cubic", rounds, jobs, ticker, seconds, journal)

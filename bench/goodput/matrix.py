@@ -49,14 +49,19 @@ def wires(condition: Condition, cc: str) -> int:
 
 
 def jobs(
-    conditions: Sequence[Condition], ccs: Sequence[str], ours: Sequence[str], rounds: int, linux: bool
+    conditions: Sequence[Condition],
+    ccs: Sequence[str],
+    ours: Sequence[str],
+    rounds: int,
+    linux: Sequence[str],
 ) -> list[tuple[str, Variant, Job]]:
-    """Interleaved: a round runs everything once, and starts with another variant each time."""
+    """Interleaved: a round runs everything once, and starts with another variant each time. ours, linux: the algorithms
+    that they have."""
     plan = []
     for number in range(rounds):
         for condition in conditions:
             for cc in ccs:
-                columns = variants(cc, ours, linux)
+                columns = variants(cc, ours, cc in linux)
                 turn = number % len(columns) if columns else 0
                 for v in columns[turn:] + columns[:turn]:
                     flow = Flow(v.sender, v.receiver, cc)
@@ -72,7 +77,7 @@ def run(
     ours: Sequence[str],
     rounds: int,
     at_once: int,
-    linux: bool,
+    linux: Sequence[str],
     step: Callable[[str], None],
     journal: Journal | None = None,
 ) -> dict[str, Any]:

@@ -220,10 +220,11 @@ def many(
     return [crew.results[i] for i in range(len(jobs))]
 
 
-def has(cc: str) -> bool:
-    """Whether this stack has that congestion control."""
-    argv = [program("goodput"), "clock=virtual", "ms=1", "warmup_ms=0", "both.delay_ns=1000000"]
-    argv.append(f"flow={OURS},{OURS},{cc}")
+def has(cc: str, who: str = OURS) -> bool:
+    """Whether this stack, or Linux, has that congestion control. Loads the kernel's module, if it is one."""
+    clock = "virtual" if who == OURS else "real"
+    argv = [program("goodput"), f"clock={clock}", "ms=1", "warmup_ms=0", "both.delay_ns=1000000"]
+    argv.append(f"flow={who},{who},{cc}")
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode != 0 and cc not in done.stderr:
         raise BenchError(f"{' '.join(argv)}: {done.stderr.strip()}")

@@ -28,6 +28,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(_dctcp(result["dctcp"]))
     for cc in result.get("missing", ()):
         console.print(f"[yellow]{cc}: this stack has not got it")
+    for cc in result.get("missing_linux", ()):
+        console.print(f"[yellow]{cc}: this kernel has not got it")
 
 
 def _mbit(s: dict[str, float]) -> str:
