@@ -339,6 +339,20 @@ def test_half_of_what_was_not_used_for_a_timeout_goes() -> None:
         t.peer("R 1:1")
 
 
+def test_the_ack_that_undoes_a_timeout_counts_as_any_other() -> None:
+    """RFC 4015 3.2, RFC 9438 4.9: as if nothing had been: it acknowledges five of ten segments in slow start."""
+    with Talk(cc="cubic", sndbuf=1 << 20, frames=1024) as t:
+        t.established(opts=f"mss {MSS}, sackok, nop, ws 7", rtt=0.01)
+        t.write(30 * MSS)
+        t.advance(1)
+        t.out()
+        t.peer(ack(5))
+        assert t.stack.stats()["tcp_undone_timeouts"] == 1
+        assert t.info.cwnd == 15 * MSS
+        t.out()
+        t.peer("R 1:1")
+
+
 def filled(t: Talk, done: int, segments: int) -> int:
     """Writes whole windows, a round trip of 10 ms each, until there are so many segments; cwnd."""
     while t.info.cwnd < segments * MSS:
