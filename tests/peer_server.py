@@ -2,9 +2,10 @@
 """A bypass process for the tests that have Linux as the peer: a web server, a UDP echo and a client in one, driven by
 JSON lines on standard input, answering with JSON lines.
 
-    {"do": "listen", "port": 8080}           web server (bypass.webserver)
+    {"do": "listen", "port": 8080, "fastopen": 16}    web server (bypass.webserver); fastopen: TCP_FASTOPEN
     {"do": "echo", "port": 7}                UDP echo
     {"do": "fetch", "host": ..., "port": ..., "path": ...}    connects, GETs, {"sha256", "length"}
+    {"do": "fastopen", "host": ..., "port": ..., "text": ...}    sendto() with MSG_FASTOPEN, {"text": the answer}
     {"do": "audit"}                          {"stack": ..., "frames": ..., "states": ..., "stats": ..., "reasons": ...}
     {"do": "unlisten", "port": 8080}
 End of input ends it in order, with {"ended": the last audit}.
@@ -16,10 +17,13 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from bypass._core import lib
 
 import bypass
 from bypass import aio
@@ -42,8 +46,10 @@ class Peer:
         self.web = WebServer(directory)
         self.open: dict[int, Any] = {}
 
-    async def listen(self, port: int) -> dict[str, Any]:
+    async def listen(self, port: int, fastopen: int = 0) -> dict[str, Any]:
         self.open[port] = await aio.start_server(self.stack, self.web.handle, LOCAL, port)
+        if fastopen:
+            self.stack.core.setopt(self.open[port].handle, lib.BYPASS_TCP_FASTOPEN, fastopen)
         return {"listening": port}
 
     async def unlisten(self, port: int) -> dict[str, Any]:
@@ -68,6 +74,19 @@ class Peer:
         writer.close()
         await writer.wait_closed()
         return {"sha256": digest.hexdigest(), "length": length}
+
+    async def fastopen(self, host: str, port: int, text: str) -> dict[str, Any]:
+        return await asyncio.to_thread(self._fastopen, host, port, text)
+
+    def _fastopen(self, host: str, port: int, text: str) -> dict[str, Any]:
+        with self.stack.socket() as sock:
+            sock.settimeout(10)
+            sock.sendto(text.encode(), socket.MSG_FASTOPEN, (host, port))
+            sock.shutdown(socket.SHUT_WR)
+            answer = b""
+            while piece := sock.recv(4096):
+                answer += piece
+        return {"text": answer.decode()}
 
     async def audit(self) -> dict[str, Any]:
         driver: Any = self.stack.driver

@@ -29,6 +29,7 @@ from peer import (
 )
 
 from bench.loss import loss
+from bypass import netns
 from bypass.demo import make_body
 from bypass.lab import CLIENT_IP, SERVER_IP, Lab
 
@@ -84,6 +85,53 @@ def test_bytes_arrive_through_two_percent_of_loss_each_way(lab: Lab, tmp_path: P
     for dropped, total in seen.values():
         assert 0.01 < dropped / total < 0.03
         assert dropped > 20
+
+
+def test_linux_opens_fast_to_the_stack(lab: Lab, tmp_path: Path) -> None:
+    """RFC 7413: the first connection brings a cookie, the second has its request in the SYN."""
+    (tmp_path / "x").write_bytes(b"hello")
+    request = b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with Peer(lab, tmp_path) as peer:
+        peer.do("listen", port=SERVER_PORT, fastopen=16)
+        for taken in range(3):
+            with client_socket(lab) as client:
+                client.settimeout(
+                    None
+                )  # else the socket does not block, and the first call only asks for a cookie
+                assert client.sendto(request, socket.MSG_FASTOPEN, (SERVER_IP, SERVER_PORT)) == len(request)
+                answer = b""
+                while piece := client.recv(4096):
+                    answer += piece
+                assert answer.endswith(b"hello")
+                info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+                assert bool(info[5] & 32) == (taken > 0), "TCPI_OPT_SYN_DATA"
+            stats = peer.do("audit")["stats"]
+            assert stats.get("tcp_fastopen_passive", 0) == taken
+        assert stats["tcp_fastopen_cookies"] == 1
+
+
+def test_the_stack_opens_fast_to_linux(lab: Lab, tmp_path: Path) -> None:
+    netns.run(lab.client_ns, Path("/proc/sys/net/ipv4/tcp_fastopen").write_text, "3")
+    with Peer(lab, tmp_path) as peer, client_socket(lab) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
+        listener.bind((CLIENT_IP, 8000))
+        listener.listen(16)
+
+        def serve() -> None:
+            for _ in range(3):
+                served, _ = listener.accept()
+                with served:
+                    while piece := served.recv(4096):
+                        served.sendall(piece.upper())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for _ in range(3):
+            assert peer.do("fastopen", host=CLIENT_IP, port=8000, text="hello") == {"text": "HELLO"}
+        thread.join(10)
+        stats = peer.do("audit")["stats"]
+        assert (stats["tcp_fastopen_active"], stats["tcp_fastopen_active_taken"]) == (2, 2)
 
 
 def test_the_stack_as_a_client_of_linux(lab: Lab, tmp_path: Path) -> None:
