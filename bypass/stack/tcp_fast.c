@@ -138,8 +138,8 @@ static inline bool predicted(const struct bypass_stack *s, const struct tcp_conn
  * whose ACK can wait for the last of them. */
 static inline bool may_be_train(const struct bypass_stack *s, const struct tcp_conn *c, const struct segment *g)
 {
-    return g->len > COPY_BREAK && g->len >= c->rcv_mss && c->quick_acks == 0 && !pkt_should_copy(s, g->len) &&
-           c->rcv_charged <= c->rcvbuf && !(c->feat & TX_LENT) &&
+    return !tcp_has_output(c) && g->len > COPY_BREAK && g->len >= c->rcv_mss && c->quick_acks == 0 &&
+           !pkt_should_copy(s, g->len) && c->rcv_charged <= c->rcvbuf && !(c->feat & TX_LENT) &&
            (!has_flight(c) || (conn_flight(s, c)->ca_state == CA_OPEN && !conn_flight(s, c)->tlp_out));
 }
 
