@@ -60,13 +60,14 @@ def transfer(lab: Lab, server: str, way: str, path: Path, cc: str, per_million: 
         argv = lab.command("client", ends(way, str(path), cc))
         result = run_json(pinned(CLIENT_CORE, argv), timeout=1200)
     after = _counters(lab)
-    by_server = serving.report if server == "bypass" else since(before["server"], after["server"])
+    by_server = serving.report["counters"] if server == "bypass" else since(before["server"], after["server"])
     by_client = since(before["client"], after["client"])
     sender, kind = (by_client, "kernel") if way == "up" else (by_server, server)
     return result | {
         "lost": {"to_server": lost["to_bypass"], "to_client": lost["from_bypass"]},
         "retransmits": sender.get(RETRANSMITS[kind], 0),
         "timeouts": sender.get(TIMEOUTS[kind], 0),
+        "waited_s": {"server": serving.report["waited_s"], "client": result["waited_s"]},
         "server": by_server,
         "client": by_client,
     }
@@ -115,7 +116,16 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{result['bytes'] / 1e6:g} MB, {result['loss']:.1%} of packets lost each way, {result['cc']}"
     )
-    for name in ("", "server", "seconds", "Mbit/s", "retransmitted", "timeouts", "Linux' time / ours"):
+    for name in (
+        "",
+        "server",
+        "seconds",
+        "Mbit/s",
+        "retransmitted",
+        "timeouts",
+        "waited s",
+        "Linux' time / ours",
+    ):
         table.add_column(name, justify="left" if name in ("", "server") else "right")
     for way, found in result["ways"].items():
         for server in SERVERS:
@@ -128,6 +138,7 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"{result['bytes'] * 8e-6 / seconds:.0f}",
                 " ".join(str(r["retransmits"]) for r in runs),
                 " ".join(str(r["timeouts"]) for r in runs),
+                " ".join(f"{r['waited_s']['server']:.1f}" for r in runs),
                 f"{found['speed']['median']:.2f}" if server == SERVERS[0] else "",
             )
     console.print(table)

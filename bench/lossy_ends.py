@@ -47,8 +47,15 @@ def body(path: Path) -> mmap.mmap:
         return mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
 
 
+def waited_s() -> float:
+    """How long this thread was ready and had no processor, seconds: what other programs cost."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
 class Transfer(asyncio.BufferedProtocol):
     """The server's side of one connection."""
+
+    waited_before = 0.0  # of the last
 
     def __init__(self, source: mmap.mmap, sink: mmap.mmap) -> None:
         self.source, self.sink = memoryview(source), memoryview(sink)
@@ -79,6 +86,7 @@ class Transfer(asyncio.BufferedProtocol):
             return
         what, size = text.split()
         self.want, self.got = int(size), 0
+        Transfer.waited_before = waited_s()
         self.transport.write(b"k")
         if what == b"down":
             self.send()
@@ -166,26 +174,27 @@ def transfer(what: str, path: Path, cc: str) -> dict[str, Any]:
         s.connect((SERVER_IP, PORT))
         s.sendall(f"{what} {size}\n".encode())
         receive(s, said[:1], 1)
-        began = time.monotonic()
+        began, waited = time.monotonic(), waited_s()
         if what == "up":
             s.sendall(source)
             receive(s, said[:1], 1)
         else:
             receive(s, sink, size)
-        seconds = time.monotonic() - began
+        seconds, waited = time.monotonic() - began, waited_s() - waited
         if what == "up":
             receive(s, said[:64], 64)
             digest = bytes(said[:64]).decode()
         else:
             digest = hashlib.sha256(sink[:size]).hexdigest()
-    return {"seconds": seconds, "bytes": size, "sha256": digest, "counters": kernel_counters()}
+    return {"seconds": seconds, "bytes": size, "sha256": digest, "waited_s": waited}
 
 
 def main() -> None:
     *what, file, cc = sys.argv[1:]
     if what[0] == "serve":
         serve = serve_bypass if what[1] == "bypass" else serve_kernel
-        print(json.dumps(serve(Path(file), cc)))
+        counters = serve(Path(file), cc)
+        print(json.dumps({"counters": counters, "waited_s": waited_s() - Transfer.waited_before}))
     else:
         print(json.dumps(transfer(what[0], Path(file), cc)))
 
