@@ -24,7 +24,7 @@ def find(name: str) -> Path | None:
 
 
 def is_missing(token: str, sources: list[Path]) -> str:
-    """What of this is not there; empty: all is. `sources`: files that the same cell named before, to which names belong."""
+    """What of this is not there; empty: all is. `sources`: files that the same cell named before; names are theirs."""
     if m := re.fullmatch(r"(test_\w+\.py)?::(\w+)", token):
         path = ROOT / "tests" / m[1] if m[1] else sources[-1]
         sources.append(path)
