@@ -93,7 +93,9 @@ def test_sockets_say_tcp_congestion_as_on_linux() -> None:
         assert name == b"cubic".ljust(16, b"\0")
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         assert s.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) == b"reno".ljust(16, b"\0")
-        refused(errno.ENOENT, s.setsockopt, socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"nothing")
+        for value in (b"nothing", 5, b"\xff\xfe", b"x" * 40):
+            refused(errno.ENOENT, s.setsockopt, socket.IPPROTO_TCP, socket.TCP_CONGESTION, value)
+        refused(errno.EINVAL, s.setsockopt, socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"")
         s.close()
 
 
