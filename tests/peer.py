@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -200,8 +201,6 @@ class Thrower:
 
 def _mac_of(ifname: str) -> bytes:
     # not /sys: that is the test process's own namespace's
-    import fcntl
-
     with socket.socket() as s:
         answer: bytes = fcntl.ioctl(s, 0x8927, struct.pack("16s16x", ifname.encode()))  # SIOCGIFHWADDR
     return answer[18:24]

@@ -582,6 +582,7 @@ struct bypass_tcp_info {
     uint64_t bytes_acked, bytes_received;    /* with FIN, and the SYN of an active open, as RFC 4898 counts */
     uint64_t bytes_sent, bytes_retrans;      /* payload; bytes_sent counts repetitions too */
     uint64_t pacing_rate, delivery_rate;     /* bytes a second; pacing_rate 0: not paced */
+    uint64_t max_pacing_rate;                /* BYPASS_SO_MAX_PACING_RATE; 0: no limit */
 };
 BYPASS_API int bypass_tcp_info(struct bypass_stack *s, bypass_sock sock, struct bypass_tcp_info *out);
 /* The same in the layout of Linux' struct tcp_info (linux/tcp.h, as of 6.7), at most n bytes of it. Returns the

@@ -48,6 +48,7 @@ static void fill_sender(const struct bypass_stack *s, const struct tcp_conn *c, 
     uint32_t missing = out->unacked - out->sacked;
     out->delivered = opening ? 0 : 1 + (first_time + fin > missing ? first_time + fin - missing : 0);
     out->timeouts_total = k->timeouts;
+    out->max_pacing_rate = tcp_pace_limit(&k->opt);
     if (!has_flight(c))
         return;
     const struct tcp_flight *fl = conn_flight(s, c);
@@ -135,6 +136,8 @@ int bypass_tcp_info(struct bypass_stack *s, bypass_sock h, struct bypass_tcp_inf
         .rcv_queued = ep->accept_count,
         .snd_queued = ep->listening ? ep->backlog : 0,
         .snd_mss = TCP_DEFAULT_MSS,
+        .cwnd = 10 * TCP_DEFAULT_MSS, /* RFC 6928 */
+        .max_pacing_rate = tcp_pace_limit(&ep->opt),
         .rto_us = RTO_INIT_US,
         .ssthresh = UINT32_MAX,
         .min_rtt_us = UINT32_MAX,
@@ -195,8 +198,9 @@ static uint8_t linux_options(uint32_t flags)
 
 int bypass_tcp_info_linux(const struct bypass_tcp_info *i, void *out, size_t n)
 {
-    enum { INFINITE_SSTHRESH = 0x7fffffff, REORDERING = 3 };
+    enum { INFINITE_SSTHRESH = 0x7fffffff, REORDERING = 3, TS_BYTES = 12 };
     uint32_t mss = max_u32(i->snd_mss, 1);
+    bool stamped = (i->flags & BYPASS_INFO_TIMESTAMPS) && i->advmss > TS_BYTES; /* Linux counts payload then */
     struct linux_tcp_info l = {
         .state = (uint8_t)(i->state == BYPASS_TIME_WAIT ? BYPASS_CLOSED : i->state), /* its socket has none on Linux */
         .ca_state = i->ca_state,
@@ -220,13 +224,13 @@ int bypass_tcp_info_linux(const struct bypass_tcp_info *i, void *out, size_t n)
         .rttvar = i->rttvar_us,
         .snd_ssthresh = i->ssthresh == UINT32_MAX ? INFINITE_SSTHRESH : i->ssthresh / mss,
         .snd_cwnd = i->cwnd / mss,
-        .advmss = i->advmss,
+        .advmss = i->advmss - (stamped ? TS_BYTES : 0),
         .reordering = REORDERING,
         .rcv_rtt = i->rcv_rtt_us,
         .rcv_space = i->rcv_space,
         .total_retrans = i->retransmits,
         .pacing_rate = i->pacing_rate ? i->pacing_rate : UINT64_MAX,
-        .max_pacing_rate = UINT64_MAX,
+        .max_pacing_rate = i->max_pacing_rate ? i->max_pacing_rate : UINT64_MAX,
         .bytes_acked = i->bytes_acked,
         .bytes_received = i->bytes_received,
         .segs_out = i->segs_out,
@@ -243,6 +247,14 @@ int bypass_tcp_info_linux(const struct bypass_tcp_info *i, void *out, size_t n)
         .rcv_wnd = i->rcv_wnd,
         .total_rto = (uint16_t)i->timeouts_total,
     };
+    if (i->state == BYPASS_LISTEN) /* Linux tells no more of a listener */
+        l = (struct linux_tcp_info){.state = l.state,
+                                    .unacked = l.unacked,
+                                    .sacked = l.sacked,
+                                    .snd_cwnd = l.snd_cwnd,
+                                    .reordering = l.reordering,
+                                    .pacing_rate = l.pacing_rate,
+                                    .max_pacing_rate = l.max_pacing_rate};
     n = n < sizeof l ? n : sizeof l;
     memcpy(out, &l, n);
     return (int)n;

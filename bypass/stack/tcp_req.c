@@ -241,6 +241,7 @@ struct tcp_conn *tcp_req_promote(struct bypass_stack *s, struct tcp_endpoint *ep
     k->listener_gen = ep->gen;
     k->iss = c->snd_una = iss;
     c->snd_nxt = seq_add(iss, 1);
+    k->segs_in = 2; /* the SYN, and what answered our SYN-ACK */
     c->flags |= TF_PASSIVE;
     tcp_take_syn(s, c, syn);
     c->rcv_adv = seq_add(c->rcv_nxt, tcp_syn_window(c->rcvbuf)); /* what our answer offered */
@@ -267,6 +268,7 @@ static struct tcp_conn *promote(struct bypass_stack *s, struct tcp_req *r, const
     c->feat |= r->flags & REQ_ECN ? TX_ECN : 0;
     conn_cold(s, c)->syn_sent_ns = r->sent_ns;
     conn_cold(s, c)->last_in = now_ns(s);
+    conn_cold(s, c)->data_segs_in = g->len > 0;
     if (r->tries > 0)
         c->flags |= TF_SYN_RTX;
     c->rtx_count = r->tries;
