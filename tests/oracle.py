@@ -186,6 +186,7 @@ def run_linux(
     waiting = [(p, 1) for p in paths]
     running: dict[Any, tuple[Path, int, Any, float]] = {}
     done: dict[str, Verdict] = {}
+    ended: list[Any] = []
     while waiting or running:
         while waiting and len(running) < jobs:
             path, attempt = waiting.pop(0)
@@ -200,7 +201,7 @@ def run_linux(
                 verdict: Verdict = pipe.recv()
             except EOFError:
                 verdict = Verdict(False, 0, "", "the child ended without a verdict")
-            process.join()
+            ended.append(process)  # its namespace takes the kernel a while to clear up: nobody waits for it
             if verdict.ok or attempt > retries or expected.get(name_of(path)) == verdict.line:
                 done[name_of(path)] = verdict
                 report(path, verdict, attempt)
@@ -210,6 +211,8 @@ def run_linux(
             if time.monotonic() - began > LIMIT_S:
                 process.kill()  # its pipe ends, and the loop above sees that
                 running[pipe] = (path, RETRIES + 1, process, began)
+    for process in ended:
+        process.join()
     return done
 
 
