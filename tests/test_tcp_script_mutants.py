@@ -652,6 +652,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield lambda name: jobs[name].result()
 
 
+@pytest.mark.timeout(600)  # a test may wait for those before it
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_mutant_is_noticed(name: str, played: Played) -> None:
     m = BY_NAME[name]
