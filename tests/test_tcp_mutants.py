@@ -326,6 +326,48 @@ MUTANTS = {
         "false)",
         "fastopen::test_a_lost_syn_is_repeated_without_data_and_option",
     ),
+    "a lent byte leaves room in the window": Mutant(
+        "tcp_rcv.c",
+        "held += conn_cold(s, c)->rcv_lent;",
+        "held += 0;",
+        "zero_copy::test_what_is_lent_counts_against_the_window_until_it_is_released",
+    ),
+    "a token is good for what is lent later": Mutant(
+        "sock_zc.c",
+        "return m->seg_flags == IN_LENT && m->hash == token_serial(token) ? m : NULL;",
+        "return m->seg_flags == IN_LENT ? m : NULL;",
+        "zero_copy::test_a_mistake_with_tokens_is_an_error_and_harms_nobody",
+    ),
+    "what is lent is settled with whoever has its place": Mutant(
+        "sock_zc.c",
+        "return core_alive(s) && cold_at(s, idx)->gen == gen ? conn_at(s, idx) : NULL;",
+        "(void)gen;\n    return conn_at(s, idx);",
+        "zero_copy::test_lent_buffers_outlive_socket_connection_and_whoever_has_its_place",
+    ),
+    "a program may take all frames to write in": Mutant(
+        "sock_zc.c",
+        "core(s)->writing < s->dev->frames / 4 && ",
+        "",
+        "zero_copy::test_a_quarter_of_the_frames_may_be_out_for_writing",
+    ),
+    "a user timeout waits for the next retransmission": Mutant(
+        "tcp_timer.c",
+        "    c->rtx_at = max_u64(end, now_ns(s) + MSEC_NS);\n    tcp_timer_update(s, c);",
+        "",
+        "timers::test_a_user_timeout_ends_a_connection_whose_data_is_not_acknowledged",
+    ),
+    "keepalive counts probes whatever the user timeout": Mutant(
+        "tcp_timer.c",
+        "if (k->opt.user_timeout_ms == 0)\n        return c->probes",
+        "if (true)\n        return c->probes",
+        "timers::test_a_user_timeout_decides_about_keepalive_in_place_of_the_number_of_probes",
+    ),
+    "the urgent byte stays in the stream": Mutant(
+        "tcp_urg.c",
+        "    tcp_rcv_skip(s, c, 1);\n    mark_passed(c, k);\n    return n;",
+        "    mark_passed(c, k);\n    return n;",
+        "urgent::test_a_read_stops_at_the_mark_and_the_next_passes_over_the_byte",
+    ),
     "removal leaves a hole in the flow table": Mutant(
         "tcp_conn.c",
         "if (((j - home) & mask) < ((j - i) & mask))\n            continue;",

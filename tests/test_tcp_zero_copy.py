@@ -238,6 +238,7 @@ def test_lent_buffers_outlive_socket_connection_and_whoever_has_its_place(how: s
         assert t.release(*(b.token for b in bufs)) == 0
         assert (t.lent, t.held(), t.stack.audit()["chunks"], t.info.rcv_wnd) == (0, 0, 0, window)
         t.peer(f"P. 1:{1 + MSS} ack 1")
+        assert t.held() == 1  # in its frame: nothing is charged to the new connection
         assert t.read() == stream(1, 1 + MSS)
 
 
