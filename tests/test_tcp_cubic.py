@@ -124,6 +124,18 @@ def test_a_flow_that_loses_again_sooner_gives_room(stack: CoreStack) -> None:
     assert abs(h.cc.cwnd / MSS - 680) < 8
 
 
+def test_a_flow_that_loses_at_the_same_window_keeps_its_plateau(stack: CoreStack) -> None:
+    """RFC 9438 4.7 counts in segments: a few bytes less at each loss are not a flow that gives way."""
+    h = after_a_loss(stack, 1000 * MSS)
+    h.cc.cwnd = 1000 * MSS - 100
+    h.cc.cwnd = h.reduce(EV_LOSS)
+    begin = int(h.cc.now_us)
+    k = cube_root((Fraction(1000) - Fraction(700)) / C)
+    while Fraction(int(h.cc.now_us) - begin, US) < k:
+        a_round(h)
+    assert abs(h.cc.cwnd / MSS - 1000) < 8
+
+
 def test_after_a_timeout_the_curve_begins_at_its_flat_point(stack: CoreStack) -> None:
     """RFC 9438 4.8: K is 0 and W_max the window where congestion avoidance begins."""
     h = ByHand(stack, "cubic", cwnd=1000 * MSS)

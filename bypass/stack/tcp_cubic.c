@@ -200,7 +200,7 @@ static uint32_t cubic_ssthresh(struct bypass_cc *cc, int event)
     struct cubic *q = cc->state;
     q->before = q->now;
     q->now.cwnd_prior = cc->cwnd;
-    if (cc->cwnd < q->now.w_max) /* 4.7: it is getting less: leave room for others */
+    if (cc->cwnd + cc->mss <= q->now.w_max) /* 4.7: it is getting less, by a segment or more: leave room for others */
         q->now.w_max = (uint32_t)((uint64_t)cc->cwnd * (BETA_DEN + BETA_NUM) / (2 * BETA_DEN));
     else
         q->now.w_max = cc->cwnd;
