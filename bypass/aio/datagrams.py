@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bypass._core import lib
-from bypass.aio.loop import FAILED, WRITABLE, Handle, Hub
+from bypass.aio.loop import WRITABLE, Handle, Hub
 from bypass.core import Address
 from bypass.sockets import raised
 from bypass.stack_api import DGRAM, Stack
@@ -53,11 +53,8 @@ class DatagramTransport(Handle, asyncio.DatagramTransport):
         if lost := self.lost_device():
             self.end(lost)
             return
-        if mask & FAILED:
-            with self.stack.driver.lock:
-                code = self.stack.core.error(self.handle)
-            if code:
-                self._protocol.error_received(raised(code))
+        if error := self.taken_error(mask):
+            self._protocol.error_received(error)
         while mask & WRITABLE and self._backlog and self._send(*self._backlog[0]):
             self._backlog_bytes -= len(self._backlog.popleft()[0])
         if self._paused and self._backlog_bytes <= LOW_BYTES:

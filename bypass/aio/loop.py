@@ -21,6 +21,7 @@ from bypass.core import FOREVER
 from bypass.driver import Driver
 from bypass.errors import DeviceGoneError
 from bypass.sim.network import Network, SimulationError
+from bypass.sockets import raised
 from bypass.stack_api import Stack
 
 __all__ = ["FAILED", "READABLE", "WRITABLE", "Handle", "Hub", "VirtualLoop", "run"]
@@ -175,6 +176,14 @@ class Handle:
     def end(self, error: Exception) -> None:
         """At once, because of an error."""
         self.drop(abort=True)
+
+    def taken_error(self, mask: int) -> OSError | None:
+        """The pending error that an event tells of; it is told once."""
+        if not mask & FAILED:
+            return None
+        with self.stack.driver.lock:
+            code = self.stack.core.error(self.handle)
+        return raised(code) if code else None
 
     def lost_device(self) -> OSError | None:
         """Why nothing will ever come any more, if so."""

@@ -70,12 +70,9 @@ class StreamTransport(Handle, asyncio.Transport):
         if lost := self.lost_device():
             self.end(lost)
             return
-        if mask & FAILED:
-            with self.stack.driver.lock:
-                code = self.stack.core.error(self.handle)
-            if code:
-                self.end(raised(code))
-                return
+        if error := self.taken_error(mask):
+            self.end(error)
+            return
         if mask & WRITABLE and self._backlog:
             self._drain_backlog()
         if mask & READABLE and not self._paused and not self._closing:
