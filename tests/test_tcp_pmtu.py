@@ -186,3 +186,29 @@ def test_a_report_about_a_probe_ends_it_at_once() -> None:
             if out:
                 t.peer(f". 1:1 ack {max(s.end for s in out)}")
         raise AssertionError("no probe")
+
+
+@pytest.mark.parametrize("step", [128, 300, 512, 700, 1024, 1460])
+def test_a_probe_smaller_than_what_was_cut_before_the_black_hole_counts_as_it_was_sent(step: int) -> None:
+    """Frames of the old size wait behind a black hole's end; the first probe is smaller than they are."""
+    with talk(BLACK_HOLE) as t:
+        t.established(opts="mss 1460")
+        t.write(90_000)
+        edge = t.out()[-1].end
+        while not t.counted().get("tcp_mtu_black_holes"):
+            t.advance(0.5)
+            t.out()
+        t.peer(f". 1:1 ack {edge}")  # all of it came after all
+        acked, lengths = edge, []
+        while edge < 1 + 90_000:
+            for s in t.out():
+                assert s.seq <= edge, "nothing is left out"
+                edge = max(edge, s.end)
+                lengths.append(len(s.data))
+            assert t.info.snd_nxt - t.info.snd_una == edge - acked, "what is in flight is what was sent"
+            t.peer(*(f". 1:1 ack {end}" for end in range(acked + step, edge, step)), f". 1:1 ack {edge}")
+            acked = edge
+        assert t.counted()["tcp_mtu_probes"] > 0
+        assert 1242 in lengths, "between 1064 and 1500 bytes of packet"
+        assert t.info.snd_queued == 0
+        t.silence(5)

@@ -172,7 +172,8 @@ uint32_t tcp_pmtu_probe(struct bypass_stack *s, struct tcp_conn *c)
     uint32_t pipe = tcp_pipe(s, c);
     if (pipe > 0 && pipe + payload > c->cwnd)
         return TCP_PMTU_HOLD; /* each ACK makes room for an ordinary segment only */
-    if (!tcp_snd_merge(s, c, c->sndq_next, payload))
+    bool cut_larger = pkt_meta(s, c->sndq_next)->data_len > payload; /* before the black hole was known */
+    if (cut_larger ? !tcp_snd_split(s, c, c->sndq_next, payload) : !tcp_snd_merge(s, c, c->sndq_next, payload))
         return 0;
     k->mtu_probe = (uint16_t)size;
     return payload;
