@@ -243,8 +243,9 @@ static void offer(struct story *s, struct lane *l, const struct fuzz_tcp *t)
     bool there = numbers(s, l, &i), scaled = there && i.flags & 2 && !(t->flags & FZ_SYN);
     uint32_t from = t->flags & FZ_ACK ? t->ack : i.snd_una + 1,
              edge = from + (t->window << (scaled ? i.snd_wscale : 0));
-    if (!there || !(t->flags & (FZ_ACK | FZ_SYN)))
-        return;
+    if (!there || !(t->flags & (FZ_ACK | FZ_SYN)) || diff(edge, i.snd_una) > 1 << 30 ||
+        diff(edge, i.snd_una) < -(1 << 30))
+        return; /* what is that far is never acceptable */
     if (!l->offered || diff(edge, l->edge_in) > 0)
         l->edge_in = edge;
     l->offered = true;
