@@ -138,7 +138,8 @@ def test_whatever_the_peer_says_the_stack_keeps_to_itself(
     steps: list[tuple[Any, ...]], opts: str, rcvbuf: int, sndbuf: int
 ) -> None:
     with Talk(rcvbuf=rcvbuf, sndbuf=sndbuf, chunks=64, frames=256) as t:
-        t.established(opts=opts, ts="ts" in opts, SO_OOBINLINE=1)  # else the urgent byte is missing from the stream
+        # Urgent bytes stay in the stream.
+        t.established(opts=opts, ts="ts" in opts, SO_OOBINLINE=1)
         w = Watch(t, 3 if "ws" in opts else 0)
         got = run(t, w, steps)
         if t.stack.ready(t.sock) & lib.BYPASS_IN:
