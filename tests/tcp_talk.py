@@ -43,7 +43,8 @@ SHIFTS = [bytes((byte + by) & 0xFF for byte in range(256)) for by in range(256)]
 LINE = bytes(i * 31 & 0xFF for i in range(256))
 PATTERN = b"".join(LINE.translate(SHIFTS[(i * 17 + (i >> 8)) & 0xFF]) for i in range(1 << 12))
 SPEC = re.compile(
-    r"(?P<flags>[SFRPUEW.]+) (?P<seq>-?\d+):(?P<end>-?\d+)( ack (?P<ack>-?\d+))?( win (?P<win>\d+))?( <(?P<opts>[^>]*)>)?"
+    r"(?P<flags>[SFRPUEW.]+) (?P<seq>-?\d+):(?P<end>-?\d+)"
+    r"( ack (?P<ack>-?\d+))?( win (?P<win>\d+))?( <(?P<opts>[^>]*)>)?"
 )
 
 
@@ -80,7 +81,7 @@ class Segment:
 
 
 def options_bytes(text: str, iss: int = 0) -> bytes:
-    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, fo 0123, nop, eol, hex 0504...`; blocks count from `iss`."""
+    """`mss 1460, ws 7, ts 1 0, sackok, sack 101:201 301:401, fo 0123, nop, eol, hex 0504...`; blocks from `iss`."""
     out = b""
     for word in (w.split() for w in text.split(",") if w.strip()):
         match word:
@@ -372,7 +373,7 @@ class Talk(Conversation):
         if m["win"] is not None and got.win != int(m["win"]):
             why.append(f"win {got.win}")
         if m["opts"] is not None:
-            want = dict((w.split(maxsplit=1) + [""])[:2] for w in m["opts"].split(", ") if w)
+            want = dict([*w.split(maxsplit=1), ""][:2] for w in m["opts"].split(", ") if w)
             have = {k: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in got.opts.items()}
             have.pop("raw_seq", None)
             if have != want:
