@@ -23,6 +23,7 @@ from bypass.errors import BypassError
 from bypass.lab import Lab
 
 PARTS = ("instructions", "simulated", "copies", "churn", "flood", "network", "drop", "costs")
+LONG = ("hostile",)  # only where they are asked for
 PRIVILEGED = ("network", "drop", "costs")
 
 
@@ -48,6 +49,7 @@ def steps(parts: tuple[str, ...], rounds: int) -> int:
         "simulated": 1,
         "copies": 1,
         "churn": 1,
+        "hostile": 1,
         "flood": 0 if instructions.missing() else 4,
         "network": rounds * runs,
         "drop": rounds * ways * len(drop.SENDERS),
@@ -75,6 +77,9 @@ def without_network(parts: tuple[str, ...], quick: bool, step: Callable[[str], N
     if "copies" in parts:
         step("copies of a payload byte")
         found["copies"] = simulated.copies(1 if quick else 5, 20 if quick else 150)
+    if "hostile" in parts:
+        step("a transfer over a hostile wire, six minutes" if not quick else "a transfer over a hostile wire")
+        found["hostile"] = simulated.hostile(20 if quick else 10_000)
     if "churn" in parts:
         found["churn"] = defence.churn(60_000 if quick else 1_000_000, step=step)
     if "flood" in parts:
@@ -108,7 +113,10 @@ def with_network(
 )
 @click.option("--quick", is_flag=True, help="One short round: does everything run? The figures mean nothing.")
 @click.option(
-    "--only", type=click.Choice(PARTS), multiple=True, help="Only this part; may be given several times."
+    "--only",
+    type=click.Choice(PARTS + LONG),
+    multiple=True,
+    help=f"Only this part; may be given several times. Not without it: {', '.join(LONG)}.",
 )
 @click.option(
     "--output",

@@ -31,6 +31,14 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"\n[bold]Bulk over the simulated wire[/], both ends on one core, MSS {b['mss']}: "
             f"{_spread(b['gbit_per_cpu_s'])} Gbit per CPU second (budget: {b['budget']:g})"
         )
+    if "hostile" in result:
+        h = result["hostile"]
+        console.print(
+            f"\n[bold]Over a hostile wire[/]: {h['bytes'] / 1e9:g} GB, every byte as it was sent; "
+            f"{h['frames']:,} frames from the sender, {h['lost']:,} lost, {h['reordered']:,} reordered, {h['duplicated']:,} duplicated, "
+            f"{h['corrupted']:,} corrupted; longest stall {h['longest_stall_s']:g} s of virtual time; "
+            f"{h['cpu_s']:g} s of CPU"
+        )
     if "idle_connection" in result:
         i = result["idle_connection"]
         console.print(

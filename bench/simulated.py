@@ -8,7 +8,7 @@ from typing import Any
 from bypass._core import ffi, lib
 
 from bench.figures import ratios, spread
-from bench.programs import SERVER_CORE, pinned, program, run_json
+from bench.programs import SERVER_CORE, BenchError, pinned, program, run_json
 
 BULK_BUDGET_GBIT = 20.0
 IDLE_BUDGET_BYTES = 512
@@ -64,3 +64,17 @@ def idle_connection(conns: int = 100_000) -> dict[str, Any]:
         "conns": found["conns"],
         "arena_bytes_1m": int(lib.bypass_arena_size(cfg)),
     }
+
+
+def hostile(megabytes: int = 10_000, seed: int = 1) -> dict[str, Any]:
+    """A transfer over a wire that loses 5 % of all frames, both ways, reorders 5 %, duplicates 1 % and corrupts 0.1 %.
+    Every byte is compared. What bench/hostile.c prints.
+
+    Raises:
+        BenchError: bytes or hashes differ, the connection broke, or something was left.
+    """
+    chances = ("50000", "50000", "10000", "1000")  # parts per million
+    found = run_json([program("hostile"), str(megabytes), *chances, str(seed)], timeout=3600)
+    if found["sent_hash"] != found["received_hash"] or found["bytes"] != megabytes * 1_000_000:
+        raise BenchError(f"what came is not what was sent: {found}")
+    return found

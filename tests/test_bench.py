@@ -102,6 +102,16 @@ def test_each_byte_is_copied_once_a_side_by_plain_calls_and_never_by_the_others(
     assert is_spread(copies["zero_copy"]["gbit_per_cpu_s"])
 
 
+def test_the_hostile_transfer_arrives_and_is_only_run_when_asked_for(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--only", "hostile")["hostile"]
+    assert found["sent_hash"] == found["received_hash"]
+    assert found["bytes"] == 20_000_000
+    for what, share in (("lost", 0.05), ("reordered", 0.05), ("duplicated", 0.01)):
+        assert 0.5 * share < found[what] / found["frames"] < 1.5 * share
+    assert found["corrupted"] > 0
+    assert found["retransmits"] >= found["lost"]
+
+
 # ---- Network -----------------------------------------------------------------------------------------------------
 @pytest.mark.netns
 def test_every_test_has_every_server_that_can_do_it(tmp_path: Path) -> None:
