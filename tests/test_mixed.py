@@ -132,6 +132,8 @@ def test_memory_that_grows_from_the_second_minute_on_is_noticed(growth: int, gre
         (float(t), (100 << 20) + (growth * max(0, t - 120) // 380 if t > 120 else 0)) for t in range(601)
     ]
     assert memory.judge()["grew"] is grew
+    memory.samples = [(float(t), (100 << 20) + (growth if t > 250 else 0)) for t in range(601)]
+    assert memory.judge()["grew"] is False, "a step, and no more"
     memory.samples = memory.samples[:130]
     assert memory.judge()["grew"] is None, "too short to tell"
     assert memory.look() > 1 << 20

@@ -33,15 +33,17 @@ class Memory:
         return now
 
     def judge(self, from_s: float = STEADY_FROM_S) -> dict[str, Any]:
-        """Medians of the first and last fifth of the time from `from_s` on, and whether it grew; None: too short."""
+        """Medians of the first, the middle and the last fifth of the time from `from_s` on, and whether it grew; None:
+        too short. Pools keep the most that was ever needed, so a step may come late; what leaks goes on growing."""
         steady = [n for at, n in self.samples if at >= from_s]
         about: dict[str, Any] = {"peak": max((n for _, n in self.samples), default=0), "from_s": from_s}
         fifth = len(steady) // 5
         if fifth < 10:
             return about | {"grew": None}
-        first, last = statistics.median(steady[:fifth]), statistics.median(steady[-fifth:])
-        grew = last - first > max(GROWTH_BYTES, GROWTH_SHARE * first)
-        return about | {"first": int(first), "last": int(last), "growth": int(last - first), "grew": grew}
+        first, middle, last = (int(statistics.median(steady[i * fifth : (i + 1) * fifth])) for i in (0, 2, 4))
+        bound = max(GROWTH_BYTES, GROWTH_SHARE * first)
+        grew = last - first > bound and last - middle > bound / 2
+        return about | {"first": first, "middle": middle, "last": last, "growth": last - first, "grew": grew}
 
 
 def descendants(pid: int) -> dict[int, str]:
