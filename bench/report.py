@@ -33,10 +33,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     if "hostile" in result:
         h = result["hostile"]
+        fates = ", ".join(f"{h[fate]:,} {fate}" for fate in ("lost", "reordered", "duplicated", "corrupted"))
         console.print(
-            f"\n[bold]Over a hostile wire[/]: {h['bytes'] / 1e9:g} GB, every byte as it was sent; "
-            f"{h['frames']:,} frames from the sender, {h['lost']:,} lost, {h['reordered']:,} reordered, {h['duplicated']:,} duplicated, "
-            f"{h['corrupted']:,} corrupted; longest stall {h['longest_stall_s']:g} s of virtual time; "
+            f"\n[bold]Over a hostile wire[/]: {h['bytes'] / 1e9:g} GB, every byte as it was sent; of {h['frames']:,} "
+            f"frames of the sender {fates}; longest stall {h['longest_stall_s']:g} s of virtual time; "
             f"{h['cpu_s']:g} s of CPU"
         )
     if "idle_connection" in result:
