@@ -17,7 +17,8 @@ static void reap(struct bypass_stack *s)
     while (n == RX_BATCH);
 }
 
-enum { HANDLE_AHEAD = 3 }; /* segments: its connection has arrived by then, and its handle arrives in time */
+/* Segments: what is fetched so far ahead arrives while those before it are worked on. */
+enum { CONN_AHEAD = 12, HANDLE_AHEAD = 3 };
 
 static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
 {
@@ -25,7 +26,11 @@ static void rx_batch(struct bypass_stack *s, bypass_pkt *pkts, int n)
     struct rx_info ri;
     STAT_ADD(s, rx_frames, (uint64_t)n);
     tcp_fast_prefetch(s, pkts, flows, n);
+    for (int i = 0; n > 1 && i < n && i < CONN_AHEAD; i++)
+        tcp_fast_prefetch_conn(s, &flows[i]);
     for (int i = 0; i < n; i++) {
+        if (i + CONN_AHEAD < n)
+            tcp_fast_prefetch_conn(s, &flows[i + CONN_AHEAD]);
         if (i + HANDLE_AHEAD < n)
             tcp_fast_prefetch_handle(s, &flows[i + HANDLE_AHEAD]);
         STAT_ADD(s, rx_bytes, pkt_meta(s, pkts[i])->len);

@@ -547,6 +547,7 @@ struct rx_flow {
     bool plain;    /* a TCP segment in an IPv4 packet without options */
 };
 void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_flow *flows, int n);
+void tcp_fast_prefetch_conn(const struct bypass_stack *s, struct rx_flow *f);
 static inline void tcp_fast_prefetch_handle(const struct bypass_stack *s, const struct rx_flow *f)
 {
     if (f->idx != 0 && conn_at(s, f->idx - 1)->sock != NO_INDEX)

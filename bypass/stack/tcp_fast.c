@@ -40,14 +40,14 @@ static inline bool is_plain_tcp(const uint8_t *eth, uint32_t len)
            ip[IP4_VER_IHL] == 0x45 && ip[IP4_PROTO] == PROTO_TCP && (load16(ip + IP4_FRAG) & 0xff3f) == 0;
 }
 
-/* Hashes the flows of a batch and fetches what they will touch: the table's lines together, then the connections'.
- * hash[i] is valid where has[i] is. */
+/* Hashes the flows of a batch and fetches their places in the flow table. */
 void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx_flow *flows, int n)
 {
     const struct flow_slot *table = flow_table(s);
     uint32_t mask = tcp_head(s)->table_mask;
     for (int i = 0; i < n; i++) {
         const uint8_t *eth = pkt_data(s, pkts[i]);
+        flows[i].idx = 0;
         flows[i].plain = is_plain_tcp(eth, pkt_meta(s, pkts[i])->len);
         if (!flows[i].plain)
             continue;
@@ -56,17 +56,18 @@ void tcp_fast_prefetch(struct bypass_stack *s, const bypass_pkt *pkts, struct rx
         if (i + 1 < n)
             __builtin_prefetch(pkt_data(s, pkts[i + 1]));
     }
-    if (n == 1)
+}
+
+/* Its place has arrived: fetches its connection. */
+void tcp_fast_prefetch_conn(const struct bypass_stack *s, struct rx_flow *f)
+{
+    uint32_t idx = f->idx = f->plain ? flow_table(s)[f->hash & tcp_head(s)->table_mask].idx : 0;
+    if (idx == 0)
         return;
-    for (int i = 0; i < n; i++) {
-        uint32_t idx = flows[i].idx = flows[i].plain ? table[flows[i].hash & mask].idx : 0;
-        if (idx == 0)
-            continue;
-        const uint8_t *c = (const uint8_t *)conn_at(s, idx - 1);
-        for (uint32_t off = 0; off < sizeof(struct tcp_conn); off += 64)
-            __builtin_prefetch(c + off);
-        __builtin_prefetch(cold_at(s, idx - 1)); /* its first line */
-    }
+    const uint8_t *c = (const uint8_t *)conn_at(s, idx - 1);
+    for (uint32_t off = 0; off < sizeof(struct tcp_conn); off += 64)
+        __builtin_prefetch(c + off);
+    __builtin_prefetch(cold_at(s, idx - 1)); /* its first line */
 }
 
 /* ---- Phase two: is it the usual? ---------------------------------------------------------------------- */
