@@ -81,37 +81,61 @@ class TwoStacks(RuleBasedStateMachine):
         buffers=st.sampled_from([4096, 20_000, 1 << 20]),
         mtu=st.sampled_from([576, 1500, 9000]),
         frames=st.sampled_from([128, 1024]),
+        ecn=st.sampled_from([0, 1, 2]),
+        mtu_probing=st.sampled_from([0, 1, 2]),
+        fastopen=st.sampled_from([0, 3]),
+        cookies=st.sampled_from([0, 1]),  # 2: an old cookie may make its connection again (RFC 4987 3.6)
+        cc=st.sampled_from(["cubic", "reno", "bbr"]),
     )
-    def begin(self, seed: int, buffers: int, mtu: int, frames: int) -> None:
+    def begin(
+        self, seed: int, buffers: int, mtu: int, frames: int, ecn: int, mtu_probing: int, fastopen: int,
+        cookies: int, cc: str,
+    ) -> None:  # fmt: skip
         self.net = Network(seed)
-        config = Config(conns=12, sndbuf=buffers, rcvbuf=buffers, chunks=256)
+        config = Config(
+            conns=12, sndbuf=buffers, rcvbuf=buffers, chunks=256, ecn=ecn, mtu_probing=mtu_probing,
+            fastopen=fastopen, syn_cookies=cookies,
+        )  # fmt: skip
         self.stacks = [
             self.net.stack(f"{ip}/24", name=n, config=config, mtu=mtu, frames=frames)
             for ip, n in ((A, "a"), (B, "b"))
         ]
+        for stack in self.stacks:
+            stack.core.cc_default(cc)
         self.raw = self.net.raw_port("hostile")
         self.rng = random.Random(seed)
+        self.fastopen = fastopen
         self.history: list[bytes] = []
         self.all: list[Link] = []
         self.a, self.b = (s.core for s in self.stacks)
         self.listener = self.b.socket(lib.BYPASS_STREAM)
+        for option in (lib.BYPASS_SO_OOBINLINE, lib.BYPASS_TCP_FASTOPEN):  # urgent bytes stay in the stream
+            self.b.setopt(self.listener, option, 1 if option == lib.BYPASS_SO_OOBINLINE else 16)
         self.b.bind(self.listener, (B, 80))
         self.b.listen(self.listener, 8)
         self.count = itertools.count()
 
     # ---- programs
-    @rule(target=links)
-    def connect(self) -> object:
+    @rule(target=links, early=st.sampled_from([0, 0, 1, 700, 3000]))
+    def connect(self, early: int) -> object:
+        """early: bytes that may go with the SYN (RFC 7413)."""
         if sum(1 for link in self.all if not link.client.closed) >= 4:
             return multiple()
         handle = self.a.socket(lib.BYPASS_STREAM)
-        result = self.a.connect(handle, (B, 80))
-        if result != -errno.EINPROGRESS:
+        self.a.setopt(handle, lib.BYPASS_SO_OOBINLINE, 1)
+        n = next(self.count)
+        offset = n * 700 % 50_000
+        if early and self.fastopen:
+            result = self.a.sendto(handle, DATA[offset : offset + early], (B, 80), lib.BYPASS_FASTOPEN)
+        else:
+            result = self.a.connect(handle, (B, 80))
+        if result < 0 and result != -errno.EINPROGRESS:
             assert result == -errno.ENOBUFS
             self.a.close_socket(handle)
             return multiple()
-        n = next(self.count)
-        link = Link(Side(self.a, handle, offset=n * 700 % 50_000), Side(self.b, offset=n * 900 % 50_000))
+        link = Link(
+            Side(self.a, handle, offset=offset, written=max(result, 0)), Side(self.b, offset=n * 900 % 50_000)
+        )
         self.all.append(link)
         self.net.run(duration_ns=MS)
         self.accept()
@@ -127,6 +151,11 @@ class TwoStacks(RuleBasedStateMachine):
             port = self.b.peer(handle)[1]
             for link in reversed(self.all):
                 if link.client.usable and self.a.local(link.client.handle)[1] == port:
+                    if (
+                        self.fastopen and link.server.handle >= 0
+                    ):  # a SYN's data may come twice (RFC 7413 2.1)
+                        self.b.close_socket(handle)
+                        break
                     assert link.server.handle < 0, "one connection was accepted twice"
                     link.server.handle = handle
                     break
@@ -178,11 +207,11 @@ class TwoStacks(RuleBasedStateMachine):
         link=links,
         server=st.booleans(),
         n=st.sampled_from([0, 1, 99, 536, 1448, 5000, 40_000]),
-        more=st.booleans(),
+        flags=st.sampled_from([0, 0, lib.BYPASS_MORE, lib.BYPASS_OOB]),
     )
-    def write(self, link: Link, server: bool, n: int, more: bool) -> None:
+    def write(self, link: Link, server: bool, n: int, flags: int) -> None:
         if side := self.side(link, server):
-            self.send(side, n, lib.BYPASS_MORE if more else 0)
+            self.send(side, n, flags)
 
     @rule(
         link=links,
@@ -203,6 +232,23 @@ class TwoStacks(RuleBasedStateMachine):
     def read(self, link: Link, server: bool, n: int) -> None:
         if side := self.side(link, server):
             self.recv(side, n)
+
+    @rule(link=links, server=st.booleans(), n=st.sampled_from([1, 1448, 100_000]))
+    def peek(self, link: Link, server: bool, n: int) -> None:
+        """A look ahead takes nothing, and sees what a read then gets."""
+        if side := self.side(link, server):
+            seen = side.core.recv(side.handle, n, lib.BYPASS_PEEK)
+            if isinstance(seen, bytes):
+                start = len(side.read)
+                assert self.recv(side, len(seen)) <= len(seen)
+                got = bytes(side.read[start:])
+                assert seen.startswith(got)
+                assert got or not seen
+
+    @rule(link=links, server=st.booleans(), name=st.sampled_from(["reno", "cubic", "bbr", "dctcp"]))
+    def congestion(self, link: Link, server: bool, name: str) -> None:
+        if side := self.side(link, server):
+            side.core.cc_set(side.handle, name)
 
     @rule(link=links, server=st.booleans())
     def shutdown(self, link: Link, server: bool) -> None:
