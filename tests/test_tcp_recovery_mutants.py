@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from subprocess import CompletedProcess
 
 import pytest
-from mutants import Mutant, build, run
+from mutants import Mutant, all_at_once, assert_noticed, by_its_test
+
+Played = Callable[[str], CompletedProcess[str]]
 
 MUTANTS = {
     "what the peer has is sent again after a timeout": Mutant(
@@ -230,13 +232,13 @@ MUTANTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    with all_at_once(request, tmp_path_factory, MUTANTS, by_its_test) as verdict_of:
+        yield verdict_of
+
+
+@pytest.mark.timeout(600)  # a test may wait for those before it
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name: str, tmp_path: Path) -> None:
-    m = MUTANTS[name]
-    build(m, tmp_path)
-    topic, _, test = m.test.partition("::")
-    quick = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
-    where = f"tests/test_tcp_{topic}.py::{test}"
-    done = run(sys.executable, "-m", "pytest", "-x", "-q", *quick, where, BYPASS_BUILD=str(tmp_path))
-    assert done.returncode == 1, f"nothing was noticed:\n{done.stdout}{done.stderr}"
-    assert "FAILED" in done.stdout, done.stdout
+def test_a_mutant_is_noticed(name: str, played: Played) -> None:
+    assert_noticed(played(name))

@@ -3,22 +3,18 @@
 
 Each mutant is the stack with one line changed; the script of tests/scripts that is named beside it has to differ with
 it. A mutant whose line is gone is a failure: mend the list. docs/scripts.md has the numbers by topic.
-
-Two are built and played at a time, beside the tests that wait for them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import oracle
 import pytest
-from mutants import Mutant, build, objects, run
+from mutants import Mutant, all_at_once, build, run
 
 MUTANTS: dict[str, dict[str, Mutant]] = {
     "handshake": {
@@ -642,14 +638,8 @@ def play(m: Mutant, folder: Path) -> CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    """What a mutant's script said. All that are to be tested begin at once."""
-    folder = tmp_path_factory.mktemp("mutants")
-    wanted = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
-    names = [n for n in wanted if n in BY_NAME]
-    objects()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {name: pool.submit(play, BY_NAME[name], folder / str(i)) for i, name in enumerate(names)}
-        yield lambda name: jobs[name].result()
+    with all_at_once(request, tmp_path_factory, BY_NAME, play) as verdict_of:
+        yield verdict_of
 
 
 @pytest.mark.timeout(600)  # a test may wait for those before it
