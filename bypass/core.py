@@ -15,6 +15,7 @@ import mmap
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,7 @@ Address = tuple[str, int]
 FOREVER: int = 2**64 - 1
 """A deadline in nanoseconds that never comes (UINT64_MAX of the C interface)."""
 
+HUGE_FROM = 128 << 20  # bytes of an arena from which huge pages are worth what they waste: up to 2 MiB a pool
 MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.12 on
 NONE_ADDR = ffi.NULL
 STATES = {
@@ -260,6 +262,9 @@ class CoreStack:
         # Untouched pages never exist: a stack for many connections costs nothing until they come.
         kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, size, flags=kind)
+        if size >= HUGE_FROM:
+            with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._arena = ffi.from_buffer("uint8_t[]", self._map)
         self._events = ffi.new("struct bypass_event[]", self.EVENTS)
         self._wanted = ffi.new("struct bypass_addr[]", self.WANTED)
