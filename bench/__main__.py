@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -17,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import costs, defence, drop, instructions, network, report, simulated
-from bench.programs import ROOT, BenchError, require_two_cores
+from bench.command import save, start
+from bench.programs import ROOT, require_two_cores
 from bypass import __version__, probe
-from bypass.errors import BypassError
 from bypass.lab import Lab
 
 PARTS = ("instructions", "simulated", "copies", "churn", "flood", "network", "drop", "costs")
@@ -154,8 +153,7 @@ def main(rounds: int, quick: bool, only: tuple[str, ...], output: Path) -> None:
     if lacking:
         result["left_out"] = {"parts": [p for p in (only or PARTS) if p in PRIVILEGED], "missing": lacking}
     result["seconds"] = round(time.monotonic() - began, 1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    save(result, output)
     report.show(result, console)
     if lacking:
         console.print(f"[yellow]Left out: what needs a network. Missing: {'; '.join(lacking)}")
@@ -163,8 +161,4 @@ def main(rounds: int, quick: bool, only: tuple[str, ...], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BenchError, BypassError) as e:
-        click.echo(f"bench: {e}", err=True)
-        sys.exit(2)
+    start(main)

@@ -8,7 +8,6 @@ What arrived is compared by SHA-256.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -21,12 +20,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import save, start
 from bench.figures import ratios, spread
 from bench.loss import loss
 from bench.programs import CLIENT_CORE, ROOT, BenchError, Server, pinned, require_two_cores, run_json
 from bypass import netns, probe
 from bypass.demo import make_body
-from bypass.errors import BypassError
 from bypass.lab import CLIENT_IFNAME, Lab
 
 SERVERS = ("bypass", "kernel")
@@ -184,19 +183,13 @@ def main(size: int, share: float, rounds: int, cc: str, as_json: bool, output: P
         cc,
         (lambda what: None) if quiet else lambda what: console.print(what),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2)
-    output.write_text(text + "\n")
+    save(result, output)
     if as_json:
-        click.echo(text)
+        click.echo(output.read_text(), nl=False)
     else:
         show(result, console)
         console.print(f"all figures: {output}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BenchError, BypassError) as e:
-        click.echo(f"bench: {e}", err=True)
-        sys.exit(2)
+    start(main)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -16,10 +15,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.command import save, start
 from bench.goodput import matrix, run, sharing, tables
 from bench.goodput.conditions import BY_NAME, QUICK
-from bench.programs import ROOT, BenchError
-from bypass.errors import BypassError
+from bench.programs import ROOT
 
 PARTS = ("matrix", "fairness", "dctcp")
 MARKING_CCS = ("dctcp", "reno", "cubic")
@@ -122,8 +121,7 @@ def main(
         if "dctcp" in parts:
             result["dctcp"] = sharing.dctcp(marking, rounds, jobs, ticker)
     result["seconds"] = round(time.monotonic() - began, 1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    save(result, output)
     tables.show(result, console)
     if lacking:
         console.print(
@@ -133,8 +131,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BenchError, BypassError) as e:
-        click.echo(f"bench: {e}", err=True)
-        sys.exit(2)
+    start(main)

@@ -20,11 +20,11 @@ from typing import Any
 
 import click
 
+from bench.command import save, start
 from bench.mixed.end import IPERF3, PYTHON_WEB, SHORT, WEB
 from bench.mixed.leftovers import Memory, bpf_objects, descendants, still_there
 from bench.programs import ROOT, BenchError
 from bypass import __version__, netns, probe
-from bypass.errors import BypassError
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 
 TIME_WAIT_S = 60
@@ -301,8 +301,7 @@ def main(minutes: float, rate: float, mbit: int, output: Path) -> None:
         **run.result,
     }
     result |= {"interrupted": run.interrupted, "problems": run.problems, "ok": not run.problems}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    save(result, output)
     for problem in run.problems[:40]:
         click.echo(f"  wrong: {problem}", err=True)
     click.echo("no error, nothing left over" if not run.problems else f"{len(run.problems)} problems")
@@ -315,8 +314,4 @@ def _too_long(signum: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BenchError, BypassError) as e:
-        click.echo(f"mixed: {e}", err=True)
-        sys.exit(2)
+    start(main, "mixed")
