@@ -3,60 +3,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from c_programs import program, run
 from support import FUZZ
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "bypass/stack").glob("*.c"))
-OBJECTS = [f"build/san/{s.relative_to(ROOT).with_suffix('.o')}" for s in SOURCES]
-CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
-INCLUDE = ["-Ibypass/include", "-Ibypass/stack"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-ENV = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "MAKEFLAGS", "MAKELEVEL")}
 RAINS = 12 * FUZZ
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run(
-        [str(c) for c in command],
-        cwd=ROOT,
-        env=ENV,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}"
-    return done.stdout
+def test_every_variant_of_the_checksum_agrees_with_the_rfc(tmp_path: Path) -> None:
+    assert "checks" in run(program("test_csum", tmp_path))
+
+
+def test_answers_leave_by_the_queue_of_the_question(tmp_path: Path) -> None:
+    run(program("test_queues", tmp_path))
 
 
 @pytest.fixture(scope="module")
-def stack_objects() -> list[str]:
-    """The stack's objects of the sanitizer build, made where they are not there."""
-    run("make", "-s", "SAN=1", *OBJECTS)
-    return OBJECTS
-
-
-def program(name: str, objects: list[str], folder: Path) -> Path:
-    out = folder / name
-    run("gcc", *CFLAGS, *INCLUDE, *SANITIZE, f"tests/c/{name}.c", *objects, "-o", out)
-    return out
-
-
-def test_every_variant_of_the_checksum_agrees_with_the_rfc(stack_objects: list[str], tmp_path: Path) -> None:
-    assert "checks" in run(program("test_csum", stack_objects, tmp_path))
-
-
-def test_answers_leave_by_the_queue_of_the_question(stack_objects: list[str], tmp_path: Path) -> None:
-    run(program("test_queues", stack_objects, tmp_path))
-
-
-@pytest.fixture(scope="module")
-def fuzz_net(stack_objects: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program("fuzz_net", stack_objects, tmp_path_factory.mktemp("c"))
+def fuzz_net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return program("fuzz_net", tmp_path_factory.mktemp("c"))
 
 
 @pytest.mark.hypothesis  # by its kind: `make fuzz` selects by this mark
