@@ -385,7 +385,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         ),
         "FINs that cross end it at once": Mutant(
             "tcp_rcv.c",
-            "conn_set_state(s, c, BYPASS_CLOSING);",
+            "c->state = BYPASS_CLOSING;",
             "conn_time_wait(s, c);",
             "close/closing_repeats_the_fin",
         ),

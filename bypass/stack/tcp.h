@@ -518,7 +518,6 @@ struct tcp_conn *conn_find(const struct bypass_stack *s, uint32_t hash, const ad
  * even after the oldest TIME_WAIT made room. */
 struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep, const addr_t *laddr, uint16_t lport,
                           const addr_t *raddr, uint16_t rport);
-void conn_set_state(struct bypass_stack *s, struct tcp_conn *c, int state);
 void conn_begin(struct bypass_stack *s, struct tcp_conn *c); /* data may be sent and received from now on */
 void conn_established(struct bypass_stack *s, struct tcp_conn *c);
 /* Frees queues and timers, leaves table and pool unless a handle still holds it (then it stays DEAD). */

@@ -200,12 +200,6 @@ void conn_update_mss(struct bypass_stack *s, struct tcp_conn *c, uint16_t mtu)
     c->snd_mss = (uint16_t)max_u32(mss, TCP_MIN_MSS);
 }
 
-void conn_set_state(struct bypass_stack *s, struct tcp_conn *c, int state)
-{
-    (void)s;
-    c->state = (uint8_t)state;
-}
-
 void conn_event(struct bypass_stack *s, struct tcp_conn *c, uint32_t mask) { sock_event(s, c->sock, mask); }
 
 void conn_begin(struct bypass_stack *s, struct tcp_conn *c)
@@ -221,7 +215,7 @@ void conn_begin(struct bypass_stack *s, struct tcp_conn *c)
 
 void conn_established(struct bypass_stack *s, struct tcp_conn *c)
 {
-    conn_set_state(s, c, BYPASS_ESTABLISHED);
+    c->state = BYPASS_ESTABLISHED;
     c->rtx_at = 0;
     conn_cold(s, c)->min_rtt_half_us = conn_cold(s, c)->min_rtt_since = 0;
     if (likely(!(c->feat & TX_FO_PENDING)))
@@ -326,7 +320,7 @@ void conn_drop(struct bypass_stack *s, struct tcp_conn *c, int err)
     tcp_listen_forget(s, c);
     tcp_snd_clear(s, c);
     flow_remove(s, c);
-    conn_set_state(s, c, BYPASS_CLOSED);
+    c->state = BYPASS_CLOSED;
     c->flags |= TF_DEAD;
     if (c->sock == NO_INDEX) {
         conn_free(s, c);
@@ -353,7 +347,7 @@ static void queue_fin(struct bypass_stack *s, struct tcp_conn *c)
         return;
     }
     c->flags |= TF_FIN_QUEUED;
-    conn_set_state(s, c, c->state == BYPASS_CLOSE_WAIT ? BYPASS_LAST_ACK : BYPASS_FIN_WAIT_1);
+    c->state = c->state == BYPASS_CLOSE_WAIT ? BYPASS_LAST_ACK : BYPASS_FIN_WAIT_1;
     tcp_output(s, c);
 }
 
@@ -475,7 +469,7 @@ int64_t tcp_connect(struct bypass_stack *s, uint32_t idx, const struct bypass_en
     c->flags |= TF_TS | TF_WSCALE; /* offered; the answer decides */
     c->feat |= TX_SACK;
     conn_cold(s, c)->unacked_since = now_ns(s);
-    conn_set_state(s, c, BYPASS_SYN_SENT);
+    c->state = BYPASS_SYN_SENT;
     STAT(s, tcp_active_opens);
     return conn_index(s, c);
 }

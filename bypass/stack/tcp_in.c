@@ -115,7 +115,7 @@ static void syn_sent_in(struct bypass_stack *s, struct tcp_conn *c, struct segme
         syn_sent_established(s, c, g);
         return;
     }
-    conn_set_state(s, c, BYPASS_SYN_RECEIVED); /* simultaneous open */
+    c->state = BYPASS_SYN_RECEIVED; /* simultaneous open */
     c->rtx_count = c->backoff = 0;
     if (c->feat & TX_FO_ASK)
         tcp_fastopen_crossed(s, c);
@@ -270,7 +270,7 @@ static enum next_step fin_acked(struct bypass_stack *s, struct tcp_conn *c)
         return GO_ON;
     conn_event(s, c, BYPASS_OUT); /* who lingers has waited for it, as on Linux */
     if (c->state == BYPASS_FIN_WAIT_1) {
-        conn_set_state(s, c, BYPASS_FIN_WAIT_2);
+        c->state = BYPASS_FIN_WAIT_2;
         if (c->sock == NO_INDEX && !conn_fin_wait(s, c))
             return STOP;
     } else if (c->state == BYPASS_CLOSING) {

@@ -149,9 +149,9 @@ static void fin_in(struct bypass_stack *s, struct tcp_conn *c)
     c->rcv_nxt = seq_add(c->rcv_nxt, 1);
     c->flags = (c->flags & ~(uint32_t)TF_FIN_AHEAD) | TF_FIN_IN | TF_ACK_NOW;
     if (c->state == BYPASS_ESTABLISHED)
-        conn_set_state(s, c, BYPASS_CLOSE_WAIT);
+        c->state = BYPASS_CLOSE_WAIT;
     else if (c->state == BYPASS_FIN_WAIT_1)
-        conn_set_state(s, c, BYPASS_CLOSING); /* our FIN is not acknowledged: tcp_ack_in saw to that first */
+        c->state = BYPASS_CLOSING; /* our FIN is not acknowledged: tcp_ack_in saw to that first */
     else if (c->state == BYPASS_FIN_WAIT_2)
         conn_time_wait(s, c);
     conn_event(s, c, BYPASS_IN | BYPASS_RDHUP);

@@ -245,7 +245,7 @@ struct tcp_conn *tcp_req_promote(struct bypass_stack *s, struct tcp_endpoint *ep
     c->flags |= TF_PASSIVE;
     tcp_take_syn(s, c, syn);
     c->rcv_adv = seq_add(c->rcv_nxt, tcp_syn_window(c->rcvbuf)); /* what our answer offered */
-    conn_set_state(s, c, BYPASS_SYN_RECEIVED);
+    c->state = BYPASS_SYN_RECEIVED;
     return c;
 }
 

@@ -42,7 +42,7 @@ void conn_time_wait(struct bypass_stack *s, struct tcp_conn *c)
         tcp_tw_drop_oldest(s)) /* it has waited longest, so needs it least */
         STAT(s, tcp_time_wait_overflow);
     tcp_snd_clear(s, c);
-    conn_set_state(s, c, BYPASS_TIME_WAIT);
+    c->state = BYPASS_TIME_WAIT;
     k->tw_prev = t->tw_tail;
     k->tw_next = NO_INDEX;
     *(t->tw_tail != NO_INDEX ? &cold_at(s, t->tw_tail)->tw_next : &t->tw_head) = self;
