@@ -82,20 +82,20 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_URG_OUT = 1 << 8,      /* urgent data up to cold.snd_up is not acknowledged */
        TX_URG_IN = 1 << 9,       /* cold.rcv_up is ahead of what was read */
        TX_FASTOPEN = 1 << 10,    /* data went with the SYN, or came with it (RFC 7413) */
-       TX_ECN_EXACT = 1 << 20,   /* each mark is told by itself (RFC 8257 3.2) */
-       TX_PACE_WAIT = 1 << 16,   /* the next segment waits for flight.pace_at */
+       TX_PMTU_PROBE = 1 << 11,  /* a probe of packetization-layer discovery is in flight (RFC 4821) */
+       TX_RCVLOWAT = 1 << 12,    /* cold.opt.rcvlowat is more than a byte */
+       TX_NOTSENT = 1 << 13,     /* cold.opt.notsent_lowat limits what is queued */
        TX_FO_PENDING = 1 << 14,  /* data came with the SYN; the handshake's ACK did not come yet */
        TX_FO_ASK = 1 << 15,      /* our SYN or SYN-ACK carries the option of Fast Open */
-       TX_FO_FIN = 1 << 24,      /* the program has closed a TX_FO_PENDING connection */
-       TX_FO_DEFER = 1 << 23,    /* the SYN waits for the first write */
-       TX_PMTU_PROBE = 1 << 11,  /* a probe of packetization-layer discovery is in flight (RFC 4821) */
-       TX_PMTU_SEARCH = 1 << 22, /* ... which is at work on this connection */
-       TX_RCVLOWAT = 1 << 12,    /* cold.opt.rcvlowat is more than a byte */
-       TX_KEEP_FRAMES = 1 << 21, /* no copy break (sock_zc.c) */
+       TX_PACE_WAIT = 1 << 16,   /* the next segment waits for flight.pace_at */
        TX_LENT = 1 << 17,        /* cold.rcv_lent */
        TX_LONE = 1 << 18,        /* what is in flight is one segment, sent by the short way without a record */
        TX_CC_LAZY = 1 << 19,     /* the congestion control wants to hear of no ACK but when the window limits */
-       TX_NOTSENT = 1 << 13,     /* cold.opt.notsent_lowat limits what is queued */
+       TX_ECN_EXACT = 1 << 20,   /* each mark is told by itself (RFC 8257 3.2) */
+       TX_KEEP_FRAMES = 1 << 21, /* no copy break (sock_zc.c) */
+       TX_PMTU_SEARCH = 1 << 22, /* packetization-layer discovery is at work */
+       TX_FO_DEFER = 1 << 23,    /* the SYN waits for the first write */
+       TX_FO_FIN = 1 << 24,      /* the program has closed a TX_FO_PENDING connection */
 };
 
 enum {           /* conn.rtx_kind: what rtx_at stands for */
