@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_ip_c import CFLAGS, ENV, INCLUDE, OBJECTS, ROOT, SANITIZE, run
+from c_programs import CFLAGS, ENV, INCLUDE, ROOT, VARIANTS, run, stack_objects
 
 CORPUS = ROOT / "tests/corpus"
 HARNESSES = ("options", "reass", "frames", "ops")
@@ -19,9 +19,8 @@ WRAP = [f"-Wl,--wrap=bypass_{name}" for name in ("recv", "recvfrom", "send", "de
 
 
 @pytest.fixture(scope="module")
-def objects() -> list[str]:
-    run("make", "-s", "SAN=1", *OBJECTS)
-    return OBJECTS
+def objects() -> tuple[str, ...]:
+    return stack_objects("san")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +35,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     return found
 
 
-def harness(name: str, objects: list[str], folder: Path, wrong: int = 0) -> Path:
+def harness(name: str, objects: tuple[str, ...], folder: Path, wrong: int = 0) -> Path:
     out = folder / f"replay_{name}_{wrong}"
     lie = [f"-DFUZZ_WRONG={wrong}", *WRAP] if wrong else []
     sources = ["tests/c/fuzz_replay.c", f"tests/c/fuzz_{name}.c"]
-    run("gcc", *CFLAGS, "-DBYPASS_DEBUG", *INCLUDE, *SANITIZE, *lie, *sources, *objects, "-o", out)
+    run("gcc", *CFLAGS, "-DBYPASS_DEBUG", *INCLUDE, *VARIANTS["san"], *lie, *sources, *objects, "-o", out)
     return out
 
 
@@ -51,7 +50,7 @@ def test_the_corpus_is_small() -> None:
 
 @pytest.mark.parametrize("name", HARNESSES)
 def test_the_corpus_finds_nothing_wrong(
-    name: str, objects: list[str], inputs: dict[str, list[Path]], tmp_path: Path
+    name: str, objects: tuple[str, ...], inputs: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     assert len(inputs[name]) >= 50
     assert run(harness(name, objects, tmp_path), *inputs[name]).endswith(f"{len(inputs[name])} inputs\n")
@@ -75,7 +74,7 @@ def test_the_corpus_finds_nothing_wrong(
     ],
 )
 def test_a_stack_that_lies_is_noticed(
-    name: str, wrong: int, about: str, objects: list[str], inputs: dict[str, list[Path]], tmp_path: Path
+    name: str, wrong: int, about: str, objects: tuple[str, ...], inputs: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     command = [harness(name, objects, tmp_path, wrong), *inputs[name]]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, errors="replace")
