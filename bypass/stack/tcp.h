@@ -363,6 +363,7 @@ struct tcp {            /* in core.tcp_state's place: the protocol's own head */
     uint64_t table_off; /* flow table: struct flow_slot[table_mask + 1] */
     uint32_t table_mask;
     uint32_t blocked_head[2]; /* waiting for a frame or the device; for a next hop */
+    uint64_t blocked_since;   /* the first list was not empty after a poll since then; 0: it was */
     uint32_t tw_head, tw_tail, tw_count;
     uint32_t challenge_tokens;
     uint32_t ooo_hand;   /* whose data out of order was thrown away last */

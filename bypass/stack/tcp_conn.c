@@ -247,6 +247,8 @@ void conn_blocked(struct bypass_stack *s, struct tcp_conn *c, bool next_hop)
         return;
     STAT(s, tcp_blocked);
     link_blocked(s, c, next_hop);
+    if (!next_hop && tcp_head(s)->blocked_since == 0)
+        tcp_head(s)->blocked_since = max_u64(now_ns(s), 1);
 }
 
 /* The list is run at the end of bypass_poll(). Who is in it already, or waits for a next hop, has his ACK sent then. */
@@ -296,6 +298,8 @@ void tcp_resume_all(struct bypass_stack *s)
     struct tcp *t = tcp_head(s);
     if (t->blocked_head[0] != NO_INDEX)
         resume_list(s, 0);
+    if (t->blocked_head[0] == NO_INDEX)
+        t->blocked_since = 0;
     if (t->resume_all) {
         t->resume_all = 0;
         resume_list(s, 1);

@@ -306,12 +306,20 @@ void tcp_timers_run(struct bypass_stack *s)
         conn_due(s, i);
 }
 
+/* When to look again for those that wait for a frame. The device completes soon, but says so to nobody: after 50 us.
+ * But frames may be held by a connection whose peer is silent, for a quarter of an hour: then ever more rarely. */
+static uint64_t retry_ns(const struct bypass_stack *s)
+{
+    uint64_t waited = now_ns(s) - min_u64(tcp_head(s)->blocked_since, now_ns(s));
+    return max_u64(min_u64(waited / 8, 50 * MSEC_NS), MSEC_NS / 20);
+}
+
 uint64_t tcp_deadline(const struct bypass_stack *s)
 {
     uint64_t at = min_u64(wheel_next(&tcp_head(s)->wheel), tcp_head(s)->req_due);
     if (tcp_head(s)->resume_all)
         return 0;
-    if (tcp_head(s)->blocked_head[0] != NO_INDEX) /* the device completes soon, but says so to nobody */
-        at = min_u64(at, now_ns(s) + MSEC_NS / 20);
+    if (tcp_head(s)->blocked_head[0] != NO_INDEX)
+        at = min_u64(at, now_ns(s) + retry_ns(s));
     return at;
 }
