@@ -8,128 +8,40 @@
  * PATTERN: burst (in sequence behind one hole), repair (every second segment is missing and is then filled in, in
  * order, while new ones come at the end), descending and random (every second segment only: a hostile sender).
  */
-#include <stdio.h>
-
 #include <valgrind/callgrind.h>
 
-#include "memport.h"
-#include "wire.h"
+#include "peer.h"
 
-enum { SIZE = 100, ISS = 1000, HDR = ETH_LEN + IP4_LEN + 20 };
+enum { SIZE = 100, STEP_NS = 1000 };
 
-static struct memport port;
-static struct bypass_stack stack;
-static uint64_t now_ns = 1000000000;
 static uint32_t our_seq;
 
-static int die(const char *what, int64_t err)
-{
-    fprintf(stderr, "tcp_ooo_cost: %s: %s\n", what, strerror((int)-err));
-    exit(1);
-}
-
-static int repeatable(void *ctx, void *buf, size_t n)
-{
-    (void)ctx;
-    memset(buf, 7, n);
-    return 0;
-}
-
-static struct bypass_addr address(uint8_t last)
-{
-    return (struct bypass_addr){{[10] = 0xff, [11] = 0xff, 10, 0, 0, last}};
-}
-
-static void put16(uint8_t *p, uint32_t v)
-{
-    p[0] = (uint8_t)(v >> 8);
-    p[1] = (uint8_t)v;
-}
-
-static void put32(uint8_t *p, uint32_t v)
-{
-    put16(p, v >> 16);
-    put16(p + 2, v);
-}
-
-/* A segment from 10.0.0.2:4000 waits to be received; the device vouches for its checksum. */
-static void inject(uint8_t flags, uint32_t at, const uint8_t *opts, uint32_t opt_len, uint32_t len)
-{
-    bypass_pkt p;
-    if (memport_alloc(&port.dev, &p, 1) != 1)
-        die("frames", -ENOBUFS);
-    struct bypass_pkt_meta *m = memport_meta(&port, p);
-    uint8_t *b = port.dev.mem + (size_t)p * MEMPORT_STRIDE + m->off, *ip = b + ETH_LEN, *h = ip + IP4_LEN;
-    memset(b, 0, HDR + opt_len + len);
-    memcpy(b, port.dev.mac, 6);
-    put16(b + ETH_TYPE, ETH_TYPE_IPV4);
-    ip[0] = 0x45;
-    put16(ip + 2, IP4_LEN + 20 + opt_len + len);
-    ip[8] = 64;
-    ip[9] = 6;
-    put32(ip + 12, 0x0a000002);
-    put32(ip + 16, 0x0a000001);
-    uint32_t sum = 0;
-    for (int i = 0; i < IP4_LEN; i += 2)
-        sum += (uint32_t)(ip[i] << 8 | ip[i + 1]);
-    put16(ip + 10, ~((sum & 0xffff) + (sum >> 16)));
-    put16(h, 4000);
-    put16(h + 2, 7);
-    put32(h + 4, ISS + at);
-    put32(h + 8, our_seq);
-    h[12] = (uint8_t)((20 + opt_len) / 4 << 4);
-    h[13] = flags;
-    put16(h + 14, 65535);
-    memcpy(h + 20, opts, opt_len);
-    m->len = (uint16_t)(HDR + opt_len + len);
-    m->flags = BYPASS_RX_CSUM_OK;
-    m->holders = BYPASS_HOLD_RX;
-    port.rx[port.rx_tail++ & MEMPORT_MASK] = p;
-}
-
-static void poll_once(void)
-{
-    now_ns += 1000;
-    int err = bypass_poll(&stack, now_ns, 64);
-    if (err < 0)
-        die("poll", err);
-}
-
-/* What was sent left; the last frame's sequence number behind its data. */
 static void carry(void)
 {
-    for (; port.tx_carried != port.tx_tail; port.tx_carried++) {
-        bypass_pkt p = port.tx[port.tx_carried & MEMPORT_MASK];
-        const uint8_t *h = port.dev.mem + (size_t)p * MEMPORT_STRIDE + memport_meta(&port, p)->off + ETH_LEN + IP4_LEN;
-        our_seq = (uint32_t)(h[4] << 24 | h[5] << 16 | h[6] << 8 | h[7]) + (h[13] & 2 ? 1 : 0);
-    }
+    const uint8_t *h;
+    uint32_t len;
+    while ((h = carried(&len)))
+        our_seq = get32(h + 4) + (h[13] & 2 ? 1 : 0);
 }
 
 static void open_connection(void)
 {
-    static const uint8_t opts[12] = {2, 4, 5, 180, 4, 2, 1, 1, 1, 3, 3, 7}, mac[6] = {2, 0, 0, 0, 0, 2};
-    struct bypass_endpoint at = {.addr = address(1), .port = 7};
-    struct bypass_addr peer = address(2);
-    bypass_sock listener = bypass_socket(&stack, BYPASS_STREAM);
-    (void)bypass_addr_add(&stack, &at.addr, 24);
-    (void)bypass_nexthop_set(&stack, &peer, mac, 0);
-    (void)bypass_setopt(&stack, listener, BYPASS_SO_RCVBUF, 8 << 20);
-    (void)bypass_bind(&stack, listener, &at);
-    (void)bypass_listen(&stack, listener, 1);
-    inject(2, 0, opts, sizeof opts, 0);
-    poll_once();
+    static const uint8_t opts[12] = {2, 4, 5, 180, 4, 2, 1, 1, 1, 3, 3, 7};
+    bypass_sock listener = listen_with(BYPASS_SO_RCVBUF, 8 << 20);
+    inject(2, 0, 0, opts, sizeof opts, 0);
+    poll_after(STEP_NS);
     carry();
-    inject(16, 1, NULL, 0, 0);
-    poll_once();
+    inject(16, 1, our_seq, NULL, 0, 0);
+    poll_after(STEP_NS);
     if (bypass_accept(&stack, listener) < 0)
         die("accept", -ECONNREFUSED);
 }
 
 static void segment(uint32_t number)
 {
-    inject(16, 1 + number * SIZE, NULL, 0, SIZE);
+    inject(16, 1 + number * SIZE, our_seq, NULL, 0, SIZE);
     CALLGRIND_TOGGLE_COLLECT;
-    poll_once();
+    poll_after(STEP_NS);
     CALLGRIND_TOGGLE_COLLECT;
     carry();
 }

@@ -17,55 +17,17 @@
  *   undo     all retransmissions are called duplicates, by an ACK that moves on; then one of them is SACKed
  *   renege   a block at the ACK, which moves on by a segment
  */
-#include <stdio.h>
-
 #include <valgrind/callgrind.h>
 
 #define MEMPORT_COUNT 65536
-#include "memport.h"
-#include "wire.h"
+#include "peer.h"
 
-enum { MSS = 536, ISS = 1000, HDR = ETH_LEN + IP4_LEN + 20, BLOCKS = 4, STEP_NS = 20000 };
+enum { MSS = 536, BLOCKS = 4, STEP_NS = 20000 };
 
-static struct memport port;
-static struct bypass_stack stack;
 static bypass_sock sock;
-static uint64_t now_ns = 1000000000;
 static uint32_t una, nxt; /* what the peer acknowledges; behind what was sent */
 static uint32_t resent;   /* what left last of what had left before */
 static uint32_t chance = 12345;
-
-static int die(const char *what, int64_t err)
-{
-    fprintf(stderr, "tcp_sack_cost: %s: %s\n", what, strerror((int)-err));
-    exit(1);
-}
-
-static int repeatable(void *ctx, void *buf, size_t n)
-{
-    (void)ctx;
-    memset(buf, 7, n);
-    return 0;
-}
-
-static struct bypass_addr address(uint8_t last)
-{
-    return (struct bypass_addr){{[10] = 0xff, [11] = 0xff, 10, 0, 0, last}};
-}
-
-static void put16(uint8_t *p, uint32_t v)
-{
-    p[0] = (uint8_t)(v >> 8);
-    p[1] = (uint8_t)v;
-}
-
-static void put32(uint8_t *p, uint32_t v)
-{
-    put16(p, v >> 16);
-    put16(p + 2, v);
-}
-
-static uint32_t get32(const uint8_t *p) { return (uint32_t)p[0] << 24 | (uint32_t)(p[1] << 16 | p[2] << 8 | p[3]); }
 
 static uint32_t below(uint32_t n)
 {
@@ -73,57 +35,12 @@ static uint32_t below(uint32_t n)
     return (chance >> 8) % n;
 }
 
-/* A segment without data from 10.0.0.2:4000 waits to be received; the device vouches for its checksum. */
-static void inject(uint8_t flags, uint32_t at, const uint8_t *opts, uint32_t opt_len)
-{
-    bypass_pkt p;
-    if (memport_alloc(&port.dev, &p, 1) != 1)
-        die("frames", -ENOBUFS);
-    struct bypass_pkt_meta *m = memport_meta(&port, p);
-    uint8_t *b = port.dev.mem + (size_t)p * MEMPORT_STRIDE + m->off, *ip = b + ETH_LEN, *h = ip + IP4_LEN;
-    memset(b, 0, HDR + opt_len);
-    memcpy(b, port.dev.mac, 6);
-    put16(b + ETH_TYPE, ETH_TYPE_IPV4);
-    ip[0] = 0x45;
-    put16(ip + 2, IP4_LEN + 20 + opt_len);
-    ip[8] = 64;
-    ip[9] = 6;
-    put32(ip + 12, 0x0a000002);
-    put32(ip + 16, 0x0a000001);
-    uint32_t sum = 0;
-    for (int i = 0; i < IP4_LEN; i += 2)
-        sum += (uint32_t)(ip[i] << 8 | ip[i + 1]);
-    put16(ip + 10, ~((sum & 0xffff) + (sum >> 16)));
-    put16(h, 4000);
-    put16(h + 2, 7);
-    put32(h + 4, ISS + at);
-    put32(h + 8, una);
-    h[12] = (uint8_t)((20 + opt_len) / 4 << 4);
-    h[13] = flags;
-    put16(h + 14, 65535);
-    if (opt_len > 0)
-        memcpy(h + 20, opts, opt_len);
-    m->len = (uint16_t)(HDR + opt_len);
-    m->flags = BYPASS_RX_CSUM_OK;
-    m->holders = BYPASS_HOLD_RX;
-    port.rx[port.rx_tail++ & MEMPORT_MASK] = p;
-}
-
-static void poll_once(void)
-{
-    now_ns += STEP_NS;
-    int err = bypass_poll(&stack, now_ns, 64);
-    if (err < 0)
-        die("poll", err);
-}
-
 static void carry(void)
 {
-    for (; port.tx_carried != port.tx_tail; port.tx_carried++) {
-        bypass_pkt p = port.tx[port.tx_carried & MEMPORT_MASK];
-        const struct bypass_pkt_meta *m = memport_meta(&port, p);
-        const uint8_t *h = port.dev.mem + (size_t)p * MEMPORT_STRIDE + m->off + ETH_LEN + IP4_LEN;
-        uint32_t first = get32(h + 4), end = first + m->len - HDR + (h[13] & 2 ? 1 : 0);
+    const uint8_t *h;
+    uint32_t len;
+    while ((h = carried(&len))) {
+        uint32_t first = get32(h + 4), end = first + len + (h[13] & 2 ? 1 : 0);
         if (una == 0)
             una = nxt = first + 1;
         else if ((int32_t)(end - nxt) > 0)
@@ -138,26 +55,19 @@ static void ack(const uint32_t *edges, uint32_t n)
     uint8_t opts[2 + 2 + 8 * BLOCKS] = {1, 1, 5, (uint8_t)(2 + 8 * n)};
     for (uint32_t i = 0; i < 2 * n; i++)
         put32(opts + 4 + 4 * i, edges[i]);
-    inject(16, 1, opts, n > 0 ? 4 + 8 * n : 0);
+    inject(16, 1, una, opts, n > 0 ? 4 + 8 * n : 0, 0);
 }
 
 /* ---- The connection --------------------------------------------------------------------------------------------- */
 static void open_connection(void)
 {
-    static const uint8_t opts[12] = {2, 4, MSS >> 8, MSS & 255, 4, 2, 1, 1, 1, 3, 3, 14}, mac[6] = {2, 0, 0, 0, 0, 2};
-    struct bypass_endpoint at = {.addr = address(1), .port = 7};
-    struct bypass_addr peer = address(2);
-    bypass_sock listener = bypass_socket(&stack, BYPASS_STREAM);
-    (void)bypass_addr_add(&stack, &at.addr, 24);
-    (void)bypass_nexthop_set(&stack, &peer, mac, 0);
-    (void)bypass_setopt(&stack, listener, BYPASS_SO_SNDBUF, 64 << 20);
-    (void)bypass_bind(&stack, listener, &at);
-    (void)bypass_listen(&stack, listener, 1);
-    inject(2, 0, opts, sizeof opts);
-    poll_once();
+    static const uint8_t opts[12] = {2, 4, MSS >> 8, MSS & 255, 4, 2, 1, 1, 1, 3, 3, 14};
+    bypass_sock listener = listen_with(BYPASS_SO_SNDBUF, 64 << 20);
+    inject(2, 0, una, opts, sizeof opts, 0);
+    poll_after(STEP_NS);
     carry();
-    inject(16, 1, NULL, 0);
-    poll_once();
+    inject(16, 1, una, NULL, 0, 0);
+    poll_after(STEP_NS);
     sock = bypass_accept(&stack, listener);
     if (sock < 0)
         die("accept", sock);
@@ -169,7 +79,7 @@ static void send_segments(uint32_t n)
     for (uint32_t i = 0; i < n; i++)
         if (bypass_send(&stack, sock, data, sizeof data, 0) != MSS)
             die("send", -EAGAIN);
-    poll_once();
+    poll_after(STEP_NS);
     carry();
 }
 
@@ -182,7 +92,7 @@ static void fly(uint32_t flight)
         for (uint32_t end = nxt; una != end; carry()) {
             una += MSS;
             ack(NULL, 0);
-            poll_once();
+            poll_after(STEP_NS);
         }
     }
     send_segments(flight);
@@ -289,7 +199,7 @@ static void run(const char *name, uint32_t flight, uint32_t acks)
             uint32_t e[2 * BLOCKS];
             ack(e, PATTERNS[p].blocks(e, i, flight));
             CALLGRIND_TOGGLE_COLLECT;
-            poll_once();
+            poll_after(STEP_NS);
             CALLGRIND_TOGGLE_COLLECT;
             carry();
         }
