@@ -39,8 +39,13 @@ URL = f"http://{SERVER_IP}:{SERVER_PORT}"
 SYN, RST, PSH, ACK = 2, 4, 8, 16
 
 
-def assert_quiet(audit: dict) -> None:
-    """Nothing of a connection is left but TIME_WAIT, which holds no memory but its own."""
+def quiet_audit(peer: Peer) -> dict:
+    """Once nothing of a connection is left but TIME_WAIT, which holds no memory but its own. The last FINs may still be
+    on their way, and the server's program may not have closed yet, when the client has ended."""
+    deadline = time.monotonic() + 10
+    while (audit := peer.do("audit"))["stack"]["frames"] or set(audit["states"]) - {"TIME_WAIT"}:
+        assert time.monotonic() < deadline, audit
+        time.sleep(0.05)
     waiting = audit["states"].get("TIME_WAIT", 0)
     assert audit["states"] == ({"TIME_WAIT": waiting} if waiting else {})
     stack = audit["stack"]
@@ -50,6 +55,7 @@ def assert_quiet(audit: dict) -> None:
         ("chunks", "frags", "dst_waiting", "frames", "tx_pending"), 0
     )
     assert stack["handles"] == stack["listeners"] + stack["udp_socks"]
+    return audit
 
 
 def test_a_gigabyte_each_way_arrives_unharmed(lab: Lab, tmp_path: Path) -> None:
@@ -67,8 +73,7 @@ def test_a_gigabyte_each_way_arrives_unharmed(lab: Lab, tmp_path: Path) -> None:
         assert got.hexdigest() == digest
         up = curl(lab, "--upload-file", str(tmp_path / "body.bin"), f"{URL}/up")
         assert up.stdout.decode().strip() == digest
-        audit = peer.do("audit")
-        assert_quiet(audit)
+        audit = quiet_audit(peer)
         assert audit["stats"].get("tcp_out_retransmits", 0) < 100  # nothing dropped on purpose here
 
 
@@ -210,11 +215,7 @@ def test_two_hundred_clients_at_once_and_nothing_leaks(
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert int(done.stdout) == total
-        deadline = time.monotonic() + 10  # the last FINs are still on their way
-        while (audit := peer.do("audit"))["stack"]["frames"] or set(audit["states"]) - {"TIME_WAIT"}:
-            assert time.monotonic() < deadline, audit
-            time.sleep(0.05)
-        assert_quiet(audit)
+        audit = quiet_audit(peer)
         assert audit["requests"] == total
         assert audit["stats"]["tcp_accepted"] == total
         assert audit["states"] == ({} if who_closes == "client" else {"TIME_WAIT": total})
