@@ -51,6 +51,17 @@ struct app_header { /* at the beginning; zero elsewhere at first */
     uint8_t token[APP_TOKEN];        /* what relatives show to the broker */
 };
 
+enum {
+    APP_GROUP_FIXED = 1 << 17,  /* bytes of the group's part (preload/group.h), and */
+    APP_GROUP_PER_SOCKET = 256, /* for each of config.max_socks */
+};
+
+/* Fills in sizes and offsets of a header whose `config` and `device` are set: the memory file's size in bytes, or 0: the
+ * configuration makes no sense. dev_size: of the device's part, which begins at a page. */
+BYPASS_API size_t app_layout(struct app_header *h, size_t dev_size);
+/* Whether offsets and sizes of a header lie within `size` bytes, do not overlap the header, and magic and abi fit. */
+BYPASS_API int app_valid(const struct app_header *h, size_t size);
+
 /* ---- Messages ------------------------------------------------------------------------------------
  *
  * On a Unix socket of type SOCK_SEQPACKET (BYPASS_SOCKET, default /run/bypass/broker.sock; a leading @ means the abstract

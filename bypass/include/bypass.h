@@ -154,6 +154,9 @@ enum {
     BYPASS_F_ARP = 1,  /* resolve next hops by ARP and answer ARP; else ask bypass_nexthop_wanted() */
     BYPASS_F_PING = 2, /* answer ICMP echo requests */
     BYPASS_F_RST = 4,  /* answer TCP for which no socket exists with a reset, UDP with unreachable */
+    BYPASS_F_LOOPBACK =
+        8, /* the device gives back what is sent to an own address: it is sent there, and taken from there.
+                            * Addresses of 127.0.0.0/8 may be added. Without it nothing of the kind leaves or comes in */
 
     /* bypass_config.syn_cookies: a SYN that is answered without keeping anything about it (RFC 4987 3.6) */
     BYPASS_COOKIES_OFF = 0,

@@ -42,7 +42,8 @@ int bypass_addr_add(struct bypass_stack *s, const struct bypass_addr *addr, int 
         return -EAFNOSUPPORT;
     }
     uint8_t first = addr_v4(addr)[0];
-    if (prefix_len < 0 || prefix_len > 32 || first == 0 || first == 127 || first >= 224) {
+    bool loopback = first == 127 && !loops(s);
+    if (prefix_len < 0 || prefix_len > 32 || first == 0 || loopback || first >= 224) {
         return -EINVAL;
     }
     if (local_find(s, addr) != NULL) {

@@ -74,7 +74,7 @@ void bypass_config_default(struct bypass_config *cfg, uint32_t max_conns)
 static bool config_valid(const struct bypass_config *cfg)
 {
     const uint32_t limit = 1u << 24;
-    if (cfg->abi != BYPASS_ABI || (cfg->flags & ~7u) != 0 || cfg->ecn > 2)
+    if (cfg->abi != BYPASS_ABI || (cfg->flags & ~15u) != 0 || cfg->ecn > 2)
         return false;
     if (cfg->max_conns == 0 || cfg->max_conns > limit || cfg->max_socks == 0 || cfg->max_socks > limit)
         return false;

@@ -361,7 +361,10 @@ static bool dst_settle(struct bypass_stack *s, struct dst *d)
         break;
     case ADDR_UNICAST:
         return false;
-    default: /* our own address too: nothing loops back */
+    case ADDR_LOCAL:
+        enter(s, d, loops(s) ? DST_OK : DST_FAILED, loops(s) ? s->dev->mac : NULL);
+        break;
+    default:
         enter(s, d, DST_FAILED, NULL);
     }
     d->check_ns = NO_DEADLINE;

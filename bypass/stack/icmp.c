@@ -138,7 +138,8 @@ static bool error_flow(struct bypass_stack *s, struct icmp_error *e, const uint8
     if (hlen < IP4_LEN || len < hlen + ICMP_QUOTE_MIN || (rd16(quote + IP4_FRAG) & IP4_OFFSET_MASK) != 0) {
         return false;
     }
-    if (addr_kind(s, quote + IP4_SRC) != ADDR_LOCAL || addr_kind(s, quote + IP4_DST) != ADDR_UNICAST) {
+    enum addr_kind to = addr_kind(s, quote + IP4_DST);
+    if (addr_kind(s, quote + IP4_SRC) != ADDR_LOCAL || (to != ADDR_UNICAST && !(loops(s) && to == ADDR_LOCAL))) {
         return false;
     }
     e->src = addr_from_v4(quote + IP4_SRC);

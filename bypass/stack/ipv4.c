@@ -41,7 +41,7 @@ static bool addresses_ok(struct bypass_stack *s, const uint8_t *ip, struct rx_in
         ours |= dst == l->addr;
         broadcast |= dst == l->bcast;
     }
-    if (unlikely(bad)) {
+    if (unlikely(bad) && !(loops(s) && addr_kind(s, ip + IP4_SRC) == ADDR_LOCAL)) {
         STAT(s, ip_in_bad_source);
         return false;
     }

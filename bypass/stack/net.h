@@ -39,6 +39,8 @@ static inline uint32_t load_be32(const void *wire)
     return v;
 }
 
+static inline bool loops(const struct bypass_stack *s) { return (core(s)->cfg.flags & BYPASS_F_LOOPBACK) != 0; }
+
 /* addr.c. Addresses of one IPv4 packet on the wire. */
 enum addr_kind { ADDR_LOCAL, ADDR_BROADCAST, ADDR_MULTICAST, ADDR_UNICAST, ADDR_INVALID };
 enum addr_kind addr_kind(const struct bypass_stack *s, const uint8_t *wire);
