@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker: who may take which flows of an interface, and everything that applications may not do themselves.
+
+    policy --> Broker --- SOCK_SEQPACKET ---> applications (bypass/app/app.h)
+                 |  grants, leases, next hops, addresses; memory file and AF_XDP sockets by SCM_RIGHTS
+                 v
+               Site: XDP program, live endpoints, AF_XDP sockets, netlink
+
+It holds what needs privilege; applications have none. No packet passes through it.
+
+    protocol.py  messages, between bytes and Python        apps.py    applications, their processes, their leases
+    memory.py    an application's memory file              site.py    the interface: steering, sockets, netlink
+    shadow.py    the kernel socket that holds a port       server.py  the socket, the one loop
+"""
