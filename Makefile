@@ -26,10 +26,10 @@ CFLAGS := -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror $(CFLAGS_$(VA
 LDFLAGS := $(if $(SAN),$(SANITIZE))
 
 STACK_SRC := $(wildcard bypass/stack/*.c)
-OTHER_SRC := $(wildcard bypass/app/*.c bypass/afxdp/*.c bypass/sim/*.c) bypass/host.c
+OTHER_SRC := $(wildcard bypass/app/*.c bypass/afxdp/*.c bypass/sim/*.c) bypass/fwd/port.c bypass/host.c
 STACK_OBJ := $(STACK_SRC:%.c=$(OUT)/%.o)
 OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
-PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/host.h
+PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/host.h
 
 # The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
 EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so

@@ -19,8 +19,16 @@ import cffi
 
 PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path("bypass").resolve()
 ROOT = PACKAGE.parent
-HEADERS = ("include/bypass.h", "afxdp/afxdp.h", "sim/sim.h", "host.h", "app/app.h", "app/loop.h")
-SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "host.c")
+HEADERS = (
+    "include/bypass.h",
+    "afxdp/afxdp.h",
+    "sim/sim.h",
+    "host.h",
+    "app/app.h",
+    "app/loop.h",
+    "fwd/port.h",
+)
+SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "fwd/port.c", "host.c")
 INCLUDE_DIRS = ("include", "stack", ".")
 
 # Calls from C into Python. Only for what is rare: each costs about a microsecond.

@@ -72,10 +72,10 @@ BYPASS_API int app_valid(const struct app_header *h, size_t size);
  */
 enum app_msg_type {
     /* First message of a connection. app 0: a new application, for `name`; else a relative, with app and token.
-     * Answer: app, token, and the descriptors: memory file, then device (direct: one AF_XDP socket a queue; shared: two
-     * eventfds, to wake bypass-fwd and to be woken by it). error EACCES: policy grants this user nothing; EBUSY: the
-     * interface is another application's; EPROTO: another abi. text says why. Then the broker sends APP_ADDR_ADD and
-     * APP_GRANT for all there are, and APP_READY. */
+     * Answer: app, token, and the descriptors: memory file, then device (direct: one AF_XDP socket a queue; shared: an
+     * eventfd to wake bypass-fwd, a datagram socket to be woken by it: fwd/port.h). error EACCES: policy grants this
+     * user nothing; EBUSY: the interface is another application's; EPROTO: another abi. text says why. Then the broker
+     * sends APP_ADDR_ADD and APP_GRANT for all there are, and APP_READY. */
     APP_HELLO = 1,
     APP_READY = 2,
     /* Reserves a local address and makes its flows live. kind BYPASS_STREAM or BYPASS_DGRAM; local; remote (port 0:
