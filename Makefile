@@ -43,11 +43,11 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build demo test test-oracle bench bench-goodput bench-lossy lint fuzz clean
+.PHONY: help setup build demo programs test test-oracle bench bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
-		printf '  make %-13s %s\n' "$$t" "$$d"; done
+		printf '  make %-14s %s\n' "$$t" "$$d"; done
 	@echo
 	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers), V=1 (commands).'
 
@@ -58,7 +58,10 @@ build: $(VENV)/.stamp $(EXT) $(LIB) $(if $(SAN),$(OUT)/python) ## The C core: by
 demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
 	@$(RUN) -m bypass.demo $(ARGS)
 
-test: setup ## The whole test suite (ARGS="-k tcp" for a part of it)
+programs: setup ## Debian's programs that tests and benchmarks run, unpacked below .venv/debian
+	@scripts/programs
+
+test: setup programs ## The whole test suite (ARGS="-k tcp" for a part of it)
 	@$(RUN) -m pytest $(ARGS)
 
 test-oracle: setup ## The TCP scripts against this machine's kernel, compared with the registered differences (root)
@@ -71,6 +74,9 @@ bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-rin
 bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5, ~30 min; ARGS=--quick ROUNDS=1: 2 min)
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench.goodput $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
+bench-programs: setup programs ## Debian's programs, unmodified: do they work? (~2 min; ARGS="--only redis --scale 0.1")
+	@$(RUN) -m bench.apps $(ARGS)
 
 lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
 	@scripts/lint

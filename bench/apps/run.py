@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One program, started by one launcher in a lab of its own, used, ended, and judged."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.apps.app import App
+from bench.apps.curl import Curl
+from bench.apps.iperf import IperfClient, IperfServer
+from bench.apps.launch import Launcher
+from bench.apps.memcached import Memcached
+from bench.apps.nginx import Nginx, NginxShort
+from bench.apps.place import place
+from bench.apps.postgres import Postgres
+from bench.apps.proof import Evidence, snapshot
+from bench.apps.python_web import AsyncioServer, HttpServer
+from bench.apps.redis import Redis, RedisMany
+from bench.mixed.leftovers import bpf_objects, still_there
+from bench.programs import BenchError
+from bypass import netns
+from bypass.errors import BypassError
+from bypass.lab import Lab
+
+__all__ = ["APPS", "Verdict", "run"]
+
+APPS: dict[str, type[App]] = {
+    cls.name: cls
+    for cls in (
+        Redis, RedisMany, Nginx, NginxShort, Memcached, Postgres, HttpServer, AsyncioServer, IperfServer, IperfClient,
+        Curl,
+    )
+}  # fmt: skip
+
+
+@dataclass
+class Verdict:
+    """What came of a run. `problems`: of the program and of what it left; empty: it works. `elsewhere`: why bypass did
+    not serve it; empty: it did. That is a problem only where it should have."""
+
+    app: str
+    launcher: str
+    problems: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    proof: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def run(cls: type[App], launcher_of: type[Launcher], *, scale: float = 1.0, queues: int = 2) -> Verdict:
+    """Starts `cls` by `launcher_of` and uses it.
+
+    Args:
+        scale: how much of a full run.
+        queues: of the lab's interface.
+    """
+    verdict = Verdict(cls.name, launcher_of.name)
+    began = time.monotonic()
+    lab = Lab(f"{os.getpid()}-apps", queues=queues)
+    with lab, place(lab, scale) as here:
+        app = cls(here, launcher_of(here, cls.grants, stack=cls.stack))
+        try:
+            _use(app, lab, verdict)
+        except (BypassError, OSError) as e:
+            verdict.problems.append(str(e))
+        verdict.problems += app.problems
+        for ns, pids in ((ns, netns.processes(ns)) for ns in lab.namespaces):
+            verdict.problems += [f"a process is left in {ns}: {name} ({pid})" for pid, name in pids.items()]
+    verdict.seconds = round(time.monotonic() - began, 1)
+    return verdict
+
+
+def _use(app: App, lab: Lab, verdict: Verdict) -> None:
+    with app.session():
+        before = snapshot(lab)
+        verdict.figures = app.exercise()
+        evidence = Evidence(before, snapshot(lab))
+        objects = _bpf(lab)
+    verdict.proof, verdict.elsewhere = evidence.figures(), evidence.problems()
+    verdict.problems += [f"BPF {kind} {number} is left" for kind, number in sorted(still_there(objects))]
+
+
+def _bpf(lab: Lab) -> set[tuple[str, int]]:
+    """BPF objects that processes of the server's namespace hold now."""
+    found: set[tuple[str, int]] = set()
+    for pid in netns.processes(lab.server_ns):
+        if Path(f"/proc/{pid}/fdinfo").exists():
+            found |= bpf_objects(pid)
+    return found
+
+
+def require(names: list[str]) -> None:
+    """BenchError: not all of the programs are there."""
+    lacking = [f"{name}: {what}" for name in names for what in APPS[name].missing()]
+    if lacking:
+        raise BenchError(f"missing: {'; '.join(lacking)}")
