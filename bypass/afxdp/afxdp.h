@@ -13,7 +13,8 @@
  *    `--------------------------------------------------------------------'
  *
  * All mutable state lies in the memory that the caller supplies (afxdp_mem_size() bytes) and holds no pointers;
- * `struct afxdp` is one process's view of it: mapped rings, descriptors. One caller at a time per device.
+ * `struct afxdp` is one process's view of it: mapped rings, descriptors. Several processes may have views of one device,
+ * by afxdp_attach() or by fork(); one caller at a time per device, whatever its views: the embedder has a lock.
  * Results are >= 0 or -errno. Read first: Documentation/networking/af_xdp.rst of the kernel.
  */
 #ifndef BYPASS_AFXDP_H
@@ -45,7 +46,7 @@ enum {
     AFXDP_STEP_OPTION,     /* a socket option that the configuration asks for */
     AFXDP_STEP_BIND,       /* binding to the queue */
     AFXDP_STEP_POLL,       /* making the descriptor to sleep on */
-
+    AFXDP_STEP_STATE,      /* afxdp_attach(): the memory holds no device of this build, or a damaged one */
 };
 
 struct afxdp_config {
@@ -80,27 +81,47 @@ BYPASS_API size_t afxdp_mem_size(const struct afxdp_config *cfg);
 /* Zeroed, page-aligned, shareable memory (memfd). *fd may be handed to another process. NULL: errno is set. */
 BYPASS_API void *afxdp_mem_map(size_t size, int *fd);
 BYPASS_API void afxdp_mem_unmap(void *mem, size_t size, int fd);
-/* Opens a device in mem (zeroed, page-aligned), which must live until afxdp_close() has returned. Blocks for
- * bind_wait_ms at most. NULL: *error says why, and nothing is left open. */
+/* Opens a device in mem (page-aligned; it may be a part of a larger mapping), which must live until afxdp_close() has
+ * returned. Blocks for bind_wait_ms at most. NULL: *error says why, and nothing is left open. */
 BYPASS_API struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error);
+/* A view of the device that another process has opened in the same memory, mapped here (shared, page-aligned; size: what
+ * is there, at least the device's). fds: its AF_XDP sockets (dup, SCM_RIGHTS), in the order of the queues' indices; with
+ * fewer than there are the view serves only those. Needs no capability. The view owns the descriptors from now on.
+ * The memory's say is checked before it is believed: sizes, offsets, ring positions, the sockets' identity. flags: 0.
+ * The embedder's lock is held. NULL: *error says why (AFXDP_STEP_STATE with EBADMSG: no device, or a damaged one; EXDEV:
+ * a descriptor is not that queue's socket), and the descriptors are the caller's still. */
+BYPASS_API struct afxdp *afxdp_attach(void *mem, size_t size, const int *fds, uint32_t nfds, uint32_t flags,
+                                      struct afxdp_error *error);
+/* Takes over what other views have changed: the number of free frames (a stack looks at it between calls), MTU and MAC
+ * address. For a view that is not the only one, whenever the embedder has got its lock. */
+BYPASS_API void afxdp_sync(struct afxdp *dev);
+/* Closes the view's descriptors, unmaps its rings and frees it; waits for nothing and reads nothing of the memory. The
+ * device lives as long as any process has its sockets, and forgets nothing when none has a view for a while. */
+BYPASS_API void afxdp_detach(struct afxdp *dev);
 /* Opens one more queue of the interface, which has got more of them; `of`: how many there are going to be, to share
  * the frames. From any network namespace (another one than the device's needs CAP_SYS_ADMIN). Its index, or -errno:
- * *error says why, and the device goes on as before. -ENOSPC: more than AFXDP_MAX_QUEUES, or too few frames. */
+ * *error says why, and the device goes on as before. -ENOSPC: more than AFXDP_MAX_QUEUES, or too few frames; -EPERM: an
+ * attached view. Other views do not serve the queue. */
 BYPASS_API int afxdp_add_queue(struct afxdp *dev, uint16_t number, uint32_t of, struct afxdp_error *error);
-/* Waits up to wait_ms for transmissions to complete, then closes the sockets in any case and frees the view.
- * Afterwards mem may be unmapped. Returns the number of frames that the kernel had not completed. */
+/* Waits up to wait_ms for transmissions to complete, then detaches in any case. For the device's last view; afterwards
+ * mem may be unmapped. Returns the number of frames that the kernel had not completed. */
 BYPASS_API int afxdp_close(struct afxdp *dev, int wait_ms);
-/* Valid until afxdp_close(). */
+/* Valid until afxdp_close() or afxdp_detach(). */
 BYPASS_API struct bypass_netdev *afxdp_netdev(struct afxdp *dev);
 
-/* ---- What it became ------------------------------------------------------------------------------ */
+/* ---- What it became ------------------------------------------------------------------------------
+ *
+ * These believe nothing of the memory, so that a process may ask them of a device in memory that others, whom it does
+ * not trust, may write: afxdp_fd(), afxdp_zerocopy(), afxdp_queues_now(), afxdp_kernel_stats(), and afxdp_detach() to
+ * end. Everything else is for those who share the device.
+ */
 BYPASS_API int afxdp_fd(const struct afxdp *dev, int queue_index); /* the socket, for the XSKMAP; -EINVAL */
 /* XDP_OPTIONS read back from every socket: 1 zero-copy on all, 0 copy on any, or -errno. */
 BYPASS_API int afxdp_zerocopy(const struct afxdp *dev);
 /* Receive queues that an interface has now (ethtool channels), or -errno (-EOPNOTSUPP: the driver cannot tell): by
  * name in the network namespace of the calling thread, and of an open device wherever it is called. */
 BYPASS_API int afxdp_interface_queues(const char *ifname);
-BYPASS_API int afxdp_queues_now(const struct afxdp *dev);
+BYPASS_API int afxdp_queues_now(const struct afxdp *dev); /* -EXDEV: attached from another network namespace */
 /* 0: usable; -ENETDOWN: interface down, recovers by itself; -ENXIO: gone for good, and reap gives back every frame
  * under transmission. Needed because an idle device makes no system call and poll() stays silent when the interface
  * is deleted. Also takes over a changed MTU or MAC address. */

@@ -205,7 +205,7 @@ static int drain(struct afxdp *d, struct afxdp_echo_result *out)
 {
     uint64_t deadline_ns = clock_ns() + DRAIN_NS;
 
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         const struct queue_state *qs = &d->st->queue[qi];
 
         while (qs->tx.prod != qs->comp.cons) {
@@ -231,7 +231,7 @@ int afxdp_echo(struct afxdp *d, const struct afxdp_echo_args *args, struct afxdp
 {
     uint64_t deadline_ns = clock_ns() + args->duration_ns, answered = out->packets;
 
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         if (d->st->queue[qi].tx_frames || d->st->queue[qi].tx.prod != d->st->queue[qi].comp.cons) {
             return -EBUSY;
         }
@@ -240,7 +240,7 @@ int afxdp_echo(struct afxdp *d, const struct afxdp_echo_args *args, struct afxdp
         uint32_t got = 0;
         int err = 0;
 
-        for (uint32_t qi = 0; qi < d->st->queues && !err; qi++) {
+        for (uint32_t qi = 0; qi < d->nd.queues && !err; qi++) {
             got += echo_queue(d, qi, args->port, out);
             err = echo_kick(d, qi, out);
         }

@@ -3,7 +3,9 @@
  * internal.h - the two halves of an AF_XDP device, and what its files share:
  *
  *   umem.c    layout of the memory, frames and who holds them, audit
- *   socket.c  everything that talks to the kernel: sockets, rings, bind, options, statistics
+ *   socket.c  sockets, rings, bind, options, statistics, closing
+ *   interface.c  what is asked about the interface and its network namespace
+ *   attach.c  a view of a device that another process opened
  *   netdev.c  the per-packet path: bypass_netdev_ops over the rings
  *   echo.c    the bare echo; raw.c  whole frames by copy
  */
@@ -26,18 +28,23 @@ struct queue_state {
 
 struct afxdp_state {
     uint32_t magic;
-    uint32_t frames, stride, shift; /* stride == 1 << shift */
-    uint32_t queues, fill_target;
+    uint32_t bytes;          /* of this struct: another build's is not ours */
+    struct afxdp_config cfg; /* as opened, queues added since included: tells another process all sizes and offsets */
+    uint32_t tx_meta_len, caps, ifindex;
+    uint8_t mac[6];
+    uint16_t mtu;                      /* the interface's; a view's may be less */
+    uint64_t size;                     /* of the device's memory, bytes: has to follow from cfg */
+    uint64_t cookie[AFXDP_MAX_QUEUES]; /* SO_COOKIE of each queue's socket */
+    uint32_t fill_target;
     uint32_t free_count;
     uint32_t next_queue; /* where rx_burst and reap go on, so that no queue starves the others */
-    uint64_t hungry;     /* bit per queue: below fill_target for want of free frames */
     uint32_t gone;       /* the interface was deleted */
+    uint64_t hungry;     /* bit per queue: below fill_target for want of free frames */
     uint32_t bad_free;
-    uint64_t free_off, meta_off, umem_off; /* bytes from the state's start */
     struct queue_state queue[AFXDP_MAX_QUEUES];
 };
 
-/* ---- View: this process's -------------------------------------------------------------------------------- */
+/* ---- View: this process's; all that bounds an access to the memory is here, read once and checked -------------------------------------------------------------------------------- */
 struct queue {
     struct ring rx, tx, fill, comp;
     int fd;
@@ -59,15 +66,16 @@ struct afxdp {
     struct afxdp_state *st;
     uint32_t *free_list; /* LIFO: the frame freed last is the warmest in the cache */
     const struct afxdp_sys *sys;
+    uint32_t shift; /* nd.stride == 1 << shift */
     bool busy_poll; /* reception has to be driven by system calls */
     bool rx_csum_trust;
     uint32_t tx_meta_len; /* bytes in front of each packet that tell the kernel what to complete; 0: not offered */
     uint32_t rx_off;      /* where the kernel puts packets in a frame; the verdict ends there */
-    int epoll_fd;         /* -1 with one queue: its socket serves */
-    int namespace_fd;     /* the network namespace that it was opened in */
-    int control_fd;       /* for questions about the interface, in its network namespace */
+    int epoll_fd;         /* all sockets */
+    int namespace_fd;     /* the network namespace that it was opened in; -1: opened by another process */
+    int control_fd;       /* for questions about the interface, in its network namespace; -1: we are in another one */
     uint32_t ifindex;
-    struct afxdp_config cfg; /* as it was opened */
+    struct afxdp_config cfg; /* as in the state */
     struct queue queue[AFXDP_MAX_QUEUES];
 };
 _Static_assert(offsetof(struct afxdp, nd) == 0, "the netdev is the first member");
@@ -88,8 +96,16 @@ enum { TX_METADATA_OPTION = 1 << 1, TXMD_CHECKSUM = 1 << 1, UMEM_TX_METADATA_LEN
 
 /* umem.c */
 uint32_t umem_fill_target(const struct afxdp_config *cfg); /* what a queue keeps for reception; 0: too few frames */
-int umem_init(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size); /* 0, -EINVAL, -ENOMEM */
+/* Pointers and sizes of the view, for memory that is laid out for cfg: reads and writes nothing of it. 0, -EINVAL (cfg,
+ * alignment), -ENOMEM (size). */
+int umem_view(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size);
+int umem_init(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size); /* and a new state in it */
+bool umem_sane(const struct afxdp *d); /* what the state says of pool and rings is possible */
 bool config_valid(const struct afxdp_config *cfg);
+static inline uint32_t fill_size(const struct afxdp_config *cfg)
+{
+    return cfg->fill_size ? cfg->fill_size : cfg->ring_size;
+}
 static inline void frame_to_pool(struct afxdp *d, uint32_t frame)
 {
     d->free_list[d->st->free_count++] = frame;
@@ -107,6 +123,28 @@ void umem_check(struct afxdp *d, const char *where);
 #else
 static inline void umem_check(struct afxdp *d, const char *where) { (void)d, (void)where; }
 #endif
+
+/* socket.c */
+extern const struct afxdp_sys kernel_calls;
+int fail(struct afxdp_error *error, int step, int queue, int option); /* notes errno; -1, for `return fail(...)` */
+struct afxdp *view_new(const struct afxdp_config *cfg);               /* with no descriptor; NULL: no memory */
+int rings_map(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error); /* of q->fd; 0 or -1 */
+int queue_watch(struct afxdp *d, uint32_t qi, struct afxdp_error *error);                  /* 0 or -1 */
+uint64_t socket_cookie(int fd);
+
+/* interface.c */
+int interface_find(struct afxdp *d, const char *ifname); /* 0 or -1 with errno */
+void interface_attach(struct afxdp *d, int xsk);         /* as the state says; asks further only in xsk's namespace */
+/* MAC address and MTU of the interface into state and netdev. 0 or -1 with errno. */
+int interface_read(struct afxdp *d);
+void interface_take(struct afxdp *d); /* from the state into the netdev; the MTU is also bounded by a frame */
+/* Is it worth leaving transmit checksums to the kernel? In copy mode it completes them by software where the device
+ * does not, a second pass over the data. In zero-copy mode the driver would have to say that it can: untried. */
+bool interface_sums(const struct afxdp *d);
+/* Makes the calling thread's network namespace the device's, for sockets belong to the one they are made in. A
+ * descriptor of the one it was in, for namespace_leave(); -1: it is in the right one already; -2: errno. */
+int namespace_enter(const struct afxdp *d);
+void namespace_leave(int back);
 
 /* netdev.c */
 extern const struct bypass_netdev_ops afxdp_ops;

@@ -15,9 +15,16 @@
 
 enum { HOLD_STACK = BYPASS_HOLD_STACK, HOLD_DEV = BYPASS_HOLD_DEV, HOLD_RX = BYPASS_HOLD_RX };
 
-static struct afxdp *device(struct bypass_netdev *nd) { return (struct afxdp *)nd; }
+/* The device, at the beginning of an operation. Another view may have taken or given frames since the last one. */
+static struct afxdp *device(struct bypass_netdev *nd)
+{
+    struct afxdp *d = (struct afxdp *)nd;
 
-static uint8_t *frame_at(const struct afxdp *d, uint32_t frame) { return d->nd.mem + ((size_t)frame << d->st->shift); }
+    nd->free_frames = d->st->free_count;
+    return d;
+}
+
+static uint8_t *frame_at(const struct afxdp *d, uint32_t frame) { return d->nd.mem + ((size_t)frame << d->shift); }
 
 /* ---- Reception ------------------------------------------------------------------------------------------- */
 
@@ -27,9 +34,12 @@ static struct steer_verdict *verdict_at(const struct afxdp *d, uint32_t frame, u
     return (struct steer_verdict *)(frame_at(d, frame) + off - sizeof(struct steer_verdict));
 }
 
+/* Of this view's queues; another view may serve more. */
+static uint64_t hungry_queues(const struct afxdp *d) { return d->st->hungry & (~0ull >> (64 - d->nd.queues)); }
+
 static void fill_rings(struct afxdp *d)
 {
-    uint64_t hungry = d->st->hungry;
+    uint64_t hungry = hungry_queues(d);
 
     while (hungry) {
         uint32_t qi = (uint32_t)__builtin_ctzll(hungry);
@@ -63,7 +73,7 @@ void fill_refill(struct afxdp *d, uint32_t qi)
         meta_at(d, frame)->holders = HOLD_RX;
         /* A redirect without metadata must not find a verdict of this frame's earlier life. */
         verdict_at(d, frame, d->rx_off)->magic = 0;
-        *ring_addr(fill, qs->fill.prod + i) = (uint64_t)frame << st->shift;
+        *ring_addr(fill, qs->fill.prod + i) = (uint64_t)frame << d->shift;
     }
     qs->rx_frames += n;
     ring_produce(fill, &qs->fill, n);
@@ -74,7 +84,7 @@ void fill_undo(struct afxdp *d, uint32_t qi)
     struct queue_state *qs = &d->st->queue[qi];
 
     for (; qs->rx_frames; qs->rx_frames--) {
-        uint32_t frame = (uint32_t)(*ring_addr(&d->queue[qi].fill, --qs->fill.prod) >> d->st->shift);
+        uint32_t frame = (uint32_t)(*ring_addr(&d->queue[qi].fill, --qs->fill.prod) >> d->shift);
 
         meta_at(d, frame)->holders = 0;
         frame_to_pool(d, frame);
@@ -102,17 +112,17 @@ static bool rx_accept(struct afxdp *d, uint32_t qi, struct xdp_desc desc, bypass
 {
     struct afxdp_state *st = d->st;
     struct queue_state *qs = &st->queue[qi];
-    uint64_t frame = desc.addr >> st->shift;
-    uint32_t off = (uint32_t)desc.addr & (st->stride - 1);
+    uint64_t frame = desc.addr >> d->shift;
+    uint32_t off = (uint32_t)desc.addr & (d->nd.stride - 1);
     struct bypass_pkt_meta *m;
 
-    if (frame >= st->frames || meta_at(d, (uint32_t)frame)->holders != HOLD_RX) {
+    if (frame >= d->nd.frames || meta_at(d, (uint32_t)frame)->holders != HOLD_RX) {
         qs->n.rx_bad++; /* not one of those that we gave */
         return false;
     }
     m = meta_at(d, (uint32_t)frame);
     qs->rx_frames--;
-    if (off < sizeof(struct steer_verdict) || desc.len < ETH_HEADER || desc.len > st->stride - off) {
+    if (off < sizeof(struct steer_verdict) || desc.len < ETH_HEADER || desc.len > d->nd.stride - off) {
         qs->n.rx_bad++;
         m->holders = 0;
         frame_to_pool(d, (uint32_t)frame);
@@ -145,8 +155,8 @@ static int rx_queue(struct afxdp *d, uint32_t qi, bypass_pkt *out, int max)
         if (i + 4 < n) {
             uint64_t ahead = ring_desc(rx, qs->rx.cons + i + 4)->addr;
 
-            if (ahead >> d->st->shift < d->st->frames) {
-                __builtin_prefetch(meta_at(d, (uint32_t)(ahead >> d->st->shift)), 1);
+            if (ahead >> d->shift < d->nd.frames) {
+                __builtin_prefetch(meta_at(d, (uint32_t)(ahead >> d->shift)), 1);
                 __builtin_prefetch(d->nd.mem + ahead);
             }
         }
@@ -163,8 +173,8 @@ static int afxdp_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
     struct afxdp_state *st = d->st;
     int got = 0;
 
-    for (uint32_t i = 0; i < st->queues && got < max; i++) {
-        uint32_t qi = st->next_queue;
+    for (uint32_t i = 0; i < nd->queues && got < max; i++) {
+        uint32_t qi = st->next_queue < nd->queues ? st->next_queue : 0;
         int n;
 
         if (d->busy_poll && ring_avail(&d->queue[qi].rx, &st->queue[qi].rx, 1) == 0) {
@@ -173,7 +183,7 @@ static int afxdp_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
         }
         n = rx_queue(d, qi, out + got, max - got);
         got += n;
-        st->next_queue = qi + 1 < st->queues ? qi + 1 : 0;
+        st->next_queue = qi + 1 < nd->queues ? qi + 1 : 0;
     }
     umem_check(d, "rx_burst");
     return got || !st->gone ? got : -ENXIO;
@@ -205,7 +215,7 @@ static int afxdp_alloc(struct bypass_netdev *nd, bypass_pkt *out, int n)
  * packet arrives, and none can. */
 static void feed_hungry(struct afxdp *d)
 {
-    uint64_t hungry = d->st->hungry;
+    uint64_t hungry = hungry_queues(d);
 
     fill_rings(d);
     ring_fence();
@@ -255,7 +265,7 @@ static bool tx_valid(const struct afxdp *d, bypass_pkt p)
 
 static struct xdp_desc describe(const struct afxdp *d, bypass_pkt p, const struct bypass_pkt_meta *m)
 {
-    struct xdp_desc desc = {.addr = ((uint64_t)p << d->st->shift) + m->off, .len = m->len};
+    struct xdp_desc desc = {.addr = ((uint64_t)p << d->shift) + m->off, .len = m->len};
 
     if (m->flags & BYPASS_TX_CSUM) {
         const struct tx_metadata md = {.flags = TXMD_CHECKSUM, .csum_start = m->csum_start, .csum_offset = m->csum_off};
@@ -278,7 +288,7 @@ static int afxdp_tx_burst(struct bypass_netdev *nd, const bypass_pkt *pkts, int 
     }
     for (; done < n; done++) {
         struct bypass_pkt_meta *m = meta_at(d, pkts[done]);
-        uint32_t qi = pkts[done] < nd->frames && m->queue ? m->queue % st->queues : 0;
+        uint32_t qi = pkts[done] < nd->frames && m->queue ? m->queue % nd->queues : 0;
         struct queue_state *qs = &st->queue[qi];
 
         if (!tx_valid(d, pkts[done])) {
@@ -329,9 +339,9 @@ static int reap_queue(struct afxdp *d, uint32_t qi, bypass_pkt *done, int max)
 
     while (got < max && (n = ring_avail(comp, &qs->comp, (uint32_t)(max - got))) > 0) {
         for (uint32_t i = 0; i < n; i++) {
-            uint64_t frame = *ring_addr(comp, qs->comp.cons + i) >> d->st->shift;
+            uint64_t frame = *ring_addr(comp, qs->comp.cons + i) >> d->shift;
 
-            if (frame >= d->st->frames || !(meta_at(d, (uint32_t)frame)->holders & HOLD_DEV)) {
+            if (frame >= d->nd.frames || !(meta_at(d, (uint32_t)frame)->holders & HOLD_DEV)) {
                 qs->n.completion_bad++;
                 continue;
             }
@@ -350,7 +360,7 @@ static int reap_abandoned(struct afxdp *d, bypass_pkt *done, int max)
     struct queue_state *qs = &d->st->queue[0]; /* device_gone() has gathered the count there */
     int got = 0;
 
-    for (uint32_t f = 0; f < d->st->frames && qs->tx_frames && got < max; f++) {
+    for (uint32_t f = 0; f < d->nd.frames && qs->tx_frames && got < max; f++) {
         if (meta_at(d, f)->holders & HOLD_DEV) {
             qs->tx_frames--;
             qs->n.tx_abandoned++;
@@ -365,7 +375,7 @@ static int afxdp_reap(struct bypass_netdev *nd, bypass_pkt *done, int max)
     struct afxdp *d = device(nd);
     int got = 0;
 
-    for (uint32_t qi = 0; qi < d->st->queues && !d->st->gone; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues && !d->st->gone; qi++) {
         if (d->st->queue[qi].tx_frames) {
             got += reap_queue(d, qi, done + got, max - got);
         }
@@ -389,7 +399,7 @@ void device_gone(struct afxdp *d)
         return;
     }
     st->gone = 1;
-    for (uint32_t qi = 1; qi < st->queues; qi++) {
+    for (uint32_t qi = 1; qi < AFXDP_MAX_QUEUES; qi++) { /* those that this view does not serve too */
         st->queue[0].tx_frames += st->queue[qi].tx_frames;
         st->queue[qi].tx_frames = 0;
     }
@@ -479,7 +489,7 @@ static int afxdp_kick(struct bypass_netdev *nd)
         fill_rings(d);
     }
     ring_fence();
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         if (ring_needs_wakeup(&d->queue[qi].fill)) {
             d->sys->wake_rx(d, qi);
             d->st->queue[qi].n.kicks_rx++;

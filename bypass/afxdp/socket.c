@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * socket.c - everything of an AF_XDP device that asks the kernel: the UMEM's registration, a socket and four
- * rings per queue, bind, modes, statistics, wake-ups, closing. The per-packet path is in netdev.c.
+ * socket.c - what an AF_XDP device asks of its sockets: the UMEM's registration, a socket and four rings per queue,
+ * bind, modes, statistics, wake-ups, closing. Its interface is in interface.c, a view of a device that another process
+ * opened in attach.c, the per-packet path in netdev.c.
  *
  * The first socket registers the UMEM; the others share it (XDP_SHARED_UMEM) and inherit its mode, each with a
  * fill and a completion ring of its own. Fill rings are populated before bind: a driver may take frames at once.
@@ -9,32 +10,24 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/ethtool.h>
 #include <linux/if_xdp.h>
-#include <linux/sockios.h>
-#include <net/if.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
 
 enum {                            /* newer than the UAPI headers of older distributions */
+       OPT_COOKIE = 57,           /* SO_COOKIE, kernel 4.12 */
        OPT_MAX_TX_SKB_BUDGET = 9, /* XDP_MAX_TX_SKB_BUDGET, kernel 6.17 */
        OPT_PREFER_BUSY_POLL = 69, /* SO_PREFER_BUSY_POLL, kernel 5.11 */
        OPT_BUSY_POLL_BUDGET = 70, /* SO_BUSY_POLL_BUDGET, kernel 5.11 */
        BIND_PAUSE_NS = 5000000,
 };
-
-#define NAMESPACE "/proc/thread-self/ns/net"
 
 static uint64_t clock_ns(void)
 {
@@ -51,11 +44,18 @@ static void pause_ns(long ns)
     nanosleep(&t, NULL);
 }
 
-/* Notes the first failure. Always -1, for `return fail(...)`. */
-static int fail(struct afxdp_error *error, int step, int queue, int option)
+int fail(struct afxdp_error *error, int step, int queue, int option)
 {
     *error = (struct afxdp_error){.err = errno, .step = step, .queue = queue, .option = option};
     return -1;
+}
+
+uint64_t socket_cookie(int fd)
+{
+    uint64_t cookie = 0;
+    socklen_t len = sizeof cookie;
+
+    return getsockopt(fd, SOL_SOCKET, OPT_COOKIE, &cookie, &len) == 0 ? cookie : 0;
 }
 
 /* ---- Wake-ups ---------------------------------------------------------------------------------------------- */
@@ -70,87 +70,7 @@ static int wake_rx(struct afxdp *d, uint32_t qi)
     return recvfrom(d->queue[qi].fd, NULL, 0, MSG_DONTWAIT, NULL, NULL) >= 0 ? 0 : -errno;
 }
 
-static const struct afxdp_sys kernel = {.wake_tx = wake_tx, .wake_rx = wake_rx};
-
-/* ---- The interface ----------------------------------------------------------------------------------------- */
-
-/* Receive queues of ifr's interface, through a socket of its network namespace. */
-static int count_queues(int fd, struct ifreq *ifr)
-{
-    struct ethtool_channels ch = {.cmd = ETHTOOL_GCHANNELS};
-
-    ifr->ifr_data = (char *)&ch;
-    return ioctl(fd, SIOCETHTOOL, ifr) < 0 ? -errno : (int)(ch.rx_count + ch.combined_count);
-}
-
-/* Is it worth leaving transmit checksums to the kernel? In copy mode it completes them by software where the device
- * does not, a second pass over the data. In zero-copy mode the driver would have to say that it can: untried. */
-static bool device_sums(const struct afxdp *d)
-{
-    struct ethtool_value on = {.cmd = ETHTOOL_GTXCSUM};
-    struct ifreq ifr = {.ifr_ifindex = (int)d->ifindex};
-
-    if (afxdp_zerocopy(d) != 0 || ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0) {
-        return false;
-    }
-    ifr.ifr_data = (char *)&on;
-    return ioctl(d->control_fd, SIOCETHTOOL, &ifr) == 0 && on.data != 0;
-}
-
-int afxdp_interface_queues(const char *ifname)
-{
-    struct ifreq ifr = {0};
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    int ret;
-
-    if (fd < 0) {
-        return -errno;
-    }
-    memcpy(ifr.ifr_name, ifname, strnlen(ifname, IFNAMSIZ - 1));
-    ret = count_queues(fd, &ifr);
-    close(fd);
-    return ret;
-}
-
-int afxdp_queues_now(const struct afxdp *d)
-{
-    struct ifreq ifr = {.ifr_ifindex = (int)d->ifindex};
-
-    return ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0 ? -errno : count_queues(d->control_fd, &ifr);
-}
-
-/* MAC address and MTU into the netdev. The interface is found by its index, so that it may be renamed, and through
- * a descriptor of its network namespace, so that the caller may have moved to another one. The MTU is what both the
- * interface and a frame hold. 0 or -1 with errno. */
-static int interface_read(struct afxdp *d)
-{
-    uint32_t room = d->nd.stride - d->rx_off - ETH_HEADER;
-    struct ifreq ifr = {.ifr_ifindex = (int)d->ifindex};
-
-    if (ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0 || ioctl(d->control_fd, SIOCGIFHWADDR, &ifr) < 0) {
-        return -1;
-    }
-    memcpy(d->nd.mac, ifr.ifr_hwaddr.sa_data, 6);
-    if (ioctl(d->control_fd, SIOCGIFMTU, &ifr) < 0) {
-        return -1;
-    }
-    d->nd.mtu = (uint16_t)((uint32_t)ifr.ifr_mtu < room ? (uint32_t)ifr.ifr_mtu : room);
-    return 0;
-}
-
-static int interface_find(struct afxdp *d, const char *ifname)
-{
-    struct ifreq ifr = {0};
-
-    d->control_fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    d->namespace_fd = open(NAMESPACE, O_RDONLY | O_CLOEXEC);
-    memcpy(ifr.ifr_name, ifname, strnlen(ifname, IFNAMSIZ - 1));
-    if (d->control_fd < 0 || d->namespace_fd < 0 || ioctl(d->control_fd, SIOCGIFINDEX, &ifr) < 0) {
-        return -1;
-    }
-    d->ifindex = (uint32_t)ifr.ifr_ifindex;
-    return interface_read(d);
-}
+const struct afxdp_sys kernel_calls = {.wake_tx = wake_tx, .wake_rx = wake_rx};
 
 /* ---- Rings ------------------------------------------------------------------------------------------------- */
 
@@ -198,28 +118,32 @@ static int map_ring(struct queue *q, int i, uint32_t size, const struct xdp_mmap
     return 0;
 }
 
-static int make_rings(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error)
+int rings_map(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error)
 {
-    uint32_t fill_size = cfg->fill_size ? cfg->fill_size : cfg->ring_size;
     struct xdp_mmap_offsets off;
     socklen_t len = sizeof off;
 
+    if (getsockopt(q->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len) < 0 || len < sizeof off) {
+        return fail(error, AFXDP_STEP_RING, q->number, 0);
+    }
     for (int i = 0; i < 4; i++) {
-        uint32_t size = kinds[i].fill_sized ? fill_size : cfg->ring_size;
+        if (map_ring(q, i, kinds[i].fill_sized ? fill_size(cfg) : cfg->ring_size, &off) < 0) {
+            return fail(error, AFXDP_STEP_MAP, q->number, 0);
+        }
+    }
+    return 0;
+}
+
+static int make_rings(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error)
+{
+    for (int i = 0; i < 4; i++) {
+        uint32_t size = kinds[i].fill_sized ? fill_size(cfg) : cfg->ring_size;
 
         if (setsockopt(q->fd, SOL_XDP, kinds[i].option, &size, sizeof size) < 0) {
             return fail(error, AFXDP_STEP_RING, q->number, 0);
         }
     }
-    if (getsockopt(q->fd, SOL_XDP, XDP_MMAP_OFFSETS, &off, &len) < 0 || len < sizeof off) {
-        return fail(error, AFXDP_STEP_RING, q->number, 0);
-    }
-    for (int i = 0; i < 4; i++) {
-        if (map_ring(q, i, kinds[i].fill_sized ? fill_size : cfg->ring_size, &off) < 0) {
-            return fail(error, AFXDP_STEP_MAP, q->number, 0);
-        }
-    }
-    return 0;
+    return rings_map(q, cfg, error);
 }
 
 /* ---- Options ----------------------------------------------------------------------------------------------- */
@@ -274,7 +198,7 @@ static int register_umem(struct afxdp *d, const struct afxdp_config *cfg, struct
 
     if (!(cfg->flags & AFXDP_F_NO_TX_CSUM)) {
         if (setsockopt(d->queue[0].fd, SOL_XDP, XDP_UMEM_REG, &reg, sizeof reg) == 0) {
-            d->tx_meta_len = reg.tx_metadata_len;
+            d->tx_meta_len = d->st->tx_meta_len = reg.tx_metadata_len;
             return 0;
         }
         if (errno != EINVAL) {
@@ -311,7 +235,7 @@ static int bind_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *c
     return 0;
 }
 
-static int watch_queue(struct afxdp *d, uint32_t qi, struct afxdp_error *error)
+int queue_watch(struct afxdp *d, uint32_t qi, struct afxdp_error *error)
 {
     struct epoll_event ev = {.events = EPOLLIN, .data.u32 = qi};
 
@@ -338,9 +262,10 @@ static int open_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *c
         return -1;
     }
     fill_refill(d, qi);
-    if (watch_queue(d, qi, error) < 0) {
+    if (queue_watch(d, qi, error) < 0) {
         return -1;
     }
+    d->st->cookie[qi] = socket_cookie(q->fd);
     return bind_queue(d, qi, cfg, deadline_ns, error); /* last: from here on frames may be the kernel's */
 }
 
@@ -357,7 +282,7 @@ static void release_queue(struct queue *q)
     *q = (struct queue){.fd = -1};
 }
 
-static void release(struct afxdp *d)
+void afxdp_detach(struct afxdp *d)
 {
     const int fds[] = {d->epoll_fd, d->control_fd, d->namespace_fd};
 
@@ -393,19 +318,18 @@ static int open_all(struct afxdp *d, const struct afxdp_config *cfg, void *mem, 
             return -1;
         }
     }
-    if (d->tx_meta_len && device_sums(d)) {
+    if (d->tx_meta_len && interface_sums(d)) {
         d->nd.caps |= BYPASS_CAP_TX_CSUM;
     }
+    d->st->caps = d->nd.caps;
     return 0;
 }
 
-struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error)
+struct afxdp *view_new(const struct afxdp_config *cfg)
 {
     struct afxdp *d = calloc(1, sizeof *d);
 
-    *error = (struct afxdp_error){.queue = -1};
     if (!d) {
-        *error = (struct afxdp_error){.err = ENOMEM, .step = AFXDP_STEP_CONFIG, .queue = -1};
         return NULL;
     }
     for (uint32_t qi = 0; qi < AFXDP_MAX_QUEUES; qi++) {
@@ -414,57 +338,37 @@ struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size,
     d->epoll_fd = d->control_fd = d->namespace_fd = -1;
     d->cfg = *cfg;
     d->nd.ops = &afxdp_ops;
-    d->sys = &kernel;
+    d->sys = &kernel_calls;
     d->rx_off = KERNEL_HEADROOM + cfg->rx_headroom;
     d->rx_csum_trust = cfg->flags & AFXDP_F_RX_CSUM_TRUST;
     d->nd.caps = d->rx_csum_trust ? BYPASS_CAP_RX_CSUM : 0;
     d->busy_poll = cfg->flags & AFXDP_F_PREFER_BUSY_POLL;
+    return d;
+}
+
+struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error)
+{
+    struct afxdp *d = view_new(cfg);
+
+    *error = (struct afxdp_error){.queue = -1};
+    if (!d) {
+        *error = (struct afxdp_error){.err = ENOMEM, .step = AFXDP_STEP_CONFIG, .queue = -1};
+        return NULL;
+    }
     if (open_all(d, cfg, mem, size, error) < 0) {
-        release(d);
+        afxdp_detach(d);
         return NULL;
     }
     return d;
 }
 
-/* Makes the calling thread's network namespace the device's, for sockets belong to the one they are made in. A
- * descriptor of the one it was in, for leave_namespace(); -1: it is in the right one already; -2: errno. */
-static int enter_namespace(const struct afxdp *d)
-{
-    int here = open(NAMESPACE, O_RDONLY | O_CLOEXEC);
-    struct stat a, b;
-
-    if (here < 0) {
-        return -2;
-    }
-    if (fstat(here, &a) == 0 && fstat(d->namespace_fd, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev) {
-        close(here);
-        return -1;
-    }
-    if (setns(d->namespace_fd, CLONE_NEWNET) < 0) {
-        int err = errno;
-
-        close(here);
-        errno = err;
-        return -2;
-    }
-    return here;
-}
-
-static void leave_namespace(int back)
-{
-    if (back >= 0) {
-        setns(back, CLONE_NEWNET);
-        close(back);
-    }
-}
-
 static int open_added(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, struct afxdp_error *error)
 {
-    int back = enter_namespace(d);
+    int back = namespace_enter(d);
     int ret = back == -2 ? fail(error, AFXDP_STEP_SOCKET, cfg->queues[qi], 0)
                          : open_queue(d, qi, cfg, clock_ns() + cfg->bind_wait_ms * 1000000ull, error);
 
-    leave_namespace(back);
+    namespace_leave(back);
     return ret;
 }
 
@@ -480,6 +384,10 @@ int afxdp_add_queue(struct afxdp *d, uint16_t number, uint32_t of, struct afxdp_
     if (target == 0) {
         return -ENOSPC;
     }
+    if (d->namespace_fd < 0) {
+        error->err = EPERM;
+        return -EPERM;
+    }
     cfg.queues[qi] = number;
     d->st->fill_target = target; /* the others come down to it as packets arrive */
     d->st->queue[qi] = (struct queue_state){0};
@@ -489,8 +397,7 @@ int afxdp_add_queue(struct afxdp *d, uint16_t number, uint32_t of, struct afxdp_
         d->st->fill_target = before;
         return -error->err;
     }
-    d->cfg = cfg;
-    d->st->queues = cfg.queue_count;
+    d->cfg = d->st->cfg = cfg;
     d->nd.queues = (uint16_t)cfg.queue_count;
     return (int)qi;
 }
@@ -501,7 +408,7 @@ static uint32_t under_transmission(const struct afxdp *d)
 {
     uint32_t n = 0;
 
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         n += d->st->queue[qi].tx_frames;
     }
     return n;
@@ -527,7 +434,7 @@ int afxdp_close(struct afxdp *d, int wait_ms)
         pause_ns(100000);
     }
     left = (int)under_transmission(d);
-    release(d);
+    afxdp_detach(d);
     return left;
 }
 
@@ -535,9 +442,15 @@ int afxdp_close(struct afxdp *d, int wait_ms)
 
 struct bypass_netdev *afxdp_netdev(struct afxdp *d) { return &d->nd; }
 
+void afxdp_sync(struct afxdp *d)
+{
+    d->nd.free_frames = d->st->free_count;
+    interface_take(d);
+}
+
 static const struct queue *queue_at(const struct afxdp *d, int qi)
 {
-    return qi >= 0 && (uint32_t)qi < d->st->queues ? &d->queue[qi] : NULL;
+    return qi >= 0 && qi < d->nd.queues ? &d->queue[qi] : NULL;
 }
 
 int afxdp_fd(const struct afxdp *d, int queue_index)
@@ -549,7 +462,7 @@ int afxdp_fd(const struct afxdp *d, int queue_index)
 
 int afxdp_zerocopy(const struct afxdp *d)
 {
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         struct xdp_options options;
         socklen_t len = sizeof options;
 

@@ -17,11 +17,9 @@
 
 #include "internal.h"
 
-enum { PAGE = 4096, MIN_FILL = 16, MARK = 0x80 };
+enum { PAGE = 4096, MIN_FILL = 16, MIN_HEADROOM = 128, MARK = 0x80 };
 
 static bool power_of_two(uint32_t n) { return n && !(n & (n - 1)); }
-
-static uint32_t fill_size(const struct afxdp_config *cfg) { return cfg->fill_size ? cfg->fill_size : cfg->ring_size; }
 
 /* All that its fill ring takes, but all queues together at most half of the frames. */
 uint32_t umem_fill_target(const struct afxdp_config *cfg)
@@ -51,30 +49,31 @@ static bool queues_valid(const struct afxdp_config *cfg)
 
 bool config_valid(const struct afxdp_config *cfg)
 {
-    uint32_t tx_headroom = cfg->tx_headroom ? cfg->tx_headroom : 128;
+    uint32_t tx_headroom = cfg->tx_headroom ? cfg->tx_headroom : MIN_HEADROOM;
 
     return queues_valid(cfg) && (cfg->frame_size == 2048 || cfg->frame_size == 4096) && power_of_two(cfg->ring_size) &&
            power_of_two(fill_size(cfg)) && cfg->ring_size <= 1u << 20 && fill_size(cfg) <= 1u << 20 &&
-           cfg->frames >= 64 && cfg->frames <= 1u << 24 && umem_fill_target(cfg) && tx_headroom >= 128 &&
+           cfg->frames >= 64 && cfg->frames <= 1u << 24 && umem_fill_target(cfg) && tx_headroom >= MIN_HEADROOM &&
            tx_headroom <= cfg->frame_size / 2 && cfg->rx_headroom <= cfg->frame_size / 4 && cfg->mode <= AFXDP_ZEROCOPY;
 }
 
 static uint64_t page_up(uint64_t n) { return (n + PAGE - 1) & ~(uint64_t)(PAGE - 1); }
 
-static uint64_t layout(const struct afxdp_config *cfg, uint64_t *free_off, uint64_t *meta_off, uint64_t *umem_off)
+struct layout {
+    uint64_t free_list, meta, umem, end; /* bytes from the state's start */
+};
+
+static struct layout layout(const struct afxdp_config *cfg)
 {
-    *free_off = sizeof(struct afxdp_state);
-    *meta_off = (*free_off + 4ull * cfg->frames + 63) & ~63ull;
-    *umem_off = page_up(*meta_off + (uint64_t)META_STRIDE * cfg->frames);
-    return *umem_off + (uint64_t)cfg->frames * cfg->frame_size;
+    struct layout l = {.free_list = sizeof(struct afxdp_state)};
+
+    l.meta = (l.free_list + 4ull * cfg->frames + 63) & ~63ull;
+    l.umem = page_up(l.meta + (uint64_t)META_STRIDE * cfg->frames);
+    l.end = l.umem + (uint64_t)cfg->frames * cfg->frame_size;
+    return l;
 }
 
-size_t afxdp_mem_size(const struct afxdp_config *cfg)
-{
-    uint64_t off[3];
-
-    return config_valid(cfg) ? layout(cfg, &off[0], &off[1], &off[2]) : 0;
-}
+size_t afxdp_mem_size(const struct afxdp_config *cfg) { return config_valid(cfg) ? layout(cfg).end : 0; }
 
 void *afxdp_mem_map(size_t size, int *fd)
 {
@@ -105,39 +104,79 @@ void afxdp_mem_unmap(void *mem, size_t size, int fd)
     }
 }
 
-int umem_init(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size)
+int umem_view(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size)
 {
-    struct afxdp_state *st = mem;
-    uint64_t need;
+    struct layout at;
 
     if (!config_valid(cfg) || ((uintptr_t)mem & (PAGE - 1))) {
         return -EINVAL;
     }
-    memset(st, 0, sizeof *st);
-    need = layout(cfg, &st->free_off, &st->meta_off, &st->umem_off);
-    if (size < need) {
+    at = layout(cfg);
+    if (size < at.end) {
         return -ENOMEM;
     }
-    st->magic = AFXDP_MAGIC;
-    st->frames = cfg->frames;
-    st->stride = cfg->frame_size;
-    st->shift = (uint32_t)__builtin_ctz(cfg->frame_size);
-    st->queues = cfg->queue_count;
-    st->fill_target = umem_fill_target(cfg);
-    d->st = st;
-    d->free_list = (uint32_t *)((uint8_t *)mem + st->free_off);
-    d->nd.mem = (uint8_t *)mem + st->umem_off;
-    d->nd.meta = (struct bypass_pkt_meta *)((uint8_t *)mem + st->meta_off);
-    d->nd.stride = st->stride;
+    d->st = mem;
+    d->shift = (uint32_t)__builtin_ctz(cfg->frame_size);
+    d->free_list = (uint32_t *)((uint8_t *)mem + at.free_list);
+    d->nd.mem = (uint8_t *)mem + at.umem;
+    d->nd.meta = (struct bypass_pkt_meta *)((uint8_t *)mem + at.meta);
+    d->nd.stride = cfg->frame_size;
     d->nd.meta_stride = META_STRIDE;
-    d->nd.frames = st->frames;
-    d->nd.queues = (uint16_t)st->queues;
-    d->nd.headroom = (uint16_t)(cfg->tx_headroom ? cfg->tx_headroom : 128);
-    for (uint32_t f = st->frames; f-- > 0;) { /* frame 0 on top */
+    d->nd.frames = cfg->frames;
+    d->nd.queues = (uint16_t)cfg->queue_count;
+    d->nd.headroom = (uint16_t)(cfg->tx_headroom ? cfg->tx_headroom : MIN_HEADROOM);
+    return 0;
+}
+
+int umem_init(struct afxdp *d, const struct afxdp_config *cfg, void *mem, size_t size)
+{
+    int err = umem_view(d, cfg, mem, size);
+
+    if (err) {
+        return err;
+    }
+    memset(d->st, 0, sizeof *d->st);
+    d->st->magic = AFXDP_MAGIC;
+    d->st->bytes = sizeof *d->st;
+    d->st->cfg = *cfg;
+    d->st->size = layout(cfg).end;
+    d->st->fill_target = umem_fill_target(cfg);
+    for (uint32_t f = d->nd.frames; f-- > 0;) { /* frame 0 on top */
         meta_at(d, f)->holders = 0;
         frame_to_pool(d, f);
     }
     return 0;
+}
+
+/* Of what the cached positions say: no more entries than the ring has. True also in the middle of an operation. */
+static bool pos_sane(const struct ring_pos *pos, uint32_t size) { return pos->prod - pos->cons <= size; }
+
+static bool queue_sane(const struct queue_state *qs, const struct afxdp_config *cfg)
+{
+    return qs->rx_frames <= cfg->frames && qs->tx_frames <= cfg->frames && pos_sane(&qs->rx, cfg->ring_size) &&
+           pos_sane(&qs->tx, cfg->ring_size) && pos_sane(&qs->fill, fill_size(cfg)) &&
+           pos_sane(&qs->comp, fill_size(cfg));
+}
+
+bool umem_sane(const struct afxdp *d)
+{
+    const struct afxdp_state *st = d->st;
+    uint32_t free_count = st->free_count;
+
+    if (st->size != layout(&d->cfg).end || free_count > d->nd.frames || st->fill_target > fill_size(&d->cfg)) {
+        return false;
+    }
+    for (uint32_t i = 0; i < free_count; i++) {
+        if (d->free_list[i] >= d->nd.frames) {
+            return false;
+        }
+    }
+    for (uint32_t qi = 0; qi < d->cfg.queue_count; qi++) {
+        if (!queue_sane(&st->queue[qi], &d->cfg)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 /* ---- Audit ----------------------------------------------------------------------------------------------- */
@@ -179,19 +218,19 @@ int afxdp_audit(struct afxdp *d, struct afxdp_audit *out)
     uint32_t rx = 0, tx = 0;
 
     memset(out, 0, sizeof *out);
-    out->frames = st->frames;
+    out->frames = d->nd.frames;
     out->bad_free = st->bad_free;
     for (uint32_t i = 0; i < st->free_count; i++) { /* marks what the free list names, each once */
-        if (i >= st->frames || d->free_list[i] >= st->frames || (meta_at(d, d->free_list[i])->holders & MARK)) {
+        if (i >= d->nd.frames || d->free_list[i] >= d->nd.frames || (meta_at(d, d->free_list[i])->holders & MARK)) {
             out->misplaced++;
         } else {
             meta_at(d, d->free_list[i])->holders |= MARK;
         }
     }
-    for (uint32_t f = 0; f < st->frames; f++) {
+    for (uint32_t f = 0; f < d->nd.frames; f++) {
         count_place(meta_at(d, f), out);
     }
-    for (uint32_t i = 0; i < st->queues; i++) {
+    for (uint32_t i = 0; i < AFXDP_MAX_QUEUES; i++) { /* those of which this view knows nothing as well */
         rx += st->queue[i].rx_frames;
         tx += st->queue[i].tx_frames;
     }
@@ -218,8 +257,8 @@ void umem_check(struct afxdp *d, const char *where)
 {
     struct afxdp_audit audit;
 
-    if (d->st->free_count > d->st->frames || d->nd.free_frames != d->st->free_count ||
-        (d->st->frames <= 1024 && afxdp_audit(d, &audit) != 0)) {
+    if (d->st->free_count > d->nd.frames || d->nd.free_frames != d->st->free_count ||
+        (d->nd.frames <= 1024 && afxdp_audit(d, &audit) != 0)) {
         AFXDP_VIOLATION(where);
     }
 }

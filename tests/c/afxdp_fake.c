@@ -101,7 +101,7 @@ struct afxdp *fake_open(const struct afxdp_config *cfg, uint32_t first)
 
 void fake_close(struct afxdp *d)
 {
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         struct queue *q = &d->queue[qi];
 
         free(q->rx.producer), free(q->tx.producer), free(q->fill.producer), free(q->comp.producer);
@@ -284,7 +284,7 @@ void fake_census(struct afxdp *d, uint8_t *places)
     for (uint32_t i = 0; i < d->st->free_count; i++) {
         places[d->free_list[i]]++;
     }
-    for (uint32_t qi = 0; qi < d->st->queues; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         const struct queue *q = &d->queue[qi];
         const struct queue_state *qs = &d->st->queue[qi];
 
