@@ -29,10 +29,15 @@ STACK_SRC := $(wildcard bypass/stack/*.c)
 OTHER_SRC := $(wildcard bypass/app/*.c bypass/afxdp/*.c bypass/sim/*.c) bypass/fwd/port.c bypass/host.c
 STACK_OBJ := $(STACK_SRC:%.c=$(OUT)/%.o)
 OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
+# The preload library: the core, the devices that an application may have, and the calls of unmodified programs.
+PRELOAD_SRC := $(wildcard bypass/preload/*.c)
+PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
+	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c bypass/afxdp/*.c) bypass/fwd/port.c bypass/host.c)
 PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/host.h
 
 # The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
 EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so
+PRELOAD := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass-preload.so
 LIB := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass.so
 
 # How Python is started. The sanitizers' runtime has to be there before the interpreter, hence a script, which also
@@ -53,7 +58,7 @@ help: ## This list
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
-build: $(VENV)/.stamp $(EXT) $(LIB) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python and build/libbypass.so
+build: $(VENV)/.stamp $(EXT) $(LIB) $(PRELOAD) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python and build/libbypass.so
 
 demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
 	@$(RUN) -m bypass.demo $(ARGS)
@@ -133,6 +138,12 @@ $(LIB): $(STACK_OBJ) $(OUT)/sources scripts/libbypass.map
 	@echo '  LINK $@'
 	$(Q)$(CC) -shared $(LDFLAGS) $(if $(SAN),,-Wl$(comma)-z$(comma)defs) -Wl,--version-script=scripts/libbypass.map $(STACK_OBJ) -o $@
 
+$(PRELOAD): $(PRELOAD_OBJ) $(OUT)/sources scripts/preload.map
+	@mkdir -p $(@D)
+	@echo '  LINK $@'
+	$(Q)$(CC) -shared $(LDFLAGS) -Wl,-Bsymbolic $(if $(SAN),,-Wl$(comma)-z$(comma)defs) -Wl,--version-script=scripts/preload.map \
+		$(PRELOAD_OBJ) -o $@.tmp && mv $@.tmp $@
+
 $(OUT)/python: Makefile
 	@mkdir -p $(@D)
 	@printf '%s\n' '#!/bin/sh' '# Python with the sanitizers: made by the Makefile' \
@@ -145,7 +156,7 @@ $(OUT)/python: Makefile
 # A removed or added source file has to link anew too: the list is a file that changes only with the list.
 $(OUT)/sources: FORCE
 	@mkdir -p $(@D)
-	@echo '$(STACK_SRC) $(OTHER_SRC)' | cmp -s - $@ || echo '$(STACK_SRC) $(OTHER_SRC)' > $@
+	@echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' | cmp -s - $@ || echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' > $@
 FORCE:
 
--include $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d
+-include $(PRELOAD_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d

@@ -1,0 +1,360 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attach.c - this process' view of its application's memory: who it belongs to is decided when the first Internet socket
+ * is opened, so that programs without sockets never notice.
+ *
+ *   BYPASS_SOCKET      the broker: it hands out the memory
+ *   BYPASS_LOOPBACK=1  no broker: memory of our own, and a stack that talks to itself
+ *   BYPASS_APP         a relative's: "ID:TOKEN" with a broker, "fd:N" without
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "afxdp/afxdp.h"
+#include "host.h"
+#include "preload.h"
+
+enum { LOOP_CONNS = 8192, LOOP_FRAMES = 16384 };
+
+struct me me = {.mem_fd = -1, .broker_fd = -1, .wake_fd = -1, .dev_ep = -1};
+static pthread_mutex_t attaching = PTHREAD_MUTEX_INITIALIZER;
+
+static void refuse(const char *why, int err)
+{
+    snprintf(me.refused, sizeof me.refused, "%s%s%s", why, err ? ": " : "", err ? strerror(err) : "");
+}
+
+/* ---- The memory ---------------------------------------------------------------------------------------- */
+static int map_memory(int fd)
+{
+    struct stat st;
+
+    if (fstat(fd, &st) < 0) {
+        return -errno;
+    }
+    me.app = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (me.app == MAP_FAILED) {
+        me.app = NULL;
+        return -errno;
+    }
+    if (!app_valid(me.app, (size_t)st.st_size)) {
+        munmap(me.app, (size_t)st.st_size);
+        me.app = NULL;
+        return -EPROTO;
+    }
+    me.mem_fd = fd;
+    me.g = (struct group *)((uint8_t *)me.app + me.app->group_off);
+    return 0;
+}
+
+/* Memory of our own, for a stack that talks to itself. */
+static int make_loop(void)
+{
+    struct app_header h = {.device = APP_DEV_LOOP, .mtu = LOOP_MTU, .batch = 256};
+    size_t size;
+    int fd;
+
+    bypass_config_default(&h.config, LOOP_CONNS);
+    h.config.flags = BYPASS_F_RST | BYPASS_F_PING | BYPASS_F_LOOPBACK;
+    snprintf(h.name, sizeof h.name, "%s", getenv("BYPASS_PROCNAME") ?: program_invocation_short_name);
+    size = app_layout(&h, loop_mem_size(LOOP_FRAMES));
+    fd = memfd_create("bypass", 0);
+    if (fd < 0 || ftruncate(fd, (off_t)size) < 0 || real.write(fd, &h, sizeof h) != sizeof h) {
+        return -errno;
+    }
+    return fd;
+}
+
+static int inherited_loop(void)
+{
+    const char *app = getenv("BYPASS_APP");
+    struct stat st;
+    int fd;
+
+    if (!app || strncmp(app, "fd:", 3) != 0) {
+        return -1;
+    }
+    fd = atoi(app + 3);
+    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? fd : -1;
+}
+
+static int open_loop(void)
+{
+    char text[32];
+    int fd = inherited_loop();
+
+    if (fd < 0) {
+        fd = make_loop();
+    }
+    if (fd >= 0) {
+        fd = fd_hide(fd);
+        real.fcntl(fd, F_SETFD, 0); /* programs that are started by this one are relatives */
+        snprintf(text, sizeof text, "fd:%d", fd);
+        setenv("BYPASS_APP", text, 1);
+    }
+    return fd;
+}
+
+/* ---- Device and stack ------------------------------------------------------------------------------------ */
+static void watch(int fd, bool shared)
+{
+    if (me.watch_count < WATCH_FDS) {
+        me.watch_fds[me.watch_count] = fd;
+        me.watch_shared[me.watch_count++] = shared;
+    }
+}
+
+static int attach_device(const int *fds, int count)
+{
+    void *mem = (uint8_t *)me.app + me.app->dev_off;
+    struct afxdp_error error;
+
+    switch (me.app->device) {
+    case APP_DEV_LOOP:
+        me.dev = &me.loop.nd;
+        if (me.g->ready == 1 && loop_init(mem, me.app->dev_size, LOOP_FRAMES) < 0) {
+            return -EPROTO;
+        }
+        return loop_attach(&me.loop, mem, me.app->dev_size);
+    case APP_DEV_AFXDP:
+        me.afxdp = afxdp_attach(mem, me.app->dev_size, fds, (uint32_t)count, me.app->rx_csum_trust, &error);
+        if (!me.afxdp) {
+            return -error.err;
+        }
+        me.dev = afxdp_netdev(me.afxdp);
+        for (int i = 0; i < count; i++) {
+            watch(afxdp_fd(me.afxdp, i), true);
+        }
+        return 0;
+    default:
+        return -EPROTO;
+    }
+}
+
+static int make_stack(void)
+{
+    static const struct bypass_addr localhost = {{[10] = 0xff, [11] = 0xff, 127, 0, 0, 1}};
+    const struct bypass_env env = {.random = host_random};
+    void *arena = (uint8_t *)me.app + me.app->arena_off;
+    int err;
+
+    if (me.g->ready != 1) {
+        return bypass_attach(&me.stack, arena, me.app->arena_size, me.dev, &env);
+    }
+    err = bypass_create(&me.stack, arena, me.app->arena_size, &me.app->config, me.dev, &env, clock_ns());
+    if (err == 0 && me.app->device == APP_DEV_LOOP) {
+        err = bypass_addr_add(&me.stack, &localhost, 8);
+    }
+    if (err == 0 && me.app->congestion[0]) {
+        err = bypass_cc_default(&me.stack, me.app->congestion);
+    }
+    return err;
+}
+
+/* One of the relatives makes the group; the others wait for it. true: it is this one. */
+static bool first(void)
+{
+    uint32_t none = 0;
+    bool mine = atomic_compare_exchange_strong((_Atomic uint32_t *)&me.g->ready, &none, 1);
+
+    while (!mine && atomic_load((_Atomic uint32_t *)&me.g->ready) != 2) {
+        usleep(100);
+    }
+    return mine;
+}
+
+/* ---- This process ------------------------------------------------------------------------------------------- */
+static int open_wakes(void)
+{
+    struct sockaddr_un sa;
+    int fd = fd_hide(real.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    socklen_t len = wake_name(&sa, me.proc);
+
+    if (fd < 0 || real.bind(fd, (struct sockaddr *)&sa, len) < 0) {
+        return -errno;
+    }
+    me.wake_fd = fd;
+    watch(fd, false);
+    me.dev_ep = fd_hide(real.epoll_create1(EPOLL_CLOEXEC));
+    for (int i = 0; i < me.watch_count; i++) {
+        struct epoll_event ev = {.events = EPOLLIN | (me.watch_shared[i] ? EPOLLEXCLUSIVE : 0)};
+
+        if (real.epoll_ctl(me.dev_ep, EPOLL_CTL_ADD, me.watch_fds[i], &ev) < 0) {
+            return -errno;
+        }
+    }
+    return 0;
+}
+
+static int join(void)
+{
+    me.pid = getpid();
+    me.proc = group_join(me.g, me.pid);
+    return me.proc == GROUP_NONE ? -EUSERS : open_wakes();
+}
+
+static int attach_memory(const int *fds, int count)
+{
+    uint64_t wake_id = 0;
+    bool mine = first();
+    int err = 0;
+
+    if (mine) {
+        host_random(NULL, &wake_id, sizeof wake_id);
+        err = group_init(me.g, me.app->group_size, me.app->config.max_socks, wake_id);
+    }
+    if (err == 0) {
+        err = attach_device(fds, count);
+    }
+    if (err == 0) {
+        err = make_stack();
+    }
+    if (mine) {
+        atomic_store((_Atomic uint32_t *)&me.g->ready, 2);
+    }
+    return err;
+}
+
+static void *reserve(size_t bytes)
+{
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    return at == MAP_FAILED ? NULL : at;
+}
+
+static int attach_now(void)
+{
+    int fds[APP_QUEUES + 1], count = 0, err = 0;
+    bool loop = !getenv("BYPASS_SOCKET") && getenv("BYPASS_LOOPBACK");
+
+    me.table = reserve(FD_MAX * sizeof *me.table);
+    fds[0] = !me.table ? -ENOMEM : loop ? open_loop() : -1;
+    if (loop && fds[0] < 0) {
+        refuse("no memory for a stack", -fds[0]);
+        return fds[0];
+    }
+    if (!loop) {
+        err = broker_hello(fds, APP_QUEUES + 1, &count);
+        if (err < 0) {
+            return err;
+        }
+        fds[0] = fd_hide(fds[0]);
+    }
+    err = map_memory(fds[0]);
+    if (err == 0) {
+        err = attach_memory(fds + 1, count - 1);
+    }
+    if (err == 0) {
+        me.local = reserve(me.app->config.max_socks * sizeof *me.local);
+        enter();
+        err = me.local ? join() : -ENOMEM;
+        if (err == 0 && !loop) {
+            err = broker_ready();
+        }
+        leave();
+    }
+    if (err < 0) {
+        refuse("the application's memory cannot be used", -err);
+    }
+    return err;
+}
+
+static bool wanted(void)
+{
+    const char *loop = getenv("BYPASS_LOOPBACK"), *socket = getenv("BYPASS_SOCKET");
+
+    return (loop && *loop && strcmp(loop, "0") != 0) || (socket && *socket);
+}
+
+bool attach(void)
+{
+    if (likely(me.attached)) {
+        return me.attached > 0;
+    }
+    pthread_mutex_lock(&attaching);
+    if (!me.attached) {
+        int saved = errno;
+        int done = !wanted() ? -1 : attach_now() == 0 ? 1 : -1;
+
+        if (done < 0 && me.refused[0]) {
+            dprintf(2, "bypass: %s: sockets are the kernel's\n", me.refused);
+        }
+        atomic_thread_fence(memory_order_seq_cst);
+        me.attached = done;
+        if (done > 0) {
+            enter();
+            helper_start();
+            leave();
+        }
+        errno = saved;
+    }
+    pthread_mutex_unlock(&attaching);
+    return me.attached > 0;
+}
+
+/* ---- fork(2): the child has what the parent has; what is private to a process is made anew when it is needed ---- */
+static uint32_t child_proc;
+
+static void before_fork(void)
+{
+    if (me.attached <= 0) {
+        return;
+    }
+    enter();
+    child_proc = group_join(me.g, -1);
+    if (child_proc != GROUP_NONE) {
+        group_copy(me.g, me.proc, child_proc);
+    }
+}
+
+static void after_fork_parent(void)
+{
+    if (me.attached > 0) {
+        leave();
+    }
+}
+
+static void after_fork_child(void)
+{
+    if (me.attached <= 0) {
+        return;
+    }
+    me.forked = true;
+    me.pid = getpid();
+    if (child_proc != GROUP_NONE) {
+        me.proc = child_proc;
+        me.g->procs[me.proc].pid = me.pid;
+    }
+    me.sleepers = me.watcher = NULL;
+    me.helper_runs = me.helper_deep = false;
+    self.wake_fd = 0; /* the parent's */
+    /* The lock is the parent thread's, which lets go of it: this process only forgets that it had it. */
+    self.inside = 0;
+}
+
+void attach_child(void)
+{
+    me.forked = false;
+    me.watch_count = 0;
+    for (int i = 0; me.afxdp && i < me.dev->queues; i++) {
+        watch(afxdp_fd(me.afxdp, i), true);
+    }
+    if (open_wakes() < 0) {
+        refuse("a relative cannot be woken", errno);
+    }
+    epoll_child();
+    broker_rejoin();
+    helper_start();
+}
+
+__attribute__((constructor(102))) static void prepare(void)
+{
+    real_load();
+    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+}

@@ -1,0 +1,430 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * broker.c - the conversation with the broker: one SOCK_SEQPACKET connection a process, one struct app_msg a message
+ * (app.h). Questions are asked with the lock held and wait for their answer; what the broker says of its own accord is
+ * read in between, or by the helper thread.
+ *
+ * When the broker ends, what is on the stack goes on. Nothing new can be leased until another one is there, which the
+ * helper looks for.
+ */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+enum { GRANTS = 256, ANSWER_MS = 5000, HELLO_MS = 20000 };
+
+static struct app_msg grants[GRANTS];
+static uint32_t grant_count;
+static uint32_t next_seq;
+
+/* ---- Messages --------------------------------------------------------------------------------------------- */
+static int dial(void)
+{
+    const char *path = getenv("BYPASS_SOCKET");
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    size_t len = path ? strlen(path) : 0;
+    int fd;
+
+    if (len == 0 || len >= sizeof sa.sun_path) {
+        return -EINVAL;
+    }
+    memcpy(sa.sun_path, path, len);
+    if (path[0] == '@') {
+        sa.sun_path[0] = 0;
+    }
+    fd = fd_hide(real.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    if (fd < 0) {
+        return -errno;
+    }
+    if (real.connect(fd, (struct sockaddr *)&sa, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0) {
+        int err = errno;
+
+        fd_unhide(fd);
+        return -err;
+    }
+    return fd;
+}
+
+static int say(const struct app_msg *m, int fd)
+{
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control = {.head = {.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+    struct iovec iov = {.iov_base = (void *)m, .iov_len = sizeof *m};
+    struct msghdr h = {.msg_iov = &iov, .msg_iovlen = 1};
+
+    if (fd >= 0) {
+        memcpy(CMSG_DATA(&control.head), &fd, sizeof fd);
+        h.msg_control = &control;
+        h.msg_controllen = sizeof control;
+    }
+    while (real.sendmsg(me.broker_fd, &h, MSG_NOSIGNAL) < 0) {
+        if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return 0;
+}
+
+static void lost(void)
+{
+    fd_unhide(me.broker_fd);
+    me.broker_fd = -1;
+}
+
+/* One message: 1, 0: none within `ms`, -errno: the broker is gone. */
+static int hear(struct app_msg *m, int *fds, int max, int *count, int ms)
+{
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE((APP_QUEUES + 3) * sizeof(int))];
+    } control;
+    struct iovec iov = {.iov_base = m, .iov_len = sizeof *m};
+    struct msghdr h = {
+        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control.room};
+    struct pollfd p = {.fd = me.broker_fd, .events = POLLIN};
+    ssize_t n;
+
+    if (real.poll(&p, 1, ms) <= 0) {
+        return 0;
+    }
+    n = real.recvmsg(me.broker_fd, &h, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (n < 0) {
+        return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+    }
+    if (n != sizeof *m) {
+        return -ECONNRESET;
+    }
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&h); c; c = CMSG_NXTHDR(&h, c)) {
+        int got = c->cmsg_type == SCM_RIGHTS ? (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
+
+        for (int i = 0; i < got; i++) {
+            int fd;
+
+            memcpy(&fd, CMSG_DATA(c) + (size_t)i * sizeof fd, sizeof fd);
+            if (fds && *count < max) {
+                fds[(*count)++] = fd;
+            } else {
+                real.close(fd);
+            }
+        }
+    }
+    m->text[sizeof m->text - 1] = 0;
+    return 1;
+}
+
+/* ---- What it says of its own accord ------------------------------------------------------------------------- */
+static void revoked(uint32_t lease)
+{
+    for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+        struct object *o = group_object(me.g, i);
+
+        if (o->refs && o->lease == lease && lease) {
+            snprintf(o->why, sizeof o->why, "the policy grants it no more");
+            bypass_abort(&me.stack, o->sock);
+            o->sock = -1;
+            o->lease = 0;
+            o->place = o->listening || o->type == BYPASS_DGRAM ? PLACE_KERNEL : PLACE_STACK;
+            o->reason = WHY_NOT_GRANTED;
+            group_notify(me.g, i);
+        }
+    }
+}
+
+static void take_grant(const struct app_msg *m)
+{
+    grant_count = m->index == 0 ? 0 : grant_count;
+    if (grant_count < GRANTS) {
+        grants[grant_count++] = *m;
+    }
+}
+
+static void next_hop(const struct app_msg *m)
+{
+    static const struct bypass_addr any;
+
+    if (m->flags & 2) {
+        bypass_nexthop_forget(&me.stack, memcmp(&m->remote.addr, &any, sizeof any) == 0 ? NULL : &m->remote.addr);
+    } else {
+        bypass_nexthop_set(&me.stack, &m->remote.addr, m->flags & 1 ? NULL : m->mac, m->mtu);
+    }
+}
+
+static void heed(const struct app_msg *m)
+{
+    switch (m->type) {
+    case APP_GRANT:
+        take_grant(m);
+        break;
+    case APP_NEXTHOP:
+        next_hop(m);
+        break;
+    case APP_ADDR_ADD:
+        bypass_addr_add(&me.stack, &m->local.addr, m->prefix_len);
+        break;
+    case APP_ADDR_DEL:
+        bypass_addr_del(&me.stack, &m->local.addr);
+        break;
+    case APP_REVOKED:
+        revoked(m->lease);
+        break;
+    default: /* APP_LINK: the stack's timers know what to do; others: of a newer broker */
+        break;
+    }
+}
+
+int broker_fd(void) { return me.broker_fd; }
+
+void broker_read(void)
+{
+    struct app_msg m;
+    int got;
+
+    while (me.broker_fd >= 0 && (got = hear(&m, NULL, 0, NULL, 0)) != 0) {
+        if (got < 0) {
+            lost();
+            return;
+        }
+        heed(&m);
+    }
+}
+
+/* ---- Questions ------------------------------------------------------------------------------------------------ */
+static int ask(struct app_msg *m, int fd, int *fds, int max, int *count, int ms)
+{
+    uint64_t until = clock_ns() + (uint64_t)ms * 1000000;
+    uint16_t type = m->type;
+    uint32_t seq = m->seq = ++next_seq;
+    int err = me.broker_fd < 0 ? -ENOTCONN : say(m, fd);
+
+    while (err == 0) {
+        int got = hear(m, fds, max, count, 100);
+
+        if (got < 0) {
+            err = got;
+        } else if (got && m->seq == seq && m->type == type) {
+            return -(int)m->error;
+        } else if (got) {
+            heed(m);
+        } else if (clock_ns() > until) {
+            err = -ETIMEDOUT;
+        }
+    }
+    if (me.broker_fd >= 0 && err != -ETIMEDOUT) {
+        lost();
+    }
+    snprintf(m->text, sizeof m->text, "the broker: %s", strerror(-err));
+    return err;
+}
+
+int broker_lease(struct app_msg *m, int fd)
+{
+    m->type = APP_LEASE;
+    m->app = me.app->app;
+    return ask(m, fd, NULL, 0, NULL, ANSWER_MS);
+}
+
+void broker_release(uint32_t lease)
+{
+    struct app_msg m = {.type = APP_RELEASE, .app = me.app->app, .lease = lease};
+
+    if (lease && me.broker_fd >= 0) {
+        ask(&m, -1, NULL, 0, NULL, ANSWER_MS);
+    }
+}
+
+void broker_resolve(const struct bypass_addr *dst)
+{
+    struct app_msg m = {.type = APP_RESOLVE, .app = me.app->app, .remote.addr = *dst};
+
+    if (me.app->device == APP_DEV_LOOP) {
+        bypass_nexthop_set(&me.stack, dst, NULL, 0);
+    } else if (me.broker_fd >= 0) {
+        m.seq = ++next_seq;
+        say(&m, -1); /* the answer comes when it is known */
+    }
+}
+
+static void refused_by(const struct app_msg *m, int err)
+{
+    snprintf(me.refused, sizeof me.refused, "%s", m->text[0] ? m->text : strerror(-err));
+}
+
+static int hello(struct app_msg *m, int *fds, int max, int *count)
+{
+    int fd = dial();
+    int err;
+
+    if (fd < 0) {
+        snprintf(me.refused, sizeof me.refused, "no broker at %s: %s (`bypass up` starts one)", getenv("BYPASS_SOCKET"),
+                 strerror(-fd));
+        return fd;
+    }
+    me.broker_fd = fd;
+    m->type = APP_HELLO;
+    m->abi = APP_ABI;
+    snprintf(m->name, sizeof m->name, "%s", getenv("BYPASS_PROCNAME") ?: program_invocation_short_name);
+    err = ask(m, -1, fds, max, count, HELLO_MS);
+    if (err < 0) {
+        refused_by(m, err);
+        if (me.broker_fd >= 0) {
+            lost();
+        }
+    }
+    return err;
+}
+
+static int hex(const char *text, uint8_t *out, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        unsigned v;
+
+        if (sscanf(text + 2 * i, "%2x", &v) != 1) {
+            return -1;
+        }
+        out[i] = (uint8_t)v;
+    }
+    return 0;
+}
+
+/* A relative that was started by exec finds in its environment whose it is. */
+static void from_environment(struct app_msg *m)
+{
+    const char *app = getenv("BYPASS_APP"), *colon = app ? strchr(app, ':') : NULL;
+
+    if (colon && strlen(colon + 1) == 2 * APP_TOKEN && hex(colon + 1, m->token, APP_TOKEN) == 0) {
+        m->app = (uint32_t)strtoul(app, NULL, 10);
+    }
+}
+
+static void to_environment(const struct app_msg *m)
+{
+    char text[2 * APP_TOKEN + 16];
+    int at = snprintf(text, sizeof text, "%u:", m->app);
+
+    for (int i = 0; i < APP_TOKEN; i++) {
+        at += snprintf(text + at, sizeof text - (size_t)at, "%02x", m->token[i]);
+    }
+    setenv("BYPASS_APP", text, 1);
+}
+
+/* After hello come addresses and grants, which need the stack: they are heeded when it is there. */
+int broker_hello(int *fds, int max, int *count)
+{
+    struct app_msg m = {0};
+    int err;
+
+    *count = 0;
+    from_environment(&m);
+    err = hello(&m, fds, max, count);
+    if (err < 0 && m.app) { /* the relatives may have ended: a new application then */
+        for (; *count > 0; --*count) {
+            real.close(fds[*count - 1]);
+        }
+        m = (struct app_msg){0};
+        err = hello(&m, fds, max, count);
+    }
+    if (err == 0 && *count < 1) {
+        refused_by(&m, -EPROTO);
+        return -EPROTO;
+    }
+    if (err == 0) {
+        me.refused[0] = 0;
+        to_environment(&m);
+    }
+    return err;
+}
+
+/* Waits for what follows the answer to hello, up to APP_READY. */
+int broker_ready(void)
+{
+    uint64_t until = clock_ns() + ANSWER_MS * 1000000ull;
+    struct app_msg m;
+
+    while (me.broker_fd >= 0 && clock_ns() < until) {
+        int got = hear(&m, NULL, 0, NULL, 100);
+
+        if (got < 0) {
+            lost();
+            return got;
+        }
+        if (got && m.type == APP_READY) {
+            return 0;
+        }
+        if (got) {
+            heed(&m);
+        }
+    }
+    return me.broker_fd >= 0 ? -ETIMEDOUT : 0;
+}
+
+int broker_rejoin(void)
+{
+    struct app_msg m = {.app = me.app->app};
+    int fds[APP_QUEUES + 3], count = 0, err;
+
+    if (me.app->device == APP_DEV_LOOP && me.broker_fd < 0) {
+        return 0;
+    }
+    if (me.broker_fd >= 0) {
+        lost(); /* the parent's: two readers would take each other's answers */
+    }
+    memcpy(m.token, me.app->token, APP_TOKEN);
+    err = hello(&m, fds, APP_QUEUES + 3, &count);
+    while (count > 0) {
+        real.close(fds[--count]);
+    }
+    return err < 0 ? err : broker_ready();
+}
+
+void broker_announce_exec(void)
+{
+    struct app_msg m = {.type = APP_EXEC, .app = me.app->app};
+
+    if (me.broker_fd >= 0) {
+        ask(&m, -1, NULL, 0, NULL, ANSWER_MS);
+    }
+}
+
+int broker_linger(void)
+{
+    struct app_msg m = {.type = APP_LINGER, .app = me.app->app};
+
+    return me.broker_fd < 0 ? -ENOTCONN : ask(&m, -1, NULL, 0, NULL, ANSWER_MS);
+}
+
+/* ---- Grants ------------------------------------------------------------------------------------------------------ */
+static bool in_prefix(const struct bypass_addr *a, const struct bypass_addr *net, int bits)
+{
+    int whole = bits / 8, rest = bits % 8;
+
+    return memcmp(a->b, net->b, (size_t)whole) == 0 && (rest == 0 || (a->b[whole] ^ net->b[whole]) >> (8 - rest) == 0);
+}
+
+bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote)
+{
+    static const struct bypass_addr any = {{[10] = 0xff, [11] = 0xff}};
+
+    if (me.app->device == APP_DEV_LOOP) {
+        return !remote || address_is_loopback(&remote->addr);
+    }
+    for (uint32_t i = 0; i < grant_count; i++) {
+        const struct app_msg *g = &grants[i];
+        bool port = !local->port || !g->local.port || (local->port >= g->local.port && local->port <= g->last_port);
+        bool from =
+            memcmp(&local->addr, &any, sizeof any) == 0 || in_prefix(&local->addr, &g->local.addr, g->prefix_len);
+        bool rport =
+            !remote || !g->remote.port || (remote->port >= g->remote.port && remote->port <= g->last_remote_port);
+        bool to = !remote || in_prefix(&remote->addr, &g->remote.addr, g->remote_prefix_len);
+
+        if ((g->kind == 0 || g->kind == (uint32_t)kind) && port && from && rport && to) {
+            return true;
+        }
+    }
+    return false;
+}

@@ -1,0 +1,520 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * drive.c - who drives the stack, and how threads sleep.
+ *
+ * Whoever waits drives: before it sleeps a thread gives the stack a turn, and while it sleeps it watches the device for
+ * all threads of its process (me.watcher). Other sleepers wait on an eventfd of their own until a turn finds something
+ * for them. Where nobody waits, the helper thread drives:
+ *
+ *      program                          helper
+ *      calls, turns every now and then  looks every millisecond whether that is so
+ *      computes                         gives the stack a turn every millisecond
+ *      sleeps elsewhere (sleep(3))      watches the device
+ *      sleeps in a call of ours         sleeps too, until the program has been awake
+ */
+#define _GNU_SOURCE
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+enum {
+    TICK_NS = 1000000,
+    QUIET_TICKS = 4,  /* the helper goes to sleep after so many ticks without news */
+    RETRY_NS = 50000, /* a call that would block looks at the device again after it */
+    TURN_ROUNDS = 8,  /* batches of one turn */
+    EVENTS = 64,
+    WANTED = 16,
+};
+
+__thread struct thread self;
+
+uint64_t clock_ns(void)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+/* ---- The lock ------------------------------------------------------------------------------------------ */
+
+/* A relative died inside of the stack: what it left is not to be trusted. Every connection is over. */
+static void lock_inherited(void)
+{
+    me.g->dead = 1;
+    pthread_mutex_consistent(&me.g->lock);
+}
+
+void enter(void)
+{
+    self.inside++;
+    if (unlikely(pthread_mutex_lock(&me.g->lock) == EOWNERDEAD)) {
+        lock_inherited();
+    }
+    if (unlikely(me.forked)) {
+        attach_child();
+    }
+}
+
+void leave(void)
+{
+    pthread_mutex_unlock(&me.g->lock);
+    atomic_signal_fence(memory_order_seq_cst);
+    if (--self.inside == 0 && unlikely(self.pending)) {
+        signals_deliver();
+    }
+}
+
+/* ---- Readiness ------------------------------------------------------------------------------------------- */
+short object_ready(const struct object *o)
+{
+    static const struct {
+        int ours;
+        short poll;
+    } bits[] = {{BYPASS_IN, POLLIN | POLLRDNORM},
+                {BYPASS_OUT, POLLOUT | POLLWRNORM},
+                {BYPASS_ERR, POLLERR},
+                {BYPASS_HUP, POLLHUP},
+                {BYPASS_RDHUP, POLLRDHUP},
+                {BYPASS_PRI, POLLPRI | POLLRDBAND}};
+    int ready;
+    short got = 0;
+
+    if (o->sock < 0 || me.g->dead) {
+        return me.g->dead ? POLLERR | POLLHUP | POLLIN | POLLOUT : 0;
+    }
+    ready = bypass_ready(&me.stack, o->sock);
+    if (ready < 0) {
+        return POLLNVAL;
+    }
+    for (unsigned i = 0; i < sizeof bits / sizeof *bits; i++) {
+        if (ready & bits[i].ours) {
+            got |= bits[i].poll;
+        }
+    }
+    return o->listening ? got & (POLLIN | POLLRDNORM | POLLERR) : got;
+}
+
+/* ---- Waking -------------------------------------------------------------------------------------------------- */
+void wake(struct sleeper *s)
+{
+    uint64_t one = 1;
+
+    if (!s->woken) {
+        s->woken = true;
+        (void)!real.write(s->wake_fd, &one, sizeof one); /* EAGAIN: it is full of wakes */
+    }
+}
+
+/* The socket that wakes a relative; abstract, so that nothing is left of it (unix(7)). */
+socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc)
+{
+    int n = snprintf(sa->sun_path + 1, sizeof sa->sun_path - 1, "bypass-wake/%016lx/%u", (unsigned long)me.g->wake_id,
+                     proc);
+
+    sa->sun_family = AF_UNIX;
+    sa->sun_path[0] = 0;
+    return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n);
+}
+
+static void wake_relative(uint32_t proc)
+{
+    struct sockaddr_un sa;
+    socklen_t len = wake_name(&sa, proc);
+
+    /* EAGAIN: wakes wait there already. ECONNREFUSED: it has ended, and will be cleared away. */
+    (void)!real.sendto(me.wake_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, (struct sockaddr *)&sa, len);
+}
+
+static void wake_relatives(void)
+{
+    for (uint32_t i = 0; i < GROUP_PROCS; i++) {
+        struct proc *p = &me.g->procs[i];
+
+        if (i != me.proc && p->pid && p->parked && p->queue_head != GROUP_NONE) {
+            wake_relative(i);
+        }
+    }
+}
+
+/* Tells this process' threads of what became ready for it. */
+static bool take_local(void)
+{
+    bool any = false;
+
+    for (uint32_t object; (object = group_take(me.g, me.proc)) != GROUP_NONE; any = true) {
+        epoll_ready(object);
+        for (struct sleeper *s = me.sleepers; s; s = s->next) {
+            if (s->object == object || (s->object == GROUP_NONE && !s->epoll)) {
+                wake(s);
+            }
+        }
+    }
+    return any;
+}
+
+static bool dispatch(void)
+{
+    struct bypass_event events[EVENTS];
+    bool others = false, any = false;
+    int n;
+
+    while ((n = bypass_events(&me.stack, events, EVENTS)) > 0) {
+        for (int i = 0; i < n; i++) {
+            uint32_t object = (uint32_t)events[i].user - 1;
+
+            if (events[i].user && object < me.g->objects_bump && group_object(me.g, object)->sock == events[i].sock) {
+                group_notify(me.g, object);
+                others |= group_object(me.g, object)->holds != GROUP_NONE;
+            }
+        }
+    }
+    any = take_local();
+    if (others) {
+        wake_relatives();
+    }
+    return any;
+}
+
+/* ---- A turn ---------------------------------------------------------------------------------------------------- */
+static void next_hops(void)
+{
+    struct bypass_addr wanted[WANTED];
+    int n = bypass_nexthop_wanted(&me.stack, wanted, WANTED);
+
+    for (int i = 0; i < n; i++) {
+        broker_resolve(&wanted[i]);
+    }
+}
+
+static bool more_waits(int got, int batch)
+{
+    return got == batch || (me.app->device == APP_DEV_LOOP && loop_waiting(&me.loop) > 0);
+}
+
+bool turn(void)
+{
+    int batch = me.app->batch ? (int)me.app->batch : 256;
+    bool any = false;
+
+    if (me.g->dead) {
+        return false;
+    }
+    for (int round = 0; round < TURN_ROUNDS; round++) {
+        uint64_t now = clock_ns();
+        int got = bypass_poll(&me.stack, now, batch);
+
+        me.g->turn_ns = now;
+        if (got > 0) {
+            any = true;
+        }
+        if (got < 0 || !more_waits(got, batch)) {
+            break;
+        }
+    }
+    me.g->unsent = 0;
+    next_hops();
+    leases_check();
+    return dispatch() || any;
+}
+
+void sent(void)
+{
+    if (++me.g->unsent >= FLUSH_AT) {
+        turn();
+    }
+}
+
+bool retry(void)
+{
+    uint64_t now = clock_ns();
+
+    if (now - me.g->turn_ns < RETRY_NS &&
+        !(me.app->device == APP_DEV_LOOP && (me.g->unsent || loop_waiting(&me.loop)))) {
+        return false;
+    }
+    me.turn_ns = now;
+    turn();
+    return true;
+}
+
+/* ---- Sleeping ---------------------------------------------------------------------------------------------------- */
+static int thread_wake_fd(void)
+{
+    if (!self.wake_fd) {
+        int fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+
+        self.wake_fd = fd + 1; /* closed by nobody: threads are few, and a thread's end has no hook that is cheap */
+    }
+    return self.wake_fd - 1;
+}
+
+static void sleeper_add(struct sleeper *s)
+{
+    s->woken = false;
+    s->next = me.sleepers;
+    s->prev = &me.sleepers;
+    if (s->next) {
+        s->next->prev = &s->next;
+    }
+    me.sleepers = s;
+    me.g->procs[me.proc].parked++;
+    if (!me.watcher || me.watcher == &me.helper) {
+        me.watcher = s;
+    }
+}
+
+/* Who watched leaves: another sleeper takes over. Members of an epoll set see the device anyway. */
+static void hand_over(void)
+{
+    uint64_t one = 1;
+
+    for (struct sleeper *s = me.sleepers; s; s = s->next) {
+        if (!s->epoll && s != &me.helper) {
+            wake(s);
+            return;
+        }
+    }
+    if (me.helper_deep) {
+        me.helper_deep = false;
+        (void)!real.write(me.helper.wake_fd, &one, sizeof one);
+    }
+}
+
+static void sleeper_remove(struct sleeper *s)
+{
+    *s->prev = s->next;
+    if (s->next) {
+        s->next->prev = s->prev;
+    }
+    me.g->procs[me.proc].parked--;
+    if (me.watcher == s) {
+        me.watcher = NULL;
+        hand_over();
+    }
+}
+
+static void drain(int fd)
+{
+    char buf[8];
+
+    while (real.read(fd, buf, sizeof buf) > 0) {}
+}
+
+static struct timespec *time_left(uint64_t until_ns, struct timespec *ts)
+{
+    uint64_t now;
+
+    if (until_ns == UINT64_MAX) {
+        return NULL;
+    }
+    now = clock_ns();
+    until_ns = until_ns > now ? until_ns - now : 0;
+    *ts = (struct timespec){.tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u)};
+    return ts;
+}
+
+/* Spins: polls the device without sleeping, as long as policy says. Whether something happened. */
+static bool spin(const struct sleeper *s, uint64_t until_ns)
+{
+    uint64_t end = clock_ns() + me.app->spin_us * 1000ull;
+
+    if (me.app->spin_us == 0) {
+        return false;
+    }
+    do {
+        if (turn() && s->woken) {
+            return true;
+        }
+        leave(); /* others want to work too */
+        enter();
+    } while (clock_ns() < (end < until_ns ? end : until_ns) && !s->woken);
+    return s->woken;
+}
+
+int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
+{
+    struct pollfd all[n + 2];
+    struct timespec ts;
+    uint32_t handled = self.handled;
+    uint64_t deadline = until_ns;
+    int got, own = 0, err;
+
+    s->wake_fd = thread_wake_fd();
+    sleeper_add(s);
+    if (spin(s, until_ns)) {
+        sleeper_remove(s);
+        drain(s->wake_fd);
+        return 0;
+    }
+    all[own++] = (struct pollfd){.fd = s->wake_fd, .events = POLLIN};
+    if (me.watcher == s) {
+        uint64_t due = bypass_deadline(&me.stack);
+
+        all[own++] = (struct pollfd){.fd = me.dev_ep, .events = POLLIN};
+        deadline = due < until_ns ? due : until_ns;
+    }
+    memcpy(all + own, fds, (size_t)n * sizeof *fds);
+    leave();
+    if (self.handled != handled) { /* a signal came while the lock was held: as if it had come now */
+        got = -1;
+        err = EINTR;
+    } else {
+        got = real.ppoll(all, (nfds_t)(n + own), time_left(deadline, &ts), mask);
+        err = errno;
+    }
+    enter();
+    sleeper_remove(s);
+    if (s->woken || (got > 0 && all[0].revents)) {
+        drain(s->wake_fd);
+    }
+    if (got < 0) {
+        return err == EINTR ? -EINTR : 0;
+    }
+    for (int i = got = 0; i < n; i++) {
+        fds[i].revents = all[own + i].revents;
+        got += fds[i].revents != 0;
+    }
+    if (me.wake_fd >= 0 && own > 1 && all[1].revents) {
+        drain(me.wake_fd);
+    }
+    return got || deadline != until_ns || until_ns == UINT64_MAX || clock_ns() < until_ns ? got : -ETIMEDOUT;
+}
+
+void object_wait(uint32_t object)
+{
+    uint32_t hold = group_hold_get(me.g, object, me.proc);
+
+    if (hold != GROUP_NONE) {
+        group_hold(me.g, hold)->waits = 1;
+    }
+}
+
+int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t *since)
+{
+    uint32_t object = object_index(o);
+    struct sleeper s = {.object = object};
+    struct pollfd shadow = {.fd = fd, .events = events};
+    uint64_t until = UINT64_MAX;
+    int got;
+
+    if (me.g->dead) {
+        return -ECONNRESET;
+    }
+    if (timeo_ns > 0) {
+        *since = *since ? *since : clock_ns();
+        until = *since + (uint64_t)timeo_ns;
+    }
+    me.turn_ns = clock_ns();
+    object_wait(object);
+    if (turn() || (object_ready(o) & events)) {
+        return 0; /* something happened: it may be what the caller waits for */
+    }
+    self.no_restart = false;
+    got = park(&s, &shadow, o->place == PLACE_BOTH, until, NULL);
+    if (got == -ETIMEDOUT) {
+        return -EAGAIN;
+    }
+    if (got == -EINTR && (self.no_restart || timeo_ns > 0)) {
+        return -EINTR;
+    }
+    turn();
+    return 0;
+}
+
+/* ---- The helper thread --------------------------------------------------------------------------------------------- */
+static void helper_sleep(uint64_t until_ns, bool watch)
+{
+    struct pollfd fds[3] = {{.fd = me.helper.wake_fd, .events = POLLIN},
+                            {.fd = broker_fd(), .events = POLLIN},
+                            {.fd = watch ? me.dev_ep : -1, .events = POLLIN}};
+    struct timespec ts;
+
+    leave();
+    real.ppoll(fds, 3, time_left(until_ns, &ts), NULL);
+    enter();
+    if (fds[0].revents) {
+        drain(me.helper.wake_fd);
+    }
+    if (fds[1].revents) {
+        broker_read();
+    }
+    if (fds[2].revents) {
+        drain(me.wake_fd);
+    }
+}
+
+/* Nobody watches the device: gives the stack a turn, and watches if nothing else happens. */
+static void helper_drive(void)
+{
+    uint64_t now = clock_ns();
+
+    if (now - me.turn_ns < TICK_NS) {
+        helper_sleep(me.turn_ns + TICK_NS, false);
+        return;
+    }
+    if (turn()) {
+        helper_sleep(clock_ns() + TICK_NS, false);
+        return;
+    }
+    me.watcher = &me.helper;
+    me.g->procs[me.proc].parked++;
+    helper_sleep(bypass_deadline(&me.stack), true);
+    me.g->procs[me.proc].parked--;
+    if (me.watcher == &me.helper) {
+        me.watcher = NULL;
+        turn();
+    }
+}
+
+static void *helper(void *arg)
+{
+    uint64_t seen = 0;
+    int quiet = 0;
+
+    (void)arg;
+    enter();
+    while (me.helper_runs) {
+        if (!me.watcher) {
+            quiet = 0;
+            helper_drive();
+        } else if (quiet++ < QUIET_TICKS) {
+            quiet = seen == me.turn_ns ? quiet : 0;
+            seen = me.turn_ns;
+            helper_sleep(clock_ns() + TICK_NS, false);
+        } else {
+            me.helper_deep = true;
+            helper_sleep(UINT64_MAX, false);
+            me.helper_deep = false;
+            quiet = 0;
+        }
+    }
+    leave();
+    return NULL;
+}
+
+void helper_start(void)
+{
+    sigset_t all, old;
+    pthread_attr_t attr;
+    pthread_t thread;
+
+    if (me.helper_runs) {
+        return;
+    }
+    me.helper = (struct sleeper){.object = GROUP_NONE, .wake_fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))};
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are the program's threads' */
+    pthread_attr_init(&attr);
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attr, 256 * 1024);
+    me.helper_runs = true;
+    if (pthread_create(&thread, &attr, helper, NULL) != 0) {
+        me.helper_runs = false;
+    }
+    pthread_attr_destroy(&attr);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}

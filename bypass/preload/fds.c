@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fds.c - descriptors and objects: which object a descriptor names, and when an object ends. A descriptor is always a
+ * real one of the kernel's; this table says what it means on the stack.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#include "preload.h"
+
+enum { HIDE_ABOVE = 3800 }; /* where the library's own descriptors lie, if the limit allows */
+
+uint32_t object_index(const struct object *o) { return (uint32_t)(o - group_object(me.g, 0)); }
+
+static inline uint32_t entry_object(uint32_t v) { return (v & ~(uint32_t)(FD_KERNEL | FD_HIDDEN)) - 1; }
+
+struct object *fd_enter_any(int fd)
+{
+    uint32_t v = fd_entry(fd);
+
+    if (likely(v == 0) || (v & (FD_EPOLL | FD_HIDDEN))) {
+        return NULL;
+    }
+    enter();
+    v = fd_entry(fd); /* another thread may have closed it */
+    if (v == 0 || (v & (FD_EPOLL | FD_HIDDEN))) {
+        leave();
+        return NULL;
+    }
+    return group_object(me.g, entry_object(v));
+}
+
+struct object *fd_enter(int fd)
+{
+    struct object *o = fd_on_stack(fd) ? fd_enter_any(fd) : NULL;
+
+    if (o && o->place != PLACE_STACK && o->place != PLACE_BOTH) {
+        if (o->place == PLACE_KERNEL) {
+            atomic_fetch_or_explicit(&me.table[fd], FD_KERNEL, memory_order_relaxed);
+        }
+        leave();
+        return NULL;
+    }
+    return o;
+}
+
+void fd_set_object(int fd, uint32_t object)
+{
+    if ((unsigned)fd >= FD_MAX) {
+        return;
+    }
+    group_ref(me.g, object, me.proc);
+    me.local[object].fds++;
+    atomic_store_explicit(&me.table[fd],
+                          (object + 1) | (group_object(me.g, object)->place == PLACE_KERNEL ? FD_KERNEL : 0),
+                          memory_order_relaxed);
+    if (fd >= me.fd_top) {
+        me.fd_top = fd + 1;
+    }
+}
+
+void fd_forget(int fd)
+{
+    uint32_t v = fd_entry(fd), object;
+
+    if (v == 0 || (v & (FD_EPOLL | FD_HIDDEN))) {
+        return;
+    }
+    object = entry_object(v);
+    atomic_store_explicit(&me.table[fd], 0, memory_order_relaxed);
+    if (--me.local[object].fds == 0) {
+        epoll_forget(object);
+    }
+    object_put(object);
+}
+
+/* ---- The library's own -------------------------------------------------------------------------------------- */
+int fd_hide(int fd)
+{
+    struct rlimit limit = {.rlim_cur = 1024};
+    int above, high;
+
+    if (fd < 0) {
+        return fd;
+    }
+    getrlimit(RLIMIT_NOFILE, &limit);
+    above = limit.rlim_cur > HIDE_ABOVE + 256 ? HIDE_ABOVE : (int)(limit.rlim_cur * 3 / 4);
+    high = real.fcntl(fd, F_DUPFD_CLOEXEC, above);
+    if (high >= 0) {
+        real.close(fd);
+        fd = high;
+    }
+    if (fd < FD_MAX && me.table) {
+        atomic_store_explicit(&me.table[fd], FD_HIDDEN, memory_order_relaxed);
+    }
+    return fd;
+}
+
+void fd_unhide(int fd)
+{
+    if (fd >= 0) {
+        if (fd < FD_MAX && me.table) {
+            atomic_store_explicit(&me.table[fd], 0, memory_order_relaxed);
+        }
+        real.close(fd);
+    }
+}

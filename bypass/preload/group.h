@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * group.h - what the relatives of an application share, in its memory (app.h): the lock, objects (sockets), processes,
+ * and which process has which object. No pointers: each process maps it elsewhere.
+ *
+ * An object is a socket of the program. Its shadow is the kernel socket that has the descriptor's number. Descriptors of
+ * all relatives that name it are counted in `refs`; with the last of them it ends.
+ *
+ * Everything here is read and written with the lock held, unless it says otherwise.
+ */
+#ifndef BYPASS_PRELOAD_GROUP_H
+#define BYPASS_PRELOAD_GROUP_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "app/app.h"
+
+enum {
+    GROUP_PROCS = 512,
+    GROUP_NONE = 0xffffffff, /* no index */
+    GROUP_WHY = 56,
+    HOLDS = 3, /* for each object, on the average */
+};
+
+enum place {
+    PLACE_UNDECIDED, /* opened, and nothing has told yet whose it will be */
+    PLACE_STACK,
+    PLACE_KERNEL, /* object.reason says why */
+    PLACE_BOTH,   /* a listener, a bound datagram socket: what is steered comes by the stack, the rest by the kernel */
+};
+
+/* Why a socket is the kernel's. */
+#define REASONS(X)                                                                                                     \
+    X(NONE, "")                                                                                                        \
+    X(NOT_GRANTED, "no rule of the policy grants it")                                                                  \
+    X(REFUSED, "the broker refused")                                                                                   \
+    X(LOOPBACK, "it is local: loopback traffic is the kernel's")                                                       \
+    X(IPV6, "IPv6")                                                                                                    \
+    X(PROTOCOL, "a protocol that the stack does not speak")                                                            \
+    X(FULL, "the stack has no room")                                                                                   \
+    X(OPTION, "an option that the stack does not have")                                                                \
+    X(UNBOUND_DATAGRAMS, "datagrams sent without bind() or connect()")                                                 \
+    X(INHERITED, "opened before the library was there, or by another program")                                         \
+    X(MULTICAST, "multicast or broadcast")                                                                             \
+    X(NOBODY, "nobody listens there on the stack")                                                                     \
+    X(URING, "io_uring is used")                                                                                       \
+    X(DUPLICATE, "the port is a relative's or another socket's on the stack")
+
+enum reason {
+#define X(name, text) WHY_##name,
+    REASONS(X)
+#undef X
+        WHY_COUNT
+};
+
+struct object {
+    uint32_t next;                    /* free list */
+    uint32_t refs;                    /* descriptors, of all relatives, and of messages under way */
+    uint64_t ino;                     /* of the shadow; 0: nobody needed it yet */
+    bypass_sock sock;                 /* -1: none */
+    int64_t rcvtimeo_ns, sndtimeo_ns; /* 0: none */
+    uint32_t lease;                   /* the broker's; 0: none */
+    uint32_t holds;                   /* list of struct hold */
+    int32_t pid, fd;                  /* its first descriptor, for people */
+    uint8_t type;                     /* BYPASS_STREAM, BYPASS_DGRAM */
+    uint8_t family;                   /* AF_INET, AF_INET6 */
+    uint8_t place;                    /* enum place */
+    uint8_t reason;                   /* enum reason */
+    uint8_t nonblock;                 /* O_NONBLOCK of the open file description */
+    uint8_t listening;
+    uint8_t connecting; /* a connect() is under way on the stack */
+    uint8_t bound;      /* by the program */
+    uint8_t v6only;
+    uint8_t shadow_nonblock; /* the shadow is O_NONBLOCK although the program's descriptor may not be */
+    uint8_t pad[2];
+    int32_t keep_fd; /* of the process keep_pid: a duplicate of the shadow that keeps the port until `lease` ends; -1 */
+    char why[GROUP_WHY]; /* more about `reason`; for people */
+};
+
+struct hold {       /* a process has descriptors of an object, or waits for it */
+    uint32_t next;  /* of the object's, or of the free list */
+    uint32_t qnext; /* of the process' queue */
+    uint32_t object;
+    uint32_t refs; /* descriptors */
+    uint16_t proc;
+    uint8_t queued;
+    uint8_t waits; /* it wants to know when the object becomes ready */
+};
+
+struct proc {                        /* a relative */
+    int32_t pid;                     /* 0: free */
+    uint32_t parked;                 /* threads asleep */
+    uint32_t queue_head, queue_tail; /* watches whose objects became ready */
+};
+
+struct leaving { /* a lease whose socket is closed: leases.c */
+    uint32_t lease;
+    uint16_t port, type;
+};
+
+struct group {
+    uint32_t magic, abi;
+    uint32_t ready;   /* atomic: 0 nobody has made the stack yet, 1 being made, 2 made */
+    uint32_t dead;    /* a relative died inside the stack: nothing of it can be trusted any more */
+    uint64_t wake_id; /* part of the names of the sockets that wake relatives */
+    pthread_mutex_t lock;
+    uint64_t turn_ns; /* when the stack was driven last */
+    uint32_t unsent;  /* calls whose output has not been handed to the device */
+    uint32_t objects_free, objects_bump, objects_used, objects_max;
+    uint32_t holds_free, holds_bump, holds_max;
+    uint64_t objects_off, holds_off;                       /* from the group's start */
+    uint64_t tcp_stack, tcp_kernel, udp_stack, udp_kernel; /* sockets that ended up there, ever */
+    uint64_t leaving_ns;                                   /* when they were looked at */
+    uint32_t leaving_count, pad;
+    struct leaving leaving[4096];
+    struct proc procs[GROUP_PROCS];
+};
+
+_Static_assert(sizeof(struct group) <= APP_GROUP_FIXED, "the head of the group fits");
+_Static_assert(sizeof(struct object) + HOLDS * sizeof(struct hold) <= APP_GROUP_PER_SOCKET,
+               "an object and its holds fit");
+
+static inline struct object *group_object(struct group *g, uint32_t i)
+{
+    return (struct object *)((uint8_t *)g + g->objects_off) + i;
+}
+static inline struct hold *group_hold(struct group *g, uint32_t i)
+{
+    return (struct hold *)((uint8_t *)g + g->holds_off) + i;
+}
+
+/* Makes a group in zeroed memory for so many sockets. 0 or -errno. */
+int group_init(struct group *g, uint64_t size, uint32_t max_socks, uint64_t wake_id);
+/* GROUP_NONE: there are too many. refs is 1. */
+uint32_t group_object_new(struct group *g);
+void group_object_free(struct group *g, uint32_t object);
+/* The object with this shadow; GROUP_NONE. A walk over all: for exec and passed descriptors only. */
+uint32_t group_find_ino(struct group *g, uint64_t ino);
+/* The hold of a process on an object, made when there is none. GROUP_NONE: there are too many. */
+uint32_t group_hold_get(struct group *g, uint32_t object, uint32_t proc);
+/* One descriptor more, and one less: whether it was the last of all processes. */
+void group_ref(struct group *g, uint32_t object, uint32_t proc);
+bool group_unref(struct group *g, uint32_t object, uint32_t proc);
+/* Puts an object into the queue of every process that waits for it. */
+void group_notify(struct group *g, uint32_t object);
+/* The next object that became ready for a process; GROUP_NONE. */
+uint32_t group_take(struct group *g, uint32_t proc);
+/* A place for a process; GROUP_NONE: too many. */
+uint32_t group_join(struct group *g, int32_t pid);
+/* It is gone: its descriptors count no more. Calls ended(arg, object) for each object that nobody has now. */
+void group_leave(struct group *g, uint32_t proc, void (*ended)(void *arg, uint32_t object), void *arg);
+/* The child of a process that forks has what it has. */
+void group_copy(struct group *g, uint32_t from, uint32_t to);
+const char *group_reason(int reason);
+
+#endif

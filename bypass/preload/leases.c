@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * leases.c - leases whose sockets are closed. The stack may have connections on the port for a while (TIME_WAIT too), and
+ * their packets must not reach the kernel: the lease ends with the last of them.
+ */
+#define _GNU_SOURCE
+#include "preload.h"
+
+enum { LEAVING = sizeof me.g->leaving / sizeof *me.g->leaving, CHECK_NS = 100000000 };
+
+void lease_leaves(uint32_t lease, int type, uint16_t port)
+{
+    for (uint32_t i = 0; i < LEAVING; i++) {
+        struct leaving *l = &me.g->leaving[i];
+
+        if (l->lease == 0) {
+            *l = (struct leaving){.lease = lease, .port = port, .type = (uint16_t)type};
+            me.g->leaving_count++;
+            return;
+        }
+    }
+    /* No room to remember it: it ends with the application. */
+}
+
+void leases_check(void)
+{
+    uint64_t now = me.g->turn_ns;
+
+    if (me.g->leaving_count == 0 || now - me.g->leaving_ns < CHECK_NS) {
+        return;
+    }
+    me.g->leaving_ns = now;
+    for (uint32_t i = 0; i < LEAVING; i++) {
+        struct leaving *l = &me.g->leaving[i];
+
+        if (l->lease && bypass_port_users(&me.stack, l->type, NULL, l->port) == 0) {
+            broker_release(l->lease);
+            l->lease = 0;
+            me.g->leaving_count--;
+        }
+    }
+}

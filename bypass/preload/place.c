@@ -1,0 +1,321 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * place.c - whose a socket is: the stack's, the kernel's (and why), or both. Decided when bind(), listen() or connect()
+ * tells with whom it will talk; the shadow has done its part before, so that errors are the kernel's own.
+ *
+ *   listener            both: what is steered comes by the stack; loopback, and what policy leaves out, by the kernel
+ *   bound datagrams     both
+ *   connecting          the stack's, where policy grants the peer; else the kernel's
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+enum { PORT_TRIES = 16 };
+
+static const struct bypass_addr localhost = {{[10] = 0xff, [11] = 0xff, 127, 0, 0, 1}};
+
+static bool is_any(const struct bypass_addr *a)
+{
+    static const uint8_t zero[4];
+
+    return memcmp(a->b + 12, zero, 4) == 0;
+}
+
+static bool looping(void) { return me.app->device == APP_DEV_LOOP; }
+
+void place_kernel(int fd, struct object *o, enum reason why, const char *more)
+{
+    uint32_t object = object_index(o);
+
+    if (o->sock >= 0) {
+        bypass_close(&me.stack, o->sock);
+        o->sock = -1;
+    }
+    if (o->lease) {
+        broker_release(o->lease);
+        o->lease = 0;
+    }
+    if (o->shadow_nonblock && !o->nonblock) {
+        real.fcntl(fd, F_SETFL, real.fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+        o->shadow_nonblock = 0;
+    }
+    o->place = PLACE_KERNEL;
+    o->reason = (uint8_t)why;
+    snprintf(o->why, sizeof o->why, "%s", more ? more : "");
+    o->type == BYPASS_STREAM ? me.g->tcp_kernel++ : me.g->udp_kernel++;
+    if (fd_is_object(fd)) {
+        atomic_store_explicit(&me.table[fd], (object + 1) | FD_KERNEL, memory_order_relaxed);
+    }
+    epoll_placed(object, fd);
+}
+
+static void place_on(struct object *o, int fd, enum place where)
+{
+    if (o->place == PLACE_UNDECIDED) {
+        o->type == BYPASS_STREAM ? me.g->tcp_stack++ : me.g->udp_stack++;
+    }
+    o->place = (uint8_t)where;
+    if (where == PLACE_BOTH && !o->shadow_nonblock) {
+        /* Nobody sleeps in the kernel's half of it: what comes by the stack would wait. */
+        real.fcntl(fd, F_SETFL, real.fcntl(fd, F_GETFL) | O_NONBLOCK);
+        o->shadow_nonblock = 1;
+    }
+    helper_start();
+    epoll_placed(object_index(o), fd);
+}
+
+/* The shadow's own address. */
+static int shadow_name(int fd, const struct object *o, struct bypass_endpoint *out)
+{
+    struct sockaddr_storage sa;
+    socklen_t len = sizeof sa;
+
+    if (real.getsockname(fd, (struct sockaddr *)&sa, &len) < 0) {
+        return -errno;
+    }
+    return name_from(o, (struct sockaddr *)&sa, len, out);
+}
+
+/* Asks for a flow. 0 and *local as it was granted, or the broker's refusal. */
+static int lease(int fd, struct object *o, struct bypass_endpoint *local, const struct bypass_endpoint *remote)
+{
+    struct app_msg m = {.kind = o->type, .local = *local};
+    int err;
+
+    if (looping()) {
+        return 0;
+    }
+    if (remote) {
+        m.remote = *remote;
+    }
+    err = broker_lease(&m, fd);
+    if (err < 0) {
+        place_kernel(fd, o, WHY_REFUSED, m.text);
+        return err;
+    }
+    *local = m.local;
+    o->lease = m.lease;
+    return 0;
+}
+
+/* ---- bind() and listen() ---------------------------------------------------------------------------------- */
+
+/* The address may be the stack's: not loopback, unless the stack loops. */
+static bool servable(int fd, struct object *o, const struct bypass_endpoint *local)
+{
+    bool loop = address_is_loopback(&local->addr);
+
+    if (loop != looping() && !is_any(&local->addr)) {
+        place_kernel(fd, o, loop ? WHY_LOOPBACK : WHY_NOT_GRANTED, NULL);
+        return false;
+    }
+    return true;
+}
+
+static int bind_datagrams(int fd, struct object *o, struct bypass_endpoint *local)
+{
+    int err;
+
+    if (!granted(BYPASS_DGRAM, local, NULL)) {
+        return 0; /* it may still be connected to a peer that is */
+    }
+    if (lease(fd, o, local, NULL) < 0) {
+        return PLACE_REAL;
+    }
+    err = bypass_bind(&me.stack, o->sock, local);
+    if (err < 0) {
+        place_kernel(fd, o, WHY_REFUSED, strerror(-err));
+        return PLACE_REAL;
+    }
+    place_on(o, fd, PLACE_BOTH);
+    return 0;
+}
+
+int place_bound(int fd, struct object *o)
+{
+    struct bypass_endpoint local;
+    int err = shadow_name(fd, o, &local);
+
+    o->bound = 1;
+    if (err < 0) {
+        place_kernel(fd, o, WHY_IPV6, NULL);
+        return PLACE_REAL;
+    }
+    if (o->place != PLACE_UNDECIDED || !servable(fd, o, &local)) {
+        return PLACE_REAL;
+    }
+    if (o->type == BYPASS_DGRAM) {
+        return bind_datagrams(fd, o, &local);
+    }
+    if (looping()) {
+        err = bypass_bind(&me.stack, o->sock, &local);
+        o->bound = err < 0 ? 2 : 1; /* 2: the shadow's half of bind() is done, the next try is about ours */
+        return err;
+    }
+    return 0;
+}
+
+int place_listen(int fd, struct object *o, int backlog)
+{
+    struct bypass_endpoint local, ours;
+    int err = shadow_name(fd, o, &local);
+
+    if (o->listening) {
+        return bypass_listen(&me.stack, o->sock, backlog);
+    }
+    if (err < 0 || !servable(fd, o, &local)) {
+        if (err < 0) {
+            place_kernel(fd, o, WHY_IPV6, NULL);
+        }
+        return PLACE_REAL;
+    }
+    if (!granted(BYPASS_STREAM, &local, NULL)) {
+        place_kernel(fd, o, WHY_NOT_GRANTED, NULL);
+        return PLACE_REAL;
+    }
+    if (lease(fd, o, &local, NULL) < 0) {
+        return PLACE_REAL;
+    }
+    if (bypass_local(&me.stack, o->sock, &ours) == 0 && ours.port == 0) {
+        err = bypass_bind(&me.stack, o->sock, &local);
+    }
+    err = err < 0 ? err : bypass_listen(&me.stack, o->sock, backlog);
+    if (err < 0) {
+        place_kernel(fd, o, WHY_DUPLICATE, strerror(-err));
+        return PLACE_REAL;
+    }
+    o->listening = 1;
+    place_on(o, fd, PLACE_BOTH);
+    return 0;
+}
+
+/* ---- connect() ----------------------------------------------------------------------------------------------- */
+
+/* Where the stack talks to itself the shadow reserves a port as the stack's connection takes it. */
+static int bind_looping(int fd, struct object *o)
+{
+    struct sockaddr_in in = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in6 in6 = {.sin6_family = AF_INET6};
+    struct bypass_endpoint local;
+    int err = 0;
+
+    memcpy(&in6.sin6_addr, &localhost, 16);
+    if (bypass_local(&me.stack, o->sock, &local) == 0 && local.port) {
+        return 0;
+    }
+    if (shadow_name(fd, o, &local) < 0 || local.port == 0) {
+        err = o->family == AF_INET6 ? real.bind(fd, (struct sockaddr *)&in6, sizeof in6)
+                                    : real.bind(fd, (struct sockaddr *)&in, sizeof in);
+        if (err < 0) {
+            return -errno;
+        }
+        shadow_name(fd, o, &local);
+    }
+    return bypass_bind(&me.stack, o->sock, &local);
+}
+
+/* Why this peer is the kernel's; WHY_NONE: it is the stack's. */
+static enum reason connect_reason(const struct object *o, const struct bypass_endpoint *to)
+{
+    static const struct bypass_endpoint any = {.addr = {{[10] = 0xff, [11] = 0xff}}};
+    struct bypass_endpoint local = any;
+    bool loop = address_is_loopback(&to->addr);
+
+    if (looping()) {
+        return !loop                                                             ? WHY_NOT_GRANTED
+               : bypass_port_users(&me.stack, o->type, &to->addr, to->port) == 0 ? WHY_NOBODY
+                                                                                 : WHY_NONE;
+    }
+    if (loop || is_any(&to->addr)) {
+        return WHY_LOOPBACK;
+    }
+    if (to->addr.b[12] >= 224) {
+        return WHY_MULTICAST;
+    }
+    bypass_local(&me.stack, o->sock, &local);
+    return granted(o->type, &local, to) ? WHY_NONE : WHY_NOT_GRANTED;
+}
+
+static int prepare_connect(int fd, struct object *o, const struct bypass_endpoint *to)
+{
+    struct bypass_endpoint local = {0};
+    int err;
+
+    if (looping()) {
+        return bind_looping(fd, o);
+    }
+    if (o->lease) {
+        if (o->type == BYPASS_DGRAM) {
+            return 0; /* bound already: every peer's packets come */
+        }
+        broker_release(o->lease); /* of a connection attempt that failed */
+        o->lease = 0;
+    }
+    shadow_name(fd, o, &local);
+    err = lease(fd, o, &local, to);
+    if (err < 0) {
+        return PLACE_REAL;
+    }
+    return bypass_bind(&me.stack, o->sock, &local);
+}
+
+static int connect_datagrams(int fd, struct object *o, const struct bypass_endpoint *to)
+{
+    int err = bypass_connect(&me.stack, o->sock, to);
+
+    if (err == 0) {
+        place_on(o, fd, PLACE_BOTH);
+    }
+    return err;
+}
+
+int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
+{
+    struct bypass_endpoint peer = *to;
+    enum reason why;
+    int err;
+
+    if (looping() && is_any(&peer.addr)) {
+        peer.addr = localhost; /* Linux: 0.0.0.0 is this host */
+    }
+    if (o->place == PLACE_STACK || o->listening) {
+        return bypass_connect(&me.stack, o->sock, &peer);
+    }
+    why = connect_reason(o, &peer);
+    if (why != WHY_NONE) {
+        if (o->place == PLACE_UNDECIDED) {
+            place_kernel(fd, o, why, NULL);
+        }
+        return PLACE_REAL;
+    }
+    err = prepare_connect(fd, o, &peer);
+    if (err != 0) {
+        return err;
+    }
+    if (o->type == BYPASS_DGRAM) {
+        return connect_datagrams(fd, o, &peer);
+    }
+    err = bypass_connect(&me.stack, o->sock, &peer);
+    if (err == 0 || err == -EINPROGRESS) {
+        place_on(o, fd, PLACE_STACK);
+    }
+    return err;
+}
+
+bool place_sends(const struct object *o, const struct bypass_endpoint *to)
+{
+    struct bypass_endpoint local = {0};
+
+    if (looping()) {
+        return bypass_port_users(&me.stack, BYPASS_DGRAM, &to->addr, to->port) > 0;
+    }
+    if (address_is_loopback(&to->addr) || is_any(&to->addr) || to->addr.b[12] >= 224) {
+        return false;
+    }
+    bypass_local(&me.stack, o->sock, &local);
+    return granted(BYPASS_DGRAM, &local, to);
+}

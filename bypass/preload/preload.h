@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * preload.h - what the files of the preload library share. docs/preload.md has the rules; in the order of a call:
+ *
+ *   calls_*.c     the functions that programs call: errno, cancellation, flags
+ *   fds.c         descriptor -> object; dup, close
+ *   place.c       whose a socket is: the stack's or the kernel's, and why
+ *   drive.c       turns of the stack, sleeping, waking, the helper thread
+ *   attach.c      this process' view of the application's memory; fork
+ *   broker.c      the conversation with the broker
+ *   group.c       what relatives share; real.c the C library's own functions
+ *
+ * The lock is the group's. Functions say "lock held", or take it by themselves. Results: >= 0 or -errno, as the core's.
+ */
+#ifndef BYPASS_PRELOAD_H
+#define BYPASS_PRELOAD_H
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <stdatomic.h>
+#include <sys/un.h>
+
+#include "app/loop.h"
+#include "group.h"
+#include "real.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+enum {
+    FD_MAX = 1 << 20,       /* descriptors above it are the kernel's */
+    FD_KERNEL = 0x40000000, /* its object is the kernel's for good: only close and dup have to know it */
+    FD_HIDDEN = 0x20000000, /* the library's own */
+    FD_EPOLL = (int)0x80000000,
+    WATCH_FDS = APP_QUEUES + 2,
+    FLUSH_AT = 32, /* calls that queued output before it is handed to the device anyway: what one kick sends */
+};
+
+struct item; /* an entry of an epoll set: epoll.h */
+struct epoll;
+
+struct local { /* of an object, in this process */
+    struct item *items;
+    uint32_t fds; /* descriptors here */
+};
+
+/* A thread asleep in park(). */
+struct sleeper {
+    struct sleeper *next, **prev;
+    uint32_t object;     /* that it waits for; GROUP_NONE: for several, it looks itself */
+    struct epoll *epoll; /* or for this set */
+    int wake_fd;         /* an eventfd: written to wake it */
+    bool woken;
+};
+
+struct me {       /* this process */
+    int attached; /* 0: nobody needed it yet; 1; -1: refused, all sockets are the kernel's */
+    char refused[200];
+    int32_t pid;
+    uint32_t proc; /* its place in group.procs */
+    struct app_header *app;
+    struct group *g;
+    struct bypass_stack stack;
+    struct bypass_netdev *dev;
+    struct loop loop;
+    struct afxdp *afxdp;
+    struct port *port;
+    int mem_fd, broker_fd, wake_fd;
+    int dev_ep;                   /* an epoll set of all that wakes the stack: device, relatives */
+    int watch_fds[WATCH_FDS];     /* its members */
+    bool watch_shared[WATCH_FDS]; /* ... that wake one relative only (EPOLLEXCLUSIVE) */
+    int watch_count;
+    struct sleeper *sleepers;
+    struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
+    struct sleeper helper;
+    bool helper_runs, helper_deep;
+    bool forked;             /* a child that has not joined the group yet */
+    int fd_top;              /* highest descriptor that was ever an object's, plus one */
+    uint64_t turn_ns;        /* the last turn of this process' own threads */
+    struct local *local;     /* by object */
+    _Atomic uint32_t *table; /* by descriptor: 0 the kernel's; object + 1, FD_KERNEL | object + 1, FD_EPOLL | ... */
+};
+extern struct me me;
+
+struct thread {       /* of the calling thread */
+    uint32_t inside;  /* it holds the lock: signal handlers wait (signal.c) */
+    uint32_t pending; /* a signal was put off meanwhile */
+    uint32_t handled; /* handlers that ran, ever: who was about to sleep looks whether it changed */
+    bool no_restart;  /* ... of these one had no SA_RESTART */
+    int wake_fd;      /* its eventfd plus one; 0: none yet */
+};
+extern __thread struct thread self;
+
+/* ---- attach.c */
+/* Makes this process an application's, if it is told to be one. Whether it is. Takes the lock by itself. */
+bool attach(void);
+/* After fork(), in the child, without the lock: joins the group anew. */
+void attach_child(void);
+
+/* ---- The lock */
+void enter(void);
+void leave(void);
+void signals_deliver(void); /* signal.c: runs what was put off; no lock held */
+
+/* ---- fds.c */
+/* Objects by descriptor. Lock taken when the result is not NULL, and the object is served by the stack (PLACE_STACK,
+ * PLACE_BOTH). NULL: it is the kernel's, nothing is held. */
+struct object *fd_enter(int fd);
+/* The same for any object, wherever it is served. */
+struct object *fd_enter_any(int fd);
+uint32_t object_index(const struct object *o);
+/* Lock held. fd names the object from now on, counted. */
+void fd_set_object(int fd, uint32_t object);
+/* Lock held. fd names no object any more; with the last descriptor of all relatives the object ends. */
+void fd_forget(int fd);
+/* Lock held: one reference less. */
+void object_put(uint32_t object);
+void object_end(uint32_t object); /* nobody has it any more */
+/* Lock held: close() of a descriptor, up to the kernel's part; the last of a listener's ends the kernel's half too. */
+void close_object(int fd);
+static inline uint32_t fd_entry(int fd)
+{
+    return likely((unsigned)fd < FD_MAX && me.table) ? atomic_load_explicit(&me.table[fd], memory_order_relaxed) : 0;
+}
+static inline bool fd_is_object(int fd)
+{
+    uint32_t v = fd_entry(fd);
+    return v != 0 && !(v & (FD_EPOLL | FD_HIDDEN));
+}
+static inline bool fd_on_stack(int fd) /* it may be: fd_enter() tells */
+{
+    uint32_t v = fd_entry(fd);
+    return v != 0 && !(v & (FD_KERNEL | FD_EPOLL | FD_HIDDEN));
+}
+/* A kernel descriptor of the library's own, moved to where programs do not look for theirs; close-on-exec. */
+int fd_hide(int fd);
+void fd_unhide(int fd); /* closes it */
+/* Whether fd is one of the library's own: programs that close everything must not close these. */
+static inline bool fd_hidden(int fd) { return (fd_entry(fd) & FD_HIDDEN) && !(fd_entry(fd) & FD_EPOLL); }
+
+/* ---- place.c. Lock held. */
+/* The socket is the kernel's from now on, and why. `more` may be NULL. */
+void place_kernel(int fd, struct object *o, enum reason why, const char *more);
+/* bind(), listen() and connect() have to decide. The shadow has done its part where said.
+ * 0; -errno is the call's result; PLACE_REAL: the call is the kernel's. */
+enum { PLACE_REAL = 1 };
+int place_bound(int fd, struct object *o);               /* after the shadow is bound */
+int place_listen(int fd, struct object *o, int backlog); /* after the shadow listens */
+int place_connect(int fd, struct object *o, const struct bypass_endpoint *to);
+/* Whether datagrams of o to this peer leave by the stack. */
+bool place_sends(const struct object *o, const struct bypass_endpoint *to);
+bool address_is_loopback(const struct bypass_addr *a);
+
+/* ---- drive.c. Lock held. */
+uint64_t clock_ns(void);
+/* Receives, runs timers, sends, tells who waits. Whether anything happened. */
+bool turn(void);
+/* A call has queued output: it leaves with the next turn, or now when there is much. */
+void sent(void);
+/* A call would block, and the program does not want to wait: a turn, unless there was one a moment ago. Whether it is
+ * worth trying again. */
+bool retry(void);
+/* Sleeps until one of these: an object became ready (sleeper.object, sleeper.epoll), a kernel descriptor of fds is (its
+ * revents say), until_ns (UINT64_MAX: never). The lock is let go of meanwhile. Number of fds ready, -EINTR, -ETIMEDOUT. */
+int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask);
+/* Waits until the object may have become ready for `events` (POLLIN, POLLOUT, ...). 0: try again; -EINTR; -EAGAIN: the
+ * timeout (timeo_ns; 0 none, counted from *since, which is 0 at first) is over. Restarts after signals as SA_RESTART
+ * says (signal(7)). */
+int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t *since);
+void wake(struct sleeper *s);
+/* From now on this process is told when the object becomes ready. */
+void object_wait(uint32_t object);
+socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc);
+/* Makes sure that the helper thread runs (for the broker's messages, and while nobody waits). */
+void helper_start(void);
+/* Level readiness of an object as poll(2) bits, the stack's half. */
+short object_ready(const struct object *o);
+/* epoll.c, called by dispatch: an object of this process became ready. */
+void epoll_ready(uint32_t object);
+void epoll_forget(uint32_t object);         /* its last descriptor of this process is closed */
+void epoll_child(void);                     /* after fork, in the child */
+void epoll_placed(uint32_t object, int fd); /* it is decided whose it is: members of sets change sides */
+void epoll_close(int fd);                   /* without the lock: a set's descriptor is about to be closed */
+
+/* ---- broker.c */
+/* Says hello: new application or relative. 0: me.app.., descriptors; -errno with me.refused set. */
+int broker_hello(int *fds, int max, int *count);
+int broker_ready(void);  /* then, with the stack there: addresses and grants */
+int broker_rejoin(void); /* after fork */
+/* Lock held throughout: one question, one answer. -errno of the answer. */
+int broker_lease(struct app_msg *m, int fd);
+void broker_release(uint32_t lease);
+/* Its socket is closed: it ends when the stack has no connection on the port any more. leases.c */
+void lease_leaves(uint32_t lease, int type, uint16_t port);
+void leases_check(void); /* now and then */
+void broker_resolve(const struct bypass_addr *dst);
+int broker_fd(void);    /* readable: broker_read() has work; -1 none */
+void broker_read(void); /* what the broker says of its own accord */
+bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote);
+void broker_announce_exec(void);
+int broker_linger(void);
+
+/* ---- Addresses: name.c */
+/* -EAFNOSUPPORT, -EINVAL (too short). An IPv4 address may come as AF_INET, or mapped in AF_INET6. */
+int name_from(const struct object *o, const struct sockaddr *sa, socklen_t len, struct bypass_endpoint *out);
+/* Writes what fits, and the whole length to *len, as the kernel does. */
+void name_to(const struct object *o, const struct bypass_endpoint *e, struct sockaddr *sa, socklen_t *len);
+
+static inline int result(int64_t r)
+{
+    if (unlikely(r < 0)) {
+        errno = (int)-r;
+        return -1;
+    }
+    return (int)r;
+}
+static inline ssize_t result_size(int64_t r)
+{
+    if (unlikely(r < 0)) {
+        errno = (int)-r;
+        return -1;
+    }
+    return (ssize_t)r;
+}
+
+#endif

@@ -1,0 +1,394 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* socket.c - socket(), bind(), listen(), accept(), connect(), shutdown(), names, close(), as programs call them. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+/* ---- Objects: made and ended -------------------------------------------------------------------------------- */
+
+/* A new object for fd; GROUP_NONE: there is no room, and the descriptor is just the kernel's. */
+static uint32_t object_make(int fd, int family, int type, bypass_sock sock)
+{
+    uint32_t i = group_object_new(me.g);
+    struct object *o;
+
+    if (i == GROUP_NONE) {
+        return i;
+    }
+    o = group_object(me.g, i);
+    o->refs = 0; /* fd_set_object() counts */
+    o->family = (uint8_t)family;
+    o->type = (uint8_t)type;
+    o->sock = sock;
+    o->pid = me.pid;
+    o->fd = fd;
+    if (sock >= 0) {
+        bypass_set_user(&me.stack, sock, i + 1);
+    }
+    fd_set_object(fd, i);
+    return i;
+}
+
+/* An accepted connection of the kernel's, or a socket that the stack cannot have: kept only to tell why. */
+static void object_of_kernel(int fd, int family, int type, enum reason why)
+{
+    uint32_t i;
+
+    enter();
+    i = object_make(fd, family, type, -1);
+    if (i != GROUP_NONE) {
+        place_kernel(fd, group_object(me.g, i), why, NULL);
+    }
+    leave();
+}
+
+void object_put(uint32_t object)
+{
+    if (group_unref(me.g, object, me.proc)) {
+        object_end(object);
+    }
+}
+
+void object_end(uint32_t object)
+{
+    struct object *o = group_object(me.g, object);
+    struct bypass_endpoint local = {0};
+
+    if (o->sock >= 0) {
+        bypass_local(&me.stack, o->sock, &local);
+        bypass_close(&me.stack, o->sock);
+        sent();
+    }
+    if (o->lease) {
+        lease_leaves(o->lease, o->type, local.port);
+    }
+    group_object_free(me.g, object);
+}
+
+void close_object(int fd)
+{
+    uint32_t object = (fd_entry(fd) & ~(uint32_t)FD_KERNEL) - 1;
+    const struct object *o = group_object(me.g, object);
+
+    if (o->refs == 1 && o->listening) {
+        /* The broker and relatives may have the kernel's socket too: it must not go on listening for them. */
+        real.shutdown(fd, SHUT_RDWR);
+    }
+    fd_forget(fd);
+}
+
+/* ---- socket() -------------------------------------------------------------------------------------------------- */
+static int kind_of(int domain, int type, int protocol)
+{
+    type &= ~(SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (domain != AF_INET && domain != AF_INET6) {
+        return -1;
+    }
+    if (type == SOCK_STREAM && (protocol == 0 || protocol == IPPROTO_TCP)) {
+        return BYPASS_STREAM;
+    }
+    return type == SOCK_DGRAM && (protocol == 0 || protocol == IPPROTO_UDP) ? BYPASS_DGRAM : -1;
+}
+
+EXPORT int socket(int domain, int type, int protocol)
+{
+    int fd, kind = kind_of(domain, type, protocol);
+    bypass_sock sock;
+    uint32_t i;
+
+    real_load();
+    fd = real.socket(domain, type, protocol);
+    if (fd < 0 || kind < 0 || !attach()) {
+        return fd;
+    }
+    enter();
+    sock = bypass_socket(&me.stack, kind);
+    i = object_make(fd, domain, kind, sock < 0 ? -1 : sock);
+    if (i == GROUP_NONE) {
+        if (sock >= 0) {
+            bypass_close(&me.stack, sock);
+        }
+    } else {
+        group_object(me.g, i)->nonblock = (type & SOCK_NONBLOCK) != 0;
+        if (sock < 0) {
+            place_kernel(fd, group_object(me.g, i), WHY_FULL, strerror((int)-sock));
+        }
+    }
+    leave();
+    return fd;
+}
+
+/* ---- bind(), listen() --------------------------------------------------------------------------------------------- */
+EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
+{
+    struct object *o;
+    int r;
+
+    real_load();
+    o = fd_enter_any(fd);
+    if (!o) {
+        return real.bind(fd, sa, len);
+    }
+    if (o->place == PLACE_UNDECIDED && o->bound == 2) {
+        r = place_bound(fd, o);
+    } else {
+        r = real.bind(fd, sa, len) < 0 ? -errno : o->place == PLACE_UNDECIDED ? place_bound(fd, o) : 0;
+    }
+    leave();
+    return result(r == PLACE_REAL ? 0 : r);
+}
+
+EXPORT int listen(int fd, int backlog)
+{
+    struct object *o;
+    int r;
+
+    real_load();
+    o = fd_enter_any(fd);
+    if (!o) {
+        return real.listen(fd, backlog);
+    }
+    if (o->place == PLACE_STACK) { /* a connection, or one that was */
+        r = bypass_listen(&me.stack, o->sock, backlog);
+    } else {
+        r = real.listen(fd, backlog) < 0 ? -errno : o->place == PLACE_KERNEL ? 0 : place_listen(fd, o, backlog);
+    }
+    leave();
+    return result(r == PLACE_REAL ? 0 : r);
+}
+
+/* ---- accept() ------------------------------------------------------------------------------------------------------ */
+
+/* A connection of the stack that waits: its descriptor; -EAGAIN: none does. */
+static int accept_stack(struct object *o, struct bypass_endpoint *peer, int flags)
+{
+    bypass_sock sock;
+    uint32_t i;
+    int fd;
+
+    if (me.g->dead || !(bypass_ready(&me.stack, o->sock) & BYPASS_IN)) {
+        return -EAGAIN;
+    }
+    fd = real.socket(o->family, SOCK_STREAM | flags, 0); /* its shadow */
+    if (fd < 0) {
+        return -errno; /* EMFILE: the connection goes on waiting, as in the kernel */
+    }
+    sock = bypass_accept(&me.stack, o->sock);
+    if (sock < 0) {
+        real.close(fd);
+        return (int)sock;
+    }
+    i = object_make(fd, o->family, BYPASS_STREAM, sock);
+    if (i == GROUP_NONE) {
+        bypass_abort(&me.stack, sock);
+        real.close(fd);
+        return -ENFILE;
+    }
+    group_object(me.g, i)->place = PLACE_STACK;
+    group_object(me.g, i)->nonblock = (flags & SOCK_NONBLOCK) != 0;
+    me.g->tcp_stack++;
+    bypass_peer(&me.stack, sock, peer);
+    return fd;
+}
+
+static int accept_both(struct object *o, int fd, struct sockaddr *sa, socklen_t *len, int flags, bool *kernels)
+{
+    struct bypass_endpoint peer = {0};
+    int got = accept_stack(o, &peer, flags);
+
+    *kernels = false;
+    if (got >= 0) {
+        name_to(o, &peer, sa, len);
+    }
+    if (got != -EAGAIN) {
+        return got;
+    }
+    got = real.accept4(fd, sa, len, flags);
+    *kernels = got >= 0;
+    return got < 0 ? -errno : got;
+}
+
+EXPORT int accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
+{
+    struct object *o;
+    uint64_t since = 0;
+    bool kernels = false;
+    int r, family;
+
+    real_load();
+    o = fd_enter(fd);
+    if (!o) {
+        return real.accept4(fd, sa, len, flags);
+    }
+    family = o->family;
+    if (!o->listening) {
+        leave();
+        return result(o->type == BYPASS_STREAM ? -EINVAL : -EOPNOTSUPP);
+    }
+    while ((r = accept_both(o, fd, sa, len, flags, &kernels)) == -EAGAIN) {
+        if (o->nonblock) {
+            if (!retry()) {
+                break;
+            }
+            r = accept_both(o, fd, sa, len, flags, &kernels);
+            break;
+        }
+        r = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
+        if (r < 0) {
+            break;
+        }
+        if (!fd_is_object(fd)) {
+            r = -EBADF; /* closed by another thread meanwhile */
+            break;
+        }
+    }
+    leave();
+    if (kernels) {
+        object_of_kernel(r, family, BYPASS_STREAM, WHY_LOOPBACK);
+    }
+    return result(r);
+}
+
+EXPORT int accept(int fd, struct sockaddr *sa, socklen_t *len) { return accept4(fd, sa, len, 0); }
+
+/* ---- connect() ------------------------------------------------------------------------------------------------------- */
+
+/* Waits for the end of the handshake. */
+static int connected(struct object *o, int fd, const struct bypass_endpoint *to)
+{
+    uint64_t since = 0;
+    int r;
+
+    do {
+        r = wait_for(o, fd, POLLOUT, o->sndtimeo_ns, &since);
+        if (r < 0) {
+            return r == -EAGAIN ? -EINPROGRESS : r;
+        }
+        r = bypass_connect(&me.stack, o->sock, to);
+    } while (r == -EALREADY || r == -EINPROGRESS);
+    return r;
+}
+
+/* connect() to AF_UNSPEC: the socket is fresh again. */
+static int disconnect(struct object *o, int fd, const struct sockaddr *sa, socklen_t len)
+{
+    static const struct bypass_endpoint none = {.addr = {{[10] = 0xff, [11] = 0xff}}};
+
+    real.connect(fd, sa, len);
+    return o->type == BYPASS_STREAM ? bypass_disconnect(&me.stack, o->sock) : bypass_connect(&me.stack, o->sock, &none);
+}
+
+EXPORT int connect(int fd, const struct sockaddr *sa, socklen_t len)
+{
+    struct bypass_endpoint to;
+    struct object *o;
+    int r;
+
+    real_load();
+    o = fd_enter_any(fd);
+    if (!o || o->place == PLACE_KERNEL) {
+        if (o) {
+            leave();
+        }
+        return real.connect(fd, sa, len);
+    }
+    if (len >= sizeof sa->sa_family && sa->sa_family == AF_UNSPEC) {
+        r = o->place == PLACE_UNDECIDED ? PLACE_REAL : disconnect(o, fd, sa, len);
+    } else if (name_from(o, sa, len, &to) < 0) {
+        if (o->place == PLACE_UNDECIDED) {
+            place_kernel(fd, o, WHY_IPV6, NULL);
+        }
+        r = PLACE_REAL;
+    } else {
+        r = place_connect(fd, o, &to);
+        if (r == -EINPROGRESS) {
+            turn();
+        }
+        if ((r == -EINPROGRESS || r == -EALREADY) && !o->nonblock) {
+            r = connected(o, fd, &to);
+        }
+        if (r == 0 && o->type == BYPASS_DGRAM) {
+            real.connect(fd, sa, len); /* the kernel's half hears this peer only, too */
+        }
+    }
+    leave();
+    return r == PLACE_REAL ? real.connect(fd, sa, len) : result(r);
+}
+
+/* ---- shutdown(), names ---------------------------------------------------------------------------------------------- */
+EXPORT int shutdown(int fd, int how)
+{
+    struct object *o;
+    int r;
+
+    real_load();
+    o = fd_enter(fd);
+    if (!o) {
+        return real.shutdown(fd, how);
+    }
+    r = bypass_shutdown(&me.stack, o->sock, how);
+    if (o->place == PLACE_BOTH) {
+        real.shutdown(fd, how);
+    }
+    group_notify(me.g, object_index(o));
+    sent();
+    leave();
+    return result(r);
+}
+
+/* The stack's name for a connection; the shadow has the right one for everything else. */
+static int name_of(int fd, struct sockaddr *sa, socklen_t *len, bool peer)
+{
+    struct bypass_endpoint e = {0};
+    struct object *o = fd_enter(fd);
+    int r;
+
+    if (!o || (!peer && o->place != PLACE_STACK)) {
+        if (o) {
+            leave();
+        }
+        return peer ? real.getpeername(fd, sa, len) : real.getsockname(fd, sa, len);
+    }
+    r = peer ? bypass_peer(&me.stack, o->sock, &e) : bypass_local(&me.stack, o->sock, &e);
+    if (r == 0) {
+        name_to(o, &e, sa, len);
+    }
+    leave();
+    return result(r);
+}
+
+EXPORT int getsockname(int fd, struct sockaddr *sa, socklen_t *len)
+{
+    real_load();
+    return name_of(fd, sa, len, false);
+}
+
+EXPORT int getpeername(int fd, struct sockaddr *sa, socklen_t *len)
+{
+    real_load();
+    return name_of(fd, sa, len, true);
+}
+
+/* ---- close() ------------------------------------------------------------------------------------------------------------ */
+EXPORT int close(int fd)
+{
+    real_load();
+    if (likely(fd_entry(fd) == 0)) {
+        return real.close(fd);
+    }
+    if (fd_hidden(fd)) {
+        return result(-EBADF);
+    }
+    if (fd_entry(fd) & FD_EPOLL) {
+        epoll_close(fd);
+        return real.close(fd);
+    }
+    if (fd_enter_any(fd)) {
+        close_object(fd);
+        leave();
+    }
+    return real.close(fd);
+}
