@@ -71,11 +71,12 @@ static uint32_t range_find(const struct bypass_stack *s, const struct tcp_ooo *o
         return NO_INDEX;
     if (seq_leq(range_at(s, o->last)->first, at))
         return o->last;
-    uint32_t r = o->hint != NO_INDEX ? o->hint : o->first;
-    while (seq_gt(range_at(s, r)->first, at))
-        r = range_at(s, r)->prev;
-    while (seq_leq(range_at(s, range_at(s, r)->link)->first, at))
-        r = range_at(s, r)->link;
+    const struct tcp_range *all = range_at(s, 0); /* an array: a step of a hostile walk costs no pool's arithmetic */
+    uint32_t r = o->hint != NO_INDEX ? o->hint : o->first, next;
+    while (seq_gt(all[r].first, at))
+        r = all[r].prev;
+    for (next = all[r].link; seq_leq(all[next].first, at); next = all[r].link)
+        r = next;
     return r;
 }
 
