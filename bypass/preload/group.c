@@ -37,7 +37,7 @@ int group_init(struct group *g, uint64_t size, uint32_t max_socks, uint64_t wake
     if (watches + (uint64_t)HOLDS * max_socks * sizeof(struct hold) > size) {
         return -ENOMEM;
     }
-    *g = (struct group){.magic = GROUP_MAGIC, .abi = APP_ABI, .wake_id = wake_id};
+    *g = (struct group){.magic = GROUP_MAGIC, .abi = APP_ABI, .ready = 1, .wake_id = wake_id};
     g->objects_off = objects;
     g->objects_max = max_socks;
     g->objects_free = g->holds_free = GROUP_NONE;

@@ -306,6 +306,22 @@ int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
     return err;
 }
 
+/* Where the stack talks to itself a port is taken as by bind(); on a network such datagrams are the kernel's. */
+void place_unbound(int fd, struct object *o, const struct sockaddr *sa, socklen_t len)
+{
+    struct bypass_endpoint to;
+
+    if (name_from(o, sa, len, &to) < 0) {
+        place_kernel(fd, o, WHY_IPV6, NULL);
+    } else if (looping() && connect_reason(o, &to) == WHY_NONE) {
+        if (bind_looping(fd, o) == 0) {
+            place_on(o, fd, PLACE_BOTH);
+        }
+    } else if (!looping() || !address_is_loopback(&to.addr)) {
+        place_kernel(fd, o, WHY_UNBOUND_DATAGRAMS, NULL);
+    }
+}
+
 bool place_sends(const struct object *o, const struct bypass_endpoint *to)
 {
     struct bypass_endpoint local = {0};

@@ -75,6 +75,7 @@ struct me {       /* this process */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
     bool helper_runs, helper_deep;
+    bool broken;             /* BYPASS_BREAK=recv: the control of the test suites, which have to notice */
     bool forked;             /* a child that has not joined the group yet */
     int fd_top;              /* highest descriptor that was ever an object's, plus one */
     uint64_t turn_ns;        /* the last turn of this process' own threads */
@@ -150,6 +151,8 @@ int place_listen(int fd, struct object *o, int backlog); /* after the shadow lis
 int place_connect(int fd, struct object *o, const struct bypass_endpoint *to);
 /* Whether datagrams of o to this peer leave by the stack. */
 bool place_sends(const struct object *o, const struct bypass_endpoint *to);
+/* A datagram socket sends to a peer before bind() and connect(). */
+void place_unbound(int fd, struct object *o, const struct sockaddr *sa, socklen_t len);
 bool address_is_loopback(const struct bypass_addr *a);
 
 /* ---- drive.c. Lock held. */
@@ -200,6 +203,10 @@ void broker_read(void); /* what the broker says of its own accord */
 bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote);
 void broker_announce_exec(void);
 int broker_linger(void);
+
+/* ---- pass.c: descriptors in messages on Unix sockets. Without the lock. */
+void pass_sent(const struct msghdr *h);
+void pass_received(struct msghdr *h);
 
 /* ---- Addresses: name.c */
 /* -EAFNOSUPPORT, -EINVAL (too short). An IPv4 address may come as AF_INET, or mapped in AF_INET6. */

@@ -9,7 +9,7 @@
 struct real real;
 
 /* A function that this C library lacks stays NULL: closefrom and epoll_pwait2 are of glibc 2.34 and 2.35. */
-__attribute__((constructor(101))) void real_load(void)
+__attribute__((constructor(101))) void real_load_now(void)
 {
     static bool done;
 

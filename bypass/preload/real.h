@@ -89,7 +89,13 @@ struct real {
 };
 extern struct real real;
 
+void real_load_now(void);
 /* Fills `real` in; again: nothing. Every function of ours that may be called before the constructor calls it first. */
-void real_load(void);
+static inline void real_load(void)
+{
+    if (__builtin_expect(!real.socket, 0)) {
+        real_load_now();
+    }
+}
 
 #endif
