@@ -123,7 +123,7 @@ static int attach_device(const int *fds, int count)
         }
         return loop_attach(&me.loop, mem, me.app->dev_size);
     case APP_DEV_AFXDP:
-        me.afxdp = afxdp_attach(mem, me.app->dev_size, fds, (uint32_t)count, me.app->rx_csum_trust, &error);
+        me.afxdp = afxdp_attach(mem, me.app->dev_size, fds, (uint32_t)count, 0, &error);
         if (!me.afxdp) {
             return -error.err;
         }
@@ -132,8 +132,24 @@ static int attach_device(const int *fds, int count)
             watch(afxdp_fd(me.afxdp, i), true);
         }
         return 0;
+    case APP_DEV_PORT:
+        me.dev = port_netdev(&me.port);
+        if (count < 2) {
+            return -EPROTO;
+        }
+        watch(fds[1], true);
+        return port_attach(&me.port, mem, me.app->dev_size, fds[0], fds[1]);
     default:
         return -EPROTO;
+    }
+}
+
+void device_sync(void)
+{
+    if (me.app->device == APP_DEV_AFXDP) {
+        afxdp_sync(me.afxdp);
+    } else if (me.app->device == APP_DEV_PORT) {
+        port_sync(&me.port);
     }
 }
 
@@ -244,7 +260,9 @@ static int attach_now(void)
         if (err < 0) {
             return err;
         }
-        fds[0] = fd_hide(fds[0]);
+        for (int i = 0; i < count; i++) {
+            fds[i] = fd_hide(fds[i]);
+        }
     }
     err = map_memory(fds[0]);
     if (err == 0) {
@@ -341,10 +359,10 @@ static void after_fork_child(void)
 void attach_child(void)
 {
     me.forked = false;
-    me.watch_count = 0;
-    for (int i = 0; me.afxdp && i < me.dev->queues; i++) {
-        watch(afxdp_fd(me.afxdp, i), true);
-    }
+    me.watch_count -= me.wake_fd >= 0; /* the parent's, which was added last */
+    fd_unhide(me.wake_fd);
+    fd_unhide(me.dev_ep);
+    me.wake_fd = me.dev_ep = -1;
     if (open_wakes() < 0) {
         refuse("a relative cannot be woken", errno);
     }

@@ -54,6 +54,9 @@ void enter(void)
     if (unlikely(pthread_mutex_lock(&me.g->lock) == EOWNERDEAD)) {
         lock_inherited();
     }
+    if (unlikely(me.g->relatives > 1)) {
+        device_sync();
+    }
     if (unlikely(me.forked)) {
         attach_child();
     }

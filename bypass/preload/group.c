@@ -230,6 +230,7 @@ uint32_t group_join(struct group *g, int32_t pid)
         if (p->pid == 0) {
             p->pid = pid;
             p->parked = 0;
+            g->relatives++;
             return i;
         }
     }
@@ -249,6 +250,7 @@ void group_leave(struct group *g, uint32_t proc, void (*ended)(void *arg, uint32
     }
     while (group_take(g, proc) != GROUP_NONE) {}
     g->procs[proc].pid = 0;
+    g->relatives--;
 }
 
 void group_copy(struct group *g, uint32_t from, uint32_t to)

@@ -21,6 +21,7 @@
 #include <sys/un.h>
 
 #include "app/loop.h"
+#include "fwd/port.h"
 #include "group.h"
 #include "real.h"
 
@@ -65,7 +66,7 @@ struct me {       /* this process */
     struct bypass_netdev *dev;
     struct loop loop;
     struct afxdp *afxdp;
-    struct port *port;
+    struct port port;
     int mem_fd, broker_fd, wake_fd;
     int dev_ep;                   /* an epoll set of all that wakes the stack: device, relatives */
     int watch_fds[WATCH_FDS];     /* its members */
@@ -98,6 +99,9 @@ extern __thread struct thread self;
 bool attach(void);
 /* After fork(), in the child, without the lock: joins the group anew. */
 void attach_child(void);
+
+/* Lock just taken: what relatives did to the device meanwhile. */
+void device_sync(void);
 
 /* ---- The lock */
 void enter(void);
