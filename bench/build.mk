@@ -9,7 +9,7 @@ STACK := $(patsubst %.c,build/release/%.o,$(wildcard bypass/stack/*.c))
 SIM := $(patsubst %.c,build/release/%.o,$(wildcard bypass/sim/*.c))
 HEADERS := $(wildcard bench/*.h) bypass/include/bypass.h bypass/sim/sim.h
 
-all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr idle many sim_bulk sim_copies hostile goodput synflood churn libserver.so)
+all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr idle many sim_bulk sim_copies hostile goodput synflood churn load rr libserver.so)
 
 $(OUT)/callgrind_rr $(OUT)/idle $(OUT)/many $(OUT)/synflood $(OUT)/churn: $(OUT)/%: bench/%.c $(STACK) $(HEADERS)
 	@mkdir -p $(@D)

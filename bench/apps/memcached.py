@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 from bench.apps.app import ServerApp
 from bench.apps.launch import Grant
@@ -16,7 +16,6 @@ from bypass.lab import SERVER_IP
 __all__ = ["Memcached"]
 
 PORT = 11211
-THREADS = 4
 CONNECTIONS = 16  # of each thread of the client
 SIZES = (0, 1, 100, 1448, 1449, 10_000, 200_000)
 
@@ -64,13 +63,14 @@ class Connection:
 
 class Memcached(ServerApp):
     name = "memcached"
-    title = f"memcached, {THREADS} threads"
+    title = "memcached, 4 threads"
     needs = ("memcached",)
     grants = (Grant(PORT),)
+    threads: ClassVar[int] = 4
 
     def argv(self) -> list[str]:
         return [
-            where("memcached"), "-l", SERVER_IP, "-p", str(PORT), "-U", "0", "-t", str(THREADS), "-m", "256",
+            where("memcached"), "-l", SERVER_IP, "-p", str(PORT), "-U", "0", "-t", str(self.threads), "-m", "256",
         ]  # fmt: skip
 
     def exercise(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Memcached(ServerApp):
         stats = connection.stats()
         connection.close()
         asked = 4 * CONNECTIONS * rounds
-        self.expect(stats["threads"] == str(THREADS), f"{stats['threads']} threads")
+        self.expect(stats["threads"] == str(self.threads), f"{stats['threads']} threads")
         for name in ("cmd_set", "cmd_get", "get_hits"):
             self.expect(int(stats[name]) == asked, f"{name} is {stats[name]} and should be {asked}")
         return {name: int(stats[name]) for name in ("cmd_get", "cmd_set", "total_connections")}

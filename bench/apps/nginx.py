@@ -20,7 +20,6 @@ from bypass.lab import SERVER_IP
 __all__ = ["Nginx", "NginxShort"]
 
 PORT = 8080
-WORKERS = 2
 CONF = """
 daemon off;
 worker_processes {workers};
@@ -45,14 +44,15 @@ GROWTH_BYTES = 4 << 20
 
 class Nginx(ServerApp):
     name = "nginx"
-    title = f"nginx, {WORKERS} workers"
+    title = "nginx, 2 workers"
     needs: ClassVar[tuple[str, ...]] = ("nginx", "wrk")
     grants = (Grant(PORT),)
+    worker_processes: ClassVar[int] = 2
 
     def argv(self) -> list[str]:
         folder = self.place.folder
         self.digests = make_files(folder / "www")
-        conf = CONF.format(workers=WORKERS, folder=folder, address=SERVER_IP, port=PORT)
+        conf = CONF.format(workers=self.worker_processes, folder=folder, address=SERVER_IP, port=PORT)
         (folder / "nginx.conf").write_text(conf)
         return [where("nginx"), *self.options()]
 
@@ -68,7 +68,8 @@ class Nginx(ServerApp):
 
     def exercise(self) -> dict[str, Any]:
         figures: dict[str, Any] = {"workers": len(self.workers())}
-        self.expect(len(self.workers()) == WORKERS, f"{len(self.workers())} workers, not {WORKERS}")
+        wanted = self.worker_processes
+        self.expect(len(self.workers()) == wanted, f"{len(self.workers())} workers, not {wanted}")
         figures["requests_per_s"] = self.attempt("wrk", self._wrk)
         figures["keepalive"] = self.attempt("keepalive", self._keepalive)
         figures["large_mb_per_s"] = self.attempt("10 MB", self._large)
@@ -183,7 +184,7 @@ class Nginx(ServerApp):
 
     def _wait_new_workers(self, before: set[int]) -> None:
         deadline = time.monotonic() + 20
-        while len(set(self.workers()) - before) < WORKERS or set(self.workers()) & before:
+        while len(set(self.workers()) - before) < self.worker_processes or set(self.workers()) & before:
             if time.monotonic() > deadline:
                 raise BenchError(f"workers {sorted(before)} became {self.workers()}: {self.server.said()}")
             time.sleep(0.02)

@@ -85,7 +85,13 @@ class Place:
         return max(least, int(full * self.scale))
 
     def client(
-        self, argv: Sequence[str], *, timeout: float = 120, core: int | None = None, check: bool = True
+        self,
+        argv: Sequence[str],
+        *,
+        timeout: float = 120,
+        core: int | None = None,
+        check: bool = True,
+        stdin: str = "",
     ) -> str:
         """Runs a program of the kernel's side, as root, to its end; what it printed.
 
@@ -96,7 +102,7 @@ class Place:
         with netns.entered(self.lab.client_ns):
             done = subprocess.run(
                 [*pinned, *argv],
-                capture_output=True, text=True, timeout=timeout, check=False, env=environment(self.folder),
+                input=stdin, capture_output=True, text=True, timeout=timeout, check=False, env=environment(self.folder),
             )  # fmt: skip
         if check and done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip())[-500:]
