@@ -115,6 +115,9 @@ $(OUT)/bypass/stack/%.o: bypass/stack/%.c | $(VENV)/.stamp
 	@echo '  CC   $(OUT): $<'
 	$(Q)$(CC) $(CFLAGS) $(INC_stack) -MMD -MP -c $< -o $@
 
+# Loaded with the program: its thread-local data has a fixed place.
+$(OUT)/bypass/preload/%.o: CFLAGS += -ftls-model=initial-exec
+
 $(OUT)/bypass/%.o: bypass/%.c | $(VENV)/.stamp
 	@mkdir -p $(@D)
 	@echo '  CC   $(OUT): $<'

@@ -134,7 +134,7 @@ static void wake_relative(uint32_t proc)
 
 static void wake_relatives(void)
 {
-    for (uint32_t i = 0; i < GROUP_PROCS; i++) {
+    for (uint32_t i = 0; i < me.g->procs_top; i++) {
         struct proc *p = &me.g->procs[i];
 
         if (i != me.proc && p->pid && p->parked && p->queue_head != GROUP_NONE) {
@@ -176,7 +176,7 @@ static bool dispatch(void)
         }
     }
     any = take_local();
-    if (others) {
+    if (others && me.g->relatives > 1) {
         wake_relatives();
     }
     return any;

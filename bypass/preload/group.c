@@ -231,6 +231,7 @@ uint32_t group_join(struct group *g, int32_t pid)
             p->pid = pid;
             p->parked = 0;
             g->relatives++;
+            g->procs_top = i >= g->procs_top ? i + 1 : g->procs_top;
             return i;
         }
     }

@@ -101,10 +101,11 @@ struct leaving { /* a lease whose socket is closed: leases.c */
 
 struct group {
     uint32_t magic, abi;
-    uint32_t ready;           /* atomic: 0 nobody has made the stack yet, 1 being made, 2 made */
-    uint32_t dead;            /* a relative died inside the stack: nothing of it can be trusted any more */
-    uint32_t relatives, pad0; /* processes */
-    uint64_t wake_id;         /* part of the names of the sockets that wake relatives */
+    uint32_t ready;     /* atomic: 0 nobody has made the stack yet, 1 being made, 2 made */
+    uint32_t dead;      /* a relative died inside the stack: nothing of it can be trusted any more */
+    uint32_t relatives; /* processes, */
+    uint32_t procs_top; /* in the first so many of `procs` */
+    uint64_t wake_id;   /* part of the names of the sockets that wake relatives */
     pthread_mutex_t lock;
     uint64_t turn_ns; /* when the stack was driven last */
     uint32_t unsent;  /* calls whose output has not been handed to the device */
