@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * calls_file.c - sendfile() and splice(): files and pipes on one side, a connection of the stack on the other. Bytes go
+ * through a buffer here; what the other side does not take is not taken from where it was.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/sendfile.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "data.h"
+
+enum { PIECE = 1 << 16, MOST = 0x7ffff000 /* what one call moves at most: sendfile(2) */ };
+
+/* One piece to a connection; lock held. */
+static int64_t put(struct object *o, int fd, const void *buf, size_t n, int flags)
+{
+    return data_send(o, fd, &(struct iovec){(void *)buf, n}, 1, flags, NULL);
+}
+
+/* ---- sendfile(2) ------------------------------------------------------------------------------------------------- */
+struct source {
+    int fd;
+    off_t at;
+    bool advance; /* its file offset moves, as no `offset` was given */
+};
+
+static int source_open(struct source *s, int fd, const off_t *offset)
+{
+    struct stat st;
+
+    *s = (struct source){.fd = fd, .at = offset ? *offset : 0, .advance = !offset};
+    if (fstat(fd, &st) < 0) {
+        return -errno;
+    }
+    if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
+        return -EINVAL; /* "must correspond to a file which supports mmap-like operations" */
+    }
+    if (!offset) {
+        s->at = lseek(fd, 0, SEEK_CUR);
+        return s->at < 0 ? -errno : 0;
+    }
+    return *offset < 0 ? -EINVAL : 0;
+}
+
+/* Until all is sent, the file ends, or the connection takes no more. The file is read without the lock. */
+static int64_t file_to_connection(int out, struct source *in, size_t count)
+{
+    static __thread char *buf;
+    int64_t done = 0, r = 0;
+
+    if (!buf && !(buf = malloc(PIECE))) {
+        return -ENOMEM;
+    }
+    while ((size_t)done < count) {
+        size_t want = count - (size_t)done < PIECE ? count - (size_t)done : PIECE;
+        ssize_t got = pread(in->fd, buf, want, in->at);
+        struct object *o;
+
+        if (got <= 0) {
+            r = got < 0 ? -errno : 0;
+            break;
+        }
+        o = fd_enter(out);
+        if (!o) {
+            r = -EBADF;
+            break;
+        }
+        r = put(o, out, buf, (size_t)got, (size_t)done + (size_t)got < count ? MSG_MORE : 0);
+        leave();
+        if (r < 0) {
+            break;
+        }
+        done += r;
+        in->at += r;
+        if (r < got) {
+            break;
+        }
+    }
+    return done ? done : r;
+}
+
+EXPORT ssize_t sendfile(int out, int in, off_t *offset, size_t count)
+{
+    struct source source;
+    int64_t r;
+
+    real_load();
+    if (!fd_on_stack(out)) {
+        return fd_on_stack(in) ? (ssize_t)result(-EINVAL) : real.sendfile(out, in, offset, count);
+    }
+    if (!fd_enter(out)) {
+        return real.sendfile(out, in, offset, count);
+    }
+    leave();
+    r = source_open(&source, in, offset);
+    if (r == 0) {
+        r = file_to_connection(out, &source, count < MOST ? count : MOST);
+    }
+    if (r > 0 && source.advance) {
+        lseek(in, source.at, SEEK_SET);
+    } else if (r > 0) {
+        *offset = source.at;
+    }
+    return result_size(data_broken_pipe(r, 0, BYPASS_STREAM));
+}
+
+EXPORT ssize_t sendfile64(int out, int in, off64_t *offset, size_t count)
+    __attribute__((alias("sendfile"))); /* off_t has 64 bits on every architecture that this is built for */
+
+/* ---- splice(2) ----------------------------------------------------------------------------------------------------- */
+
+/* A pipe's bytes are looked at by tee(2) into a pipe of our own, sent, and then as many are taken out as went. */
+static int64_t pipe_to_connection(int out, int in, size_t count, unsigned flags)
+{
+    static __thread int scratch[2] = {-1, -1};
+    char buf[PIECE];
+    struct object *o;
+    ssize_t n;
+    int64_t r;
+
+    if (scratch[0] < 0) {
+        int made[2];
+
+        if (pipe2(made, O_CLOEXEC | O_NONBLOCK) < 0) {
+            return -errno;
+        }
+        scratch[0] = fd_hide(made[0]);
+        scratch[1] = fd_hide(made[1]);
+    }
+    n = tee(in, scratch[1], count < PIECE ? count : PIECE, flags & SPLICE_F_NONBLOCK);
+    if (n <= 0) {
+        return n < 0 ? -errno : 0;
+    }
+    n = real.read(scratch[0], buf, sizeof buf);
+    o = n > 0 ? fd_enter(out) : NULL;
+    if (!o) {
+        return n < 0 ? -errno : -EBADF;
+    }
+    r = put(o, out, buf, (size_t)n,
+            (flags & SPLICE_F_NONBLOCK ? MSG_DONTWAIT : 0) | (flags & SPLICE_F_MORE ? MSG_MORE : 0));
+    leave();
+    for (int64_t left = r; left > 0;) {
+        n = real.read(in, buf, (size_t)left < sizeof buf ? (size_t)left : sizeof buf);
+        if (n <= 0) {
+            break;
+        }
+        left -= n;
+    }
+    return r;
+}
+
+/* What a connection has is peeked at, written, and then as much is taken out as the pipe took. */
+static int64_t connection_to_pipe(int out, int in, size_t count, unsigned flags)
+{
+    char buf[PIECE];
+    struct object *o = fd_enter(in);
+    struct iovec iov = {buf, count < PIECE ? count : PIECE};
+    int64_t n, r;
+
+    if (!o) {
+        return -EBADF;
+    }
+    n = data_receive(o, in, &iov, 1, MSG_PEEK | (flags & SPLICE_F_NONBLOCK ? MSG_DONTWAIT : 0), NULL, NULL);
+    leave();
+    if (n <= 0) {
+        return n;
+    }
+    if (flags & SPLICE_F_NONBLOCK && real.poll(&(struct pollfd){.fd = out, .events = POLLOUT}, 1, 0) <= 0) {
+        return -EAGAIN;
+    }
+    r = real.write(out, buf, (size_t)n);
+    if (r < 0) {
+        return -errno;
+    }
+    o = fd_enter(in);
+    if (o) {
+        iov.iov_len = (size_t)r;
+        (void)data_receive(o, in, &iov, 1, MSG_DONTWAIT, NULL, NULL);
+        leave();
+    }
+    return r;
+}
+
+static bool is_pipe(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) == 0 && S_ISFIFO(st.st_mode);
+}
+
+EXPORT ssize_t splice(int in, off_t *in_at, int out, off_t *out_at, size_t count, unsigned flags)
+{
+    bool from = fd_on_stack(in), to = fd_on_stack(out);
+    int64_t r;
+
+    real_load();
+    if (!from && !to) {
+        return real.splice(in, in_at, out, out_at, count, flags);
+    }
+    if (in_at || out_at) {
+        return result_size(-ESPIPE);
+    }
+    if (count == 0) {
+        return 0;
+    }
+    if (to) {
+        r = is_pipe(in) ? pipe_to_connection(out, in, count, flags) : -EINVAL;
+    } else {
+        r = is_pipe(out) ? connection_to_pipe(out, in, count, flags) : -EINVAL;
+    }
+    if (r == -EBADF) { /* it is the kernel's after all */
+        return real.splice(in, in_at, out, out_at, count, flags);
+    }
+    return result_size(data_broken_pipe(r, 0, BYPASS_STREAM));
+}
