@@ -91,7 +91,8 @@ enum app_msg_type {
     APP_NEXTHOP = 6, /* remote.addr, mac, mtu (0: the interface's); flags 1: unreachable, 2: forget it (addr ::: all) */
     APP_ADDR_ADD = 7, /* local.addr is this host's, prefix_len */
     APP_ADDR_DEL = 8,
-    /* One rule of the policy that this user may use; index 0 begins a new list. kind 0: both; local.port..last_port. */
+    /* One rule of the policy that this user may use; kind 0: both; local.port..last_port, remote.port..last_remote_port.
+     * index 0 begins a new list, flags 1 ends it: then it replaces the old one. flags 2: the list is empty. */
     APP_GRANT = 9,
     APP_REVOKED = 10, /* lease: the policy grants it no more. Its packets are the kernel's already */
     APP_LINK = 11,    /* flags 0: up, 1: down, 2: gone for good */

@@ -17,8 +17,8 @@
 
 enum { GRANTS = 256, ANSWER_MS = 5000, HELLO_MS = 20000 };
 
-static struct app_msg grants[GRANTS];
-static uint32_t grant_count;
+static struct app_msg grants[GRANTS], incoming[GRANTS]; /* in force; being told */
+static uint32_t grant_count, incoming_count;
 static uint32_t next_seq;
 
 /* ---- Messages --------------------------------------------------------------------------------------------- */
@@ -138,9 +138,13 @@ static void revoked(uint32_t lease)
 
 static void take_grant(const struct app_msg *m)
 {
-    grant_count = m->index == 0 ? 0 : grant_count;
-    if (grant_count < GRANTS) {
-        grants[grant_count++] = *m;
+    incoming_count = m->index == 0 ? 0 : incoming_count;
+    if (incoming_count < GRANTS && !(m->flags & 2)) {
+        incoming[incoming_count++] = *m;
+    }
+    if (m->flags & 3) {
+        memcpy(grants, incoming, incoming_count * sizeof *grants);
+        grant_count = incoming_count;
     }
 }
 
@@ -255,10 +259,10 @@ static void refused_by(const struct app_msg *m, int err)
     snprintf(me.refused, sizeof me.refused, "%s", m->text[0] ? m->text : strerror(-err));
 }
 
-static int hello(struct app_msg *m, int *fds, int max, int *count)
+/* A connection, and the message that begins it. */
+static int introduce(struct app_msg *m)
 {
     int fd = dial();
-    int err;
 
     if (fd < 0) {
         snprintf(me.refused, sizeof me.refused, "no broker at %s: %s (`bypass up` starts one)", getenv("BYPASS_SOCKET"),
@@ -268,7 +272,18 @@ static int hello(struct app_msg *m, int *fds, int max, int *count)
     me.broker_fd = fd;
     m->type = APP_HELLO;
     m->abi = APP_ABI;
+    m->seq = ++next_seq;
     snprintf(m->name, sizeof m->name, "%s", getenv("BYPASS_PROCNAME") ?: program_invocation_short_name);
+    return 0;
+}
+
+static int hello(struct app_msg *m, int *fds, int max, int *count)
+{
+    int err = introduce(m);
+
+    if (err < 0) {
+        return err;
+    }
     err = ask(m, -1, fds, max, count, HELLO_MS);
     if (err < 0) {
         refused_by(m, err);
@@ -363,10 +378,12 @@ int broker_ready(void)
     return me.broker_fd >= 0 ? -ETIMEDOUT : 0;
 }
 
+/* The answer, with descriptors that this process has already, and the lists after it are heeded when they come: the lock
+ * is held, and relatives do not wait for the broker. */
 int broker_rejoin(void)
 {
     struct app_msg m = {.app = me.app->app};
-    int fds[APP_QUEUES + 3], count = 0, err;
+    int err;
 
     if (me.app->device == APP_DEV_LOOP && me.broker_fd < 0) {
         return 0;
@@ -375,11 +392,8 @@ int broker_rejoin(void)
         lost(); /* the parent's: two readers would take each other's answers */
     }
     memcpy(m.token, me.app->token, APP_TOKEN);
-    err = hello(&m, fds, APP_QUEUES + 3, &count);
-    while (count > 0) {
-        real.close(fds[--count]);
-    }
-    return err < 0 ? err : broker_ready();
+    err = introduce(&m);
+    return err < 0 ? err : say(&m, -1);
 }
 
 void broker_announce_exec(void)

@@ -7,6 +7,8 @@
 
 #include "preload.h"
 
+enum { LINGER_LOOK_NS = 5000000 };
+
 /* ---- Objects: made and ended -------------------------------------------------------------------------------- */
 
 /* A new object for fd; GROUP_NONE: there is no room, and the descriptor is just the kernel's. */
@@ -68,6 +70,29 @@ void object_end(uint32_t object)
     group_object_free(me.g, object);
 }
 
+/* SO_LINGER: close() waits until what was sent has arrived, or for so long (socket(7)). */
+static void linger(struct object *o)
+{
+    int64_t seconds = o->refs == 1 && o->place == PLACE_STACK ? bypass_getopt(&me.stack, o->sock, BYPASS_SO_LINGER) : 0;
+    uint64_t now = clock_ns(), until = now + (uint64_t)(seconds > 0 ? seconds : 0) * 1000000000u;
+    struct bypass_tcp_info info;
+
+    if (seconds <= 0 || bypass_shutdown(&me.stack, o->sock, BYPASS_SHUT_WR) < 0) {
+        return;
+    }
+    turn();
+    while (now < until && bypass_tcp_info(&me.stack, o->sock, &info) == 0 && info.snd_una != info.snd_nxt) {
+        struct sleeper s = {.object = object_index(o)};
+
+        /* Nothing tells of the last acknowledgment: looked at now and then. */
+        if (park(&s, NULL, 0, now + LINGER_LOOK_NS < until ? now + LINGER_LOOK_NS : until, NULL) == -EINTR) {
+            return;
+        }
+        turn();
+        now = clock_ns();
+    }
+}
+
 void close_object(int fd)
 {
     uint32_t object = (fd_entry(fd) & ~(uint32_t)FD_KERNEL) - 1;
@@ -76,6 +101,9 @@ void close_object(int fd)
     if (o->refs == 1 && o->listening) {
         /* The broker and relatives may have the kernel's socket too: it must not go on listening for them. */
         real.shutdown(fd, SHUT_RDWR);
+    }
+    if (o->type == BYPASS_STREAM && o->sock >= 0) {
+        linger(group_object(me.g, object));
     }
     fd_forget(fd);
 }
