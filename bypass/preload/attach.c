@@ -295,7 +295,11 @@ bool attach(void)
     if (likely(me.attached)) {
         return me.attached > 0;
     }
+    if (self.attaching) {
+        return false; /* the device asks about its interface by a socket of its own */
+    }
     pthread_mutex_lock(&attaching);
+    self.attaching = true;
     if (!me.attached) {
         int saved = errno;
         int done = !wanted() ? -1 : attach_now() == 0 ? 1 : -1;
@@ -312,6 +316,7 @@ bool attach(void)
         }
         errno = saved;
     }
+    self.attaching = false;
     pthread_mutex_unlock(&attaching);
     return me.attached > 0;
 }

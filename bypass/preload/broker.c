@@ -165,6 +165,11 @@ static void heed(const struct app_msg *m)
     case APP_GRANT:
         take_grant(m);
         break;
+    case APP_RESOLVE: /* the answer to broker_resolve(); EINPROGRESS: it is told later */
+        if (m->error == 0) {
+            next_hop(m);
+        }
+        break;
     case APP_NEXTHOP:
         next_hop(m);
         break;

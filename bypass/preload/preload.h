@@ -90,6 +90,7 @@ struct thread {       /* of the calling thread */
     uint32_t pending; /* a signal was put off meanwhile */
     uint32_t handled; /* handlers that ran, ever: who was about to sleep looks whether it changed */
     bool no_restart;  /* ... of these one had no SA_RESTART */
+    bool attaching;   /* in attach() */
     int wake_fd;      /* its eventfd plus one; 0: none yet */
 };
 extern __thread struct thread self;
