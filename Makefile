@@ -48,7 +48,7 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build demo programs test test-oracle test-programs bench bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-programs bench bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -59,6 +59,16 @@ help: ## This list
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
 build: $(VENV)/.stamp $(EXT) $(LIB) $(PRELOAD) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python and build/libbypass.so
+
+PREFIX ?= /usr/local
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+install: build ## The C libraries, headers and pkg-config files: below PREFIX (/usr/local), in DESTDIR
+	$(Q)install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/include
+	$(Q)install -m 755 $(LIB) $(PRELOAD) $(DESTDIR)$(PREFIX)/lib/
+	$(Q)ln -sf libbypass-preload.so $(DESTDIR)$(PREFIX)/lib/libbypass-posix.so
+	$(Q)install -m 644 bypass/include/bypass.h $(DESTDIR)$(PREFIX)/include/
+	$(Q)for pc in bypass bypass-posix; do sed 's#@PREFIX@#$(PREFIX)#; s#@VERSION@#$(VERSION)#' scripts/$$pc.pc.in \
+		> $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$pc.pc; done
 
 demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
 	@$(RUN) -m bypass.demo $(ARGS)

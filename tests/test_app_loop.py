@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from bypass._core import ffi, lib
+
 from bypass.core import Config, CoreStack
 
 FLAGS = lib.BYPASS_F_RST | lib.BYPASS_F_PING | lib.BYPASS_F_LOOPBACK

@@ -207,3 +207,64 @@ def test_requirements_are_pinned_and_no_line_is_twice() -> None:
     from importlib.metadata import version
 
     assert {name: version(name) for name in seen} == seen
+
+
+@only(not SAN)
+def test_what_is_installed_can_be_linked_against(tmp_path: Path) -> None:
+    """Both libraries by pkg-config; the second serves a program that was linked with it as if it were preloaded."""
+    make("install", DESTDIR=str(tmp_path), PREFIX="/opt/bypass")
+    root = tmp_path / "opt/bypass"
+    env = os.environ | {
+        "PKG_CONFIG_PATH": str(root / "lib/pkgconfig"),
+        "PKG_CONFIG_SYSROOT_DIR": str(tmp_path),
+        "LD_LIBRARY_PATH": str(root / "lib"),
+    }
+
+    def built(source: str, package: str) -> str:
+        flags = subprocess.run(
+            ["pkg-config", "--cflags", "--libs", package], env=env, capture_output=True, text=True, check=True
+        )
+        program = tmp_path / package
+        (tmp_path / "it.c").write_text(source)
+        subprocess.run(["gcc", "-o", program, tmp_path / "it.c", *flags.stdout.split()], check=True)
+        done = subprocess.run(
+            [program], env=env | {"BYPASS_LOOPBACK": "1"}, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert int(built(COUNTS, "bypass")) > 50
+    assert built(TALKS_TO_ITSELF, "bypass-posix") == "hello, kernel connections: 0\n"
+
+
+COUNTS = """
+#include <bypass.h>
+#include <stdio.h>
+int main(void) { return printf("%d", bypass_stat_count()) < 0; }
+"""
+
+# The peer of a connection of the stack is unknown to the kernel: /proc/net/tcp has no line of its port in state 01.
+TALKS_TO_ITSELF = r"""
+#include <arpa/inet.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main(void)
+{
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof a;
+    char buf[16] = "", line[256], needle[16];
+    int l = socket(AF_INET, SOCK_STREAM, 0), c = socket(AF_INET, SOCK_STREAM, 0), s, n = 0;
+    if (bind(l, (void *)&a, len) || listen(l, 1) || getsockname(l, (void *)&a, &len))
+        return 1;
+    if (connect(c, (void *)&a, len) || (s = accept(l, 0, 0)) < 0 || write(c, "hello", 5) != 5)
+        return 2;
+    if (read(s, buf, sizeof buf) != 5)
+        return 3;
+    sprintf(needle, ":%04X ", ntohs(a.sin_port));
+    FILE *f = fopen("/proc/net/tcp", "r");
+    while (f && fgets(line, sizeof line, f))
+        n += strstr(line, needle) && strstr(line, " 01 ");
+    return printf("%s, kernel connections: %d\n", buf, f ? n : -1) < 0;
+}
+"""
