@@ -48,7 +48,7 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build install demo programs test test-oracle test-programs bench bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -92,6 +92,9 @@ bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5
 
 test-programs: setup programs ## Debian's programs, unmodified: do they work, who served? (~2 min; ARGS="--only redis")
 	@$(RUN) -m bench.apps $(ARGS)
+
+test-killing: setup programs ## SIGKILL at 100 random moments under load, and what peers saw and what is left (~5 min)
+	@$(RUN) -m bench.killing $(ARGS)
 
 bench-programs: setup programs ## What they cost, kernel and bypass in turn (ROUNDS=5, ~5 min); leaves build/versus.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk

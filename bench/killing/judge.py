@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What peers saw of a kill, against what has to happen. Pure: no clock, no process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+__all__ = ["OUTCOMES", "Outcome", "Seen", "judge"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has to happen when a role is killed.
+
+    Attributes:
+        new: the result of new connections from then on, `served` or `refused`.
+        kept: `end` (all of them), `go on` (all), `either` (each of them does one of both, and none hangs).
+        how: in which ways a kept connection may end.
+        at_once: not one new connection may fail on the way there.
+    """
+
+    new: str
+    kept: str
+    how: tuple[str, ...] = ("reset",)
+    at_once: bool = False
+
+
+OUTCOMES = {
+    "application": Outcome("refused", "end"),
+    "worker": Outcome("served", "either", ("reset", "eof")),
+    "broker": Outcome("served", "go on", at_once=True),
+    "fwd": Outcome("served", "either"),
+}
+
+
+@dataclass
+class Seen:
+    """The verdict on one kill. Milliseconds from the kill: until new connections had the result that they have to have;
+    until the last kept connection that ended did."""
+
+    problems: list[str]
+    new_ms: float | None = None
+    kept_ms: float | None = None
+
+
+def judge(found: dict[str, Any], killed: float, outcome: Outcome, within_s: float) -> Seen:
+    """
+    Args:
+        found: what bench/killing/client.py printed.
+        killed: when, by its clock.
+        within_s: how soon it has to have happened.
+    """
+    seen = Seen([])
+    early = [result for _, ended, result in found["probes"] if ended < killed]
+    if not early or set(early) != {"served"}:
+        seen.problems.append(f"before the kill: {dict(Counter(early)) or 'nothing was asked'}")
+    _new(found["probes"], killed, outcome, within_s, seen)
+    _kept(found["kept"], killed, found["ended"], outcome, within_s, seen)
+    return seen
+
+
+def _new(
+    probes: Sequence[tuple[float, float, str]], killed: float, outcome: Outcome, within_s: float, seen: Seen
+) -> None:
+    after = [(ended, result) for began, ended, result in probes if began >= killed]
+    good = next((i for i, (_, result) in enumerate(after) if result == outcome.new), None)
+    if good is None:
+        results = dict(Counter(result for _, result in after))
+        seen.problems.append(f"new connections were never {outcome.new}: {results or 'there were none'}")
+        return
+    seen.new_ms = round((after[good][0] - killed) * 1e3, 1)
+    if after[good][0] - killed > within_s:
+        seen.problems.append(f"new connections were {outcome.new} only after {seen.new_ms:g} ms")
+    wrong = Counter(result for _, result in after[0 if outcome.at_once else good :] if result != outcome.new)
+    if wrong:
+        seen.problems.append(f"new connections that have to be {outcome.new}: {dict(wrong)}")
+
+
+def _kept(
+    kept: Sequence[dict[str, Any]], killed: float, until: float, outcome: Outcome, within_s: float, seen: Seen
+) -> None:
+    for number, connection in enumerate(kept):
+        ended = connection["ended"]
+        if ended is None:
+            _went_on(number, connection["answers"], killed, until, outcome, within_s, seen)
+            continue
+        at, how = ended
+        seen.kept_ms = max(seen.kept_ms or 0.0, round((at - killed) * 1e3, 1))
+        if at < killed:
+            seen.problems.append(f"kept connection {number} ended before the kill: {how}")
+        elif outcome.kept == "go on":
+            seen.problems.append(f"kept connection {number} ended: {how}")
+        elif how not in outcome.how:
+            seen.problems.append(
+                f"kept connection {number} ended by {how}, not by {' or '.join(outcome.how)}"
+            )
+        elif at - killed > within_s:
+            seen.problems.append(f"kept connection {number} ended only after {(at - killed) * 1e3:.0f} ms")
+
+
+def _went_on(
+    number: int,
+    answers: Sequence[float],
+    killed: float,
+    until: float,
+    outcome: Outcome,
+    within_s: float,
+    seen: Seen,
+) -> None:
+    """A connection that did not end has to be answered, without a pause that is too long."""
+    if outcome.kept == "end":
+        seen.problems.append(f"kept connection {number} did not end")
+        return
+    times = [killed, *(t for t in answers if t >= killed), until]
+    longest = max(later - earlier for earlier, later in pairwise(times))
+    if len(times) == 2:
+        seen.problems.append(f"kept connection {number} neither ended nor was answered again")
+    elif longest > within_s:
+        seen.problems.append(f"kept connection {number} was not answered for {longest * 1e3:.0f} ms")

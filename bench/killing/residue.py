@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server that was killed may not leave: processes, BPF programs, maps and links, what is attached to the
+interface, socket files, names of sockets, files of shared memory. (A memfd ends with the last process that has it.)"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+from bench.mixed.leftovers import still_there
+from bypass import netns
+from bypass.lab import SERVER_IFNAME, Lab
+
+__all__ = ["Residue"]
+
+FOLDERS = (Path("/run/bypass"), Path("/dev/shm"), Path("/sys/fs/bpf"))
+
+
+def _attached(lab: Lab) -> set[str]:
+    """XDP and tc programs of the interface."""
+    found = set()
+    for argv in (
+        ["ip", "-o", "link", "show", SERVER_IFNAME],
+        ["tc", "filter", "show", "dev", SERVER_IFNAME, "egress"],
+    ):
+        done = subprocess.run(lab.command("server", argv), capture_output=True, text=True, check=True)
+        found |= {
+            f"attached: {line.strip()}" for line in done.stdout.splitlines() if "xdp" in line or "bpf" in line
+        }
+    return found
+
+
+def _socket_names(lab: Lab) -> set[str]:
+    """Unix sockets of the server's namespace whose name speaks of bypass."""
+
+    def read() -> set[str]:
+        lines = Path("/proc/thread-self/net/unix").read_text().splitlines()
+        return {f"socket: {line.split()[-1]}" for line in lines if "bypass" in line}
+
+    return netns.run(lab.server_ns, read)
+
+
+def _files() -> set[str]:
+    return {
+        f"file: {path}" for folder in FOLDERS if folder.is_dir() for path in folder.rglob("*") if "bypass" in str(path)
+    }  # fmt: skip
+
+
+class Residue:
+    """What is there before a world begins; check() is called when it has ended."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self._before = self._now()
+
+    def _now(self) -> set[str]:
+        processes = {f"process: {name} ({pid})" for pid, name in netns.processes(self.lab.server_ns).items()}
+        return processes | _attached(self.lab) | _socket_names(self.lab) | _files()
+
+    def check(
+        self, objects: set[tuple[str, int]], seconds: float = 3.0, objects_s: float = 10.0
+    ) -> list[str]:
+        """What is left after this time at most, and which of the BPF objects that the world had, after theirs (the
+        kernel frees them a moment later)."""
+        deadline = time.monotonic() + seconds
+        while (left := self._now() - self._before) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return sorted(left) + [
+            f"BPF {kind} {number}" for kind, number in sorted(still_there(objects, objects_s))
+        ]

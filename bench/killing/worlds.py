@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who serves, and whom one can kill: an embedded stack, a program on the kernel, programs by `bypass run`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from bench.apps.app import ServerApp
+from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher
+from bench.apps.nginx import PORT as NGINX_PORT
+from bench.apps.nginx import Nginx
+from bench.apps.place import Place
+from bench.apps.redis import PORT as REDIS_PORT
+from bench.apps.redis import Redis
+from bench.mixed.leftovers import descendants
+from bench.programs import ROOT, BenchError
+from bypass.lab import SERVER_IFNAME, SERVER_IP
+
+__all__ = ["WORLDS", "Alive", "World"]
+
+GET = b"GET /500.bin HTTP/1.1\r\nHost: test\r\n\r\n"
+HTTP_OK = b"HTTP/1.1 200"
+
+
+class Alive(ABC):
+    """A world that runs."""
+
+    @abstractmethod
+    def victim(self, role: str) -> int:
+        """The process of this role. BenchError: there is none."""
+
+    @abstractmethod
+    def family(self) -> dict[int, str]:
+        """All its processes: pid -> name."""
+
+
+class World(ABC):
+    """What serves at `port`, and who may be killed in it."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    port: ClassVar[int]
+    request: ClassVar[bytes]
+    answer: ClassVar[bytes]
+
+    @abstractmethod
+    def running(self, here: Place) -> AbstractContextManager[Alive]:
+        """It serves inside; what is left of it afterwards is its fault."""
+
+
+class Embedded(World):
+    """bypass.webserver: one privileged process that does everything."""
+
+    name = "embedded"
+    title = "web server with an embedded stack"
+    roles = ("application",)
+    port = 8080
+    request = GET
+    answer = HTTP_OK
+
+    class Server(Alive):
+        def __init__(self, process: subprocess.Popen[bytes]) -> None:
+            self.process = process
+
+        def victim(self, role: str) -> int:
+            return self.process.pid
+
+        def family(self) -> dict[int, str]:
+            return descendants(self.process.pid)
+
+    @contextmanager
+    def running(self, here: Place) -> Iterator[Alive]:
+        (here.folder / "500.bin").write_bytes(bytes(500))
+        policy = here.folder / "policy.yaml"
+        policy.write_text(
+            f"version: 1\ninterface: {SERVER_IFNAME}\nbackend: {{kind: afxdp, mode: auto}}\nflows:\n"
+            f"  - {{name: web, match: {{proto: tcp, local: {SERVER_IP}, local_port: {self.port}}}, action: steer}}\n"
+        )
+        argv = [
+            sys.executable, "-m", "bypass.webserver", "--policy", str(policy), "--directory", str(here.folder),
+            f"{SERVER_IP}:{self.port}",
+        ]  # fmt: skip
+        process = subprocess.Popen(here.lab.command("server", argv), cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            here.wait_open(self.port, lambda: process.poll() is None)
+            yield self.Server(process)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(20)
+
+
+class _Program(World):
+    """A program of bench.apps by one of its launchers."""
+
+    app: ClassVar[type[ServerApp]]
+    launcher: ClassVar[type[Launcher]]
+
+    class Server(Alive):
+        def __init__(self, app: ServerApp) -> None:
+            self.app = app
+
+        def family(self) -> dict[int, str]:
+            return self.app.server.family()
+
+        def victim(self, role: str) -> int:
+            found = [pid for pid, name in self.family().items() if _plays(role, pid, name, self.app)]
+            if not found:
+                raise BenchError(f"no {role} among {self.family()}")
+            return max(found)
+
+    @contextmanager
+    def running(self, here: Place) -> Iterator[Alive]:
+        app = self.app(here, self.launcher(here, self.app.grants, stack=self.app.stack))
+        app.server = app.launcher.start(app.argv(), files=app.files)
+        try:
+            here.wait_open(self.port, app.server.alive)
+            yield self.Server(app)
+        finally:
+            app.server.end(app.end_by, (*app.end_codes, -9, 137))
+
+
+def _plays(role: str, pid: int, name: str, app: ServerApp) -> bool:
+    """By names and command lines."""
+    if role == "fwd":
+        return name == "bypass-fwd"
+    program = Path(app.needs[0]).name
+    if role == "application":
+        return name == program
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except FileNotFoundError:
+        return False
+    if role == "worker":
+        return name == program and "worker process" in command
+    return role == "broker" and "bypass" in command and name.startswith("python")
+
+
+class KernelNginx(_Program):
+    name = "kernel-nginx"
+    title = "nginx with two workers, on the kernel"
+    roles: ClassVar[tuple[str, ...]] = ("worker",)
+    needs = ("nginx",)
+    port = NGINX_PORT
+    request = GET
+    answer = HTTP_OK
+    app = Nginx
+    launcher: ClassVar[type[Launcher]] = KernelLauncher
+
+
+class KernelRedis(_Program):
+    name = "kernel-redis"
+    title = "redis-server, on the kernel"
+    roles: ClassVar[tuple[str, ...]] = ("application",)
+    needs = ("redis-server",)
+    port = REDIS_PORT
+    request = b"PING\r\n"
+    answer = b"+PONG"
+    app = Redis
+    launcher: ClassVar[type[Launcher]] = KernelLauncher
+
+
+class BypassNginx(KernelNginx):
+    name = "nginx"
+    title = "nginx with two workers, by bypass run"
+    roles = ("worker", "broker", "fwd")
+    launcher = BypassLauncher
+
+
+class BypassRedis(KernelRedis):
+    name = "redis"
+    title = "redis-server, by bypass run"
+    roles = ("application", "broker", "fwd")
+    launcher = BypassLauncher
+
+
+WORLDS: dict[str, type[World]] = {
+    cls.name: cls for cls in (Embedded, KernelNginx, KernelRedis, BypassNginx, BypassRedis)
+}
