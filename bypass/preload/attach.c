@@ -350,6 +350,7 @@ static void after_fork_child(void)
     }
     me.forked = true;
     me.pid = getpid();
+    count_child();
     if (child_proc != GROUP_NONE) {
         me.proc = child_proc;
         me.g->procs[me.proc].pid = me.pid;

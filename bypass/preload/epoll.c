@@ -8,3 +8,4 @@ void epoll_forget(uint32_t object) { (void)object; }
 void epoll_child(void) {}
 void epoll_placed(uint32_t object, int fd) { (void)object, (void)fd; }
 void epoll_close(int fd) { (void)fd; }
+void epoll_dup(int fd, int copy) { (void)fd, (void)copy; }

@@ -15,7 +15,26 @@ enum { HIDE_ABOVE = 3800 }; /* where the library's own descriptors lie, if the l
 
 uint32_t object_index(const struct object *o) { return (uint32_t)(o - group_object(me.g, 0)); }
 
+static inline bool entry_is_object(uint32_t v) { return v != 0 && !(v & (FD_EPOLL | FD_HIDDEN)); }
 static inline uint32_t entry_object(uint32_t v) { return (v & ~(uint32_t)(FD_KERNEL | FD_HIDDEN)) - 1; }
+
+void fd_mark(int fd, uint32_t entry)
+{
+    if ((unsigned)fd >= FD_MAX || !me.table) {
+        return;
+    }
+    atomic_store_explicit(&me.table[fd], entry, memory_order_relaxed);
+    if (entry && fd >= me.fd_top) {
+        me.fd_top = fd + 1;
+    }
+}
+
+uint32_t fd_object(int fd)
+{
+    uint32_t v = fd_entry(fd);
+
+    return entry_is_object(v) ? entry_object(v) : GROUP_NONE;
+}
 
 struct object *fd_enter_any(int fd)
 {
@@ -47,34 +66,50 @@ struct object *fd_enter(int fd)
     return o;
 }
 
+/* This process has a descriptor less of an object. */
+static void let_go(uint32_t object)
+{
+    if (--me.local[object].fds == 0) {
+        epoll_forget(object);
+    }
+    object_put(object);
+}
+
 void fd_set_object(int fd, uint32_t object)
 {
+    uint32_t was = fd_entry(fd);
+
     if ((unsigned)fd >= FD_MAX) {
         return;
     }
     group_ref(me.g, object, me.proc);
     me.local[object].fds++;
-    atomic_store_explicit(&me.table[fd],
-                          (object + 1) | (group_object(me.g, object)->place == PLACE_KERNEL ? FD_KERNEL : 0),
-                          memory_order_relaxed);
-    if (fd >= me.fd_top) {
-        me.fd_top = fd + 1;
+    fd_mark(fd, (object + 1) | (group_object(me.g, object)->place == PLACE_KERNEL ? FD_KERNEL : 0));
+    if (entry_is_object(was)) {
+        let_go(entry_object(was));
     }
 }
 
 void fd_forget(int fd)
 {
-    uint32_t v = fd_entry(fd), object;
+    uint32_t v = fd_entry(fd);
 
-    if (v == 0 || (v & (FD_EPOLL | FD_HIDDEN))) {
-        return;
+    if (entry_is_object(v)) {
+        fd_mark(fd, 0);
+        let_go(entry_object(v));
     }
-    object = entry_object(v);
-    atomic_store_explicit(&me.table[fd], 0, memory_order_relaxed);
-    if (--me.local[object].fds == 0) {
-        epoll_forget(object);
+}
+
+void fd_fresh(int fd)
+{
+    if (unlikely(fd_entry(fd) != 0)) {
+        if (fd_enter_any(fd)) {
+            fd_forget(fd);
+            leave();
+        } else {
+            fd_mark(fd, 0);
+        }
     }
-    object_put(object);
 }
 
 /* ---- The library's own -------------------------------------------------------------------------------------- */
@@ -93,18 +128,14 @@ int fd_hide(int fd)
         real.close(fd);
         fd = high;
     }
-    if (fd < FD_MAX && me.table) {
-        atomic_store_explicit(&me.table[fd], FD_HIDDEN, memory_order_relaxed);
-    }
+    fd_mark(fd, FD_HIDDEN);
     return fd;
 }
 
 void fd_unhide(int fd)
 {
     if (fd >= 0) {
-        if (fd < FD_MAX && me.table) {
-            atomic_store_explicit(&me.table[fd], 0, memory_order_relaxed);
-        }
+        fd_mark(fd, 0);
         real.close(fd);
     }
 }

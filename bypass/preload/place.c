@@ -46,7 +46,7 @@ void place_kernel(int fd, struct object *o, enum reason why, const char *more)
     o->place = PLACE_KERNEL;
     o->reason = (uint8_t)why;
     snprintf(o->why, sizeof o->why, "%s", more ? more : "");
-    o->type == BYPASS_STREAM ? me.g->tcp_kernel++ : me.g->udp_kernel++;
+    count_kernel(o->type, why);
     if (fd_is_object(fd)) {
         atomic_store_explicit(&me.table[fd], (object + 1) | FD_KERNEL, memory_order_relaxed);
     }
@@ -56,7 +56,7 @@ void place_kernel(int fd, struct object *o, enum reason why, const char *more)
 static void place_on(struct object *o, int fd, enum place where)
 {
     if (o->place == PLACE_UNDECIDED) {
-        o->type == BYPASS_STREAM ? me.g->tcp_stack++ : me.g->udp_stack++;
+        count_stack(o->type);
     }
     o->place = (uint8_t)where;
     if (where == PLACE_BOTH && !o->shadow_nonblock) {

@@ -78,7 +78,7 @@ struct me {       /* this process */
     bool helper_runs, helper_deep;
     bool broken;             /* BYPASS_BREAK=recv: the control of the test suites, which have to notice */
     bool forked;             /* a child that has not joined the group yet */
-    int fd_top;              /* highest descriptor that was ever an object's, plus one */
+    int fd_top;              /* highest descriptor that `table` ever knew, plus one */
     uint64_t turn_ns;        /* the last turn of this process' own threads */
     struct local *local;     /* by object */
     _Atomic uint32_t *table; /* by descriptor: 0 the kernel's; object + 1, FD_KERNEL | object + 1, FD_EPOLL | ... */
@@ -116,8 +116,15 @@ struct object *fd_enter(int fd);
 /* The same for any object, wherever it is served. */
 struct object *fd_enter_any(int fd);
 uint32_t object_index(const struct object *o);
-/* Lock held. fd names the object from now on, counted. */
+/* Lock held. fd names the object from now on, counted; what it named before it names no more. No other thread sees a
+ * time in which it names nothing. */
 void fd_set_object(int fd, uint32_t object);
+/* Lock held. GROUP_NONE: it names none. */
+uint32_t fd_object(int fd);
+/* Without the lock. The kernel has just given this number to something that is no object: if the table knows it, it was
+ * closed behind our back (a direct system call, fclose()). */
+void fd_fresh(int fd);
+void fd_mark(int fd, uint32_t entry); /* in the table, as it is */
 /* Lock held. fd names no object any more; with the last descriptor of all relatives the object ends. */
 void fd_forget(int fd);
 /* Lock held: one reference less. */
@@ -190,6 +197,7 @@ void epoll_forget(uint32_t object);         /* its last descriptor of this proce
 void epoll_child(void);                     /* after fork, in the child */
 void epoll_placed(uint32_t object, int fd); /* it is decided whose it is: members of sets change sides */
 void epoll_close(int fd);                   /* without the lock: a set's descriptor is about to be closed */
+void epoll_dup(int fd, int copy);           /* without the lock: another descriptor of the same set */
 
 /* ---- broker.c */
 /* Says hello: new application or relative. 0: me.app.., descriptors; -errno with me.refused set. */
@@ -212,6 +220,13 @@ int broker_linger(void);
 /* ---- pass.c: descriptors in messages on Unix sockets. Without the lock. */
 void pass_sent(const struct msghdr *h);
 void pass_received(struct msghdr *h);
+
+/* ---- share.c: sockets by place, of this process and of all relatives. Lock held. */
+void count_stack(int type);
+void count_kernel(int type, int reason);
+void count_child(void); /* after fork, in the child */
+/* BYPASS_TRACE_SHARE: this process ends, or becomes another program: tells, once. Any thread; without the lock too. */
+void share_write(void);
 
 /* ---- Addresses: name.c */
 /* -EAFNOSUPPORT, -EINVAL (too short). An IPv4 address may come as AF_INET, or mapped in AF_INET6. */

@@ -217,7 +217,7 @@ static int accept_stack(struct object *o, struct bypass_endpoint *peer, int flag
     }
     group_object(me.g, i)->place = PLACE_STACK;
     group_object(me.g, i)->nonblock = (flags & SOCK_NONBLOCK) != 0;
-    me.g->tcp_stack++;
+    count_stack(BYPASS_STREAM);
     bypass_peer(&me.stack, sock, peer);
     return fd;
 }
