@@ -302,6 +302,7 @@ class Snapshot:
                     "proto": protocol_name(e.proto),
                     "local": None if e.laddr is None else str(e.laddr),
                     "local_port": e.lport,
+                    "last_local_port": e.last_port,
                     "remote": None if e.raddr is None else str(e.raddr),
                     "remote_port": e.rport,
                     "drain": e.drain,

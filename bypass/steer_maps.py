@@ -21,6 +21,8 @@ MAX_QUEUES = 256
 """Slots of one owner in the socket map; the steering program has the same number (bpf/steer.h)."""
 MAX_ENTRIES = 65536
 """Live endpoints of an interface."""
+BLOCK = 256
+"""Local ports of a block; each block begins at a multiple of it."""
 MAX_LOCALS = 4096
 """Local addresses of each family, and joined group MAC addresses."""
 
@@ -39,7 +41,8 @@ COUNT = struct.Struct("=2Q")
 _PORT, U32, ZERO = struct.Struct(">H"), struct.Struct("=I"), bytes(4)
 _ACTIONS = {"steer": 0, "pass": 1, "drop": 2}
 _DRAIN = 1
-_EXACT, _LOCAL, _ANY = 1, 2, 4  # KIND_* of bpf/steer.h
+_EXACT, _LOCAL, _ANY, _BLOCK = 1, 2, 4, 8  # KIND_* of bpf/steer.h
+_KEY_BLOCK = 1 << 8  # KEY_BLOCK
 
 
 class Count(NamedTuple):
@@ -62,9 +65,11 @@ class Endpoint:
         entry: its number, as verdicts carry it. Numbers are used again, latest possible.
         proto: 6 (TCP) or 17 (UDP).
         laddr: None: any local address.
+        lport: of a block the first of its ports.
         raddr, rport: both None: any peer.
         owner: whose AF_XDP sockets get it.
         drain: connections that the kernel still holds stay with the kernel.
+        block: BLOCK local ports, for whoever connects from them.
     """
 
     entry: int
@@ -75,10 +80,17 @@ class Endpoint:
     rport: int | None
     owner: int
     drain: bool
+    block: bool = False
+
+    @property
+    def last_port(self) -> int:
+        """The last of its local ports; `lport` itself unless it is a block."""
+        return self.lport + BLOCK - 1 if self.block else self.lport
 
     def __str__(self) -> str:
         peer = "" if self.raddr is None else f" from {self.raddr}:{self.rport}"
-        return f"{protocol_name(self.proto)} {self.laddr or '*'}:{self.lport}{peer}"
+        ports = f"{self.lport}-{self.last_port}" if self.block else f"{self.lport}"
+        return f"{protocol_name(self.proto)} {self.laddr or '*'}:{ports}{peer}"
 
 
 def endpoint_key(e: Endpoint) -> bytes:
@@ -87,7 +99,7 @@ def endpoint_key(e: Endpoint) -> bytes:
         e.raddr.packed if e.raddr else ZERO,
         _PORT.pack(e.lport),
         _PORT.pack(e.rport or 0),
-        e.proto,
+        e.proto | (_KEY_BLOCK if e.block else 0),
     )
 
 
@@ -96,7 +108,7 @@ def endpoint_value(e: Endpoint) -> bytes:
 
 
 def endpoint_kind(e: Endpoint) -> int:
-    return _EXACT if e.raddr else _LOCAL if e.laddr else _ANY
+    return _EXACT if e.raddr else _BLOCK if e.block else _LOCAL if e.laddr else _ANY
 
 
 def interface_maps(owners: int) -> Iterator[libbpf.Map]:

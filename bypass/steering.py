@@ -25,7 +25,7 @@ import socket
 import struct
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -36,6 +36,7 @@ from bypass.errors import BypassError, ForeignProgramError, GrantError, Privileg
 from bypass.policy import Policy, require_visible_vlans
 from bypass.rules import TCP, UDP
 from bypass.steer_maps import (
+    BLOCK,
     CONFIG,
     COUNT,
     GUARD_KINDS,
@@ -58,6 +59,7 @@ from bypass.steer_maps import (
 )
 
 __all__ = [
+    "BLOCK",
     "GUARD_KINDS",
     "MAX_ENTRIES",
     "MAX_LOCALS",
@@ -242,7 +244,7 @@ class Steering:
         Endpoints, sockets and all counters survive; those of a rule go on under its name.
 
         Returns:
-            Endpoints that no rule grants any more. Their packets are the kernel's from now on; close them.
+            Endpoints of which no rule grants anything any more. Their packets are the kernel's from now on; close them.
 
         Raises:
             SteeringError, PrivilegeError, PolicyError: as the constructor. The old policy stays in force.
@@ -272,7 +274,7 @@ class Steering:
         kept = {rule.name for rule in new.policy.flows}
         self._before = {name: count for name, count in self._before.items() if name in kept}
         old.close()
-        return [e for e in self._endpoints.values() if not _granted(new.policy, e)]
+        return [e for e in self._endpoints.values() if not any(_grants(new.policy, e))]
 
     # ---- live endpoints ---------------------------------------------------------------------------------------
 
@@ -286,6 +288,7 @@ class Steering:
         *,
         owner: int = 0,
         drain: bool = False,
+        block: bool = False,
     ) -> int:
         """Makes flows live: from now on their packets go to the owner's sockets.
 
@@ -295,18 +298,22 @@ class Steering:
             lport: local port, 1..65535.
             raddr, rport: the peer; both or none.
             drain: TCP connections that the kernel holds at the moment stay with the kernel.
+            block: lport, a multiple of BLOCK, is the first of BLOCK local ports of laddr, for connections from them to
+                any peer: one entry in place of one each. It comes before endpoints that are bound to one of its ports,
+                so who hands ports out sees to it that they are nobody else's.
 
         Returns:
             The entry's number.
 
         Raises:
-            GrantError: no rule of the policy grants any of these flows, or they are IPv6.
+            GrantError: no rule of the policy grants any of these flows, or none does for a port of a block; or they
+                are IPv6.
             SteeringError: the entry exists already, or there are MAX_ENTRIES.
         """
         local, remote = _ipv4(laddr), _ipv4(raddr)
         if not self._free:
             raise SteeringError(f"{self.ifname}: {MAX_ENTRIES} endpoints are live; close some")
-        endpoint = Endpoint(self._free[0], proto, local, lport, remote, rport, owner, drain)
+        endpoint = Endpoint(self._free[0], proto, local, lport, remote, rport, owner, drain, block)
         self._check(endpoint)
         try:
             self._map("endpoints").put(endpoint_key(endpoint), endpoint_value(endpoint), libbpf.NOEXIST)
@@ -325,10 +332,15 @@ class Steering:
             raise SteeringError(f"an endpoint is TCP or UDP with a local port of 1 to 65535, not {endpoint}")
         if (endpoint.raddr is None) != (endpoint.rport is None) or (endpoint.raddr and not endpoint.laddr):
             raise SteeringError(f"{endpoint}: a peer has address and port, and needs a local address")
+        if endpoint.block and (endpoint.lport % BLOCK or endpoint.raddr or not endpoint.laddr):
+            raise SteeringError(
+                f"{endpoint}: a block begins at a multiple of {BLOCK} of a local address, and has no peer"
+            )
         if not 0 <= endpoint.owner < self.owners:
             raise SteeringError(f"{endpoint}: owner {endpoint.owner} of {self.owners}")
-        if not _granted(self.policy, endpoint):
-            raise GrantError(f"no rule of the policy grants {endpoint} on {self.ifname}")
+        if not all(_grants(self.policy, endpoint)):
+            each = "every port of " if endpoint.block else ""
+            raise GrantError(f"no rule of the policy grants {each}{endpoint} on {self.ifname}")
 
     def remove_endpoint(self, entry: int) -> None:
         """Ends it: its packets are the kernel's from now on. An unknown number: nothing."""
@@ -508,8 +520,10 @@ def _ipv4(address: str | Address | None) -> ipaddress.IPv4Address | None:
     return None if parsed.is_unspecified else parsed
 
 
-def _granted(policy: Policy, e: Endpoint) -> bool:
-    return policy.grant(e.proto, e.laddr, e.lport, e.raddr, e.rport) is not None
+def _grants(policy: Policy, e: Endpoint) -> Iterator[bool]:
+    """For each of its local ports whether the policy grants anything."""
+    for port in range(e.lport, e.last_port + 1):
+        yield policy.grant(e.proto, e.laddr, port, e.raddr, e.rport) is not None
 
 
 def _load(program: build.Program, kind: int, attach_type: int, fds: dict[str, int]) -> libbpf.Prog:

@@ -86,6 +86,7 @@ class Endpoint(NamedTuple):
 
 EndpointKey = tuple[int, Address | None, int, Address | None, int | None]
 KernelKey = tuple[Address, int, Address, int]
+BlockKey = tuple[int, Address, int]
 
 
 class _Decided(Exception):
@@ -113,6 +114,7 @@ class Model:
         locals_: addresses of this host.
         groups: group MAC addresses that the interface has joined.
         endpoints: (proto, local, local port, remote, remote port) -> Endpoint or an equal tuple.
+        blocks: (proto, local, first local port) -> the same, for 256 ports.
         sockets: (owner, receive queue) pairs that have an AF_XDP socket.
         kernel: (local, local port, remote, remote port) -> state number of the kernel's TCP socket.
     """
@@ -125,6 +127,7 @@ class Model:
         locals_: Collection[Address],
         groups: Collection[bytes] = (),
         endpoints: Mapping[EndpointKey, tuple[int, int, bool]] | None = None,
+        blocks: Mapping[BlockKey, tuple[int, int, bool]] | None = None,
         sockets: Collection[tuple[int, int]] = (),
         kernel: Mapping[KernelKey, int] | None = None,
     ) -> None:
@@ -133,6 +136,7 @@ class Model:
         self.locals = set(locals_)
         self.groups = set(groups)
         self.endpoints = dict(endpoints or {})
+        self.blocks = dict(blocks or {})
         self.sockets = set(sockets)
         self.kernel = dict(kernel or {})
 
@@ -307,11 +311,14 @@ class Model:
         return Verdict(reason, rule.index, endpoint.entry, endpoint.owner)
 
     def _endpoint(self, flow: Flow) -> Endpoint | None:
-        keys: list[EndpointKey] = [
-            (flow.proto, flow.local, flow.local_port, flow.remote, flow.remote_port),
-            (flow.proto, flow.local, flow.local_port, None, None),
-            (flow.proto, None, flow.local_port, None, None),
-        ]
+        proto, local, port = flow[:3]
+        connected = self.endpoints.get((proto, local, port, flow.remote, flow.remote_port))
+        if connected is not None:
+            return Endpoint(*connected)
+        for (p, a, first), block in self.blocks.items():
+            if (p, a) == (proto, local) and first <= port <= first + 255:
+                return Endpoint(*block)
+        keys: list[EndpointKey] = [(proto, local, port, None, None), (proto, None, port, None, None)]
         return next((Endpoint(*self.endpoints[k]) for k in keys if k in self.endpoints), None)
 
     def _kernel_has(self, flow: Flow, syn: bool) -> bool:

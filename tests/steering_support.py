@@ -10,20 +10,20 @@ import os
 import random
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from model import TCP_TIME_WAIT, Model
+from model import TCP_TIME_WAIT, BlockKey, Model
 from steering_rules import policy_of
 
 from bypass import libbpf, netns, probe
 from bypass.bpf import build
 from bypass.errors import GrantError
 from bypass.rules import Address, Rule
-from bypass.steering import Steering
+from bypass.steering import BLOCK, Steering
 from bypass.testing.flows import (
     GROUP_MACS,
     LOCALS,
@@ -165,17 +165,19 @@ class Bench:
             steering.set_locals(LOCALS)
             steering.set_groups(GROUP_MACS)
             endpoints = _draw_endpoints(rng, steering, rules, list(self.kernel))
+            blocks = _draw_blocks(rng, steering, rules)
             model = Model(
                 rules,
                 mac=self.mac,
                 locals_=LOCALS,
                 groups=GROUP_MACS,
                 endpoints=endpoints,
+                blocks=blocks,
                 sockets=[(0, q) for q in SOCKET_QUEUES],
                 kernel=self.kernel,
             )
             kernel = [k for k in self.kernel if any(meets(r, TCP, k[0], k[1]) for r in rules)]
-            world = World(rules, self.mac, list(endpoints), kernel)
+            world = World(rules, self.mac, [*endpoints, *_about_blocks(rng, blocks)], kernel)
             yield Case(steering, model, world, bytes(252) if bare else b"")
 
 
@@ -206,6 +208,32 @@ def _draw_endpoints(
             if key not in endpoints:
                 endpoints[key] = (_add(steering, key, owner, drain), owner, drain)
     return endpoints
+
+
+def _draw_blocks(
+    rng: random.Random, steering: Steering, rules: list[Rule]
+) -> dict[BlockKey, tuple[int, int, bool]]:
+    """Blocks of ports that the rules grant, some of them about ports of endpoints and of the kernel's connections."""
+    blocks: dict[BlockKey, tuple[int, int, bool]] = {}
+    for rule in (r for r in rules if r.action == "steer"):
+        f = flow_of_rule(rng, rule)
+        port = rng.choice((f.local_port, *KERNEL_PORTS))
+        key = (rng.choice((TCP, TCP, UDP)), f.local, port - port % BLOCK)
+        if key in blocks or key[2] == 0 or f.local.version == 6:
+            continue
+        owner, drain = int(rng.random() < 0.3), rng.random() < 0.5
+        with contextlib.suppress(GrantError):
+            entry = steering.add_endpoint(key[0], str(f.local), key[2], owner=owner, drain=drain, block=True)
+            blocks[key] = (entry, owner, drain)
+    return blocks
+
+
+def _about_blocks(rng: random.Random, blocks: Iterable[BlockKey]) -> Iterator[EndpointKey]:
+    """Sockets inside blocks, at their edges, and just outside."""
+    for proto, local, first in blocks:
+        for port in (first - 1, first, first + rng.randrange(BLOCK), first + BLOCK - 1, first + BLOCK):
+            if port < 65536:
+                yield (proto, local, port, None, None)
 
 
 def _add(steering: Steering, key: EndpointKey, owner: int, drain: bool) -> int:

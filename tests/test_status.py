@@ -229,6 +229,25 @@ class FakeSteering:
         return {n: (entry(n), Count(n, 60 * n)) for n in range(2)}
 
 
+class BlockSteering(FakeSteering):
+    """Whose only entry is a block of local ports."""
+
+    def entries(self) -> dict[int, tuple[Endpoint, Count]]:
+        block = Endpoint(7, 6, ipaddress.IPv4Address("192.0.2.10"), 32768, None, None, 0, False, block=True)
+        return {7: (block, Count(2, 120))}
+
+
+def test_a_block_of_ports_is_one_entry_with_its_first_and_last(capsys: pytest.CaptureFixture[str]) -> None:
+    device = SimpleNamespace(
+        ifname="eth1", mode="copy", mode_reason="", xdp_mode="native", queue_numbers=(0,)
+    )
+    answer = Snapshot(BlockSteering(), device, name="web").flows(9)
+    [entry] = answer["entries"]
+    assert (entry["local_port"], entry["last_local_port"], entry["remote"]) == (32768, 33023, None)
+    print_flows(answer)
+    assert "192.0.2.10:32768-33023" in capsys.readouterr().out
+
+
 def test_a_snapshot_holds_the_busiest_rules_and_entries() -> None:
     device = SimpleNamespace(
         ifname="eth1", mode="copy", mode_reason="", xdp_mode="native", queue_numbers=(0,)
@@ -261,6 +280,7 @@ def test_a_snapshot_holds_the_busiest_rules_and_entries() -> None:
                 "proto": "tcp",
                 "local": None,
                 "local_port": 81,
+                "last_local_port": 81,
                 "remote": "192.0.2.20",
                 "remote_port": 5,
                 "drain": True,

@@ -145,6 +145,117 @@ def test_numbers_are_used_again_as_late_as_possible_and_count_from_zero(steering
         steering.add_endpoint(UDP, None, 80)
 
 
+# ---- Blocks of local ports ---------------------------------------------------------------------------------------
+@pytest.fixture
+def open_policy() -> Iterator[Steering]:
+    """Everything may be taken."""
+    with load(rule(0, "steer", None)) as it, socket.socket(AF_XDP, socket.SOCK_RAW) as xsk:
+        it.set_locals([HOST, "192.0.2.11"])
+        it.set_socket(0, 0, xsk.fileno())
+        yield it
+
+
+def entry_of(s: Steering, data: bytes) -> int | None:
+    verdict = s.test_run(data).verdict
+    return None if verdict is None else verdict.entry
+
+
+@pytest.mark.parametrize("proto", [TCP, UDP])
+def test_a_block_takes_its_256_ports_of_its_address_from_every_peer(
+    open_policy: Steering, proto: int
+) -> None:
+    block = open_policy.add_endpoint(proto, HOST, 0x8100, block=True)
+    for port in (0x8100, 0x8101, 0x817F, 0x8180, 0x81FF):
+        for sport in (1, 443, 65535):
+            assert entry_of(open_policy, frame(port, sport, proto)) == block
+    outside = [
+        frame(0x80FF, proto=proto),
+        frame(0x8200, proto=proto),
+        frame(0x0081, proto=proto),
+        frame(0x8100, proto=proto, host="192.0.2.11"),
+        frame(0x8100, proto=UDP if proto == TCP else TCP),
+    ]
+    assert [reason(open_policy, data) for data in outside] == ["no_endpoint"] * 5
+    assert open_policy.entries()[block][1].packets == 15
+    assert str(open_policy.entries()[block][0]).endswith(f" {HOST}:33024-33279")
+    open_policy.remove_endpoint(block)
+    assert reason(open_policy, frame(0x8100, proto=proto)) == "no_endpoint"
+
+
+def test_a_block_comes_behind_connections_and_before_what_is_bound(open_policy: Steering) -> None:
+    """On its first port too, where the keys of a block and of a bound socket differ by a bit."""
+    for port in (0x8100, 0x8105):
+        any_ = open_policy.add_endpoint(TCP, None, port)
+        bound = open_policy.add_endpoint(TCP, HOST, port)
+        block = open_policy.add_endpoint(TCP, HOST, 0x8100, block=True)
+        connected = open_policy.add_endpoint(TCP, HOST, port, PEER, 5000)
+        for expected in (connected, block, bound, any_):
+            assert entry_of(open_policy, frame(port)) == expected
+            open_policy.remove_endpoint(expected)
+        assert reason(open_policy, frame(port)) == "no_endpoint"
+
+
+def test_a_block_is_looked_for_only_while_there_is_one(open_policy: Steering) -> None:
+    def kinds() -> int:
+        config = open_policy._map("config").get(bytes(4))
+        assert config is not None
+        return int.from_bytes(config[6:], "little")
+
+    open_policy.add_endpoint(TCP, HOST, 80)
+    before = kinds()
+    blocks = [open_policy.add_endpoint(TCP, HOST, first, block=True) for first in (0x8100, 0x8200)]
+    assert kinds() == before | 8
+    for block in blocks:
+        open_policy.remove_endpoint(block)
+    assert kinds() == before
+
+
+def test_each_port_of_a_block_needs_a_grant() -> None:
+    ports = Rule(0, "out", TCP, ipaddress.ip_network(HOST), PortRange(1000, 1999), None, None, None, "steer")
+    kernels = Rule(1, "kernels", None, None, PortRange(1300, 1300), None, None, None, "pass")
+    with load(ports, kernels) as s:
+        s.add_endpoint(TCP, HOST, 1024, block=True)
+        s.add_endpoint(TCP, HOST, 1536, block=True)
+        for first in (768, 1280, 1792, 32768):
+            with pytest.raises(GrantError, match=f"grants every port of tcp {HOST}:{first}-{first + 255} on"):
+                s.add_endpoint(TCP, HOST, first, block=True)
+        with pytest.raises(GrantError):
+            s.add_endpoint(UDP, HOST, 1024, block=True)
+        assert len(s.entries()) == 2
+
+
+def test_a_swap_names_a_block_of_which_nothing_is_granted_any_more(open_policy: Steering) -> None:
+    """What a rule still grants is still taken, and a rule of higher rank takes its port out."""
+    block = open_policy.add_endpoint(TCP, HOST, 0x8100, block=True)
+    one = rule(1, "pass", 0x8101)
+    assert open_policy.swap(policy_of([rule(0, "steer", None), one])) == []
+    assert reason(open_policy, frame(0x8101)) == "rule_pass"
+    assert entry_of(open_policy, frame(0x8102)) == block
+    assert [e.entry for e in open_policy.swap(policy_of([rule(0, "steer", 80), one]))] == [block]
+    assert reason(open_policy, frame(0x8102)) == "no_rule"
+
+
+@pytest.mark.parametrize(
+    ("laddr", "first", "peer"),
+    [(HOST, 0x8101, ()), (HOST, 80, ()), (None, 0x8100, ()), (HOST, 0x8100, (PEER, 443)), (HOST, 0, ())],
+)
+def test_a_block_that_makes_no_sense_is_refused(
+    open_policy: Steering, laddr: str | None, first: int, peer: tuple[str, int] | tuple[()]
+) -> None:
+    with pytest.raises(SteeringError, match=r"a block begins at a multiple of 256|1 to 65535"):
+        open_policy.add_endpoint(TCP, laddr, first, *peer, block=True)
+    assert open_policy.entries() == {}
+
+
+def test_a_block_exists_once_beside_what_else_is_on_its_ports(open_policy: Steering) -> None:
+    open_policy.add_endpoint(TCP, HOST, 0x8100, block=True)
+    with pytest.raises(SteeringError, match=rf"tcp {HOST}:33024-33279 is live already"):
+        open_policy.add_endpoint(TCP, HOST, 0x8100, block=True)
+    open_policy.add_endpoint(TCP, HOST, 0x8100)
+    open_policy.add_endpoint(UDP, HOST, 0x8100, block=True)
+    assert len(open_policy.entries()) == 3
+
+
 # ---- Addresses, sockets, counters --------------------------------------------------------------------------------
 def test_nothing_is_taken_before_addresses_are_known() -> None:
     with load(rule(0, "drop")) as s:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.netns
 
 TCP = socket.IPPROTO_TCP
 HOST, PEER, KERNELS_PEER, PASSED_PEER = "127.0.0.10", "127.0.0.20", "127.0.0.21", "127.0.0.22"
-PORT, DRAINING_PORT, PEER_PORT = 80, 443, 5000
+PORT, DRAINING_PORT, BLOCK_PORT, PEER_PORT = 80, 443, 600, 5000
 RULES = [
     Rule(0, "take", TCP, None, PortRange(1, 1023), None, None, None, "steer"),
     Rule(1, "leave", TCP, None, PortRange(PORT, PORT), ipaddress.ip_network(PASSED_PEER), None, None, "pass"),
@@ -57,6 +57,8 @@ TABLE = {
     "of a draining port, no connection": (reset(port=DRAINING_PORT), (True, "silenced")),
     "of a draining port, the kernel's connection": (reset(KERNELS_PEER, DRAINING_PORT), (False, "draining")),
     "of a port without endpoint": (reset(port=81), (False, "other")),
+    "of a block of ports": (reset(port=BLOCK_PORT), (True, "silenced")),
+    "behind the block": (reset(port=BLOCK_PORT + 256), (False, "other")),
     "of a port without rule": (reset(port=2000), (False, "other")),
     "to a peer that a rule leaves to the kernel": (reset(PASSED_PEER), (False, "other")),
     "routed through this host": (reset(port=DRAINING_PORT, host="127.0.0.99"), (False, "other")),
@@ -73,7 +75,7 @@ _numbers = count()
 
 @contextmanager
 def guarding(text: str | None = None) -> Iterator[Steering]:
-    """Ports 80 and 443 are live, 443 drains, and the kernel holds a connection there."""
+    """Ports 80, 443, and 512 to 767 are live, 443 drains, and the kernel holds a connection there."""
     name = f"bypass-{os.getpid()}-guard{next(_numbers)}"
     with ExitStack() as stack:
         netns.create(name)
@@ -89,6 +91,7 @@ def guarding(text: str | None = None) -> Iterator[Steering]:
         s.set_locals([HOST])
         s.add_endpoint(TCP, HOST, PORT)
         s.add_endpoint(TCP, None, DRAINING_PORT, drain=True)
+        s.add_endpoint(TCP, HOST, BLOCK_PORT - BLOCK_PORT % 256, block=True)
         yield s
 
 

@@ -30,9 +30,10 @@
 #define MAX_MASKS 16
 #define MAX_QUEUES 256 /* slots of one owner in xsks */
 
-enum { ACTION_STEER = 0, ACTION_PASS = 1, ACTION_DROP = 2 }; /* low two bits of rule_value.rule_action */
-enum { ENDPOINT_DRAIN = 1 };                                 /* endpoint.flags */
-enum { KIND_EXACT = 1, KIND_LOCAL = 2, KIND_ANY = 4 };       /* config.kinds: which endpoint lookups can hit */
+enum { ACTION_STEER = 0, ACTION_PASS = 1, ACTION_DROP = 2 };           /* low two bits of rule_value.rule_action */
+enum { ENDPOINT_DRAIN = 1 };                                           /* endpoint.flags */
+enum { KIND_EXACT = 1, KIND_LOCAL = 2, KIND_ANY = 4, KIND_BLOCK = 8 }; /* config.kinds: which lookups can hit */
+enum { BLOCK_MASK = 0xff00, KEY_BLOCK = 1 << 8 };                      /* of a port; in endpoint_key.proto */
 
 /* Addresses and ports in network order, the rest in host order. */
 struct flow {
@@ -63,9 +64,9 @@ struct rule_value {
 struct endpoint_key { /* IPv4 */
     u32 local;        /* 0: any */
     u32 remote;       /* 0, as is remote_port: not connected */
-    u16 local_port;
+    u16 local_port;   /* with KEY_BLOCK the first of the block */
     u16 remote_port;
-    u32 proto;
+    u32 proto; /* with KEY_BLOCK, or not */
 };
 
 struct endpoint {
@@ -160,7 +161,8 @@ static inline void flow_set_ipv4(struct flow *f, u32 local, u32 remote, u8 proto
     f->family = 4;
 }
 
-/* The live endpoint of an IPv4 flow: the connected one, then the one bound to the address, then the one bound to any. */
+/* The live endpoint of an IPv4 flow: the connected one, then the block that its local port is in, then the one bound to
+ * the address, then the one bound to any. */
 static inline struct endpoint *endpoint_find(const struct flow *f, u32 kinds)
 {
     struct endpoint_key key = {.local = f->local[ADDR_LAST],
@@ -177,6 +179,16 @@ static inline struct endpoint *endpoint_find(const struct flow *f, u32 kinds)
     }
     key.remote = 0;
     key.remote_port = 0;
+    if (kinds & KIND_BLOCK) {
+        key.local_port = f->local_port & be16(BLOCK_MASK);
+        key.proto |= KEY_BLOCK;
+        e = endpoints.lookup(&key);
+        if (e) {
+            return e;
+        }
+        key.local_port = f->local_port;
+        key.proto = f->proto;
+    }
     if (kinds & KIND_LOCAL) {
         e = endpoints.lookup(&key);
         if (e) {

@@ -76,7 +76,7 @@ def print_flows(answer: dict[str, Any]) -> None:
             (
                 str(e["entry"]),
                 e["proto"],
-                f"{e['local'] or '*'}:{e['local_port']}",
+                f"{e['local'] or '*'}:{_ports(e)}",
                 f"{e['remote']}:{e['remote_port']}" if e["remote"] is not None else "*",
                 "draining" if e["drain"] else "live",
                 f"{e['packets']:,}",
@@ -88,6 +88,11 @@ def print_flows(answer: dict[str, Any]) -> None:
     )
     print_left_out(answer, "entries")
     click.echo()
+
+
+def _ports(entry: dict[str, Any]) -> str:
+    first, last = entry["local_port"], entry["last_local_port"]
+    return f"{first}" if first == last else f"{first}-{last}"
 
 
 def print_left_out(answer: dict[str, Any], kind: str) -> None:
