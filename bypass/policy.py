@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -150,6 +150,7 @@ class Policy:
         local_port: int,
         remote_addr: Address | None = None,
         remote_port: int | None = None,
+        permits: Callable[[Rule, int], bool] | None = None,
     ) -> Rule | None:
         """The rule by which a socket may take its flows off the interface.
 
@@ -161,6 +162,8 @@ class Policy:
             local_addr: None or the unspecified address: any local address.
             local_port: 1..65535.
             remote_addr, remote_port: of a connected socket.
+            permits: whether a `steer` rule may be used with this local port. Every `steer` rule that could bring the
+                socket a packet has to be permitted, since its live entry takes what any of them steers.
 
         Returns:
             The `steer` rule of highest rank that shares a flow with the socket; None when there is none, or when
@@ -172,18 +175,25 @@ class Policy:
             local_addr = None
         if local_addr is not None and remote_addr is not None and remote_port is not None:
             rule = self.compiled.decide(proto, local_addr, local_port, remote_addr, remote_port)
-            return rule if rule is not None and rule.action == "steer" else None
+            if rule is None or rule.action != "steer" or (permits and not permits(rule, local_port)):
+                return None
+            return rule
         one, others = self._by_local_port
+        found = None
         # A single port ranks before every range, so the two lists follow each other in rank.
         for rules in (one.get(local_port, ()), others):
             for rule in rules:
                 if not _meets(rule, proto, local_addr, local_port, remote_addr, remote_port):
                     continue
                 if rule.action == "steer":
-                    return rule
+                    if permits is None:
+                        return rule
+                    if not permits(rule, local_port):
+                        return None
+                    found = found or rule
                 if _covers(rule, local_addr, remote_addr, remote_port):
-                    return None
-        return None
+                    return found
+        return found
 
 
 def _meets(
