@@ -82,6 +82,10 @@ class DeviceError(BypassError):
     """The interface cannot do what is asked: no such queue or mode, or it is gone."""
 
 
+class QueueBusyError(DeviceError):
+    """A queue has an AF_XDP socket already. The kernel closes these asynchronously: it may be free in a moment."""
+
+
 class DeviceGoneError(DeviceError, OSError):
     """The interface was deleted, or moved to another namespace, while sockets were open on it (ENODEV)."""
 

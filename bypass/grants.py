@@ -12,17 +12,18 @@ import ipaddress
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from bypass.core import Address
 from bypass.errors import GrantError
 from bypass.policy import Policy, Rule
+from bypass.rules import PortRange
 from bypass.stack_api import STREAM
 from bypass.steering import Steering
 
-__all__ = ["ANY", "Grants", "KernelView", "Key", "Live", "LiveEntries", "shadow"]
+__all__ = ["ANY", "Grants", "KernelView", "Key", "Live", "LiveEntries", "Permits", "shadow"]
 
 ANY = "0.0.0.0"
 PORT_TRIES = 512
@@ -51,6 +52,16 @@ def protocol_of(kind: int) -> int:
 # ---- Grants -------------------------------------------------------------------------------------------------------
 
 
+class Permits(Protocol):
+    """Which rules a user may use."""
+
+    def __call__(self, rule: Rule, port: int) -> bool:
+        """This one with this local port."""
+
+    def ports(self, rule: Rule) -> Iterable[PortRange | None]:
+        """The local ports with which it may be used; None: all."""
+
+
 class Grants:
     """What a policy grants to one user.
 
@@ -59,7 +70,7 @@ class Grants:
         permits: whether the user may use a `steer` rule with a local port; None: every one.
     """
 
-    def __init__(self, policy: Policy, permits: Callable[[Rule, int], bool] | None = None) -> None:
+    def __init__(self, policy: Policy, permits: Permits | None = None) -> None:
         self.policy = policy
         self.permits = permits
 
@@ -70,6 +81,15 @@ class Grants:
             return self.policy.grant(protocol_of(kind), laddr, local[1], permits=self.permits)
         raddr = ipaddress.ip_address(remote[0])
         return self.policy.grant(protocol_of(kind), laddr, local[1], raddr, remote[1], permits=self.permits)
+
+    def steered(self) -> Iterator[tuple[Rule, PortRange | None]]:
+        """The rules that may be used, each with the local ports that it may be used with; None: all."""
+        for rule in self.policy.flows:
+            if rule.action == "steer":
+                if self.permits is None:
+                    yield rule, rule.local_port
+                else:
+                    yield from ((rule, ports) for ports in self.permits.ports(rule))
 
     def check(self, kind: int, local: Address, remote: Address | None) -> Rule:
         """GrantError: no rule grants it; the message says which one would."""
@@ -234,6 +254,10 @@ class LiveEntries:
             protocol_of(kind), laddr, local[1], raddr, rport, owner=owner, drain=drain
         )
         return Live(entry, kind, local, owner, 0, drain)
+
+    def drain_due_ns(self) -> int | None:
+        """When check_draining() has something to do."""
+        return self._drain_ns if self._draining else None
 
     def check_draining(self, now_ns: int) -> int:
         """Ends draining, once a second, where the kernel's connections are gone; how many go on."""

@@ -18,14 +18,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from bypass._core import ffi, lib
 from bypass.afxdp.who import queue_holders
-from bypass.errors import BypassError, DeviceError, PrivilegeError
+from bypass.errors import BypassError, DeviceError, PrivilegeError, QueueBusyError
 from bypass.offloop import off_loop
 
-__all__ = ["AfxdpDevice", "Audit", "Mode", "interface_queues"]
+__all__ = ["AfxdpDevice", "Audit", "Memory", "Mode", "interface_queues"]
 
 Mode = Literal["auto", "copy", "zerocopy", "skb"]
 
@@ -70,6 +70,41 @@ class Audit:
     misplaced: int
     bad_free: int
     conserved: bool
+
+
+class Memory(Protocol):
+    """Where a device lies."""
+
+    def map(self, size: int) -> Any:
+        """A pointer to so many zeroed bytes, at a page. OSError: there are none."""
+
+    def unmap(self) -> None:
+        """Nobody uses it any more."""
+
+
+class OwnMemory:
+    """A memory file of the device's own.
+
+    Attributes:
+        fd: its descriptor.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self._mem: Any = None
+        self._size = 0
+
+    def map(self, size: int) -> Any:
+        fd = ffi.new("int *", -1)
+        self._mem = lib.afxdp_mem_map(size, fd)
+        if self._mem == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self.fd, self._size = int(fd[0]), size
+        return self._mem
+
+    def unmap(self) -> None:
+        lib.afxdp_mem_unmap(self._mem, self._size, self.fd)
+        self._mem, self.fd = None, -1
 
 
 def interface_queues(ifname: str) -> int:
@@ -135,6 +170,7 @@ class AfxdpDevice:
         rx_csum_trust: take received TCP and UDP checksums as right. For veth peers that leave them to hardware
             that is not there; a switched-off check elsewhere lets corruption through.
         bind_wait_s: how long to retry a busy queue, seconds: the kernel closes AF_XDP sockets asynchronously.
+        memory: where the device lies, for who hands it over; None: in memory of its own.
         busy_poll_us, busy_poll_budget, prefer_busy_poll: SO_BUSY_POLL (microseconds), SO_BUSY_POLL_BUDGET
             (packets), SO_PREFER_BUSY_POLL. Off by default.
 
@@ -160,9 +196,10 @@ class AfxdpDevice:
         busy_poll_us: int = 0,
         busy_poll_budget: int = 0,
         prefer_busy_poll: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self._dev: Any = None
-        self._mem: Any = None
+        self._memory: Memory = memory if memory is not None else OwnMemory()
         if mode not in ("auto", *MODES):
             raise DeviceError(f"mode {mode!r}: it is one of auto, {', '.join(MODES)}")
         self.ifname = ifname
@@ -241,21 +278,20 @@ class AfxdpDevice:
 
     def _try(self, c_mode: int) -> Any:
         """Opens the device. None: it is open; else the struct afxdp_error."""
-        fd = ffi.new("int *", -1)
-        mem = lib.afxdp_mem_map(self._size, fd)
-        if mem == ffi.NULL:
-            err = ffi.errno
+        try:
+            mem = self._memory.map(self._size)
+        except OSError as e:
             mib = self._size >> 20
             raise DeviceError(
-                f"{self.ifname}: no {mib} MiB of packet memory ({os.strerror(err)}): ask for fewer frames"
-            )
+                f"{self.ifname}: no {mib} MiB of packet memory ({e.strerror}): ask for fewer frames"
+            ) from e
         self._config.mode = c_mode
         error = ffi.new("struct afxdp_error *")
         dev = lib.afxdp_open(self._config, mem, self._size, error)
         if dev == ffi.NULL:
-            lib.afxdp_mem_unmap(mem, self._size, fd[0])
+            self._memory.unmap()
             return error
-        self._dev, self._mem, self._memfd = dev, mem, int(fd[0])
+        self._dev = dev
         return None
 
     def _config_problem(self) -> str:
@@ -299,7 +335,7 @@ class AfxdpDevice:
 
     def _explain_bind(self, text: str, err: int, queue: int) -> BypassError:
         if err == errno.EBUSY:
-            return DeviceError(f"{text}: {self._busy_with(queue)}")
+            return QueueBusyError(f"{text}: {self._busy_with(queue)}")
         if err == errno.EOPNOTSUPP and self.requested_mode == "zerocopy":
             return DeviceError(
                 f"{text}: the driver of {self.ifname} has no zero-copy AF_XDP on this queue: use mode 'auto' or 'copy'"
@@ -349,9 +385,10 @@ class AfxdpDevice:
 
     @property
     def memfd(self) -> int:
-        """The descriptor of state, metadata and packet memory together."""
+        """The descriptor of state, metadata and packet memory together, of a device in memory of its own."""
         self._live()
-        return self._memfd
+        assert isinstance(self._memory, OwnMemory)
+        return self._memory.fd
 
     def health(self) -> int:
         """0 when usable; errno.ENETDOWN while the interface is down (it recovers by itself); errno.ENXIO when it
@@ -456,9 +493,21 @@ class AfxdpDevice:
         dev, self._dev = self._dev, None
         self.fds = {}
         left = int(lib.afxdp_close(dev, round(wait_s * 1000)))
-        lib.afxdp_mem_unmap(self._mem, self._size, self._memfd)
-        self._mem = None
+        self._memory.unmap()
         return left
+
+    def hand_over(self) -> dict[int, int]:
+        """Ends this view of the device, which goes on: its state is in the memory, its sockets are the caller's.
+
+        Returns:
+            Descriptors by queue number, in the order of their indices.
+        """
+        fds = {queue: os.dup(fd) for queue, fd in self.fds.items()}
+        dev, self._dev = self._live(), None
+        self.fds = {}
+        lib.afxdp_detach(dev)
+        self._memory.unmap()
+        return fds
 
     def __enter__(self) -> AfxdpDevice:
         return self

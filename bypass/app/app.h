@@ -86,16 +86,18 @@ enum app_msg_type {
     APP_LEASE = 3,
     /* Ends a lease: its packets are the kernel's, its port is free. Only when the stack has no connection on it. */
     APP_RELEASE = 4,
-    /* How to reach remote.addr. Answered at once if known, else later by APP_NEXTHOP with seq 0. */
+    /* How to reach remote.addr. APP_NEXTHOP with seq 0 tells it to all processes, at once or later, and again when it
+     * changes; the answer has it too if it is known, else error EINPROGRESS. */
     APP_RESOLVE = 5,
     APP_NEXTHOP = 6, /* remote.addr, mac, mtu (0: the interface's); flags 1: unreachable, 2: forget it (addr ::: all) */
-    APP_ADDR_ADD = 7, /* local.addr is this host's, prefix_len */
+    APP_ADDR_ADD = 7, /* local.addr is this host's, prefix_len as bypass_addr_add() takes it; it may be known already */
     APP_ADDR_DEL = 8,
-    /* One rule of the policy that this user may use; kind 0: both; local.port..last_port, remote.port..last_remote_port.
-     * index 0 begins a new list, flags 1 ends it: then it replaces the old one. flags 2: the list is empty. */
+    /* One rule of the policy that this user may use; kind 0: both; local.port..last_port (0..65535: any),
+     * remote.port..last_remote_port as well. index 0 begins a new list, flags 1 ends it: then it replaces the old one.
+     * flags 2: the list is empty. A list has at most 256: where there are more, the last is all flows, and APP_LEASE tells. */
     APP_GRANT = 9,
     APP_REVOKED = 10, /* lease: the policy grants it no more. Its packets are the kernel's already */
-    APP_LINK = 11,    /* flags 0: up, 1: down, 2: gone for good */
+    APP_LINK = 11,    /* flags 0: up, 1: down, 2: gone for good; mtu and mac as they are now */
     APP_EXEC = 12,    /* this process becomes another program, which says hello soon */
     /* The last process ends and the stack has data or connections: the broker drives it on until these are done, as
      * this user. The answer is sent when that has begun. */

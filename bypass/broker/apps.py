@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Applications, their processes and their leases, as data. What is done with them: broker.py.
+
+App 1 --- n Process (one connection each)
+ | 1 --- n Lease    (an address that is live, and the kernel socket that holds its port)
+ `-----  memory file, device descriptors
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from bypass.broker import protocol
+from bypass.broker.memory import AppMemory
+from bypass.broker.protocol import Message
+from bypass.broker.shadow import Shadow
+from bypass.broker.users import User
+from bypass.core import Address
+from bypass.grants import Key
+
+MAX_WAITING = 4096
+"""Messages that wait for a process to read them. Of more it gets none, and later all there is to know anew."""
+PAUSE_WAITING = 64
+"""With so many waiting nothing more is read from a process: who asks has to read the answers."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """An address of an application whose flows are live. `local` is as granted, `key` that of the live entry."""
+
+    number: int
+    kind: int
+    local: Address
+    remote: Address | None
+    key: Key
+    shadow: Shadow
+
+
+class Process:
+    """A connection: one process.
+
+    Attributes:
+        pidfd: -1 when the process cannot be watched.
+        app: None before hello.
+        exec: it is going to be another program.
+        lagging: messages were left out; it has to be told everything anew.
+    """
+
+    def __init__(self, sock: socket.socket, pid: int, user: User, pidfd: int) -> None:
+        self.sock = sock
+        self.pid = pid
+        self.user = user
+        self.pidfd = pidfd
+        self.app: App | None = None
+        self.exec = False
+        self.lagging = False
+        self.closed = False
+        self._out: deque[tuple[bytes, tuple[int, ...]]] = deque()
+
+    def __repr__(self) -> str:
+        return f"<process {self.pid}>"
+
+    @property
+    def waiting(self) -> int:
+        return len(self._out)
+
+    @property
+    def paused(self) -> bool:
+        return len(self._out) > PAUSE_WAITING
+
+    def answer(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Queues an answer. There are never more than it has asked for: see `paused`."""
+        self._out.append((message.pack(), fds))
+
+    def tell(self, message: Message) -> None:
+        """Queues what it has not asked for."""
+        if len(self._out) >= MAX_WAITING:
+            self.lagging = True
+        elif not self.lagging:
+            self._out.append((message.pack(), ()))
+
+    def flush(self) -> bool:
+        """Sends what can be sent. Whether nothing waits. OSError: the peer is gone."""
+        while self._out:
+            data, fds = self._out[0]
+            if not protocol.send(self.sock, data, fds):
+                return False
+            self._out.popleft()
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+        self._out.clear()
+        self.sock.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+@dataclass(eq=False)
+class App:
+    """An application. `user` is who it was started as: the grants of all its processes.
+
+    Attributes:
+        limit: leases at most.
+        ends_ns, pidfd: while its only process becomes another program: when it ends if none says hello until then, and
+            that process; 0, -1.
+        asked: destinations whose next hop it uses, latest last.
+    """
+
+    number: int
+    token: bytes
+    user: User
+    name: str
+    memory: AppMemory
+    limit: int
+    fds: list[int] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+    leases: dict[int, Lease] = field(default_factory=dict)
+    asked: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    last_lease: int = 0
+    ends_ns: int = 0
+    pidfd: int = -1
+    lingering: bool = False
+
+    def ask(self, destination: str, limit: int) -> None:
+        """Notes that it wants to hear of a next hop."""
+        self.asked[destination] = None
+        self.asked.move_to_end(destination)
+        while len(self.asked) > limit:
+            self.asked.popitem(last=False)
+
+    def who(self) -> str:
+        pids = ", ".join(str(p.pid) for p in self.processes)
+        return f"application {self.number} ({self.name or 'unnamed'}{', process ' + pids if pids else ''})"

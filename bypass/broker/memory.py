@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An application's memory file: header, group, device, arena, as bypass/app/app.h lays them out.
+
+Its size is sealed: nobody can shrink it under somebody else's mapping. All of it is the application's to write; the
+broker fills in the header once, before anybody else has the file, and writes single fields of it later. It never reads
+it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import Any
+
+from bypass._core import ffi, lib
+
+F_ADD_SEALS = 1033  # linux/fcntl.h
+SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
+HEADER: int = lib.APP_HEADER_SIZE
+
+
+class AppMemory:
+    """The file, and a mapping of its header. Implements bypass.afxdp.Memory: the device's part.
+
+    Attributes:
+        fd: the memory file; -1 before the device's size is known, and after close().
+        header: cffi `struct app_header *`. Fill it in before publish().
+        size: bytes of the file.
+    """
+
+    def __init__(self, name: str, device: int, config: Any) -> None:
+        self.name = name
+        self.fd = -1
+        self.size = 0
+        self.header = ffi.new("struct app_header *")
+        self.header.device = device
+        self.header.config = config[0]
+        self._page: mmap.mmap | None = None
+        self._whole: mmap.mmap | None = None
+        self._view: Any = None
+
+    def layout(self, dev_size: int) -> int:
+        """Bytes of the file with a device of this size. ValueError: the configuration makes no sense."""
+        size = int(lib.app_layout(self.header, dev_size))
+        if not size:
+            raise ValueError("the sizes of the stack make no sense")
+        return size
+
+    # ---- bypass.afxdp.Memory
+    def map(self, size: int) -> Any:
+        whole = self.layout(size)
+        self.close()  # of a try that failed: the next one wants zeroes
+        self.fd = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, whole)
+            fcntl.fcntl(self.fd, F_ADD_SEALS, SEALS)
+            self.size = whole
+            self._page = mmap.mmap(self.fd, HEADER)
+            self._whole = mmap.mmap(self.fd, whole)
+            self._view = ffi.from_buffer(self._whole)
+        except BaseException:
+            self.close()
+            raise
+        return ffi.cast("uint8_t *", self._view) + int(self.header.dev_off)
+
+    def unmap(self) -> None:
+        """Drops the mapping; the file stays."""
+        if self._view is not None:
+            ffi.release(self._view)
+            self._view = None
+        if self._whole is not None:
+            self._whole.close()
+            self._whole = None
+
+    # ---- header
+    def publish(self) -> None:
+        """Writes the header to the file."""
+        self._write(0, bytes(ffi.buffer(self.header)))
+
+    def set(self, name: str, value: Any) -> None:
+        """Changes one field of a published header."""
+        setattr(self.header, name, value)
+        field = dict(ffi.typeof("struct app_header").fields)[name]
+        at = field.offset
+        self._write(at, bytes(ffi.buffer(self.header))[at : at + ffi.sizeof(field.type)])
+
+    def _write(self, at: int, data: bytes) -> None:
+        assert self._page is not None
+        self._page[at : at + len(data)] = data
+
+    def close(self) -> None:
+        self.unmap()
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
