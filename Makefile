@@ -82,6 +82,9 @@ test: setup programs ## The whole test suite (ARGS="-k tcp" for a part of it)
 test-oracle: setup ## The TCP scripts against this machine's kernel, compared with the registered differences (root)
 	@$(RUN) tests/oracle.py $(ARGS)
 
+test-cpython: setup ## CPython's own socket tests on the kernel and on the stack's loopback: same results (~5 min)
+	@$(RUN) tests/cpython_suite.py $(ARGS)
+
 bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo (ROUNDS=5); leaves build/bench.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
