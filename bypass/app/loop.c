@@ -208,4 +208,16 @@ int loop_attach(struct loop *l, void *mem, size_t size)
     return 0;
 }
 
+void loop_reclaim(struct loop *l)
+{
+    struct loop_state *st = l->st;
+
+    st->head = st->tail = 0;
+    st->free_count = 0;
+    for (uint32_t i = st->frames; i-- > 0;) {
+        meta_at(l, i)->holders = 0;
+        give(l, i);
+    }
+}
+
 uint32_t loop_waiting(const struct loop *l) { return l->st->tail - l->st->head; }

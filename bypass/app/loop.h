@@ -23,6 +23,8 @@ struct loop {
 };
 /* A view of it. -EINVAL: it is none. */
 BYPASS_API int loop_attach(struct loop *l, void *mem, size_t size);
+/* Whoever held frames is gone: they are free again, those under way too. */
+BYPASS_API void loop_reclaim(struct loop *l);
 /* Frames that wait to be received. */
 BYPASS_API uint32_t loop_waiting(const struct loop *l);
 

@@ -165,7 +165,7 @@ static int make_stack(void)
     }
     err = bypass_create(&me.stack, arena, me.app->arena_size, &me.app->config, me.dev, &env, clock_ns());
     if (err == 0 && me.app->device == APP_DEV_LOOP) {
-        err = bypass_addr_add(&me.stack, &localhost, 8);
+        err = address_add(&localhost, 8);
     }
     if (err == 0 && me.app->congestion[0]) {
         err = bypass_cc_default(&me.stack, me.app->congestion);

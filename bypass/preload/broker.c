@@ -159,6 +159,32 @@ static void next_hop(const struct app_msg *m)
     }
 }
 
+/* The stack's addresses are kept in the group as well: a stack that is made anew needs them. */
+int address_add(const struct bypass_addr *addr, int prefix_len)
+{
+    int err = bypass_addr_add(&me.stack, addr, prefix_len);
+
+    for (int i = 0; err == 0 && i < GROUP_ADDRS; i++) {
+        if (!me.g->addrs[i].used) {
+            me.g->addrs[i].addr = *addr;
+            me.g->addrs[i].prefix_len = prefix_len;
+            me.g->addrs[i].used = 1;
+            break;
+        }
+    }
+    return err;
+}
+
+static void address_del(const struct bypass_addr *addr)
+{
+    bypass_addr_del(&me.stack, addr);
+    for (int i = 0; i < GROUP_ADDRS; i++) {
+        if (memcmp(&me.g->addrs[i].addr, addr, sizeof *addr) == 0) {
+            me.g->addrs[i].used = 0;
+        }
+    }
+}
+
 static void heed(const struct app_msg *m)
 {
     switch (m->type) {
@@ -174,10 +200,10 @@ static void heed(const struct app_msg *m)
         next_hop(m);
         break;
     case APP_ADDR_ADD:
-        bypass_addr_add(&me.stack, &m->local.addr, m->prefix_len);
+        address_add(&m->local.addr, m->prefix_len);
         break;
     case APP_ADDR_DEL:
-        bypass_addr_del(&me.stack, &m->local.addr);
+        address_del(&m->local.addr);
         break;
     case APP_REVOKED:
         revoked(m->lease);
@@ -188,6 +214,13 @@ static void heed(const struct app_msg *m)
 }
 
 int broker_fd(void) { return me.broker_fd; }
+
+void broker_leave(void)
+{
+    if (me.broker_fd >= 0) {
+        lost();
+    }
+}
 
 void broker_read(void)
 {

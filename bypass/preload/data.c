@@ -197,7 +197,7 @@ int64_t data_receive(struct object *o, int fd, const struct iovec *iov, int coun
     if (want < 0) {
         return want;
     }
-    if (me.g->dead) {
+    if (unlikely(o->sock < 0 || me.g->dead)) {
         return -ECONNRESET;
     }
     if (flags & MSG_ERRQUEUE) {
@@ -357,7 +357,7 @@ int64_t data_send(struct object *o, int fd, const struct iovec *iov, int count, 
     if (want < 0) {
         return want;
     }
-    if (me.g->dead) {
+    if (unlikely(o->sock < 0 || me.g->dead)) {
         return -ECONNRESET;
     }
     return o->type == BYPASS_STREAM ? stream_send(o, fd, iov, count, want, flags)

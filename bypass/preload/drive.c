@@ -27,6 +27,7 @@ enum {
     TURN_ROUNDS = 8,  /* batches of one turn */
     EVENTS = 64,
     WANTED = 16,
+    LOST = POLLERR | POLLHUP | POLLIN | POLLOUT | POLLRDHUP,
 };
 
 __thread struct thread self;
@@ -41,21 +42,17 @@ uint64_t clock_ns(void)
 
 /* ---- The lock ------------------------------------------------------------------------------------------ */
 
-/* A relative died inside of the stack: what it left is not to be trusted. Every connection is over. */
-static void lock_inherited(void)
-{
-    me.g->dead = 1;
-    pthread_mutex_consistent(&me.g->lock);
-}
-
 void enter(void)
 {
     self.inside++;
     if (unlikely(pthread_mutex_lock(&me.g->lock) == EOWNERDEAD)) {
-        lock_inherited();
+        revive();
     }
     if (unlikely(me.g->relatives > 1)) {
         device_sync();
+        if (unlikely(me.g->dead)) {
+            broker_leave();
+        }
     }
     if (unlikely(me.forked)) {
         attach_child();
@@ -86,8 +83,8 @@ short object_ready(const struct object *o)
     int ready;
     short got = 0;
 
-    if (o->sock < 0 || me.g->dead) {
-        return me.g->dead ? POLLERR | POLLHUP | POLLIN | POLLOUT : 0;
+    if (unlikely(o->sock < 0 || me.g->dead)) {
+        return me.g->dead || o->place == PLACE_STACK ? LOST : 0;
     }
     ready = bypass_ready(&me.stack, o->sock);
     if (ready < 0) {

@@ -272,3 +272,42 @@ void group_copy(struct group *g, uint32_t from, uint32_t to)
         }
     }
 }
+
+/* ---- Soundness ---------------------------------------------------------------------------------------------- */
+static bool list_sound(const struct group *g, uint32_t i, uint32_t max,
+                       uint32_t (*next)(const struct group *, uint32_t))
+{
+    for (uint32_t steps = 0; i != GROUP_NONE; i = next(g, i)) {
+        if (i >= max || steps++ > max) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static uint32_t next_object(const struct group *g, uint32_t i) { return group_object((struct group *)g, i)->next; }
+
+static uint32_t next_hold(const struct group *g, uint32_t i) { return group_hold((struct group *)g, i)->next; }
+
+static uint32_t next_queued(const struct group *g, uint32_t i) { return group_hold((struct group *)g, i)->qnext; }
+
+bool group_sound(struct group *g)
+{
+    uint32_t objects = g->objects_bump, holds = g->holds_bump;
+    bool good = objects <= g->objects_max && holds <= g->holds_max && g->procs_top <= GROUP_PROCS;
+
+    good = good && list_sound(g, g->objects_free, objects, next_object);
+    good = good && list_sound(g, g->holds_free, holds, next_hold);
+    for (uint32_t i = 0; good && i < objects; i++) {
+        const struct object *o = group_object(g, i);
+
+        good = o->refs == 0 || list_sound(g, o->holds, holds, next_hold);
+    }
+    for (uint32_t i = 0; good && i < g->procs_top; i++) {
+        const struct proc *p = &g->procs[i];
+
+        good = list_sound(g, p->queue_head, holds, next_queued) &&
+               (p->queue_tail == GROUP_NONE) == (p->queue_head == GROUP_NONE);
+    }
+    return good;
+}

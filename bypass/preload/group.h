@@ -19,8 +19,9 @@
 enum {
     GROUP_PROCS = 512,
     GROUP_NONE = 0xffffffff, /* no index */
-    GROUP_WHY = 56,
-    HOLDS = 3, /* for each object, on the average */
+    GROUP_WHY = 40,
+    GROUP_ADDRS = 16, /* addresses of a stack */
+    HOLDS = 3,        /* for each object, on the average */
 };
 
 enum place {
@@ -58,7 +59,9 @@ struct object {
     uint32_t next;                    /* free list */
     uint32_t refs;                    /* descriptors, of all relatives, and of messages under way */
     uint64_t ino;                     /* of the shadow; 0: nobody needed it yet */
-    bypass_sock sock;                 /* -1: none */
+    bypass_sock sock;                 /* -1: none; with PLACE_STACK: it was lost, the connection is over */
+    struct bypass_endpoint local;     /* PLACE_BOTH: where it is bound, */
+    int32_t backlog;                  /* ... and how it listens */
     int64_t rcvtimeo_ns, sndtimeo_ns; /* 0: none */
     uint32_t lease;                   /* the broker's; 0: none */
     uint32_t holds;                   /* list of struct hold */
@@ -102,6 +105,7 @@ struct leaving { /* a lease whose socket is closed: leases.c */
 struct group {
     uint32_t magic, abi;
     uint32_t ready;     /* atomic: 0 nobody has made the stack yet, 1 being made, 2 made */
+    uint32_t revived;   /* how often the stack was made anew: revive.c */
     uint32_t dead;      /* a relative died inside the stack: nothing of it can be trusted any more */
     uint32_t relatives; /* processes, */
     uint32_t procs_top; /* in the first so many of `procs` */
@@ -113,7 +117,12 @@ struct group {
     uint32_t holds_free, holds_bump, holds_max;
     uint64_t objects_off, holds_off;                       /* from the group's start */
     uint64_t tcp_stack, tcp_kernel, udp_stack, udp_kernel; /* sockets that ended up there, ever */
-    uint64_t leaving_ns;                                   /* when they were looked at */
+    struct {
+        struct bypass_addr addr;
+        int32_t prefix_len;
+        uint32_t used;
+    } addrs[GROUP_ADDRS];
+    uint64_t leaving_ns; /* when they were looked at */
     uint32_t leaving_count, pad;
     struct leaving leaving[4096];
     struct proc procs[GROUP_PROCS];
@@ -146,6 +155,8 @@ void group_ref(struct group *g, uint32_t object, uint32_t proc);
 bool group_unref(struct group *g, uint32_t object, uint32_t proc);
 /* Puts an object into the queue of every process that waits for it. */
 void group_notify(struct group *g, uint32_t object);
+/* Whether all lists lead somewhere: after a process died that may have been changing them. */
+bool group_sound(struct group *g);
 /* The next object that became ready for a process; GROUP_NONE. */
 uint32_t group_take(struct group *g, uint32_t proc);
 /* A place for a process; GROUP_NONE: too many. */

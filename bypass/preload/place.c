@@ -131,6 +131,7 @@ static int bind_datagrams(int fd, struct object *o, struct bypass_endpoint *loca
         place_kernel(fd, o, WHY_REFUSED, strerror(-err));
         return PLACE_REAL;
     }
+    o->local = *local;
     place_on(o, fd, PLACE_BOTH);
     return 0;
 }
@@ -189,6 +190,8 @@ int place_listen(int fd, struct object *o, int backlog)
         return PLACE_REAL;
     }
     o->listening = 1;
+    o->local = local;
+    o->backlog = backlog;
     place_on(o, fd, PLACE_BOTH);
     return 0;
 }

@@ -104,6 +104,9 @@ void attach_child(void);
 /* Lock just taken: what relatives did to the device meanwhile. */
 void device_sync(void);
 
+/* revive.c: the lock has been taken over from a relative that died with it. */
+void revive(void);
+
 /* ---- The lock */
 void enter(void);
 void leave(void);
@@ -211,11 +214,13 @@ void broker_release(uint32_t lease);
 void lease_leaves(uint32_t lease, int type, uint16_t port);
 void leases_check(void); /* now and then */
 void broker_resolve(const struct bypass_addr *dst);
+int address_add(const struct bypass_addr *addr, int prefix_len);
 int broker_fd(void);    /* readable: broker_read() has work; -1 none */
 void broker_read(void); /* what the broker says of its own accord */
 bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote);
 void broker_announce_exec(void);
 int broker_linger(void);
+void broker_leave(void); /* ends the conversation: the application is over */
 
 /* ---- pass.c: descriptors in messages on Unix sockets. Without the lock. */
 void pass_sent(const struct msghdr *h);

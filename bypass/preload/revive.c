@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * revive.c - a relative was killed while it held the lock: what it was in the middle of is half done. Nothing of the
+ * stack can be trusted then, and it is made anew in its memory: connections are over (their peers get resets for what
+ * they send, this side ECONNRESET), listeners and bound datagram sockets go on. Where not even the group's own lists are
+ * sound, the application ends for good: every call fails, and the broker gives its flows back to the kernel.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <string.h>
+
+#include "host.h"
+#include "preload.h"
+
+/* Frees what the stack held. 0 or -errno. */
+static int reclaim_device(void)
+{
+    switch (me.app->device) {
+    case APP_DEV_LOOP:
+        loop_reclaim(&me.loop);
+        return 0;
+    default:
+        return -ENOTSUP;
+    }
+}
+
+/* The stack's memory as it was at the beginning. */
+static int clear_arena(void)
+{
+    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+
+    return fallocate(me.mem_fd, mode, (off_t)me.app->arena_off, (off_t)me.app->arena_size) < 0 ? -errno : 0;
+}
+
+static int new_stack(void)
+{
+    const struct bypass_env env = {.random = host_random};
+    void *arena = (uint8_t *)me.app + me.app->arena_off;
+    int err = bypass_create(&me.stack, arena, me.app->arena_size, &me.app->config, me.dev, &env, clock_ns());
+
+    for (uint32_t i = 0; err == 0 && i < GROUP_ADDRS; i++) {
+        if (me.g->addrs[i].used) {
+            err = bypass_addr_add(&me.stack, &me.g->addrs[i].addr, me.g->addrs[i].prefix_len);
+        }
+    }
+    if (err == 0 && me.app->congestion[0]) {
+        err = bypass_cc_default(&me.stack, me.app->congestion);
+    }
+    return err;
+}
+
+/* A listener, or a datagram socket that is bound, has a socket again. */
+static void reopen(uint32_t object)
+{
+    struct object *o = group_object(me.g, object);
+
+    o->sock = bypass_socket(&me.stack, o->type);
+    if (o->sock < 0 || bypass_bind(&me.stack, o->sock, &o->local) < 0 ||
+        (o->listening && bypass_listen(&me.stack, o->sock, o->backlog) < 0)) {
+        o->sock = -1;
+        return;
+    }
+    bypass_set_user(&me.stack, o->sock, object + 1);
+}
+
+static void reopen_all(void)
+{
+    for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+        struct object *o = group_object(me.g, i);
+
+        if (o->refs == 0) {
+            continue;
+        }
+        o->sock = -1;
+        if (o->place == PLACE_BOTH) {
+            reopen(i);
+        } else if (o->place == PLACE_UNDECIDED) {
+            o->sock = bypass_socket(&me.stack, o->type);
+            bypass_set_user(&me.stack, o->sock, i + 1);
+        }
+        group_notify(me.g, i);
+    }
+}
+
+void revive(void)
+{
+    pthread_mutex_consistent(&me.g->lock);
+    if (me.g->dead || !group_sound(me.g) || reclaim_device() < 0 || clear_arena() < 0 || new_stack() < 0) {
+        me.g->dead = 1;
+        return;
+    }
+    me.g->revived++;
+    reopen_all();
+}
