@@ -217,6 +217,8 @@ static int accept_stack(struct object *o, struct bypass_endpoint *peer, int flag
     }
     group_object(me.g, i)->place = PLACE_STACK;
     group_object(me.g, i)->nonblock = (flags & SOCK_NONBLOCK) != 0;
+    group_object(me.g, i)->rcvtimeo_ns = o->rcvtimeo_ns; /* as all options but O_NONBLOCK (accept(2)) */
+    group_object(me.g, i)->sndtimeo_ns = o->sndtimeo_ns;
     count_stack(BYPASS_STREAM);
     bypass_peer(&me.stack, sock, peer);
     return fd;
