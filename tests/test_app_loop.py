@@ -79,7 +79,8 @@ def test_datagrams_and_refusals(loop: Loop) -> None:
     loop.run(0.01)
     got = core.recvfrom(a, 100)
     assert isinstance(got, tuple)
-    assert got[0] == b"hello" and got[1][1] == core.local(b)[1]
+    assert got[0] == b"hello"
+    assert got[1][1] == core.local(b)[1]
     core.connect(b, (ME, 9))
     core.send(b, b"nobody")
     loop.run(0.01)

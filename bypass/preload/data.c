@@ -64,9 +64,17 @@ static int64_t stream_take(struct object *o, const struct iovec *iov, int count,
     return all;
 }
 
-static bool done_receiving(int64_t r, int64_t got, int64_t want, int flags)
+/* How much a call waits for: socket(7), SO_RCVLOWAT; recv(2), MSG_WAITALL. */
+static int64_t least(struct object *o, int64_t want, int flags, bool block)
 {
-    return r == 0 || (r > 0 && (got >= want || !(flags & MSG_WAITALL))) || (flags & MSG_OOB) || (r < 0 && r != -EAGAIN);
+    int64_t low = block && !(flags & MSG_WAITALL) ? bypass_getopt(&me.stack, o->sock, BYPASS_SO_RCVLOWAT) : 1;
+
+    return flags & MSG_WAITALL || low > want ? want : low;
+}
+
+static bool done_receiving(int64_t r, int64_t got, int64_t enough, int flags)
+{
+    return r == 0 || (r > 0 && got >= enough) || (flags & MSG_OOB) || (r < 0 && r != -EAGAIN);
 }
 
 static int64_t stream_receive(struct object *o, int fd, const struct iovec *iov, int count, int64_t want, int flags)
@@ -83,7 +91,7 @@ static int64_t stream_receive(struct object *o, int fd, const struct iovec *iov,
         if (r > 0) {
             got = flags & MSG_PEEK ? r : got + r;
         }
-        if (done_receiving(r, got, want, flags)) {
+        if (done_receiving(r, got, got < want ? least(o, want, flags, block) : want, flags)) {
             return got ? got : r;
         }
         if (!block) {
@@ -96,9 +104,6 @@ static int64_t stream_receive(struct object *o, int fd, const struct iovec *iov,
         waited = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
         if (waited < 0) {
             return got ? got : waited;
-        }
-        if (!fd_is_object(fd)) {
-            return got ? got : -EBADF;
         }
     }
 }
@@ -182,9 +187,6 @@ static int64_t datagram_receive(struct object *o, int fd, const struct iovec *io
         waited = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
         if (waited < 0) {
             return waited;
-        }
-        if (!fd_is_object(fd)) {
-            return -EBADF;
         }
     }
 }
@@ -278,9 +280,6 @@ static int64_t stream_send(struct object *o, int fd, const struct iovec *iov, in
         waited = wait_for(o, fd, POLLOUT, o->sndtimeo_ns, &since);
         if (waited < 0) {
             return done ? done : waited;
-        }
-        if (!fd_is_object(fd)) {
-            return done ? done : -EBADF;
         }
     }
 }

@@ -414,7 +414,12 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
         return 0; /* something happened: it may be what the caller waits for */
     }
     self.no_restart = false;
+    o->refs++; /* the call has it, as a call of the kernel has its file: another thread may close it meanwhile */
     got = park(&s, &shadow, o->place == PLACE_BOTH, until, NULL);
+    if (--o->refs == 0) {
+        object_end(object);
+        return -EBADF;
+    }
     if (got == -ETIMEDOUT) {
         return -EAGAIN;
     }

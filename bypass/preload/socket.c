@@ -270,10 +270,6 @@ EXPORT int accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
         if (r < 0) {
             break;
         }
-        if (!fd_is_object(fd)) {
-            r = -EBADF; /* closed by another thread meanwhile */
-            break;
-        }
     }
     leave();
     if (kernels) {
