@@ -283,7 +283,7 @@ static int attach_now(void)
     return err;
 }
 
-static bool wanted(void)
+bool preload_wanted(void)
 {
     const char *loop = getenv("BYPASS_LOOPBACK"), *socket = getenv("BYPASS_SOCKET");
 
@@ -302,7 +302,7 @@ bool attach(void)
     self.attaching = true;
     if (!me.attached) {
         int saved = errno;
-        int done = !wanted() ? -1 : attach_now() == 0 ? 1 : -1;
+        int done = !preload_wanted() ? -1 : attach_now() == 0 ? 1 : -1;
 
         if (done < 0 && me.refused[0]) {
             dprintf(2, "bypass: %s: sockets are the kernel's\n", me.refused);

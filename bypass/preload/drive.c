@@ -42,18 +42,46 @@ uint64_t clock_ns(void)
 
 /* ---- The lock ------------------------------------------------------------------------------------------ */
 
-void enter(void)
+static void take(void)
 {
-    self.inside++;
     if (unlikely(pthread_mutex_lock(&me.g->lock) == EOWNERDEAD)) {
         revive();
     }
+}
+
+/* This process ends, or becomes another program: its other threads may be killed at any moment, and must not be at work
+ * then. They wait here, for ever if that comes to pass. */
+static void stand_still(void)
+{
+    while (me.halted_by && me.halted_by != &self) {
+        pthread_mutex_unlock(&me.g->lock);
+        real.ppoll(NULL, 0, &(struct timespec){.tv_nsec = 1000000}, NULL);
+        take();
+    }
+}
+
+void enter_quietly(void)
+{
+    self.inside++;
+    take();
+    if (unlikely(me.halted_by != NULL)) {
+        stand_still();
+    }
+    if (unlikely(me.cancels) && !self.guarded) {
+        self.guarded = pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &self.cancel_state) == 0;
+    }
+    me.g->working = 1;
     if (unlikely(me.g->relatives > 1)) {
         device_sync();
         if (unlikely(me.g->dead)) {
             broker_leave();
         }
     }
+}
+
+void enter(void)
+{
+    enter_quietly();
     if (unlikely(me.forked)) {
         attach_child();
     }
@@ -61,11 +89,35 @@ void enter(void)
 
 void leave(void)
 {
+    me.g->working = 0;
     pthread_mutex_unlock(&me.g->lock);
     atomic_signal_fence(memory_order_seq_cst);
-    if (--self.inside == 0 && unlikely(self.pending)) {
-        signals_deliver();
+    if (--self.inside == 0 && unlikely(self.pending | self.guarded)) {
+        if (self.guarded) {
+            self.guarded = 0;
+            pthread_setcancelstate(self.cancel_state, NULL);
+        }
+        if (self.pending) {
+            signals_deliver();
+        }
     }
+}
+
+/* Cancellation (pthreads(7)) takes effect in system calls, which the stack makes with the lock held: threads are not
+ * cancelled there, once anybody cancels. While the lock is held here no target is at work; the next that is knows. */
+EXPORT int pthread_cancel(pthread_t thread)
+{
+    int r;
+
+    real_load();
+    me.cancels = true;
+    if (me.attached <= 0 || self.inside) {
+        return real.pthread_cancel(thread);
+    }
+    enter_quietly();
+    r = real.pthread_cancel(thread);
+    leave();
+    return r;
 }
 
 /* ---- Readiness ------------------------------------------------------------------------------------------- */
@@ -125,6 +177,9 @@ static void wake_relative(uint32_t proc)
     struct sockaddr_un sa;
     socklen_t len = wake_name(&sa, proc);
 
+    if (me.wake_fd < 0) { /* a child that has not joined the group, and need not yet */
+        me.wake_fd = fd_hide(real.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    }
     /* EAGAIN: wakes wait there already. ECONNREFUSED: it has ended, and will be cleared away. */
     (void)!real.sendto(me.wake_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, (struct sockaddr *)&sa, len);
 }
@@ -218,6 +273,9 @@ bool turn(void)
     me.g->unsent = 0;
     next_hops();
     leases_check();
+    if (unlikely(me.g->turn_ns >= me.g->check_ns)) {
+        relatives_check();
+    }
     return dispatch() || any;
 }
 
@@ -260,7 +318,7 @@ static void sleeper_add(struct sleeper *s)
     if (s->next) {
         s->next->prev = &s->next;
     }
-    me.sleepers = s;
+    me.sleepers = self.sleeper = s;
     me.g->procs[me.proc].parked++;
     if (!me.watcher || me.watcher == &me.helper) {
         me.watcher = s;
@@ -297,11 +355,30 @@ static void sleeper_remove(struct sleeper *s)
     }
 }
 
+void drive_anew(void)
+{
+    uint64_t one = 1;
+
+    if (me.watcher == &me.helper) {
+        (void)!real.write(me.helper.wake_fd, &one, sizeof one);
+    } else if (me.watcher) {
+        wake(me.watcher);
+    }
+}
+
 static void drain(int fd)
 {
     char buf[8];
 
     while (real.read(fd, buf, sizeof buf) > 0) {}
+}
+
+/* When the stack, or the care for relatives, wants a turn at the latest. */
+static uint64_t next_turn(void)
+{
+    uint64_t due = bypass_deadline(&me.stack);
+
+    return me.g->check_ns < due ? me.g->check_ns : due;
 }
 
 static struct timespec *time_left(uint64_t until_ns, struct timespec *ts)
@@ -335,44 +412,80 @@ static bool spin(const struct sleeper *s, uint64_t until_ns)
     return s->woken;
 }
 
+/* Awake, or unpark() was faster. */
+static void sleeper_done(struct sleeper *s)
+{
+    if (self.sleeper == s) {
+        self.sleeper = NULL;
+        sleeper_remove(s);
+    }
+    if (s->woken) {
+        drain(s->wake_fd);
+    }
+}
+
+/* The thread stands in the list of sleepers no more: a handler is about to run, which may jump away. */
+void unpark(void)
+{
+    struct sleeper *s = self.sleeper;
+
+    enter();
+    self.sleeper = NULL;
+    sleeper_remove(s);
+    wake(s); /* it may be on its way to sleep */
+    leave();
+}
+
+static void cancelled(void *arg)
+{
+    (void)arg;
+    if (self.sleeper) {
+        unpark();
+    }
+}
+
+/* Without the lock. What ppoll(2) says; -EINTR also for a handler that ran shortly before or after it. */
+static int sleep_in_kernel(struct pollfd *all, int n, uint64_t deadline, const sigset_t *mask, uint32_t handled)
+{
+    struct timespec ts;
+    volatile int got = -EINTR;
+
+    pthread_cleanup_push(cancelled, NULL);
+    if (self.handled == handled) {
+        got = real.ppoll(all, (nfds_t)n, time_left(deadline, &ts), mask);
+        got = got < 0 ? -errno : got;
+    }
+    pthread_cleanup_pop(0);
+    return self.handled == handled ? got : -EINTR;
+}
+
 int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
 {
     struct pollfd all[n + 2];
-    struct timespec ts;
     uint32_t handled = self.handled;
     uint64_t deadline = until_ns;
-    int got, own = 0, err;
+    int got, own = 0;
 
     s->wake_fd = thread_wake_fd();
     sleeper_add(s);
     if (spin(s, until_ns)) {
-        sleeper_remove(s);
-        drain(s->wake_fd);
-        return 0;
+        sleeper_done(s);
+        return self.handled == handled ? 0 : -EINTR;
     }
     all[own++] = (struct pollfd){.fd = s->wake_fd, .events = POLLIN};
     if (me.watcher == s) {
-        uint64_t due = bypass_deadline(&me.stack);
+        uint64_t due = next_turn();
 
         all[own++] = (struct pollfd){.fd = me.dev_ep, .events = POLLIN};
         deadline = due < until_ns ? due : until_ns;
     }
     memcpy(all + own, fds, (size_t)n * sizeof *fds);
     leave();
-    if (self.handled != handled) { /* a signal came while the lock was held: as if it had come now */
-        got = -1;
-        err = EINTR;
-    } else {
-        got = real.ppoll(all, (nfds_t)(n + own), time_left(deadline, &ts), mask);
-        err = errno;
-    }
+    got = sleep_in_kernel(all, n + own, deadline, mask, handled);
     enter();
-    sleeper_remove(s);
-    if (s->woken || (got > 0 && all[0].revents)) {
-        drain(s->wake_fd);
-    }
+    sleeper_done(s);
     if (got < 0) {
-        return err == EINTR ? -EINTR : 0;
+        return got == -EINTR ? -EINTR : 0;
     }
     for (int i = got = 0; i < n; i++) {
         fds[i].revents = all[own + i].revents;
@@ -467,7 +580,7 @@ static void helper_drive(void)
     }
     me.watcher = &me.helper;
     me.g->procs[me.proc].parked++;
-    helper_sleep(bypass_deadline(&me.stack), true);
+    helper_sleep(next_turn(), true);
     me.g->procs[me.proc].parked--;
     if (me.watcher == &me.helper) {
         me.watcher = NULL;

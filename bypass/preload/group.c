@@ -37,7 +37,7 @@ int group_init(struct group *g, uint64_t size, uint32_t max_socks, uint64_t wake
     if (watches + (uint64_t)HOLDS * max_socks * sizeof(struct hold) > size) {
         return -ENOMEM;
     }
-    *g = (struct group){.magic = GROUP_MAGIC, .abi = APP_ABI, .ready = 1, .wake_id = wake_id};
+    *g = (struct group){.magic = GROUP_MAGIC, .abi = APP_ABI, .ready = 1, .wake_id = wake_id, .check_ns = UINT64_MAX};
     g->objects_off = objects;
     g->objects_max = max_socks;
     g->objects_free = g->holds_free = GROUP_NONE;
@@ -172,6 +172,30 @@ bool group_unref(struct group *g, uint32_t object, uint32_t proc)
     return --o->refs == 0;
 }
 
+uint32_t group_holds(struct group *g, uint32_t object, uint32_t proc)
+{
+    for (uint32_t i = group_object(g, object)->holds; i != GROUP_NONE; i = group_hold(g, i)->next) {
+        if (group_hold(g, i)->proc == proc) {
+            return group_hold(g, i)->refs;
+        }
+    }
+    return 0;
+}
+
+bool group_set_hold(struct group *g, uint32_t object, uint32_t proc, uint32_t refs)
+{
+    struct object *o = group_object(g, object);
+    uint32_t i = refs ? group_hold_get(g, object, proc) : GROUP_NONE, before = group_holds(g, object, proc);
+
+    if (i != GROUP_NONE) {
+        group_hold(g, i)->refs = refs;
+        o->refs += refs - before;
+    } else if (refs == 0) {
+        o->refs -= hold_drop(g, object, proc);
+    }
+    return o->refs == 0;
+}
+
 static void enqueue(struct group *g, uint32_t i)
 {
     struct hold *w = group_hold(g, i);
@@ -228,8 +252,7 @@ uint32_t group_join(struct group *g, int32_t pid)
         struct proc *p = &g->procs[i];
 
         if (p->pid == 0) {
-            p->pid = pid;
-            p->parked = 0;
+            *p = (struct proc){.pid = pid, .queue_head = GROUP_NONE, .queue_tail = GROUP_NONE};
             g->relatives++;
             g->procs_top = i >= g->procs_top ? i + 1 : g->procs_top;
             return i;

@@ -76,7 +76,7 @@ struct object {
     uint8_t bound;      /* by the program */
     uint8_t v6only;
     uint8_t shadow_nonblock; /* the shadow is O_NONBLOCK although the program's descriptor may not be */
-    uint8_t pad[2];
+    uint16_t under_way;      /* of refs: messages that carry it (pass.c) */
     int32_t keep_fd; /* of the process keep_pid: a duplicate of the shadow that keeps the port until `lease` ends; -1 */
     char why[GROUP_WHY]; /* more about `reason`; for people */
 };
@@ -91,9 +91,18 @@ struct hold {       /* a process has descriptors of an object, or waits for it *
     uint8_t waits; /* it wants to know when the object becomes ready */
 };
 
-struct proc {                        /* a relative */
-    int32_t pid;                     /* 0: free */
-    uint32_t parked;                 /* threads asleep */
+enum proc_state {
+    PROC_JOINED,  /* it has the library and a socket to be woken by, which ends with it */
+    PROC_FORKED,  /* a child that has not called anything yet, and may never */
+    PROC_FOREIGN, /* it became another program, or is about to: /proc tells what it has */
+};
+
+struct proc {          /* a relative */
+    int32_t pid;       /* 0: free; -1: a child that is being made */
+    uint32_t state;    /* enum proc_state */
+    uint64_t since_ns; /* that it is in this state */
+    uint64_t started;  /* of the process, as /proc/PID/stat has it: the number may be used again; 0: unknown */
+    uint32_t parked;   /* threads asleep */
     uint32_t queue_head, queue_tail; /* watches whose objects became ready */
 };
 
@@ -111,8 +120,10 @@ struct group {
     uint32_t procs_top; /* in the first so many of `procs` */
     uint64_t wake_id;   /* part of the names of the sockets that wake relatives */
     pthread_mutex_t lock;
-    uint64_t turn_ns; /* when the stack was driven last */
-    uint32_t unsent;  /* calls whose output has not been handed to the device */
+    uint32_t working;  /* whoever has the lock is at work: if it dies there is no telling what it left */
+    uint64_t turn_ns;  /* when the stack was driven last */
+    uint64_t check_ns; /* when somebody has to look after processes that do not tell by themselves; UINT64_MAX: never */
+    uint32_t unsent;   /* calls whose output has not been handed to the device */
     uint32_t objects_free, objects_bump, objects_used, objects_max;
     uint32_t holds_free, holds_bump, holds_max;
     uint64_t objects_off, holds_off;                       /* from the group's start */
@@ -152,6 +163,9 @@ uint32_t group_find_ino(struct group *g, uint64_t ino);
 uint32_t group_hold_get(struct group *g, uint32_t object, uint32_t proc);
 /* One descriptor more, and one less: whether it was the last of all processes. */
 void group_ref(struct group *g, uint32_t object, uint32_t proc);
+/* How many descriptors a process has of an object; and sets that: whether nobody has any now. */
+uint32_t group_holds(struct group *g, uint32_t object, uint32_t proc);
+bool group_set_hold(struct group *g, uint32_t object, uint32_t proc, uint32_t refs);
 bool group_unref(struct group *g, uint32_t object, uint32_t proc);
 /* Puts an object into the queue of every process that waits for it. */
 void group_notify(struct group *g, uint32_t object);

@@ -76,28 +76,36 @@ struct me {       /* this process */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
     bool helper_runs, helper_deep;
-    bool broken;             /* BYPASS_BREAK=recv: the control of the test suites, which have to notice */
-    bool forked;             /* a child that has not joined the group yet */
-    int fd_top;              /* highest descriptor that `table` ever knew, plus one */
-    uint64_t turn_ns;        /* the last turn of this process' own threads */
-    struct local *local;     /* by object */
-    _Atomic uint32_t *table; /* by descriptor: 0 the kernel's; object + 1, FD_KERNEL | object + 1, FD_EPOLL | ... */
+    bool cancels;             /* pthread_cancel() has been called */
+    struct thread *halted_by; /* a thread that ends this process, or its program: others may not go to work */
+    bool broken;              /* BYPASS_BREAK=recv: the control of the test suites, which have to notice */
+    bool forked;              /* a child that has not joined the group yet */
+    int fd_top;               /* highest descriptor that `table` ever knew, plus one */
+    uint64_t turn_ns;         /* the last turn of this process' own threads */
+    struct local *local;      /* by object */
+    _Atomic uint32_t *table;  /* by descriptor: 0 the kernel's; object + 1, FD_KERNEL | object + 1, FD_EPOLL | ... */
 };
 extern struct me me;
 
-struct thread {       /* of the calling thread */
-    uint32_t inside;  /* it holds the lock: signal handlers wait (signal.c) */
-    uint32_t pending; /* a signal was put off meanwhile */
-    uint32_t handled; /* handlers that ran, ever: who was about to sleep looks whether it changed */
-    bool no_restart;  /* ... of these one had no SA_RESTART */
-    bool attaching;   /* in attach() */
-    int wake_fd;      /* its eventfd plus one; 0: none yet */
+struct thread {              /* of the calling thread */
+    uint32_t inside;         /* it holds the lock: signal handlers wait (signal.c) */
+    uint32_t pending;        /* a signal was put off meanwhile, */
+    uint64_t mask;           /* when these were blocked */
+    uint32_t handled;        /* handlers that ran, ever: who was about to sleep looks whether it changed */
+    bool no_restart;         /* ... of these one had no SA_RESTART */
+    bool guarded;            /* not to be cancelled while it holds the lock; before that it was in this state: */
+    int cancel_state;        /* pthread_setcancelstate(3) */
+    bool attaching;          /* in attach() */
+    int wake_fd;             /* its eventfd plus one; 0: none yet */
+    struct sleeper *sleeper; /* it is in park() with this one */
 };
 extern __thread struct thread self;
 
 /* ---- attach.c */
 /* Makes this process an application's, if it is told to be one. Whether it is. Takes the lock by itself. */
 bool attach(void);
+/* Whether it is told to be one. */
+bool preload_wanted(void);
 /* After fork(), in the child, without the lock: joins the group anew. */
 void attach_child(void);
 
@@ -110,7 +118,11 @@ void revive(void);
 /* ---- The lock */
 void enter(void);
 void leave(void);
-void signals_deliver(void); /* signal.c: runs what was put off; no lock held */
+/* As enter(), but a child of fork() does not join the group for it: for close(), exec and exit. */
+void enter_quietly(void);
+void signals_deliver(void); /* signal.c: lets in what was put off; no lock held */
+/* The calling thread sleeps in park(), and is about to run a signal's handler. No lock held. */
+void unpark(void);
 
 /* ---- fds.c */
 /* Objects by descriptor. Lock taken when the result is not NULL, and the object is served by the stack (PLACE_STACK,
@@ -187,6 +199,8 @@ int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const 
  * says (signal(7)). */
 int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t *since);
 void wake(struct sleeper *s);
+/* Whoever watches the device goes to sleep anew: there may be something to do earlier. */
+void drive_anew(void);
 /* From now on this process is told when the object becomes ready. */
 void object_wait(uint32_t object);
 socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc);
@@ -221,6 +235,16 @@ bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_
 void broker_announce_exec(void);
 int broker_linger(void);
 void broker_leave(void); /* ends the conversation: the application is over */
+
+/* ---- proc.c: relatives that fork, become other programs, and end. Lock held. */
+/* g->check_ns is over: looks after relatives that died or became programs without this library. */
+void relatives_check(void);
+/* ... which is to be done by then. */
+void relatives_look_before(uint64_t due_ns);
+/* A place is nobody's any more, nor is what it had. */
+void relative_gone(uint32_t proc);
+/* An object has references, none of them of this process: whether its other holders are still there is looked at soon. */
+void relatives_suspect(uint32_t object);
 
 /* ---- pass.c: descriptors in messages on Unix sockets. Without the lock. */
 void pass_sent(const struct msghdr *h);

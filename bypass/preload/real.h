@@ -80,6 +80,8 @@
     X(int, sigaction, (int, const struct sigaction *, struct sigaction *))                                             \
     X(FILE *, fdopen, (int, const char *))                                                                             \
     X(int, vdprintf, (int, const char *, va_list))                                                                     \
+    X(int, pthread_cancel, (pthread_t))                                                                                \
+    X(int, socketpair, (int, int, int, int *))                                                                         \
     X(long, syscall, (long, ...))
 
 struct real {

@@ -85,6 +85,9 @@ static void reopen_all(void)
 void revive(void)
 {
     pthread_mutex_consistent(&me.g->lock);
+    if (!me.g->working) {
+        return; /* it had not begun, or was through */
+    }
     if (me.g->dead || !group_sound(me.g) || reclaim_device() < 0 || clear_arena() < 0 || new_stack() < 0) {
         me.g->dead = 1;
         return;

@@ -51,6 +51,8 @@ void object_put(uint32_t object)
 {
     if (group_unref(me.g, object, me.proc)) {
         object_end(object);
+    } else if (unlikely(group_holds(me.g, object, me.proc) == 0)) {
+        relatives_suspect(object);
     }
 }
 
