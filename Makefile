@@ -33,12 +33,15 @@ OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
 PRELOAD_SRC := $(wildcard bypass/preload/*.c)
 PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
 	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c bypass/afxdp/*.c) bypass/fwd/port.c bypass/host.c)
-PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/host.h
+PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h
 
 # The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
 EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so
 PRELOAD := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass-preload.so
 LIB := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass.so
+# bypass-fwd: no Python, no stack; the AF_XDP device and what moves frames between it and applications.
+FWD_OBJ := $(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/fwd/*.c bypass/afxdp/*.c))
+FWD := $(if $(filter release,$(VARIANT)),build,$(OUT))/bypass-fwd
 
 # How Python is started. The sanitizers' runtime has to be there before the interpreter, hence a script, which also
 # starts the Python children of tests; other programs do without it (curl's threads hang under it now and then).
@@ -58,7 +61,7 @@ help: ## This list
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
-build: $(VENV)/.stamp $(EXT) $(LIB) $(PRELOAD) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python and build/libbypass.so
+build: $(VENV)/.stamp $(EXT) $(LIB) $(FWD) $(PRELOAD) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python, build/libbypass.so, build/bypass-fwd
 
 PREFIX ?= /usr/local
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -166,6 +169,11 @@ $(PRELOAD): $(PRELOAD_OBJ) $(OUT)/sources scripts/preload.map
 	@echo '  LINK $@'
 	$(Q)$(CC) -shared $(LDFLAGS) -Wl,-Bsymbolic $(if $(SAN),,-Wl$(comma)-z$(comma)defs) -Wl,--version-script=scripts/preload.map \
 		$(PRELOAD_OBJ) -o $@.tmp && mv $@.tmp $@
+
+$(FWD): $(FWD_OBJ)
+	@mkdir -p $(@D)
+	@echo '  LINK $@'
+	$(Q)$(CC) $(LDFLAGS) $^ -o $@
 
 $(OUT)/python: Makefile
 	@mkdir -p $(@D)

@@ -27,6 +27,7 @@ HEADERS = (
     "app/app.h",
     "app/loop.h",
     "fwd/port.h",
+    "fwd/fwd.h",
 )
 SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "fwd/port.c", "host.c")
 INCLUDE_DIRS = ("include", "stack", ".")

@@ -153,4 +153,9 @@ void peer_sleeps(struct peer *p, int on)
     }
 }
 
-void peer_link(struct peer *p, int link) { __atomic_store_n(&p->sh->link, (uint32_t)link, __ATOMIC_RELAXED); }
+void peer_link(struct peer *p, int link)
+{
+    if (__atomic_exchange_n(&p->sh->link, (uint32_t)link, __ATOMIC_SEQ_CST) != (uint32_t)link) { /* also C */
+        ring_doorbell(p);
+    }
+}

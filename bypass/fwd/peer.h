@@ -51,6 +51,6 @@ void peer_tx_publish(struct peer *peer);
 
 /* on 1: a post is to ring the doorbell from now on; then look at peer_tx_avail() once more. */
 void peer_sleeps(struct peer *peer, int on);
-void peer_link(struct peer *peer, int link); /* PORT_LINK_* */
+void peer_link(struct peer *peer, int link); /* PORT_LINK_*; wakes it when that is news */
 
 #endif

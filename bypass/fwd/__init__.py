@@ -1,0 +1,524 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker's side of bypass-fwd: starting it, finding one that runs, and everything that it can be told.
+
+What lives here: the messages of `bypass/fwd/fwd.h`, one method each. What does not: when what is told (the broker), and
+what bypass-fwd does with it (the C files of this folder).
+
+Descriptors that are passed stay the caller's: bypass-fwd gets duplicates. Those that come back (`get`) are the caller's
+to close.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from array import array
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from bypass._core import ffi, lib
+from bypass.errors import BypassError
+
+__all__ = ["Died", "Doorbells", "Event", "Forwarder", "Item", "LinkState", "Listed", "PortCut", "binary"]
+
+_ROOM = 131072  # bytes of the largest message
+_FDS_ROOM = socket.CMSG_SPACE(lib.FWD_FDS * 4)
+_TYPES: dict[str, int] = {
+    name.removeprefix("FWD_"): number
+    for number, name in ffi.typeof("enum fwd_type").elements.items()  # one list: fwd.h
+}
+REFUSALS: tuple[str, ...] = tuple(
+    name.removeprefix("FWD_REFUSED_").lower()
+    for number, name in sorted(ffi.typeof("enum fwd_refusal").elements.items())
+    if name.startswith("FWD_REFUSED_")
+)
+"""Why frames of an application are not sent, as in `port_stats()["refused"]`."""
+LINK_STATES = ("up", "down", "gone")
+
+
+class ForwarderError(BypassError):
+    """bypass-fwd cannot be started, or has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """All processes of an item are dead: its keys, its ports and the item itself are gone."""
+
+    item: str
+
+
+@dataclass(frozen=True, slots=True)
+class PortCut:
+    """An application broke the rules of its port, which is not served any more."""
+
+    app: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """Of the interface: "up", "down" or "gone"."""
+
+    state: str
+
+
+Event = Died | PortCut | LinkState
+
+
+class Item(NamedTuple):
+    """What was put in: some bytes and some descriptors, the caller's to close."""
+
+    blob: bytes
+    fds: list[int]
+
+
+class Listed(NamedTuple):
+    """An item from outside: bytes, descriptors, processes that are watched and alive, keys to delete after them."""
+
+    name: str
+    size: int
+    fds: int
+    pids: int
+    keys: int
+
+
+class Doorbells(NamedTuple):
+    """How an application and bypass-fwd wake each other (bypass/fwd/port.h).
+
+    Attributes:
+        to_fwd: eventfd, for both.
+        app: the application's end of the sockets.
+        fwd: bypass-fwd's end.
+    """
+
+    to_fwd: int
+    app: int
+    fwd: int
+
+    @classmethod
+    def make(cls) -> Self:
+        app, fwd = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        return cls(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), app.detach(), fwd.detach())
+
+    def close(self) -> None:
+        for fd in self:
+            os.close(fd)
+
+
+def binary() -> Path:
+    """Where `make build` puts the program: beside the library of the same build.
+
+    Raises:
+        ForwarderError: it is not there.
+    """
+    root = Path(__file__).resolve().parent.parent.parent
+    build = os.environ.get("BYPASS_BUILD")  # .../build/VARIANT/py of a build other than the release
+    path = Path(build).parent / "bypass-fwd" if build else root / "build/bypass-fwd"
+    if not path.exists():
+        raise ForwarderError(f"{path} is not there: run make build")
+    return path
+
+
+def address(text: str) -> bytes:
+    """16 bytes; "" is any address."""
+    return bytes(10) + b"\xff\xff" + IPv4Address(text).packed if text else bytes(16)
+
+
+class Forwarder:
+    """A connection to bypass-fwd. One thread at a time.
+
+    Failing requests raise OSError with the errno and the text that bypass-fwd answers.
+
+    Args:
+        sock: connected; this object's from here on.
+        broker: as the broker, which may change things; else only `list`, `stats` and `port_stats` are answered.
+
+    Attributes:
+        pid: of bypass-fwd. It is a child of who called `start()`, who may wait for it if it goes on after `close()`.
+    """
+
+    def __init__(self, sock: socket.socket, *, broker: bool = True) -> None:
+        self._sock = sock
+        self._seq = 0
+        self._events: deque[Event] = deque()
+        self._child = 0  # 0: not ours
+        self._goes_on = False  # after this connection
+        try:
+            answer = self._ask(
+                "HELLO", "struct fwd_hello", {"abi": lib.FWD_ABI, "flags": lib.FWD_BROKER if broker else 0}
+            )
+        except BaseException:
+            sock.close()
+            raise
+        self.pid: int = answer.pid
+        self.device_open_already: bool = bool(answer.device)
+
+    @classmethod
+    def start(
+        cls,
+        listen: str | None = None,
+        *,
+        spin_us: int | None = None,
+        cpu: int | None = None,
+        program: Path | None = None,
+    ) -> Self:
+        """Starts one, in the network namespace of the calling thread.
+
+        Args:
+            listen: where a successor connects: an absolute path, or @name. Without it bypass-fwd ends with us.
+            spin_us: how long it polls before it sleeps.
+            cpu: where it runs.
+
+        Raises:
+            ForwarderError: it ended at once; stderr has said why.
+        """
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = str(program or binary())
+        args = [path]
+        for name, value in (("listen", listen), ("spin", spin_us), ("cpu", cpu)):
+            args += [f"--{name}", str(value)] if value is not None else []
+        with its:
+            onto_3 = [(os.POSIX_SPAWN_DUP2, its.fileno(), 3)]
+            child = os.posix_spawn(path, args, os.environ, file_actions=onto_3, setsid=True)
+        try:
+            self = cls(ours)
+        except ForwarderError:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            raise ForwarderError(f"bypass-fwd ended with exit code {code}") from None
+        self._child, self._goes_on = child, listen is not None
+        return self
+
+    @classmethod
+    def connect(cls, name: str, *, broker: bool = True) -> Self:
+        """To one that listens there.
+
+        Raises:
+            ForwarderError: nobody does.
+            OSError: EBUSY: another broker is connected.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(f"\0{name[1:]}" if name.startswith("@") else name)
+        except OSError as e:
+            sock.close()
+            raise ForwarderError(f"no bypass-fwd at {name}: {e.strerror}") from None
+        return cls(sock, broker=broker)
+
+    # ---- Messages --------------------------------------------------------------------------------------------------
+    def fileno(self) -> int:
+        """Readable when there are events."""
+        return self._sock.fileno()
+
+    def _ask(
+        self,
+        kind: str,
+        struct: str = "struct fwd_head",
+        values: Mapping[str, Any] | None = None,
+        *,
+        answer: str | None = None,
+        size: int | None = None,
+        fds: Sequence[int] = (),
+        back: list[int] | None = None,
+    ) -> Any:
+        """One request and its answer, as the struct `answer` (default: that of the request)."""
+        message = ffi.new(f"{struct} *", values or {})
+        head = message if struct == "struct fwd_head" else message.head
+        self._seq += 1
+        head.type, head.seq = _TYPES[kind], self._seq
+        data = ffi.buffer(message, ffi.sizeof(struct) if size is None else size)
+        try:
+            socket.send_fds(self._sock, [data], fds)
+        except (BrokenPipeError, ConnectionResetError):
+            raise ForwarderError("bypass-fwd has ended") from None
+        while True:
+            got, theirs = self._receive(0)
+            about = ffi.cast("struct fwd_head *", got)
+            if about.seq == self._seq:
+                break
+            self._note(got)
+        if about.error:
+            text = ffi.string(ffi.cast("struct fwd_error *", got).text).decode(errors="replace")
+            raise OSError(about.error, text or os.strerror(about.error))
+        if back is not None:
+            back += theirs
+        self._keep = got  # what is answered points into it
+        return ffi.cast(f"{answer or struct} *", got)
+
+    def _receive(self, flags: int) -> tuple[Any, list[int]]:
+        fds = array("i")
+        try:  # (socket.recv_fds() of Python 3.11 ignores flags)
+            data, control, _, _ = self._sock.recvmsg(_ROOM, _FDS_ROOM, flags | socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            data, control = b"", []
+        for level, kind, raw in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(raw[: len(raw) // fds.itemsize * fds.itemsize])
+        if not data:
+            raise ForwarderError("bypass-fwd has ended")
+        room = ffi.new("uint64_t[]", _ROOM // 8)
+        ffi.memmove(room, data, len(data))
+        return room, list(fds)
+
+    def _note(self, message: Any) -> None:
+        kind = ffi.cast("struct fwd_head *", message).type
+        if kind == lib.FWD_DIED:
+            self._events.append(Died(ffi.string(ffi.cast("struct fwd_name *", message).name).decode()))
+        elif kind == lib.FWD_CUT:
+            self._events.append(PortCut(ffi.cast("struct fwd_app *", message).app))
+        elif kind == lib.FWD_LINK:
+            self._events.append(LinkState(LINK_STATES[ffi.cast("struct fwd_link *", message).state]))
+
+    def events(self) -> list[Event]:
+        """What happened since the last call. Does not wait.
+
+        Raises:
+            ForwarderError: bypass-fwd has ended.
+        """
+        while True:
+            try:
+                self._note(self._receive(socket.MSG_DONTWAIT)[0])
+            except BlockingIOError:
+                break
+        happened = list(self._events)
+        self._events.clear()
+        return happened
+
+    def _named(self, kind: str, name: str, **more: Any) -> Any:
+        return self._ask(kind, "struct fwd_name", {"name": _name(name)}, **more)
+
+    # ---- The store -------------------------------------------------------------------------------------------------
+    def put(self, name: str, blob: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Puts an item in, or replaces bytes and descriptors of one: at most 4096 bytes and 128 descriptors."""
+        if len(blob) > lib.FWD_BLOB or len(fds) > lib.FWD_FDS:
+            raise ValueError(f"item {name}: at most {lib.FWD_BLOB} bytes and {lib.FWD_FDS} descriptors")
+        values = {"name": _name(name), "len": len(blob), "blob": blob}
+        size = ffi.offsetof("struct fwd_item", "blob") + len(blob)
+        self._ask("PUT", "struct fwd_item", values, size=size, fds=fds)
+
+    def get(self, name: str) -> Item:
+        """Duplicates of its descriptors. FileNotFoundError: there is none."""
+        fds: list[int] = []
+        item = self._named("GET", name, answer="struct fwd_item", back=fds)
+        return Item(bytes(ffi.buffer(item.blob, item.len)), fds)
+
+    def list(self) -> list[Listed]:
+        """All items, in the order in which they were put in first."""
+        found: list[Listed] = []
+        size = ffi.offsetof("struct fwd_list", "item")
+        while True:
+            answer = self._ask("LIST", "struct fwd_list", {"from": len(found)}, size=size)
+            for i in range(answer.count):
+                one = answer.item[i]
+                found.append(Listed(ffi.string(one.name).decode(), one.len, one.fds, one.pids, one.keys))
+            if answer.count < lib.FWD_LIST_MAX:
+                return found
+
+    def delete(self, name: str) -> None:
+        """The item, its watch and its ports."""
+        self._named("DELETE", name)
+
+    # ---- Watches ---------------------------------------------------------------------------------------------------
+    def watch(self, name: str, pidfds: Sequence[int]) -> None:
+        """More processes of an item: when all are dead, its keys, its ports and the item itself go."""
+        self._named("WATCH", name, fds=pidfds)
+
+    def watch_keys(self, name: str, which: int, keys: Sequence[bytes], map_fd: int | None = None) -> None:
+        """Keys to delete when its processes are dead.
+
+        Args:
+            which: a number below 8 for the map, as the caller likes.
+            keys: all of one size.
+            map_fd: the map; needed once for each `which`.
+        """
+        self._keys("WATCH_KEYS", name, which, keys, [] if map_fd is None else [map_fd])
+
+    def forget_keys(self, name: str, which: int, keys: Sequence[bytes]) -> None:
+        """The opposite, for keys that were deleted in order."""
+        self._keys("FORGET_KEYS", name, which, keys, [])
+
+    def _keys(self, kind: str, name: str, which: int, keys: Sequence[bytes], fds: Sequence[int]) -> None:
+        size = len(keys[0])
+        step = lib.FWD_KEYS_BYTES // size
+        for i in range(0, len(keys), step):
+            part = b"".join(keys[i : i + step])
+            values = {
+                "name": _name(name),
+                "map": which,
+                "key_size": size,
+                "count": len(part) // size,
+                "keys": part,
+            }
+            length = ffi.offsetof("struct fwd_keys", "keys") + len(part)
+            self._ask(kind, "struct fwd_keys", values, size=length, fds=fds)
+            fds = []
+
+    def unwatch(self, name: str) -> None:
+        self._named("UNWATCH", name)
+
+    # ---- Shared mode -----------------------------------------------------------------------------------------------
+    def device_open(self, config: Mapping[str, Any], map_fd: int, slot: int = 0) -> dict[str, Any]:
+        """Opens the interface's AF_XDP sockets there, and puts them into an XSKMAP at slot + queue.
+
+        Args:
+            config: the fields of `struct afxdp_config`; queue_count follows from queues.
+
+        Returns:
+            {"mac": 6 bytes, "mtu", "queues", "caps", "zerocopy"}.
+        """
+        config = {"queue_count": len(config["queues"]), **config, "ifname": config["ifname"].encode()}
+        a = self._ask(
+            "DEVICE_OPEN",
+            "struct fwd_device",
+            {"cfg": config, "slot": slot},
+            answer="struct fwd_device_info",
+            fds=[map_fd],
+        )
+        about = {name: int(getattr(a, name)) for name in ("mtu", "queues", "caps")}
+        return about | {"mac": bytes(a.mac), "zerocopy": bool(a.zerocopy)}
+
+    def device_close(self) -> None:
+        self._ask("DEVICE_CLOSE")
+
+    def locals(self, addresses: Iterable[IPv4Interface | str]) -> None:
+        """All IPv4 addresses of the host, with their prefix: what applications may send from."""
+        nets = [IPv4Interface(a) for a in addresses]
+        entries = [{"addr": {"b": address(str(n.ip))}, "prefix_len": n.network.prefixlen} for n in nets]
+        size = ffi.offsetof("struct fwd_locals", "local") + len(nets) * ffi.sizeof("struct fwd_local")
+        self._ask("LOCALS", "struct fwd_locals", {"count": len(nets), "local": entries}, size=size)
+
+    def port_add(
+        self,
+        app: int,
+        memory: int,
+        offset: int,
+        config: Any,
+        doorbells: Doorbells,
+        *,
+        item: str = "",
+        allow: int = 0,
+    ) -> None:
+        """An application's port.
+
+        Args:
+            app: its number, not 0.
+            memory: the file, sealed against shrinking.
+            offset: of the port in it; `port_init()` was called there with
+            config: `struct port_config *`.
+            item: whose death is the port's; "": nobody's.
+            allow: FWD_ALLOW_*.
+        """
+        values = {"app": app, "allow": allow, "mem_off": offset, "cfg": config[0], "item": item.encode()}
+        fds = [memory, doorbells.to_fwd, doorbells.fwd]
+        self._ask("PORT_ADD", "struct fwd_port_add", values, fds=fds)
+
+    def port_del(self, app: int) -> None:
+        self._ask("PORT_DEL", "struct fwd_app", {"app": app})
+
+    def lease_add(
+        self,
+        app: int,
+        proto: int,
+        local: str,
+        port: int,
+        peer: tuple[str, int] = ("", 0),
+        *,
+        block: bool = False,
+    ) -> None:
+        """From now on this application may send from there, and nobody else.
+
+        Args:
+            proto: 6 or 17.
+            local: "": any address of the host.
+            peer: of a connected one, which comes before those without.
+            block: 256 ports from `port` on.
+        """
+        self._ask("LEASE_ADD", "struct fwd_lease", _lease(app, proto, local, port, peer, block))
+
+    def lease_del(
+        self,
+        app: int,
+        proto: int,
+        local: str,
+        port: int,
+        peer: tuple[str, int] = ("", 0),
+        *,
+        block: bool = False,
+    ) -> None:
+        self._ask("LEASE_DEL", "struct fwd_lease", _lease(app, proto, local, port, peer, block))
+
+    def entry(self, entry: int, app: int) -> None:
+        """Frames whose verdict names this live entry are that application's; app 0: nobody's."""
+        self._ask("ENTRY", "struct fwd_entry", {"entry": entry, "app": app})
+
+    def rate(
+        self, app: int, *, bytes_: int = 0, bytes_burst: int = 0, packets: int = 0, packets_burst: int = 0
+    ) -> None:
+        """What it may send a second, and at once after a pause; 0: no limit."""
+        values = {"app": app, "bytes": bytes_, "bytes_burst": bytes_burst}
+        values |= {"packets": packets, "packets_burst": packets_burst}
+        self._ask("RATE", "struct fwd_rate", values)
+
+    def spin(self, spin_us: int, cpu: int = -1) -> None:
+        """How long it polls before it sleeps, and the CPU it runs on (-1: any)."""
+        self._ask("SPIN", "struct fwd_spin", {"spin_us": spin_us, "cpu": cpu})
+
+    # ---- Looking ---------------------------------------------------------------------------------------------------
+    def stats(self) -> dict[str, int]:
+        """The fields of `struct fwd_stats`."""
+        return _fields(self._ask("STATS", answer="struct fwd_stats"))
+
+    def port_stats(self, app: int) -> dict[str, Any]:
+        """The fields of `struct fwd_port_stats`; "refused": {reason: frames}, those that happened."""
+        a = self._ask("PORT_STATS", "struct fwd_app", {"app": app}, answer="struct fwd_port_stats")
+        refused = {REFUSALS[i]: n for i, n in enumerate(list(a.refused)[1:]) if n}
+        return {**_fields(a), "refused": refused}
+
+    # ---- The end ---------------------------------------------------------------------------------------------------
+    def quit(self) -> None:
+        """Ends bypass-fwd: everything that only it holds closes and detaches. Waits until it has."""
+        self._ask("QUIT")
+        self._goes_on = False
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection; bypass-fwd goes on if it listens, else it ends, and is waited for if we started it."""
+        self._sock.close()
+        if self._child and not self._goes_on:
+            os.waitpid(self._child, 0)
+            self._child = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _name(name: str) -> bytes:
+    raw = name.encode()
+    if not 0 < len(raw) < lib.FWD_NAME:
+        raise OSError(errno.EINVAL, f"item {name!r}: a name has 1 to {lib.FWD_NAME - 1} bytes")
+    return raw
+
+
+def _lease(app: int, proto: int, local: str, port: int, peer: tuple[str, int], block: bool) -> dict[str, Any]:
+    return {
+        "app": app,
+        "proto": proto,
+        "flags": lib.FWD_LEASE_BLOCK if block else 0,
+        "local": {"addr": {"b": address(local)}, "port": port},
+        "remote": {"addr": {"b": address(peer[0])}, "port": peer[1]},
+    }
+
+
+def _fields(struct: Any) -> dict[str, int]:
+    """The numbers of a struct, by name."""
+    kind = ffi.typeof(struct).item
+    return {name: int(getattr(struct, name)) for name, field in kind.fields if field.type.kind == "primitive"}

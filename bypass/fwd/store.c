@@ -1,0 +1,384 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * store.c - items: a name, some bytes, some descriptors; and watches. An item is watched when it has processes
+ * (pidfds). When the last of them is dead, its keys are deleted from its maps, a few between two rounds of frames; then
+ * its ports go, the item goes, and the brokers are told.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "program.h"
+
+struct process {
+    int fd; /* pidfd */
+    uint32_t number;
+};
+
+struct keys { /* of one map */
+    int map;  /* -1: none */
+    uint32_t size, count, room;
+    uint8_t *key;
+};
+
+struct item {
+    struct item *next;
+    char name[FWD_NAME];
+    uint32_t len;
+    uint8_t blob[FWD_BLOB];
+    int fds[FWD_FDS];
+    uint32_t fds_n;
+    struct process *process;
+    uint32_t processes;
+    struct keys keys[FWD_MAPS];
+    bool dying;
+};
+
+static struct item **find(struct program *w, const char *name)
+{
+    struct item **at = &w->items;
+
+    while (*at && strncmp((*at)->name, name, FWD_NAME) != 0) {
+        at = &(*at)->next;
+    }
+    return at;
+}
+
+static void close_all(const int *fds, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        close(fds[i]);
+    }
+}
+
+static void unwatch(struct program *w, struct item *item)
+{
+    for (uint32_t i = 0; i < item->processes; i++) {
+        if (item->process[i].fd >= 0) {
+            program_unwatch(w, item->process[i].fd);
+            close(item->process[i].fd);
+        }
+    }
+    free(item->process);
+    item->process = NULL;
+    item->processes = 0;
+    for (int i = 0; i < FWD_MAPS; i++) {
+        if (item->keys[i].map >= 0) {
+            close(item->keys[i].map);
+        }
+        free(item->keys[i].key);
+        item->keys[i] = (struct keys){.map = -1};
+    }
+}
+
+static void drop(struct program *w, struct item **at)
+{
+    struct item *item = *at;
+
+    *at = item->next;
+    w->items_n--;
+    device_ports_of_item(w, item->name);
+    unwatch(w, item);
+    close_all(item->fds, item->fds_n);
+    free(item);
+}
+
+void store_close(struct program *w)
+{
+    while (w->items) {
+        drop(w, &w->items);
+    }
+}
+
+/* ---- Items ------------------------------------------------------------------------------------------------- */
+
+/* The item that a message names first, or NULL, with the error noted. */
+static struct item *named(struct request *q)
+{
+    const struct fwd_name *m = q->message;
+    struct item *item;
+
+    if (!memchr(m->name, 0, FWD_NAME) || !m->name[0]) {
+        refuse(q, EINVAL, "the name has no end, or is empty");
+        return NULL;
+    }
+    item = *find(q->w, m->name);
+    if (!item || item->dying) {
+        refuse(q, ENOENT, "no item %s", m->name);
+        return NULL;
+    }
+    return item;
+}
+
+int store_put(struct request *q)
+{
+    const struct fwd_item *m = q->message;
+    struct item **at, *item;
+
+    if (!memchr(m->name, 0, FWD_NAME) || !m->name[0] || m->len > FWD_BLOB ||
+        q->len != offsetof(struct fwd_item, blob) + m->len) {
+        return refuse(q, EINVAL, "an item has a name of at most %d bytes and at most %d bytes of data", FWD_NAME - 1,
+                      FWD_BLOB);
+    }
+    at = find(q->w, m->name);
+    item = *at;
+    if (item && item->dying) {
+        return refuse(q, EBUSY, "item %s is being cleaned up after its processes: try again", m->name);
+    }
+    if (!item) {
+        item = *at = calloc(1, sizeof *item);
+        if (!item) {
+            return refuse(q, ENOMEM, "no memory for item %s", m->name);
+        }
+        memcpy(item->name, m->name, FWD_NAME);
+        for (int i = 0; i < FWD_MAPS; i++) {
+            item->keys[i].map = -1;
+        }
+        q->w->items_n++;
+    }
+    close_all(item->fds, item->fds_n);
+    item->len = m->len;
+    memcpy(item->blob, m->blob, m->len);
+    item->fds_n = (uint32_t)q->fds_n;
+    for (int i = 0; i < q->fds_n; i++) {
+        item->fds[i] = q->fds[i];
+        q->fds[i] = -1;
+    }
+    return 0;
+}
+
+int store_get(struct request *q)
+{
+    const struct item *item = named(q);
+    struct fwd_item *a = q->answer;
+
+    if (!item) {
+        return -EINVAL;
+    }
+    memcpy(a->name, item->name, FWD_NAME);
+    a->len = item->len;
+    memcpy(a->blob, item->blob, item->len);
+    q->answer_len = offsetof(struct fwd_item, blob) + item->len;
+    q->answer_fds = item->fds;
+    q->answer_fds_n = item->fds_n;
+    return 0;
+}
+
+int store_list(struct request *q)
+{
+    const struct fwd_list *m = q->message;
+    struct fwd_list *a = q->answer;
+    uint32_t i = 0, from = m->from;
+
+    a->from = from;
+    a->count = 0;
+    for (const struct item *item = q->w->items; item && a->count < FWD_LIST_MAX; item = item->next) {
+        if (i++ >= from) {
+            struct fwd_listed *to = &a->item[a->count++];
+
+            *to = (struct fwd_listed){.len = item->len, .fds = item->fds_n};
+            memcpy(to->name, item->name, FWD_NAME);
+            for (uint32_t p = 0; p < item->processes; p++) {
+                to->pids += item->process[p].fd >= 0;
+            }
+            for (int k = 0; k < FWD_MAPS; k++) {
+                to->keys += item->keys[k].count;
+            }
+        }
+    }
+    q->answer_len = offsetof(struct fwd_list, item) + a->count * sizeof a->item[0];
+    return 0;
+}
+
+int store_delete(struct request *q)
+{
+    const struct item *item = named(q);
+
+    if (!item) {
+        return -EINVAL;
+    }
+    drop(q->w, find(q->w, item->name));
+    return 0;
+}
+
+/* ---- Watches ----------------------------------------------------------------------------------------------- */
+
+int store_watch(struct request *q)
+{
+    struct item *item = named(q);
+    struct process *more;
+
+    if (!item) {
+        return -EINVAL;
+    }
+    if (q->fds_n == 0) {
+        return refuse(q, EINVAL, "no process to watch for item %s", item->name);
+    }
+    more = realloc(item->process, (item->processes + (uint32_t)q->fds_n) * sizeof *more);
+    if (!more) {
+        return refuse(q, ENOMEM, "no memory for the processes of item %s", item->name);
+    }
+    item->process = more;
+    for (int i = 0; i < q->fds_n; i++) {
+        struct process *p = &more[item->processes];
+
+        *p = (struct process){.fd = q->fds[i], .number = ++q->w->pids_made};
+        if (!program_watch(q->w, p->fd, EPOLLIN, EVENT_PID, p->number)) {
+            return refuse(q, errno, "descriptor %d of a process of item %s cannot be waited on", i, item->name);
+        }
+        q->fds[i] = -1;
+        item->processes++;
+    }
+    return 0;
+}
+
+static struct keys *keys_of(struct request *q, struct item *item)
+{
+    const struct fwd_keys *m = q->message;
+
+    if (m->map >= FWD_MAPS || m->key_size == 0 || m->key_size > 256 || m->count > FWD_KEYS_BYTES / m->key_size ||
+        q->len != offsetof(struct fwd_keys, keys) + m->count * m->key_size) {
+        refuse(q, EINVAL, "keys of item %s: map below %d, keys of 1 to 256 bytes", item->name, FWD_MAPS);
+        return NULL;
+    }
+    return &item->keys[m->map];
+}
+
+int store_watch_keys(struct request *q)
+{
+    const struct fwd_keys *m = q->message;
+    struct item *item = named(q);
+    struct keys *k = item ? keys_of(q, item) : NULL;
+
+    if (!k) {
+        return -EINVAL;
+    }
+    if (q->fds_n) {
+        if (k->map >= 0) {
+            close(k->map);
+        }
+        k->map = q->fds[0];
+        q->fds[0] = -1;
+        k->count = 0;
+        k->size = m->key_size;
+    }
+    if (k->map < 0 || k->size != m->key_size) {
+        return refuse(q, EINVAL, "map %u of item %s is not known, or its keys have another size", m->map, item->name);
+    }
+    if (k->count + m->count > k->room) {
+        uint32_t room = 2 * (k->count + m->count);
+        uint8_t *more = realloc(k->key, (size_t)room * k->size);
+
+        if (!more) {
+            return refuse(q, ENOMEM, "no memory for the keys of item %s", item->name);
+        }
+        k->key = more;
+        k->room = room;
+    }
+    memcpy(k->key + (size_t)k->count * k->size, m->keys, (size_t)m->count * k->size);
+    k->count += m->count;
+    return 0;
+}
+
+int store_forget_keys(struct request *q)
+{
+    const struct fwd_keys *m = q->message;
+    struct item *item = named(q);
+    struct keys *k = item ? keys_of(q, item) : NULL;
+
+    if (!k) {
+        return -EINVAL;
+    }
+    for (uint32_t i = 0; i < m->count && k->size == m->key_size; i++) {
+        const uint8_t *key = m->keys + (size_t)i * k->size;
+
+        for (uint32_t j = k->count; j-- > 0;) { /* the newest first: connections are short */
+            if (memcmp(k->key + (size_t)j * k->size, key, k->size) == 0) {
+                memcpy(k->key + (size_t)j * k->size, k->key + (size_t)--k->count * k->size, k->size);
+                break;
+            }
+        }
+    }
+    return 0;
+}
+
+int store_unwatch(struct request *q)
+{
+    struct item *item = named(q);
+
+    if (!item) {
+        return -EINVAL;
+    }
+    unwatch(q->w, item);
+    return 0;
+}
+
+/* ---- Death ------------------------------------------------------------------------------------------------- */
+
+void store_pid_dead(struct program *w, uint32_t number)
+{
+    for (struct item *item = w->items; item; item = item->next) {
+        uint32_t alive = 0;
+        bool ours = false;
+
+        for (uint32_t i = 0; i < item->processes; i++) {
+            struct process *p = &item->process[i];
+
+            if (p->number == number && p->fd >= 0) {
+                program_unwatch(w, p->fd);
+                close(p->fd);
+                p->fd = -1;
+                ours = true;
+            }
+            alive += p->fd >= 0;
+        }
+        if (ours) {
+            item->dying = alive == 0;
+            w->work |= item->dying;
+            return;
+        }
+    }
+}
+
+/* Deletes some keys. false: there may be more. */
+static bool keys_delete(struct item *item)
+{
+    uint32_t n = 0;
+
+    for (int i = 0; i < FWD_MAPS; i++) {
+        struct keys *k = &item->keys[i];
+
+        while (k->count) {
+            if (n++ == PROGRAM_KEYS_A_ROUND) {
+                return false;
+            }
+            map_delete(k->map, k->key + (size_t)--k->count * k->size); /* who has ended in order has deleted it */
+        }
+    }
+    return true;
+}
+
+void store_work(struct program *w)
+{
+    struct item **at = &w->items;
+
+    w->work = false;
+    while (*at) {
+        struct fwd_name told = {0};
+
+        if (!(*at)->dying) {
+            at = &(*at)->next;
+        } else if (!keys_delete(*at)) {
+            w->work = true;
+            at = &(*at)->next;
+        } else {
+            memcpy(told.name, (*at)->name, FWD_NAME);
+            drop(w, at);
+            control_tell(w, &told, sizeof told, FWD_DIED);
+        }
+    }
+}
