@@ -85,10 +85,14 @@ class Server:
         site: where packets come from; the server closes it.
         sock: listening, as listen() makes it; the server closes it.
         path: of the socket's file, which is removed at the end; empty: there is none, or it is somebody else's.
+        trusted: users who may use every rule, beside root and the one who runs this.
     """
 
-    def __init__(self, site: Site, sock: socket.socket, path: str = "") -> None:
+    def __init__(
+        self, site: Site, sock: socket.socket, path: str = "", *, trusted: frozenset[int] = frozenset()
+    ) -> None:
         self._sock = sock
+        self._trusted = trusted | {0, os.geteuid()}
         self._path = path
         self._epoll = select.epoll()
         self._watched: dict[int, Callable[[], None]] = {}
@@ -133,6 +137,10 @@ class Server:
         """Until stop()."""
         while not self._stopped:
             self.turn()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
 
     def stop(self) -> None:
         """Ends run() soon. May be called by a signal handler, or another thread."""
@@ -188,7 +196,7 @@ class Server:
                 raise
             log.error("no connection more: %s", e.strerror)
             return
-        pid, user = peer_of(sock)
+        pid, user = peer_of(sock, self._trusted)
         mine = sum(p.user.uid == user.uid for p in self._processes.values())
         many = len(self._processes) >= MAX_PROCESSES or (mine >= MAX_PER_USER and not user.trusted)
         if many or self._closer.exhausted(user.uid):

@@ -32,7 +32,8 @@ from bypass.rules import PortRange
 from bypass.steering import Steering
 from bypass.watch import KernelWatch
 
-LOOP_FRAMES = 4096
+LOOP_FRAMES = 16384  # as the preload library has it, which makes the device once more
+LOOP_CONNS = 8192
 LOOP_ADDRESS = "127.0.0.1"
 LOOP_PREFIX = 8
 BATCH = 256
@@ -159,7 +160,7 @@ class LoopSite(Site):
 
     def __init__(self, options: StackOptions = NO_OPTIONS) -> None:
         super().__init__()
-        self.options = options
+        self.options = options.over(StackOptions(conns=LOOP_CONNS))
         self.addresses = {LOOP_ADDRESS: LOOP_PREFIX}
         self._grants = Everything()
 

@@ -7,6 +7,7 @@ import array
 import os
 import socket
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 
 SO_PEERGROUPS = 59  # asm-generic/socket.h
@@ -19,7 +20,7 @@ class User:
     """A user and its groups.
 
     Attributes:
-        trusted: root, or the user who runs the broker: may use every rule.
+        trusted: root, the user who runs the broker, or the one whose private broker it is: may use every rule.
     """
 
     uid: int
@@ -28,13 +29,12 @@ class User:
     trusted: bool
 
 
-def peer_of(sock: socket.socket) -> tuple[int, User]:
+def peer_of(sock: socket.socket, trusted: Collection[int]) -> tuple[int, User]:
     """The process at the other end (0: of another pid namespace) and its user, as they were when it connected."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     groups = array.array("I")
     groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024))
-    trusted = uid in (0, os.geteuid())
-    return pid, User(uid, gid, frozenset((gid, *groups)), trusted)
+    return pid, User(uid, gid, frozenset((gid, *groups)), uid in trusted)
 
 
 def pidfd_of(sock: socket.socket, pid: int) -> int:

@@ -23,6 +23,7 @@ COMMANDS = {
         "Two network namespaces joined by a multi-queue veth, to try things in.",
     ),
     "policy": ("bypass.cli.policy", "policy", "Check a policy file; print the schema."),
+    "run": ("bypass.cli.run", "run", "Run an unmodified program on the stack."),
     "stats": ("bypass.cli.stats", "stats", "Counters of the program, the rings and the stack."),
 }
 
