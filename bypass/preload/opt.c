@@ -169,39 +169,52 @@ static int set_undecided(int fd, struct object *o, const struct option_row *row,
     return give_up(fd, o, row, level, name);
 }
 
-/* What the stack lacks, of a socket that it has. */
+/* What Linux would say, without doing it to the shadow. */
+static int would_set(const struct object *o, int level, int name, const void *val, socklen_t len)
+{
+    int fd = real.socket(o->family, (o->type == BYPASS_STREAM ? SOCK_STREAM : SOCK_DGRAM) | SOCK_CLOEXEC, 0);
+    int r = fd < 0 ? 0 : set_real(fd, level, name, val, len);
+
+    if (fd >= 0) {
+        real.close(fd);
+    }
+    return r;
+}
+
+/* What the stack lacks, of a socket that it has. Datagrams go on by the kernel; what waits on the stack is lost, as
+ * datagrams may be. */
 static int set_lost(int fd, struct object *o, const struct option_row *row, int level, int name, const void *val,
                     socklen_t len)
 {
     int r;
 
-    if (row->side != UNKNOWN && asks(val, len) && o->type == BYPASS_STREAM) {
-        return -ENOPROTOOPT;
+    if (o->type == BYPASS_STREAM && asks(val, len)) {
+        r = would_set(o, level, name, val, len);
+        return r < 0 ? r : -ENOPROTOOPT;
     }
     r = set_real(fd, level, name, val, len);
-    if (r < 0 || !asks(val, len)) {
-        return r;
-    }
-    /* Datagrams go on by the kernel; what waits on the stack is lost, as datagrams may be. */
-    return o->type == BYPASS_DGRAM ? give_up(fd, o, row, level, name) : -ENOPROTOOPT;
+    return r < 0 || !asks(val, len) ? r : give_up(fd, o, row, level, name);
 }
 
 static int set_decided(int fd, struct object *o, const struct option_row *row, int level, int name, const void *val,
                        socklen_t len)
 {
-    int r;
+    int r = 0;
 
-    if (row->side == SAME || row->side == KEPT) {
-        return noted(o, row, set_real(fd, level, name, val, len));
-    }
     if (row->side != STACK) {
-        return set_lost(fd, o, row, level, name, val, len);
+        return row->side == SAME || row->side == KEPT ? noted(o, row, set_real(fd, level, name, val, len))
+                                                      : set_lost(fd, o, row, level, name, val, len);
     }
     if (row->kind == V6ONLY) {
         return -EINVAL; /* it is bound (ipv6(7)) */
     }
-    r = row->kind == TIMEOUT || row->kind == FORCED ? set_real(fd, level, name, val, len) : 0;
-    r = r < 0 ? r : set_stack(fd, o, row, level, val, len);
+    if (row->kind == TIMEOUT || row->kind >= FORCED) {
+        r = set_real(fd, level, name, val, len);
+    }
+    r = r < 0 || row->kind > FORCED ? r : set_stack(fd, o, row, level, val, len);
+    if (r < 0 && o->type == BYPASS_DGRAM) {
+        return set_lost(fd, o, row, level, name, val, len);
+    }
     if (r == 0 && o->place == PLACE_BOTH) {
         real.setsockopt(fd, level, name, val, len); /* the kernel's half does what it can */
     }
@@ -396,6 +409,7 @@ EXPORT int getsockopt(int fd, int level, int name, void *val, socklen_t *len)
         r = get_real(fd, level, name, val, len); /* says EFAULT and EINVAL, too */
     } else {
         r = get_stack(fd, o, row, level, name, val, len);
+        r = r == -ENOPROTOOPT ? get_real(fd, level, name, val, len) : r;
     }
     leave();
     return result(r);

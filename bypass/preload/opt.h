@@ -17,13 +17,13 @@ enum side {
 enum kind {
     NUMBER,
     DOUBLED,  /* Linux counts its own overhead too: it reports twice what was set (socket(7)) */
-    FORCED,   /* as DOUBLED, with a privilege; only set */
     OPTIONAL, /* a number; where the stack cannot, the program works the same */
     LINGER,
     TIMEOUT,
     RATE,
     CONGESTION,
     V6ONLY,
+    FORCED, /* as DOUBLED, with a privilege; only set. From here on the kernel's answer to setsockopt() counts: */
     INFO,
     PENDING, /* SO_ERROR */
     PEER,    /* SO_PEERNAME */

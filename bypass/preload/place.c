@@ -196,6 +196,35 @@ int place_listen(int fd, struct object *o, int backlog)
     return 0;
 }
 
+/* Binds the shadow to a port of the kernel's choice. Where the stack talks to itself it has to be free there too: the
+ * stack's connections may outlive their sockets (TIME_WAIT), and the kernel does not know. */
+int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa, socklen_t len)
+{
+    for (int i = 0; looping() && i < PORT_TRIES; i++) {
+        int probe = real.socket(o->family, o->type == BYPASS_STREAM ? SOCK_STREAM : SOCK_DGRAM, 0), err;
+        struct bypass_endpoint local = {0};
+        struct sockaddr_storage with;
+
+        if (probe < 0 || real.bind(probe, sa, len) < 0 || shadow_name(probe, o, &local) < 0) {
+            if (probe >= 0) {
+                real.close(probe);
+            }
+            break; /* the shadow's own bind() says what is wrong */
+        }
+        real.close(probe);
+        memcpy(&with, sa, len);
+        ((struct sockaddr_in *)&with)->sin_port = htons(local.port); /* where sockaddr_in6 has it too */
+        if (bypass_port_users(&me.stack, o->type, NULL, local.port) > 0) {
+            continue;
+        }
+        err = real.bind(fd, (struct sockaddr *)&with, len) < 0 ? -errno : 0;
+        if (err != -EADDRINUSE) {
+            return err;
+        }
+    }
+    return real.bind(fd, sa, len) < 0 ? -errno : 0;
+}
+
 /* ---- connect() ----------------------------------------------------------------------------------------------- */
 
 /* Where the stack talks to itself the shadow reserves a port as the stack's connection takes it. */
@@ -211,10 +240,10 @@ static int bind_looping(int fd, struct object *o)
         return 0;
     }
     if (shadow_name(fd, o, &local) < 0 || local.port == 0) {
-        err = o->family == AF_INET6 ? real.bind(fd, (struct sockaddr *)&in6, sizeof in6)
-                                    : real.bind(fd, (struct sockaddr *)&in, sizeof in);
+        err = o->family == AF_INET6 ? place_bind_any(fd, o, (struct sockaddr *)&in6, sizeof in6)
+                                    : place_bind_any(fd, o, (struct sockaddr *)&in, sizeof in);
         if (err < 0) {
-            return -errno;
+            return err;
         }
         shadow_name(fd, o, &local);
     }

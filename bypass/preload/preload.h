@@ -173,6 +173,8 @@ void place_kernel(int fd, struct object *o, enum reason why, const char *more);
 /* bind(), listen() and connect() have to decide. The shadow has done its part where said.
  * 0; -errno is the call's result; PLACE_REAL: the call is the kernel's. */
 enum { PLACE_REAL = 1 };
+int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa,
+                   socklen_t len);                       /* port 0; the shadow only */
 int place_bound(int fd, struct object *o);               /* after the shadow is bound */
 int place_listen(int fd, struct object *o, int backlog); /* after the shadow listens */
 int place_connect(int fd, struct object *o, const struct bypass_endpoint *to);

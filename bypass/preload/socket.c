@@ -152,6 +152,18 @@ EXPORT int socket(int domain, int type, int protocol)
 }
 
 /* ---- bind(), listen() --------------------------------------------------------------------------------------------- */
+/* The shadow's half of bind(). */
+static int bind_shadow(int fd, const struct object *o, const struct sockaddr *sa, socklen_t len)
+{
+    struct bypass_endpoint e;
+
+    if (o->place == PLACE_UNDECIDED && !o->bound && sa && len <= sizeof(struct sockaddr_storage) &&
+        name_from(o, sa, len, &e) == 0 && e.port == 0) {
+        return place_bind_any(fd, o, sa, len);
+    }
+    return real.bind(fd, sa, len) < 0 ? -errno : 0;
+}
+
 EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
 {
     struct object *o;
@@ -165,7 +177,8 @@ EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
     if (o->place == PLACE_UNDECIDED && o->bound == 2) {
         r = place_bound(fd, o);
     } else {
-        r = real.bind(fd, sa, len) < 0 ? -errno : o->place == PLACE_UNDECIDED ? place_bound(fd, o) : 0;
+        r = bind_shadow(fd, o, sa, len);
+        r = r == 0 && o->place == PLACE_UNDECIDED ? place_bound(fd, o) : r;
     }
     leave();
     return result(r == PLACE_REAL ? 0 : r);
