@@ -20,6 +20,7 @@ from conftest import missing
 
 from bench.apps.place import lacking
 from bench.programs import BenchError, program
+from bench.versus import profile
 from bench.versus.rounds import COMPARED, KEYS, LOADS, derived
 from bench.versus.servers import MEMCACHED, NGINX, RR, WORKLOADS, threaded
 
@@ -63,6 +64,10 @@ def test_every_workload_is_measured_and_kernel_compared_with_kernel(tmp_path: Pa
                 assert v["cpu_s"]["median"] > 0
             assert set(about[load]["ratios"]) == {"again/kernel"}
             assert set(about[load]["ratios"]["again/kernel"]) == set(COMPARED)
+    if "profiles" in found:  # perf is there
+        for variants in found["profiles"].values():
+            assert variants["kernel"]["ours"] == 0
+            assert abs(sum(variants["kernel"]["groups"].values()) - 1) < 1e-6
     assert set(found["threads"]) == {"memcached_get", "nginx_small", "rr_50"}
     assert found["threads"]["rr_50"]["kernel"]["ratio"]["median"] > 0
     assert "redis GET, 50 connections, at one rate for all" in done.stdout
@@ -91,6 +96,35 @@ def test_figures_are_per_million_requests_and_without_the_client() -> None:
     assert found["other_cpu_share"] == 0.25
     with pytest.raises(BenchError, match="no request"):
         derived(raw | {"ops": 0})
+
+
+def test_samples_are_grouped_by_whose_code_it_is() -> None:
+    owner = {"bypass_poll": profile.STACK, "data_send": profile.SURFACE, "ring_take": profile.RINGS}
+    library = "libbypass-preload.so"
+    chains = [
+        [("bypass_poll.constprop.0", library), ("epoll_wait", library)],
+        [("data_send", library)],
+        [("ring_take", library)],
+        [("a_static_function_of_somebody", library)],
+        [("processCommand", "redis-server"), ("main", "redis-server")],
+        [("copy_user", "[kernel.kallsyms]"), ("__xsk_generic_xmit", "[kernel.kallsyms]")],
+        [("tcp_v4_rcv", "[kernel.kallsyms]"), ("napi_threaded_poll", "[kernel.kallsyms]")],
+        [("x", "bpf_prog_123")],
+    ]
+    found = profile.groups_of(chains, owner)
+    assert found["samples"] == 8
+    assert found["ours"] == 0.5
+    assert found["groups"][profile.SURFACE] == 0.25
+    assert found["groups"][profile.PROGRAM] == 0.125
+    assert found["groups"][profile.SERVER_RECEIVE] == 0.125
+    with pytest.raises(BenchError, match="no samples"):
+        profile.groups_of([], owner)
+
+
+def test_functions_of_the_library_are_known_by_the_folder_of_their_source() -> None:
+    owner = profile.owners()
+    assert owner["bypass_poll"] == profile.STACK
+    assert set(owner.values()) >= {profile.STACK, profile.RINGS}
 
 
 # ---- The client that asks ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 from bench.apps.app import ServerApp
@@ -135,5 +136,7 @@ class AsyncioServer(_Clients):
 
 
 def _send_all(sock: socket.socket, body: bytes) -> None:
-    sock.sendall(body)
-    sock.shutdown(socket.SHUT_WR)
+    """(Who receives tells when it fails.)"""
+    with suppress(OSError):
+        sock.sendall(body)
+        sock.shutdown(socket.SHUT_WR)

@@ -78,12 +78,23 @@ def bpf_objects(pid: int) -> set[tuple[str, int]]:
 def still_there(objects: set[tuple[str, int]], seconds: float = 10) -> set[tuple[str, int]]:
     """Those that the kernel still has. It frees them a moment after their last user, and numbers them upwards."""
     deadline = time.monotonic() + seconds
-    while True:
-        have = set()
-        for kind in ("prog", "map", "link"):
-            done = subprocess.run(["bpftool", "-j", kind, "show"], check=True, capture_output=True, text=True)
-            have |= {(kind, int(entry["id"])) for entry in json.loads(done.stdout or "[]")}
-        left = objects & have
+    left = objects
+    while left:
+        listed = _listed()
+        if listed is not None:
+            left = objects & listed
         if not left or time.monotonic() > deadline:
-            return left
+            break
         time.sleep(0.1)
+    return left
+
+
+def _listed() -> set[tuple[str, int]] | None:
+    """All BPF objects of the machine. None: one went while they were listed (bpftool fails then)."""
+    have = set()
+    for kind in ("prog", "map", "link"):
+        done = subprocess.run(["bpftool", "-j", kind, "show"], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return None
+        have |= {(kind, int(entry["id"])) for entry in json.loads(done.stdout or "[]")}
+    return have

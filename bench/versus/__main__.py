@@ -19,7 +19,17 @@ from bench.apps.place import lacking
 from bench.command import save, start
 from bench.programs import ROOT, BenchError, require_two_cores
 from bench.report import QUIET_SHARE
-from bench.versus.rounds import LOADS, VARIANTS, Plan, compare, scaling, scaling_steps
+from bench.versus.profile import missing as missing_perf
+from bench.versus.rounds import (
+    LOADS,
+    VARIANTS,
+    Plan,
+    compare,
+    profile_steps,
+    profiles,
+    scaling,
+    scaling_steps,
+)
 from bench.versus.servers import WORKLOADS
 from bypass import __version__, probe
 
@@ -71,6 +81,23 @@ def scaling_table(found: dict[str, Any]) -> Table:
     return shown
 
 
+def profile_table(found: dict[str, Any]) -> Table:
+    titles = {w.name: w.title for w in WORKLOADS}
+    columns = [(name, variant) for name, variants in found.items() for variant in variants]
+    shown = Table(title="\nWhere the time of the server goes", title_justify="left", title_style="bold")
+    shown.add_column("samples of it, of its helpers and of what receives for it")
+    for name, variant in columns:
+        shown.add_column(f"{titles[name].split(',')[0]}\n{variant}", justify="right")
+    groups = dict.fromkeys(g for name, variant in columns for g in found[name][variant]["groups"])
+    for group in groups:
+        shares = [found[name][variant]["groups"].get(group, 0.0) for name, variant in columns]
+        shown.add_row(group, *(f"{share:.1%}" for share in shares))
+    shown.add_row(
+        "[bold]of this project, in the program", *(f"{found[n][v]['ours']:.1%}" for n, v in columns)
+    )
+    return shown
+
+
 def warn(workloads: dict[str, Any], console: Console) -> None:
     """The machine was not quiet, or a server did not keep up with what was offered."""
     runs = [v for w in workloads.values() for load in LOADS for v in w[load]["variants"].values()]
@@ -93,12 +120,13 @@ def missing() -> list[str]:
     return probe.missing_for_xdp() or lacking(sorted(tools))
 
 
-def measure(plan: Plan, with_scaling: bool, console: Console) -> dict[str, Any]:
+def measure(plan: Plan, with_scaling: bool, with_profiles: bool, console: Console) -> dict[str, Any]:
     with Progress(
         BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
         TextColumn("{task.description}"), console=console, transient=True,
     ) as progress:  # fmt: skip
-        task = progress.add_task("", total=plan.steps() + (scaling_steps(plan) if with_scaling else 0))
+        total = plan.steps() + with_scaling * scaling_steps(plan) + with_profiles * profile_steps(plan)
+        task = progress.add_task("", total=total)
 
         def step(what: str) -> None:
             progress.update(task, description=what, advance=1)
@@ -107,6 +135,8 @@ def measure(plan: Plan, with_scaling: bool, console: Console) -> dict[str, Any]:
         result: dict[str, Any] = {"workloads": compare(told)}
         if with_scaling:
             result["threads"] = scaling(told)
+        if with_profiles:
+            result["profiles"] = profiles(told)
     return result
 
 
@@ -121,12 +151,19 @@ def measure(plan: Plan, with_scaling: bool, console: Console) -> dict[str, Any]:
 )  # fmt: skip
 @click.option("--scaling/--no-scaling", default=True, show_default=True,
               help="One against two queues and threads.")  # fmt: skip
+@click.option("--profile/--no-profile", default=True, show_default=True, help="Where the time goes, by perf.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "build" / "versus.json",
     help="Where the figures go.",
 )  # fmt: skip
 def main(
-    rounds: int, quick: bool, only: tuple[str, ...], variants: tuple[str, ...], scaling: bool, output: Path
+    rounds: int,
+    quick: bool,
+    only: tuple[str, ...],
+    variants: tuple[str, ...],
+    scaling: bool,
+    profile: bool,
+    output: Path,
 ) -> None:
     """Debian's programs on the kernel and on bypass, in turn on the same two cores: requests per second, latency, CPU.
 
@@ -143,16 +180,21 @@ def main(
         variants=tuple(dict.fromkeys(("kernel", *variants))),
         workloads=tuple(w for w in WORKLOADS if not only or w.name in only),
     )
+    with_profiles = profile and not missing_perf()
+    if profile and not with_profiles:
+        console.print(f"[yellow]No profile, missing: {missing_perf()}")
     began = time.monotonic()
     result: dict[str, Any] = {
         "version": 1, "bypass": __version__, "rounds": plan.rounds,
         "machine": {"kernel": platform.release(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]},
-    } | measure(plan, scaling, console)  # fmt: skip
+    } | measure(plan, scaling, with_profiles, console)  # fmt: skip
     result["seconds"] = round(time.monotonic() - began, 1)
     save(result, output)
     for about in result["workloads"].values():
         for load in LOADS:
             console.print(table(about, load))
+    if with_profiles and result["profiles"]:
+        console.print(profile_table(result["profiles"]))
     if result.get("threads"):
         console.print(scaling_table(result["threads"]))
     warn(result["workloads"], console)

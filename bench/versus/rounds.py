@@ -19,6 +19,7 @@ from bench.apps.place import Place, place
 from bench.apps.proof import Evidence, snapshot
 from bench.figures import ratios, spread
 from bench.programs import CLIENT_CORE, SERVER_CORE, BenchError, program
+from bench.versus import profile
 from bench.versus.cores import pinned_reception, server_tasks
 from bench.versus.servers import MEMCACHED, NGINX, RR, WORKLOADS, Workload, threaded
 from bypass.lab import SERVER_IP, Lab
@@ -50,6 +51,7 @@ RATIOS = (("again/kernel", "again", "kernel"), ("bypass/kernel", "bypass", "kern
 COMPARED = ("rate", "cpu_s", "p50_us", "p99_us")
 LOADS = ("saturation", "offered")
 KEYS = ("rate", "cpu_s", "cores_cpu_s", "p50_us", "p99_us", "served", "other_cpu_share")
+PROFILED = ("redis_get", "rr_1")
 TWO = (MEMCACHED, NGINX, RR)  # those that have threads or workers
 
 
@@ -199,6 +201,33 @@ def _summary(
             },
         }  # fmt: skip
     return about
+
+
+# ---- Profiles ------------------------------------------------------------------------------------------------------
+def profiles(plan: Plan) -> dict[str, Any]:
+    """`profiles` of the result file: workload -> variant -> what profile.groups_of() gives."""
+    result: dict[str, Any] = {}
+    owner = profile.owners()
+    with Lab(f"{os.getpid()}-versus", queues=1) as lab, pinned_reception(lab) as receivers:
+        for variant, w in _profiled(plan):
+            plan.step(f"profile: {VARIANTS[variant].title}: {w.title}")
+            with serving(lab, w.server, VARIANTS[variant], receivers) as it:
+                answer = it.prepare(w)
+                recording = profile.record(server_tasks(it.here, receivers))
+                try:
+                    it.ask(w, plan, 0, answer)
+                finally:
+                    chains = recording.stop()
+            result.setdefault(w.name, {})[variant] = profile.groups_of(chains, owner)
+    return result
+
+
+def _profiled(plan: Plan) -> list[tuple[str, Workload]]:
+    return [(v, w) for w in plan.workloads if w.name in PROFILED for v in plan.variants if v != "again"]
+
+
+def profile_steps(plan: Plan) -> int:
+    return len(_profiled(plan))
 
 
 # ---- One against two queues and threads ----------------------------------------------------------------------------
