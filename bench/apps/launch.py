@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 
 from bench.apps.place import USER, Place, environment
 from bench.mixed.leftovers import descendants
-from bench.programs import ROOT, BenchError
+from bench.programs import ROOT
 from bypass import netns
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP
 
@@ -211,8 +211,6 @@ class BypassLauncher(Launcher):
     def start(
         self, argv: Sequence[str], *, more_env: Mapping[str, str] | None = None, files: int = 0
     ) -> Running:
-        if not (ROOT / "bypass" / "cli" / "run.py").exists():
-            raise BenchError("this version has no `bypass run`: only the kernel can be asked")
         env = environment(self.place.folder) | {"PYTHONPATH": str(ROOT)} | dict(more_env or {})
         run = [sys.executable, "-m", "bypass", "run", "-c", str(self.policy()), "--user", USER, "--"]
         return self._popen([*self._prefix(files), *run, *argv], env, None)

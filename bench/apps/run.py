@@ -28,6 +28,8 @@ from bypass.lab import Lab
 
 __all__ = ["APPS", "Verdict", "run"]
 
+FOLLOW_S = 3.0
+
 APPS: dict[str, type[App]] = {
     cls.name: cls
     for cls in (
@@ -71,8 +73,7 @@ def run(cls: type[App], launcher_of: type[Launcher], *, scale: float = 1.0, queu
         except (BypassError, OSError) as e:
             verdict.problems.append(str(e))
         verdict.problems += app.problems
-        for ns, pids in ((ns, netns.processes(ns)) for ns in lab.namespaces):
-            verdict.problems += [f"a process is left in {ns}: {name} ({pid})" for pid, name in pids.items()]
+        verdict.problems += _left(lab)
     verdict.seconds = round(time.monotonic() - began, 1)
     return verdict
 
@@ -85,6 +86,16 @@ def _use(app: App, lab: Lab, verdict: Verdict) -> None:
         objects = _bpf(lab)
     verdict.proof, verdict.elsewhere = evidence.figures(), evidence.problems()
     verdict.problems += [f"BPF {kind} {number} is left" for kind, number in sorted(still_there(objects))]
+
+
+def _left(lab: Lab) -> list[str]:
+    """Processes of the lab, a moment after the program's end: a broker of its own follows it."""
+    deadline = time.monotonic() + FOLLOW_S
+    while True:
+        there = {(ns, pid): name for ns in lab.namespaces for pid, name in netns.processes(ns).items()}
+        if not there or time.monotonic() > deadline:
+            return [f"a process is left in {ns}: {name} ({pid})" for (ns, pid), name in there.items()]
+        time.sleep(0.02)
 
 
 def _bpf(lab: Lab) -> set[tuple[str, int]]:

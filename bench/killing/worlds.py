@@ -20,6 +20,7 @@ from bench.apps.redis import PORT as REDIS_PORT
 from bench.apps.redis import Redis
 from bench.mixed.leftovers import descendants
 from bench.programs import ROOT, BenchError
+from bypass import netns
 from bypass.lab import SERVER_IFNAME, SERVER_IP
 
 __all__ = ["WORLDS", "Alive", "World"]
@@ -109,7 +110,8 @@ class _Program(World):
             self.app = app
 
         def family(self) -> dict[int, str]:
-            return self.app.server.family()
+            everyone = netns.processes(self.app.place.lab.server_ns)  # a broker of its own is no descendant
+            return self.app.server.family() | everyone
 
         def victim(self, role: str) -> int:
             found = [pid for pid, name in self.family().items() if _plays(role, pid, name, self.app)]

@@ -9,7 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -47,10 +47,11 @@ VARIANTS = {
         Variant("bypass", "bypass", BypassLauncher),
     )
 }
-RATIOS = (("again/kernel", "again", "kernel"), ("bypass/kernel", "bypass", "kernel"))
+RATIOS = (("again:kernel", "again", "kernel"), ("bypass:kernel", "bypass", "kernel"))
 COMPARED = ("rate", "cpu_s", "p50_us", "p99_us")
 LOADS = ("saturation", "offered")
 KEYS = ("rate", "cpu_s", "cores_cpu_s", "p50_us", "p99_us", "served", "other_cpu_share")
+PROFILE_MS = 1000
 PROFILED = ("redis_get", "rr_1")
 TWO = (MEMCACHED, NGINX, RR)  # those that have threads or workers
 
@@ -208,6 +209,7 @@ def profiles(plan: Plan) -> dict[str, Any]:
     """`profiles` of the result file: workload -> variant -> what profile.groups_of() gives."""
     result: dict[str, Any] = {}
     owner = profile.owners()
+    plan = replace(plan, measure_ms=max(plan.measure_ms, PROFILE_MS))
     with Lab(f"{os.getpid()}-versus", queues=1) as lab, pinned_reception(lab) as receivers:
         for variant, w in _profiled(plan):
             plan.step(f"profile: {VARIANTS[variant].title}: {w.title}")
