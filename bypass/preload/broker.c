@@ -131,7 +131,7 @@ static void revoked(uint32_t lease)
             o->lease = 0;
             o->place = o->listening || o->type == BYPASS_DGRAM ? PLACE_KERNEL : PLACE_STACK;
             o->reason = WHY_NOT_GRANTED;
-            group_notify(me.g, i);
+            group_notify(me.g, i, BYPASS_EVERYTHING);
         }
     }
 }

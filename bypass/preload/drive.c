@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -27,6 +28,7 @@ enum {
     TURN_ROUNDS = 8,  /* batches of one turn */
     EVENTS = 64,
     WANTED = 16,
+    SPIN_LOOK = 16, /* rounds of spin() */
     LOST = POLLERR | POLLHUP | POLLIN | POLLOUT | POLLRDHUP,
 };
 
@@ -123,17 +125,7 @@ EXPORT int pthread_cancel(pthread_t thread)
 /* ---- Readiness ------------------------------------------------------------------------------------------- */
 short object_ready(const struct object *o)
 {
-    static const struct {
-        int ours;
-        short poll;
-    } bits[] = {{BYPASS_IN, POLLIN | POLLRDNORM},
-                {BYPASS_OUT, POLLOUT | POLLWRNORM},
-                {BYPASS_ERR, POLLERR},
-                {BYPASS_HUP, POLLHUP},
-                {BYPASS_RDHUP, POLLRDHUP},
-                {BYPASS_PRI, POLLPRI | POLLRDBAND}};
     int ready;
-    short got = 0;
 
     if (unlikely(o->sock < 0 || me.g->dead)) {
         return me.g->dead || o->place == PLACE_STACK ? LOST : 0;
@@ -142,22 +134,26 @@ short object_ready(const struct object *o)
     if (ready < 0) {
         return POLLNVAL;
     }
-    for (unsigned i = 0; i < sizeof bits / sizeof *bits; i++) {
-        if (ready & bits[i].ours) {
-            got |= bits[i].poll;
-        }
-    }
-    return o->listening ? got & (POLLIN | POLLRDNORM | POLLERR) : got;
+    ready = o->listening ? ready & (BYPASS_IN | BYPASS_ERR) : ready;
+    return (short)poll_bits((uint32_t)ready);
 }
 
 /* ---- Waking -------------------------------------------------------------------------------------------------- */
-void wake(struct sleeper *s)
+void ring(int eventfd)
 {
     uint64_t one = 1;
 
+    real.syscall(SYS_write, eventfd, &one, sizeof one); /* EAGAIN: it is full of wakes */
+}
+
+void wake(struct sleeper *s)
+{
     if (!s->woken) {
         s->woken = true;
-        (void)!real.write(s->wake_fd, &one, sizeof one); /* EAGAIN: it is full of wakes */
+        s->told = !s->spinning;
+        if (s->told) {
+            ring(s->wake_fd);
+        }
     }
 }
 
@@ -181,7 +177,7 @@ static void wake_relative(uint32_t proc)
         me.wake_fd = fd_hide(real.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     }
     /* EAGAIN: wakes wait there already. ECONNREFUSED: it has ended, and will be cleared away. */
-    (void)!real.sendto(me.wake_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, (struct sockaddr *)&sa, len);
+    real.syscall(SYS_sendto, me.wake_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, &sa, len);
 }
 
 static void wake_relatives(void)
@@ -200,8 +196,10 @@ static bool take_local(void)
 {
     bool any = false;
 
-    for (uint32_t object; (object = group_take(me.g, me.proc)) != GROUP_NONE; any = true) {
-        epoll_ready(object);
+    for (uint32_t object, mask; (object = group_take(me.g, me.proc, &mask)) != GROUP_NONE; any = true) {
+        if (me.local[object].items) {
+            epoll_ready(object, poll_bits(mask));
+        }
         for (struct sleeper *s = me.sleepers; s; s = s->next) {
             if (s->object == object || (s->object == GROUP_NONE && !s->epoll)) {
                 wake(s);
@@ -222,7 +220,7 @@ static bool dispatch(void)
             uint32_t object = (uint32_t)events[i].user - 1;
 
             if (events[i].user && object < me.g->objects_bump && group_object(me.g, object)->sock == events[i].sock) {
-                group_notify(me.g, object);
+                group_notify(me.g, object, events[i].mask);
                 others |= group_object(me.g, object)->holds != GROUP_NONE;
             }
         }
@@ -312,13 +310,16 @@ static int thread_wake_fd(void)
 
 static void sleeper_add(struct sleeper *s)
 {
-    s->woken = false;
+    s->woken = s->told = s->watching = s->spinning = false;
     s->next = me.sleepers;
     s->prev = &me.sleepers;
     if (s->next) {
         s->next->prev = &s->next;
     }
     me.sleepers = self.sleeper = s;
+    if (s->epoll) {
+        epoll_sleeper(s->epoll, 1);
+    }
     me.g->procs[me.proc].parked++;
     if (!me.watcher || me.watcher == &me.helper) {
         me.watcher = s;
@@ -328,8 +329,6 @@ static void sleeper_add(struct sleeper *s)
 /* Who watched leaves: another sleeper takes over. Members of an epoll set see the device anyway. */
 static void hand_over(void)
 {
-    uint64_t one = 1;
-
     for (struct sleeper *s = me.sleepers; s; s = s->next) {
         if (!s->epoll && s != &me.helper) {
             wake(s);
@@ -338,7 +337,7 @@ static void hand_over(void)
     }
     if (me.helper_deep) {
         me.helper_deep = false;
-        (void)!real.write(me.helper.wake_fd, &one, sizeof one);
+        ring(me.helper.wake_fd);
     }
 }
 
@@ -347,6 +346,9 @@ static void sleeper_remove(struct sleeper *s)
     *s->prev = s->next;
     if (s->next) {
         s->next->prev = s->prev;
+    }
+    if (s->epoll) {
+        epoll_sleeper(s->epoll, -1);
     }
     me.g->procs[me.proc].parked--;
     if (me.watcher == s) {
@@ -357,20 +359,18 @@ static void sleeper_remove(struct sleeper *s)
 
 void drive_anew(void)
 {
-    uint64_t one = 1;
-
     if (me.watcher == &me.helper) {
-        (void)!real.write(me.helper.wake_fd, &one, sizeof one);
+        ring(me.helper.wake_fd);
     } else if (me.watcher) {
         wake(me.watcher);
     }
 }
 
-static void drain(int fd)
+void drain(int fd)
 {
     char buf[8];
 
-    while (real.read(fd, buf, sizeof buf) > 0) {}
+    while (real.syscall(SYS_read, fd, buf, sizeof buf) > 0) {}
 }
 
 /* When the stack, or the care for relatives, wants a turn at the latest. */
@@ -394,22 +394,26 @@ static struct timespec *time_left(uint64_t until_ns, struct timespec *ts)
     return ts;
 }
 
-/* Spins: polls the device without sleeping, as long as policy says. Whether something happened. */
-static bool spin(const struct sleeper *s, uint64_t until_ns)
+/* Spins: polls the device without sleeping, as long as policy says, and now and then what the sleep would have watched.
+ * > 0: something is ready there; 0. */
+static int spin(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns)
 {
+    const struct timespec now = {0};
     uint64_t end = clock_ns() + me.app->spin_us * 1000ull;
+    int got = 0;
 
-    if (me.app->spin_us == 0) {
-        return false;
-    }
-    do {
-        if (turn() && s->woken) {
-            return true;
+    end = end < until_ns ? end : until_ns;
+    s->spinning = true;
+    for (unsigned round = 1; got == 0 && !s->woken && clock_ns() < end; round++) {
+        turn();
+        if (round % SPIN_LOOK == 0 && !s->woken) {
+            got = doze(arg, &now, NULL);
         }
         leave(); /* others want to work too */
         enter();
-    } while (clock_ns() < (end < until_ns ? end : until_ns) && !s->woken);
-    return s->woken;
+    }
+    s->spinning = false;
+    return got > 0 ? got : 0;
 }
 
 /* Awake, or unpark() was faster. */
@@ -419,7 +423,7 @@ static void sleeper_done(struct sleeper *s)
         self.sleeper = NULL;
         sleeper_remove(s);
     }
-    if (s->woken) {
+    if (s->told) {
         drain(s->wake_fd);
     }
 }
@@ -444,57 +448,102 @@ static void cancelled(void *arg)
     }
 }
 
-/* Without the lock. What ppoll(2) says; -EINTR also for a handler that ran shortly before or after it. */
-static int sleep_in_kernel(struct pollfd *all, int n, uint64_t deadline, const sigset_t *mask, uint32_t handled)
+/* The lock is let go of. -EINTR also for a handler that ran shortly before or after the sleep. */
+static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask, uint32_t handled)
 {
     struct timespec ts;
     volatile int got = -EINTR;
 
+    leave();
     pthread_cleanup_push(cancelled, NULL);
     if (self.handled == handled) {
-        got = real.ppoll(all, (nfds_t)n, time_left(deadline, &ts), mask);
-        got = got < 0 ? -errno : got;
+        got = doze(arg, time_left(until_ns, &ts), mask);
     }
     pthread_cleanup_pop(0);
-    return self.handled == handled ? got : -EINTR;
+    enter();
+    return got <= 0 && self.handled != handled ? -EINTR : got;
+}
+
+int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask)
+{
+    uint32_t handled = self.handled;
+    uint64_t until = until_ns;
+    int got = 0;
+
+    sleeper_add(s);
+    if (me.app->spin_us) {
+        got = spin(s, doze, arg, until_ns);
+    }
+    if (got == 0 && !s->woken) {
+        if (me.watcher == s) {
+            uint64_t due = next_turn();
+
+            s->watching = true;
+            until = due < until_ns ? due : until_ns;
+        }
+        got = asleep(doze, arg, until, mask, handled);
+    } else if (got == 0 && self.handled != handled) {
+        got = -EINTR;
+    }
+    sleeper_done(s);
+    return got == 0 && !s->woken && until_ns != UINT64_MAX && clock_ns() >= until_ns ? -ETIMEDOUT : got;
+}
+
+int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigset_t *mask)
+{
+    struct timespec left;
+    int got;
+
+    if (ts && ts->tv_sec == 0 && ts->tv_nsec == 0) {
+        left = *ts; /* the system call writes to it */
+        got = (int)real.syscall(SYS_ppoll, fds, n, &left, mask, _NSIG / 8);
+    } else {
+        got = real.ppoll(fds, (nfds_t)n, ts, mask);
+    }
+    return got < 0 ? -errno : got;
+}
+
+struct nap {
+    const struct sleeper *s;
+    struct pollfd *fds; /* the first two are ours */
+    int n;              /* the others */
+};
+
+static int nap(void *arg, const struct timespec *ts, const sigset_t *mask)
+{
+    struct nap *nap = arg;
+    int got;
+
+    nap->fds[0] = (struct pollfd){.fd = nap->s->wake_fd, .events = POLLIN};
+    nap->fds[1] = (struct pollfd){.fd = nap->s->watching ? me.dev_ep : -1, .events = POLLIN};
+    got = poll_kernel(nap->fds, nap->n + 2, ts, mask);
+    if (got > 0 && nap->fds[1].revents) {
+        drain(me.wake_fd);
+    }
+    return got <= 0 ? got : got - (nap->fds[0].revents != 0) - (nap->fds[1].revents != 0);
+}
+
+int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
+{
+    struct nap it = {.s = s, .fds = fds, .n = n};
+
+    s->wake_fd = thread_wake_fd();
+    return park_by(s, nap, &it, until_ns, mask);
 }
 
 int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
 {
     struct pollfd all[n + 2];
-    uint32_t handled = self.handled;
-    uint64_t deadline = until_ns;
-    int got, own = 0;
+    int got;
 
-    s->wake_fd = thread_wake_fd();
-    sleeper_add(s);
-    if (spin(s, until_ns)) {
-        sleeper_done(s);
-        return self.handled == handled ? 0 : -EINTR;
+    if (n) {
+        memcpy(all + 2, fds, (size_t)n * sizeof *fds);
     }
-    all[own++] = (struct pollfd){.fd = s->wake_fd, .events = POLLIN};
-    if (me.watcher == s) {
-        uint64_t due = next_turn();
-
-        all[own++] = (struct pollfd){.fd = me.dev_ep, .events = POLLIN};
-        deadline = due < until_ns ? due : until_ns;
+    got = park_polling(s, all, n, until_ns, mask);
+    if (n) {
+        memcpy(fds, all + 2, (size_t)n * sizeof *fds);
     }
-    memcpy(all + own, fds, (size_t)n * sizeof *fds);
-    leave();
-    got = sleep_in_kernel(all, n + own, deadline, mask, handled);
-    enter();
-    sleeper_done(s);
-    if (got < 0) {
-        return got == -EINTR ? -EINTR : 0;
-    }
-    for (int i = got = 0; i < n; i++) {
-        fds[i].revents = all[own + i].revents;
-        got += fds[i].revents != 0;
-    }
-    if (me.wake_fd >= 0 && own > 1 && all[1].revents) {
-        drain(me.wake_fd);
-    }
-    return got || deadline != until_ns || until_ns == UINT64_MAX || clock_ns() < until_ns ? got : -ETIMEDOUT;
+    return got;
 }
 
 void object_wait(uint32_t object)
@@ -536,8 +585,8 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
     if (got == -ETIMEDOUT) {
         return -EAGAIN;
     }
-    if (got == -EINTR && (self.no_restart || timeo_ns > 0)) {
-        return -EINTR;
+    if (got < 0 && (got != -EINTR || self.no_restart || timeo_ns > 0)) {
+        return got;
     }
     turn();
     return 0;

@@ -67,10 +67,11 @@ struct object *fd_enter(int fd)
 }
 
 /* This process has a descriptor less of an object. */
-static void let_go(uint32_t object)
+static void let_go(uint32_t object, int fd)
 {
-    if (--me.local[object].fds == 0) {
-        epoll_forget(object);
+    me.local[object].fds--;
+    if (me.local[object].items) {
+        epoll_forget(object, fd);
     }
     object_put(object);
 }
@@ -86,7 +87,7 @@ void fd_set_object(int fd, uint32_t object)
     me.local[object].fds++;
     fd_mark(fd, (object + 1) | (group_object(me.g, object)->place == PLACE_KERNEL ? FD_KERNEL : 0));
     if (entry_is_object(was)) {
-        let_go(entry_object(was));
+        let_go(entry_object(was), fd);
     }
 }
 
@@ -96,7 +97,7 @@ void fd_forget(int fd)
 
     if (entry_is_object(v)) {
         fd_mark(fd, 0);
-        let_go(entry_object(v));
+        let_go(entry_object(v), fd);
     }
 }
 

@@ -214,16 +214,17 @@ static void enqueue(struct group *g, uint32_t i)
     p->queue_tail = i;
 }
 
-void group_notify(struct group *g, uint32_t object)
+void group_notify(struct group *g, uint32_t object, uint32_t mask)
 {
     for (uint32_t i = group_object(g, object)->holds; i != GROUP_NONE; i = group_hold(g, i)->next) {
         if (group_hold(g, i)->waits) {
+            group_hold(g, i)->mask |= mask;
             enqueue(g, i);
         }
     }
 }
 
-uint32_t group_take(struct group *g, uint32_t proc)
+uint32_t group_take(struct group *g, uint32_t proc, uint32_t *mask)
 {
     struct proc *p = &g->procs[proc];
 
@@ -237,6 +238,8 @@ uint32_t group_take(struct group *g, uint32_t proc)
         }
         w->queued = 0;
         if (w->object != GROUP_NONE) {
+            *mask = w->mask;
+            w->mask = 0;
             return w->object;
         }
         w->next = g->holds_free; /* its object ended meanwhile */
@@ -263,6 +266,8 @@ uint32_t group_join(struct group *g, int32_t pid)
 
 void group_leave(struct group *g, uint32_t proc, void (*ended)(void *arg, uint32_t object), void *arg)
 {
+    uint32_t mask;
+
     for (uint32_t i = 0; i < g->objects_bump; i++) {
         struct object *o = group_object(g, i);
         uint32_t refs = o->refs ? hold_drop(g, i, proc) : 0;
@@ -272,7 +277,7 @@ void group_leave(struct group *g, uint32_t proc, void (*ended)(void *arg, uint32
             ended(arg, i);
         }
     }
-    while (group_take(g, proc) != GROUP_NONE) {}
+    while (group_take(g, proc, &mask) != GROUP_NONE) {}
     g->procs[proc].pid = 0;
     g->relatives--;
 }

@@ -21,7 +21,8 @@ enum {
     GROUP_NONE = 0xffffffff, /* no index */
     GROUP_WHY = 40,
     GROUP_ADDRS = 16, /* addresses of a stack */
-    HOLDS = 3,        /* for each object, on the average */
+    BYPASS_EVERYTHING = BYPASS_IN | BYPASS_OUT | BYPASS_ERR | BYPASS_HUP | BYPASS_RDHUP | BYPASS_PRI,
+    HOLDS = 3, /* for each object, on the average */
 };
 
 enum place {
@@ -89,6 +90,7 @@ struct hold {       /* a process has descriptors of an object, or waits for it *
     uint16_t proc;
     uint8_t queued;
     uint8_t waits; /* it wants to know when the object becomes ready */
+    uint32_t mask; /* what became ready, BYPASS_IN ..., since it was told */
 };
 
 enum proc_state {
@@ -167,12 +169,12 @@ void group_ref(struct group *g, uint32_t object, uint32_t proc);
 uint32_t group_holds(struct group *g, uint32_t object, uint32_t proc);
 bool group_set_hold(struct group *g, uint32_t object, uint32_t proc, uint32_t refs);
 bool group_unref(struct group *g, uint32_t object, uint32_t proc);
-/* Puts an object into the queue of every process that waits for it. */
-void group_notify(struct group *g, uint32_t object);
+/* Puts an object into the queue of every process that waits for it. mask: what became ready, BYPASS_IN ... */
+void group_notify(struct group *g, uint32_t object, uint32_t mask);
 /* Whether all lists lead somewhere: after a process died that may have been changing them. */
 bool group_sound(struct group *g);
-/* The next object that became ready for a process; GROUP_NONE. */
-uint32_t group_take(struct group *g, uint32_t proc);
+/* The next object that became ready for a process, and how; GROUP_NONE. */
+uint32_t group_take(struct group *g, uint32_t proc, uint32_t *mask);
 /* A place for a process; GROUP_NONE: too many. */
 uint32_t group_join(struct group *g, int32_t pid);
 /* It is gone: its descriptors count no more. Calls ended(arg, object) for each object that nobody has now. */

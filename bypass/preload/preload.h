@@ -50,9 +50,12 @@ struct local { /* of an object, in this process */
 struct sleeper {
     struct sleeper *next, **prev;
     uint32_t object;     /* that it waits for; GROUP_NONE: for several, it looks itself */
-    struct epoll *epoll; /* or for this set */
+    struct epoll *epoll; /* or for this set, which has an eventfd of its own */
     int wake_fd;         /* an eventfd: written to wake it */
-    bool woken;
+    bool woken;          /* there is something for it */
+    bool told;           /* ... and wake_fd was written */
+    bool spinning;       /* it does not sleep yet */
+    bool watching;       /* it watches the device */
 };
 
 struct me {       /* this process */
@@ -196,6 +199,18 @@ bool retry(void);
 /* Sleeps until one of these: an object became ready (sleeper.object, sleeper.epoll), a kernel descriptor of fds is (its
  * revents say), until_ns (UINT64_MAX: never). The lock is let go of meanwhile. Number of fds ready, -EINTR, -ETIMEDOUT. */
 int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask);
+/* The same without a copy: the first two of fds are park's, n counts those behind them. */
+int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask);
+/* The same with another system call to sleep in. `doze` is called without the lock; or with it, when *ts is 0: then it must
+ * be no cancellation point. What it returns ends the sleep: > 0 something is ready, 0, -errno. Result as park()'s. */
+typedef int doze_call(void *arg, const struct timespec *ts, const sigset_t *mask);
+int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask);
+/* real.ppoll(), -errno; no cancellation point when *ts is 0: may be called with the lock held. */
+int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigset_t *mask);
+/* An eventfd of the library's is written, and read empty. By system calls that are no cancellation points, since a thread
+ * that has the lock must not be cancelled. */
+void ring(int eventfd);
+void drain(int fd);
 /* Waits until the object may have become ready for `events` (POLLIN, POLLOUT, ...). 0: try again; -EINTR; -EAGAIN: the
  * timeout (timeo_ns; 0 none, counted from *since, which is 0 at first) is over. Restarts after signals as SA_RESTART
  * says (signal(7)). */
@@ -210,13 +225,22 @@ socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc);
 void helper_start(void);
 /* Level readiness of an object as poll(2) bits, the stack's half. */
 short object_ready(const struct object *o);
-/* epoll.c, called by dispatch: an object of this process became ready. */
-void epoll_ready(uint32_t object);
-void epoll_forget(uint32_t object);         /* its last descriptor of this process is closed */
-void epoll_child(void);                     /* after fork, in the child */
-void epoll_placed(uint32_t object, int fd); /* it is decided whose it is: members of sets change sides */
-void epoll_close(int fd);                   /* without the lock: a set's descriptor is about to be closed */
-void epoll_dup(int fd, int copy);           /* without the lock: another descriptor of the same set */
+/* The stack's readiness as poll(2) tells it. */
+static inline uint32_t poll_bits(uint32_t ready)
+{
+    return (ready & BYPASS_IN ? POLLIN | POLLRDNORM : 0) | (ready & BYPASS_OUT ? POLLOUT | POLLWRNORM : 0) |
+           (ready & BYPASS_ERR ? POLLERR : 0) | (ready & BYPASS_HUP ? POLLHUP : 0) |
+           (ready & BYPASS_RDHUP ? POLLRDHUP : 0) | (ready & BYPASS_PRI ? POLLPRI : 0);
+}
+/* epoll.c, called by dispatch: an object of this process became ready; how, as poll_bits(). */
+void epoll_ready(uint32_t object, uint32_t bits);
+/* A descriptor of it is about to be closed; me.local[].fds counts those that are left. */
+void epoll_forget(uint32_t object, int fd);
+void epoll_sleeper(struct epoll *set, int count); /* a thread more, or less, sleeps in a set */
+void epoll_child(void);                           /* after fork, in the child */
+void epoll_placed(uint32_t object, int fd);       /* it is decided whose it is: members of sets change sides */
+void epoll_close(int fd);                         /* without the lock: a set's descriptor is about to be closed */
+void epoll_dup(int fd, int copy);                 /* without the lock: another descriptor of the same set */
 
 /* ---- broker.c */
 /* Says hello: new application or relative. 0: me.app.., descriptors; -errno with me.refused set. */

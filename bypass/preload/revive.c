@@ -78,7 +78,7 @@ static void reopen_all(void)
             o->sock = bypass_socket(&me.stack, o->type);
             bypass_set_user(&me.stack, o->sock, i + 1);
         }
-        group_notify(me.g, i);
+        group_notify(me.g, i, BYPASS_EVERYTHING);
     }
 }
 

@@ -374,7 +374,7 @@ EXPORT int shutdown(int fd, int how)
     if (o->place == PLACE_BOTH) {
         real.shutdown(fd, how);
     }
-    group_notify(me.g, object_index(o));
+    group_notify(me.g, object_index(o), BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP);
     sent();
     leave();
     return result(r);
