@@ -31,8 +31,9 @@ STACK_OBJ := $(STACK_SRC:%.c=$(OUT)/%.o)
 OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
 # The preload library: the core, the devices that an application may have, and the calls of unmodified programs.
 PRELOAD_SRC := $(wildcard bypass/preload/*.c)
+DEVICE_OBJ := $(patsubst %.c,$(OUT)/own/%.o,$(wildcard bypass/afxdp/*.c) bypass/fwd/port.c)
 PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
-	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c bypass/afxdp/*.c) bypass/fwd/port.c bypass/host.c)
+	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c) bypass/host.c) $(DEVICE_OBJ)
 PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h
 
 # The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
@@ -141,6 +142,11 @@ $(OUT)/bypass/%.o: bypass/%.c | $(VENV)/.stamp
 	@mkdir -p $(@D)
 	@echo '  CC   $(OUT): $<'
 	$(Q)$(CC) $(CFLAGS) $(INC_rest) -MMD -MP -c $< -o $@
+
+$(OUT)/own/bypass/%.o: bypass/%.c | $(VENV)/.stamp
+	@mkdir -p $(@D)
+	@echo '  CC   $(OUT): $< (preload)'
+	$(Q)$(CC) $(CFLAGS) $(INC_rest) -include preload/own_calls.h -MMD -MP -c $< -o $@
 
 # The Python module's own C file is generated from the public headers.
 $(OUT)/_core.c: bypass/_build_core.py $(PUBLIC_H) | $(VENV)/.stamp
