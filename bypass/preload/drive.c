@@ -298,12 +298,25 @@ bool retry(void)
 }
 
 /* ---- Sleeping ---------------------------------------------------------------------------------------------------- */
+static pthread_key_t thread_key; /* its destructor runs when a thread ends */
+
+static void thread_ends(void *arg)
+{
+    (void)arg;
+    fd_unhide(self.wake_fd - 1);
+    self.wake_fd = 0;
+}
+
+static void thread_key_make(void) { pthread_key_create(&thread_key, thread_ends); }
+
 static int thread_wake_fd(void)
 {
-    if (!self.wake_fd) {
-        int fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-        self.wake_fd = fd + 1; /* closed by nobody: threads are few, and a thread's end has no hook that is cheap */
+    if (!self.wake_fd) {
+        self.wake_fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) + 1;
+        pthread_once(&once, thread_key_make);
+        pthread_setspecific(thread_key, &self);
     }
     return self.wake_fd - 1;
 }
