@@ -22,7 +22,7 @@ from conftest import missing
 from bench.apps import hold, iperf, redis, web
 from bench.apps.launch import LAUNCHERS, BypassLauncher, Grant, KernelLauncher
 from bench.apps.place import Place, environment, find, lacking, place
-from bench.apps.run import APPS, run
+from bench.apps.run import APPS, IDLE_CPU, idle_cpu, run
 from bench.programs import BenchError
 from bypass.lab import Lab
 from bypass.policy import parse_policy
@@ -97,6 +97,15 @@ def test_a_server_that_dies_while_it_is_used_is_a_problem() -> None:
 
     found = run(Dies, KernelLauncher, scale=SCALE).problems
     assert any("ended before it was told to" in text for text in found)
+
+
+@pytest.mark.netns
+def test_a_program_that_uses_the_processor_while_nobody_asks_is_noticed(here: Place) -> None:
+    launcher = KernelLauncher(here, ())
+    with launcher.start(["/bin/sleep", "1000"]):
+        assert idle_cpu(here.lab) < IDLE_CPU
+    with launcher.start(["/bin/sh", "-c", "while :; do :; done"]):
+        assert idle_cpu(here.lab) > IDLE_CPU
 
 
 def wait_until(condition: object) -> None:

@@ -27,18 +27,21 @@ def table(verdicts: list[Verdict]) -> Table:
     shown.add_column("program")
     shown.add_column("on")
     shown.add_column("works")
-    for name in ("steered", "opens", "s"):
+    for name in ("steered", "opens", "idle", "s"):
         shown.add_column(name, justify="right")
     shown.add_column("figures", overflow="fold")
     for v in verdicts:
         proof = v.proof
         opens = f"{proof['active_opens']}+{proof['passive_opens']}" if proof else "-"
         steered = f"{proof['steered']:.2%}" if proof else "-"
+        idle = f"{proof['idle_cpu']:.1%}" if proof else "-"
         good = "yes" if not v.problems else f"[red]no: {len(v.problems)}"
         shown.add_row(
-            APPS[v.app].title, v.launcher, good, steered, opens, f"{v.seconds:.0f}", short(v.figures)
+            APPS[v.app].title, v.launcher, good, steered, opens, idle, f"{v.seconds:.0f}", short(v.figures)
         )
-    shown.caption = "opens: connections that the kernel of the server's namespace made and took"
+    shown.caption = (
+        "opens: connections that the server's kernel made and took; idle: CPU of a core while nobody asked"
+    )
     shown.caption_justify = "left"
     return shown
 

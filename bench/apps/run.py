@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from bypass.lab import Lab
 __all__ = ["APPS", "Verdict", "run"]
 
 FOLLOW_S = 3.0
+IDLE_AFTER_S, IDLE_S = 0.5, 0.5
+IDLE_CPU = 0.05  # a program has timers of its own
 
 APPS: dict[str, type[App]] = {
     cls.name: cls
@@ -83,9 +86,31 @@ def _use(app: App, lab: Lab, verdict: Verdict) -> None:
         before = snapshot(lab)
         verdict.figures = app.exercise()
         evidence = Evidence(before, snapshot(lab))
+        idle = idle_cpu(lab)
         objects = _bpf(lab)
-    verdict.proof, verdict.elsewhere = evidence.figures(), evidence.problems()
+    verdict.proof, verdict.elsewhere = evidence.figures() | {"idle_cpu": idle}, evidence.problems()
+    if idle > IDLE_CPU:
+        verdict.problems.append(f"used {idle:.1%} of a core while nobody asked")
     verdict.problems += [f"BPF {kind} {number} is left" for kind, number in sorted(still_there(objects))]
+
+
+def idle_cpu(lab: Lab) -> float:
+    """Processor time that the processes of the server's namespace use while nobody asks, of the time of one core."""
+    time.sleep(IDLE_AFTER_S)
+    before, began = _run_ns(lab), time.monotonic_ns()
+    time.sleep(IDLE_S)
+    used = sum(ns - before[task] for task, ns in _run_ns(lab).items() if task in before)
+    return round(used / (time.monotonic_ns() - began), 4)
+
+
+def _run_ns(lab: Lab) -> dict[Path, int]:
+    """Run time of every task (/proc/PID/task/TID/schedstat)."""
+    found = {}
+    for pid in netns.processes(lab.server_ns):
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found[task] = int((task / "schedstat").read_text().split()[0])
+    return found
 
 
 def _left(lab: Lab) -> list[str]:
