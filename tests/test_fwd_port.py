@@ -80,6 +80,7 @@ class Frames(RuleBasedStateMachine):
     def rx_burst(self, n: int) -> None:
         got = self.p.rx_burst(n)
         assert len(got) == min(n, len(self.rx) - self.unpublished)
+        assert (self.p.word("app_sleeps")[0] == 1) == (len(got) < n), "it may sleep now, or comes again"
         for f in got:
             data, queue, entry = self.rx.popleft()
             m = self.p.meta(f)
@@ -258,6 +259,7 @@ def readable(port: Port) -> bool:
 
 
 def test_a_busy_application_costs_no_system_call(port: Port) -> None:
+    port.lib.port_wait_announced(port.port, 1)
     for i in range(100):
         port.deliver(b"x" * 60)
         port.publish()
@@ -281,6 +283,27 @@ def test_a_sleeping_application_is_woken_once(port: Port) -> None:
     assert len(port.receive()) == 5
     assert not readable(port)
     assert port.counters().woken == 1
+
+
+def test_who_got_fewer_frames_than_asked_for_is_woken_too(port: Port) -> None:
+    """bypass_poll() does not ask again then, and its caller sleeps."""
+    port.deliver(b"x" * 60)
+    port.publish()
+    assert len(port.receive()) == 1
+    port.deliver(b"x" * 60)
+    port.publish()
+    assert readable(port)
+    assert len(port.receive()) == 1
+    assert not readable(port)
+
+
+def test_who_got_all_it_asked_for_comes_again_without_being_rung(port: Port) -> None:
+    for _ in range(3):
+        for _ in range(8):
+            port.deliver(b"x" * 60)
+        port.publish()
+        port.free(port.rx_burst(8))
+    assert port.peer.n.rings == 0
 
 
 def test_frames_that_come_just_before_sleeping_are_seen(port: Port) -> None:

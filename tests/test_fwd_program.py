@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bypass._core import ffi, lib
+from bypass._core import lib
+from fwd_live import AppMemory
 
 from bypass import fwd, libbpf
 from bypass.errors import BypassError
-from bypass.fwd import Doorbells, Forwarder, ForwarderError
+from bypass.fwd import Forwarder, ForwarderError
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -399,41 +400,6 @@ def test_keys_without_sense_are_refused(forwarder: Forwarder) -> None:
 
 
 # ---- Ports -------------------------------------------------------------------------------------------------------
-SEAL_SHRINK, ADD_SEALS = 2, 1033
-
-
-class AppMemory:
-    """A port in a memory file, as the broker makes it."""
-
-    def __init__(self, offset: int = 4096, *, sealed: bool = True, missing: int = 0, **config: Any) -> None:
-        import fcntl
-        import mmap
-
-        values = {"frames": 64, "rx_ring": 16, "tx_ring": 16, "mtu": 1500, "queues": 1}
-        self.config = ffi.new("struct port_config *", values | config)
-        self.offset = offset
-        self.size = lib.port_mem_size(self.config)
-        self.fd = os.memfd_create("app", os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, offset + self.size - missing)
-        if sealed:
-            fcntl.fcntl(self.fd, ADD_SEALS, SEAL_SHRINK)
-        self.map = mmap.mmap(self.fd, offset + self.size - missing)
-        self.mem = ffi.cast("void *", int(ffi.cast("uintptr_t", ffi.from_buffer(self.map))) + offset)
-        if not missing:
-            assert lib.port_init(self.mem, self.size, self.config) == 0
-        self.bells = Doorbells.make()
-        self.port = ffi.new("struct port *")
-        if not missing:
-            assert lib.port_attach(self.port, self.mem, self.size, self.bells.to_fwd, self.bells.app) == 0
-
-    def add_to(self, f: Forwarder, app: int, **more: Any) -> None:
-        f.port_add(app, self.fd, self.offset, self.config, self.bells, **more)
-
-    def close(self) -> None:
-        os.close(self.fd)
-        self.bells.close()
-
-
 @pytest.fixture
 def memory() -> Iterator[Callable[..., AppMemory]]:
     with ExitStack() as stack:

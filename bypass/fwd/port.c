@@ -215,14 +215,14 @@ static int port_op_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
     int got = 0;
 
     sleeps = __atomic_load_n(&p->sh->app_sleeps, __ATOMIC_RELAXED);
-    if (sleeps == PORT_RUNG || (sleeps == PORT_ASLEEP && (n || st->announced))) {
+    if (sleeps == PORT_RUNG || (sleeps == PORT_ASLEEP && (n == (uint32_t)max || st->announced))) {
         awake(p);
     }
     if (st->bell_owed) {
         bell_read(p);
     }
-    if (n == 0 && !st->announced) {
-        n = port_wait_begin(p) ? rx_avail(p, (uint32_t)max) : 0;
+    if (n < (uint32_t)max && !st->announced && port_wait_begin(p)) { /* who gets fewer than asked for may sleep */
+        n = rx_avail(p, (uint32_t)max);
     }
     for (uint32_t i = 0; i < n; i++) {
         if (i + 4 < n) {

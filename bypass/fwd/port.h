@@ -92,8 +92,8 @@ BYPASS_API struct bypass_netdev *port_netdev(struct port *port);
 
 /* What relatives did meanwhile: brings port->nd.free_frames up to date. Every operation of the device does this too. */
 BYPASS_API void port_sync(struct port *port);
-/* How the application sleeps on wait_fd(). Without being told, a receive call that finds nothing asks for a wake-up,
- * which costs who polls in vain a system call for each packet that comes. announced 1: only port_wait_begin() asks; all
+/* How the application sleeps on wait_fd(). Without being told, a receive call that finds fewer frames than asked for asks
+ * for a wake-up, which costs who polls on a system call for what comes next. announced 1: only port_wait_begin() asks; all
  * processes of the application have to call it before they sleep. */
 BYPASS_API void port_wait_announced(struct port *port, int announced);
 /* 1: there are frames, do not sleep. 0: asked for; the next receive call takes it back. */
