@@ -5,7 +5,7 @@
 
 To the file RECORD go lines of JSON: {"begin": id} before a test, {"end": id, "outcome": ..., "text": ...} after it,
 {"done": true} at the very end. What RECORD has already is not run again: after a test that hung or ended the process,
-the next start goes on behind it. A test that takes longer than LIMIT_S ends the process with a traceback of all threads.
+the next start goes on behind it. A test that takes longer than LIMIT_S ends the process, with a traceback.
 
 Only what the standard library has is used here.
 """

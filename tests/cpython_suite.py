@@ -4,9 +4,9 @@
     python tests/cpython_suite.py [--surface stack|kernel] [--control | --no-control] [MODULE ...]
 
 Debian's interpreter and test suite (libpython3.11-testsuite), each module in a network namespace of its own that has
-nothing but a loopback: first as they are, then with the preload library. A test whose result differs is run again, alone, up to
-`RETRIES` times on both sides: a difference that counts is there each time. Then the control: with BYPASS_BREAK=recv the
-library loses the last byte of what it receives, and the comparison has to notice that.
+nothing but a loopback: first as they are, then with the preload library. A test whose result differs is run again,
+alone, up to `RETRIES` times on both sides: a difference that counts is there each time. Then the control: with
+BYPASS_BREAK=recv the library loses the last byte of what it receives, and the comparison has to notice that.
 
 Printed: a table by module, every difference with what the test said, and the share of TCP and UDP sockets that were on
 the stack, which has to be 90 % at least.

@@ -30,6 +30,26 @@ PATIENCE = 1000  # milliseconds
 DATA = bytes(range(256)) * 32
 SOL, TCP, IP = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP
 PORTS = itertools.count(10_000, 4)  # TIME_WAIT of the last run must not be in the way
+OPTIONS = [
+    *[
+        (SOL, getattr(socket, f"SO_{n}"))
+        for n in ("ACCEPTCONN", "TYPE", "DOMAIN", "PROTOCOL", "KEEPALIVE", "REUSEADDR")
+    ],
+    *[(SOL, getattr(socket, f"SO_{n}")) for n in ("REUSEPORT", "RCVLOWAT", "OOBINLINE", "BROADCAST")],
+    *[
+        (TCP, getattr(socket, f"TCP_{n}"))
+        for n in ("NODELAY", "CORK", "KEEPIDLE", "KEEPINTVL", "KEEPCNT", "LINGER2")
+    ],
+    *[(TCP, getattr(socket, f"TCP_{n}")) for n in ("SYNCNT", "USER_TIMEOUT", "NOTSENT_LOWAT")],
+    *[(IP, getattr(socket, f"IP_{n}")) for n in ("TTL", "TOS")],
+]
+# Values that change what leaves when: that depends on the size of a segment, or on when the last acknowledgment came
+# (which TCP_QUICKACK tells: tests/test_socket_options_linux.py).
+TIMING = {
+    (TCP, socket.TCP_CORK): 0,
+    (TCP, socket.TCP_NODELAY): 1,
+    (TCP, socket.TCP_NOTSENT_LOWAT): -1,
+}
 
 
 @dataclass(eq=False)

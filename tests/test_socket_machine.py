@@ -16,32 +16,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import multiple, rule
-from socket_machine import DATA, IP, SHUT, SOL, TCP, Machine, Twin
+from socket_machine import DATA, OPTIONS, SHUT, SOL, TCP, TIMING, Machine, Twin
 from socket_worlds import namespace, outcome
 from support import examples
 
 pytestmark = [pytest.mark.netns, pytest.mark.hypothesis, pytest.mark.timeout(600)]
-
-OPTIONS = [
-    *[
-        (SOL, getattr(socket, f"SO_{n}"))
-        for n in ("ACCEPTCONN", "TYPE", "DOMAIN", "PROTOCOL", "KEEPALIVE", "REUSEADDR")
-    ],
-    *[(SOL, getattr(socket, f"SO_{n}")) for n in ("REUSEPORT", "RCVLOWAT", "OOBINLINE", "BROADCAST")],
-    *[
-        (TCP, getattr(socket, f"TCP_{n}"))
-        for n in ("NODELAY", "CORK", "KEEPIDLE", "KEEPINTVL", "KEEPCNT", "LINGER2")
-    ],
-    *[(TCP, getattr(socket, f"TCP_{n}")) for n in ("SYNCNT", "USER_TIMEOUT", "NOTSENT_LOWAT")],
-    *[(IP, getattr(socket, f"IP_{n}")) for n in ("TTL", "TOS")],
-]
-# Values that change what leaves when: that depends on the size of a segment, or on when the last acknowledgment came
-# (which TCP_QUICKACK tells: tests/test_socket_options_linux.py).
-TIMING = {
-    (TCP, socket.TCP_CORK): 0,
-    (TCP, socket.TCP_NODELAY): 1,
-    (TCP, socket.TCP_NOTSENT_LOWAT): -1,
-}
 
 
 @pytest.fixture(scope="module")
