@@ -4,7 +4,8 @@
  *
  *   rr ADDRESS PORT THREADS
  *
- * Each thread has a listening socket of its own (SO_REUSEPORT, socket(7)) and an epoll instance. Ends by a signal.
+ * Each thread has a listening socket of its own (SO_REUSEPORT, socket(7)) and an epoll instance. THREADS 0: a thread for
+ * each connection, and calls that block, as netperf's server has it. Ends by a signal.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -89,15 +90,44 @@ static void *run(void *arg)
     return NULL;
 }
 
+static void *block(void *arg)
+{
+    int one = 1, fd = *(int *)arg;
+    char buf[4096];
+    ssize_t n;
+    free(arg);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    while ((n = recv(fd, buf, sizeof buf, 0)) > 0 && send(fd, buf, (size_t)n, MSG_NOSIGNAL) == n)
+        continue;
+    close(fd);
+    return NULL;
+}
+
+static void run_blocking(int listener)
+{
+    for (;;) {
+        pthread_t thread;
+        int *fd = malloc(sizeof *fd);
+        if (!fd || (*fd = accept(listener, NULL, NULL)) < 0)
+            die("accept");
+        errno = pthread_create(&thread, NULL, block, fd);
+        if (errno)
+            die("pthread_create");
+        pthread_detach(thread);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static int listeners[MAX_THREADS];
-    int threads = argc == 4 ? atoi(argv[3]) : 0;
-    if (threads < 1 || threads > MAX_THREADS || inet_pton(AF_INET, argv[1], &where.sin_addr) != 1) {
-        fprintf(stderr, "usage: rr ADDRESS PORT THREADS (1 to %d)\n", MAX_THREADS);
+    int threads = argc == 4 ? atoi(argv[3]) : -1;
+    if (threads < 0 || threads > MAX_THREADS || inet_pton(AF_INET, argv[1], &where.sin_addr) != 1) {
+        fprintf(stderr, "usage: rr ADDRESS PORT THREADS (0 to %d)\n", MAX_THREADS);
         return 2;
     }
     where.sin_port = htons((uint16_t)atoi(argv[2]));
+    if (threads == 0)
+        run_blocking(open_listener());
     for (int i = 0; i < threads; i++)
         listeners[i] = open_listener();
     for (int i = 1; i < threads; i++) {

@@ -12,7 +12,7 @@ from bench.apps.launch import Grant
 from bench.programs import program
 from bypass.lab import SERVER_IP
 
-__all__ = ["MEMCACHED", "NGINX", "REDIS", "RR", "WORKLOADS", "Workload", "threaded"]
+__all__ = ["BLOCKING", "MEMCACHED", "NGINX", "REDIS", "RR", "WORKLOADS", "Workload", "threaded"]
 
 RR_PORT = 7000
 VALUE = "x" * 32
@@ -38,6 +38,12 @@ class RoundTrip(_Asked):
         return [program("rr"), SERVER_IP, str(RR_PORT), str(self.threads)]
 
 
+class BlockingRoundTrip(RoundTrip):
+    """With calls that block, as netperf's TCP_RR."""
+
+    threads = 0
+
+
 class OneWorker(nginx.Nginx):
     needs = ("nginx",)
     worker_processes = 1
@@ -61,7 +67,7 @@ class Workload:
 
 
 _GET = "GET /500.bin HTTP/1.1\r\nHost: test\r\n\r\n"
-REDIS, MEMCACHED, NGINX, RR = redis.Redis, OneThread, OneWorker, RoundTrip
+REDIS, MEMCACHED, NGINX, RR, BLOCKING = redis.Redis, OneThread, OneWorker, RoundTrip, BlockingRoundTrip
 WORKLOADS = (
     Workload(
         "redis_get", "redis GET, 50 connections", REDIS, redis.PORT, 50,
@@ -76,7 +82,7 @@ WORKLOADS = (
         "get key\r\n", f"set key 0 0 {len(VALUE)}\r\n{VALUE}\r\n",
     ),
     Workload("nginx_small", "nginx, 500 bytes, 50 kept connections", NGINX, nginx.PORT, 50, _GET),
-    Workload("rr_1", "1 byte there and back, 1 connection", RR, RR_PORT, 1, "x"),
+    Workload("rr_1", "1 byte there and back, 1 connection, blocking", BLOCKING, RR_PORT, 1, "x"),
     Workload("rr_50", "1 byte there and back, 50 connections", RR, RR_PORT, 50, "x"),
 )  # fmt: skip
 
