@@ -26,6 +26,7 @@ HEADERS = (
     "host.h",
     "app/app.h",
     "app/loop.h",
+    "app/inspect.h",
     "fwd/port.h",
     "fwd/fwd.h",
 )

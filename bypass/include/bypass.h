@@ -602,6 +602,22 @@ BYPASS_API int bypass_stat_count(void);
 BYPASS_API const char *bypass_stat_name(int i);
 BYPASS_API const uint64_t *bypass_stats(const struct bypass_stack *s);
 
+/* What a stack holds, read by a tool from a mapping of its arena while it runs, without its help: nothing that stands there
+ * is believed. Memory that was damaged, or that changes meanwhile, makes wrong numbers or -EINVAL, never an access
+ * outside of arena[0..size), and no more work than its size is worth. The arena may be mapped read-only. */
+struct bypass_inspect {
+    int32_t type;    /* BYPASS_STREAM, BYPASS_DGRAM */
+    uint32_t handle; /* low half of the handle that holds it; UINT32_MAX: no program does */
+    /* BYPASS_DGRAM: local, peer, rcv_queued (memory that received datagrams take) only. Of what lies in frames nothing
+     * is told: `unacked` is computed from bytes, sacked, lost and retrans are 0; pmtu 0: the device's. */
+    struct bypass_tcp_info info;
+    char congestion[16]; /* the algorithm's name; empty: none, or unknown here */
+};
+/* 0, -EBADF (there is no such socket), -EINVAL (this is no arena, or it is damaged). */
+BYPASS_API int bypass_inspect_sock(const void *arena, size_t size, bypass_sock sock, struct bypass_inspect *out);
+/* Connections in every state, as bypass_conn_next(): 1, 0 at the end, -EINVAL. */
+BYPASS_API int bypass_inspect_conn(const void *arena, size_t size, uint32_t *cursor, struct bypass_inspect *out);
+
 struct bypass_audit { /* everything that is in use; all zero after an orderly end */
     uint32_t conns, listeners, udp_socks, handles, timers, chunks, frags, dst_waiting, frames, tx_pending, flights;
     uint32_t lent; /* frames and chunks that a program has out (bypass_recv_zc(), bypass_buf_alloc()) */

@@ -29,6 +29,7 @@
  *   tcp_cookie.c    SYN cookies: not even that is kept
  *   tcp_fastopen.c  data in the SYN (RFC 7413)
  *   tcp_info.c      what a connection tells of itself (TCP_INFO)
+ *   inspect.c       the same, to a tool that reads an arena which may hold anything
  *   sock_zc.c       payload that is not copied
  *   sock_opt.c      what a program may set: one table
  *
@@ -992,6 +993,16 @@ enum {
     PRESSURE_SEGMENTS = 4, /* what a connection may have unread when memory is short */
     WINDOW_LOW = 32768,    /* bytes: with less on offer the peer may be waiting */
 };
+
+/* tcp_info.c: what is told of a connection, from wherever its parts lie (inspect.c has copies). */
+struct tcp_told {
+    const struct tcp_conn *c;
+    const struct tcp_cold *k;
+    const struct tcp_flight *fl;             /* NULL: it has none */
+    uint16_t mtu;                            /* of the device */
+    uint32_t unacked, sacked, lost, retrans; /* segments of the send queue */
+};
+void tcp_info_fill(const struct tcp_told *t, struct bypass_tcp_info *out);
 
 /* sock_opt.c */
 void tcp_options_default(struct tcp_endpoint *ep, const struct bypass_config *cfg);

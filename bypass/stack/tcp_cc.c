@@ -17,6 +17,9 @@ enum { CWND_MAX = 1u << 30 };
 /* ---- Registry ------------------------------------------------------------------------------------------- */
 static const struct bypass_cc_ops *const builtin[] = {&tcp_cubic, &tcp_reno, &tcp_dctcp, &tcp_bbr};
 enum { BUILTINS = ARRAY_LEN(builtin) };
+static_assert((int)BUILTINS == (int)TCP_CC_BUILTINS, "tcp_cc.h says how many there are");
+
+const char *tcp_cc_builtin(uint32_t i) { return i < BUILTINS ? builtin[i]->name : NULL; }
 
 static const struct bypass_cc_ops *ops_at(const struct bypass_stack *s, uint32_t i)
 {

@@ -7,6 +7,9 @@
 
 extern const struct bypass_cc_ops tcp_bbr, tcp_cubic, tcp_dctcp, tcp_reno;
 
+enum { TCP_CC_BUILTINS = 4 };
+const char *tcp_cc_builtin(uint32_t i); /* the name of an index of conn.cc; NULL: it is none of the built-in ones */
+
 /* Slow start, then congestion avoidance by one segment a window, with the bytes towards it in *rest. */
 void tcp_reno_grow(struct bypass_cc *cc, uint32_t acked, uint64_t *rest);
 /* RFC 5681 equation 4. */

@@ -15,7 +15,7 @@ static uint64_t bytes_since(uint16_t laps, seq_t at, seq_t from)
 }
 
 /* Segments in flight, and what is known of each. */
-static void count_flight(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
+static void count_flight(const struct bypass_stack *s, const struct tcp_conn *c, struct tcp_told *out)
 {
     for (uint32_t p = c->sndq_head; p != BYPASS_PKT_NONE && p != c->sndq_next; p = pkt_meta(s, p)->next) {
         uint16_t marks = pkt_meta(s, p)->seg_flags;
@@ -28,12 +28,12 @@ static void count_flight(const struct bypass_stack *s, const struct tcp_conn *c,
         out->unacked++; /* FIN and SYN take no frame */
 }
 
-static void fill_sender(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
+static void fill_sender(const struct tcp_told *t, struct bypass_tcp_info *out)
 {
-    const struct tcp_cold *k = conn_cold(s, c);
+    const struct tcp_conn *c = t->c;
+    const struct tcp_cold *k = t->k;
     bool opening = tcp_opening(c);
     bool fin = (c->flags & TF_FIN_SENT) != 0;
-    count_flight(s, c, out);
     uint32_t sent = c->snd_nxt.v - c->snd_una.v - (fin && out->unacked > 0); /* bytes in flight */
     if (!opening)
         out->notsent = c->snd_queued > sent ? c->snd_queued - sent : 0;
@@ -49,9 +49,9 @@ static void fill_sender(const struct bypass_stack *s, const struct tcp_conn *c, 
     out->delivered = opening ? 0 : 1 + (first_time + fin > missing ? first_time + fin - missing : 0);
     out->timeouts_total = k->timeouts;
     out->max_pacing_rate = tcp_pace_limit(&k->opt);
-    if (!has_flight(c))
+    const struct tcp_flight *fl = t->fl;
+    if (!fl)
         return;
-    const struct tcp_flight *fl = conn_flight(s, c);
     out->pacing_rate = fl->pace_rate;
     out->delivery_rate = fl->rate_us ? (uint64_t)fl->rate_bytes * 1000000 / fl->rate_us : 0;
     out->ca_state = fl->ca_state;
@@ -59,9 +59,10 @@ static void fill_sender(const struct bypass_stack *s, const struct tcp_conn *c, 
         out->flags |= BYPASS_INFO_APP_LIMITED;
 }
 
-static void fill_receiver(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
+static void fill_receiver(const struct tcp_told *t, struct bypass_tcp_info *out)
 {
-    const struct tcp_cold *k = conn_cold(s, c);
+    const struct tcp_conn *c = t->c;
+    const struct tcp_cold *k = t->k;
     if (c->state != BYPASS_SYN_SENT && k->irs.v != c->rcv_nxt.v)
         out->bytes_received = bytes_since(k->nxt_laps, c->rcv_nxt, k->irs) - 1;
     out->rcv_wnd = seq_lt(c->rcv_nxt, c->rcv_adv) ? (uint32_t)seq_diff(c->rcv_adv, c->rcv_nxt) : 0;
@@ -82,10 +83,10 @@ static uint32_t info_flags(const struct tcp_conn *c)
            (c->feat & TX_FASTOPEN ? BYPASS_INFO_FASTOPEN : 0u);
 }
 
-static void fill(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
+void tcp_info_fill(const struct tcp_told *t, struct bypass_tcp_info *out)
 {
-    const struct tcp_cold *k = conn_cold(s, c);
-    uint16_t mtu = c->path_mtu ? c->path_mtu : s->dev->mtu;
+    const struct tcp_conn *c = t->c;
+    uint32_t maxseg = t->k->opt.maxseg;
     *out = (struct bypass_tcp_info){
         .local = {.addr = c->laddr, .port = c->lport},
         .peer = {.addr = c->raddr, .port = c->rport},
@@ -108,12 +109,24 @@ static void fill(const struct bypass_stack *s, const struct tcp_conn *c, struct 
         .timeouts = c->rtx_count,
         .probes = c->probes,
         .backoff = c->backoff,
-        .pmtu = mtu,
-        .advmss = min_u32((uint32_t)s->dev->mtu - 40, k->opt.maxseg ? k->opt.maxseg : UINT32_MAX),
-        .segs_out = k->segs_out,
+        .pmtu = c->path_mtu ? c->path_mtu : t->mtu,
+        .advmss = min_u32((uint32_t)t->mtu - 40, maxseg ? maxseg : UINT32_MAX),
+        .segs_out = t->k->segs_out,
+        .unacked = t->unacked,
+        .sacked = t->sacked,
+        .lost = t->lost,
+        .retrans = t->retrans,
     };
-    fill_sender(s, c, out);
-    fill_receiver(s, c, out);
+    fill_sender(t, out);
+    fill_receiver(t, out);
+}
+
+static void fill(const struct bypass_stack *s, const struct tcp_conn *c, struct bypass_tcp_info *out)
+{
+    struct tcp_told t = {
+        .c = c, .k = conn_cold(s, c), .fl = has_flight(c) ? conn_flight(s, c) : NULL, .mtu = s->dev->mtu};
+    count_flight(s, c, &t);
+    tcp_info_fill(&t, out);
 }
 
 int bypass_tcp_info(struct bypass_stack *s, bypass_sock h, struct bypass_tcp_info *out)
