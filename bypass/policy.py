@@ -27,15 +27,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from bypass.access import NO_QUOTA, Allow, Quota
 from bypass.errors import PolicyError, Problem
 from bypass.policy_fields import (
     MAX_RULES,
+    NO_ALLOW_MODEL,
+    NO_QUOTA_MODEL,
     TEXTS,
+    AllowModel,
     BackendModel,
     FlowModel,
     HeadModel,
     MatchModel,
     Mode,
+    QuotaModel,
     StackModel,
     policy_schema,
 )
@@ -115,6 +120,9 @@ class Policy:
         profile: what the stack is tuned for; None: nothing in particular.
         stack: sizes and times of the stack, the profile's where the policy names none.
         congestion: the congestion control of sockets that choose none; None: the stack's default.
+        mode: `direct`: one application at a time uses the interface; `shared`: several.
+        quota: what an application may have.
+        cpus, numa: where applications run, and where their memory lies; None: as they were started.
     """
 
     version: int
@@ -125,6 +133,10 @@ class Policy:
     profile: Profile | None = None
     stack: StackOptions = NO_OPTIONS
     congestion: str | None = None
+    mode: Literal["direct", "shared"] = "direct"
+    quota: Quota = NO_QUOTA
+    cpus: tuple[int, ...] | None = None
+    numa: int | None = None
 
     @cached_property
     def compiled(self) -> CompiledRules:
@@ -354,6 +366,10 @@ class _Check:
             head.profile,
             _stack_options(head),
             head.congestion,
+            head.mode,
+            _quota(head.quota),
+            head.cpus,
+            head.numa,
         )
 
     def _head(self, data: dict[str, Any]) -> HeadModel | None:
@@ -393,7 +409,7 @@ class _Check:
                 name = item.get("name") if isinstance(item, dict) else None
             else:
                 name, match = flow.name, flow.match
-                bad = list(_across(at, match, flow.action))
+                bad = [*_across(at, match, flow.action), *_across_allow(at, flow)]
                 self.wrongs += bad
                 if not bad:
                     line, column = self.doc.item_marks[index]
@@ -440,7 +456,35 @@ def _rule(index: int, flow: FlowModel, match: MatchModel, line: int, column: int
         flow.action,
         line,
         column,
+        _allow(flow.allow),
     )
+
+
+def _quota(model: QuotaModel) -> Quota:
+    return NO_QUOTA if model is NO_QUOTA_MODEL else Quota(**model.model_dump())
+
+
+def _allow(model: AllowModel) -> Allow | None:
+    if model is NO_ALLOW_MODEL:
+        return None
+    return Allow(model.user, model.group, model.ports, _quota(model.quota))
+
+
+def _across_allow(at: Path, flow: FlowModel) -> Iterator[_Wrong]:
+    """What is wrong between `allow` and the other fields of a flow."""
+    allow, ports = flow.allow, flow.match.local_port
+    if allow is NO_ALLOW_MODEL:
+        return
+    if flow.action != "steer":
+        right = "only steer takes flows: leave it out"
+        yield _Wrong((*at, "allow"), f"nobody uses a {flow.action} rule", right, whole=True)
+    if not allow.user and not allow.group:
+        yield _Wrong((*at, "allow"), "allows nobody", "name user or group", whole=True)
+    for part in allow.ports or ():
+        if ports is not None and not (ports.first <= part.first and part.last <= ports.last):
+            wrong = f"the ports {part} are not all of the rule's, {ports}"
+            yield _Wrong((*at, "allow", "ports"), wrong, "a part of local_port", whole=True)
+            return
 
 
 def _across(at: Path, match: MatchModel, action: str | None, bad: Collection[Path] = ()) -> Iterator[_Wrong]:
@@ -500,6 +544,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "stack": StackModel,
     "flow": FlowModel,
     "match": MatchModel,
+    "allow": AllowModel,
+    "quota": QuotaModel,
 }
 _TEXT_FIELDS = {
     "interface",
@@ -517,7 +563,11 @@ _TEXT_FIELDS = {
 
 def _where(path: Path) -> tuple[str, str]:
     """The mapping (a key of _MODELS) and field that a path leads to."""
+    if len(path) > 1 and path[-2] == "quota":
+        return "quota", str(path[-1])
     if path[:1] == ("flows",) and len(path) > 1:
+        if path[2:3] == ("allow",) and len(path) > 3:
+            return "allow", str(path[3])
         if path[2:3] == ("match",) and len(path) > 3:
             return "match", str(path[3])
         return "flow", str(path[2]) if len(path) > 2 else ""

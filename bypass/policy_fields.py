@@ -24,6 +24,9 @@ from bypass.rules import PROTOCOLS, Action, Network, PortRange
 
 MAX_QUEUES = 256
 MAX_RULES = 1 << 20
+MAX_CPUS = 8192
+MAX_ID = (1 << 32) - 1  # of users and groups; the last one means "no change" to the kernel
+MAX_BYTES = 1 << 40
 
 Mode = Literal["auto", "zerocopy", "copy", "skb"]
 CONGESTION = ("cubic", "reno", "dctcp", "bbr")
@@ -31,6 +34,8 @@ CONGESTION = ("cubic", "reno", "dctcp", "bbr")
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _INTERFACE = r"[^\s/:\x00-\x1f\x7f]{1,15}"
+_ACCOUNT = r"[A-Za-z_][A-Za-z0-9_.-]{0,30}\$?"
+_BYTES = r"([1-9][0-9]{0,9})([KMG])"
 _PORT = r"(0|[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _V4 = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _V4_NET = rf"{_V4}(\.{_V4}){{3}}(/([0-9]|[12][0-9]|3[0-2]))?"
@@ -58,6 +63,10 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ),
     ("", "backend"): _Text("is not a backend", "a mapping such as {kind: afxdp, mode: auto, queues: all}"),
     ("", "flows"): _Text("is not a list of flows", "a list, each with name, match and action"),
+    ("", "mode"): _Text("is not a way to use an interface", "direct or shared"),
+    ("", "quota"): _Text("is not a mapping of limits", "a mapping such as {conns: 10000, memory: 256M}"),
+    ("", "cpus"): _Text("is not a list of CPUs", "a list of numbers such as [2, 3]"),
+    ("", "numa"): _Text("is not a NUMA node", "0 to 1023"),
     ("backend", "kind"): _Text("is not a backend", "afxdp"),
     ("backend", "mode"): _Text("is not a mode", "auto, zerocopy, copy or skb"),
     ("backend", "queues"): _Text("is not a choice of queues", "all, or a list of numbers such as [0, 1]"),
@@ -72,6 +81,18 @@ TEXTS: dict[tuple[str, str], _Text] = {
         "is not a match", "a mapping such as {proto: tcp, local: 192.0.2.10, local_port: 8080}"
     ),
     ("flow", "action"): _Text("is not an action", "steer, pass or drop"),
+    ("flow", "allow"): _Text(
+        "is not a mapping of who may use the rule", "a mapping such as {user: redis, ports: [6379]}"
+    ),
+    ("allow", "user"): _Text("is not a user", "a name or a number, or a list of these"),
+    ("allow", "group"): _Text("is not a group", "a name or a number, or a list of these"),
+    ("allow", "ports"): _Text("is not a list of ports", "ports and ranges, such as [6379, 8000-8010]"),
+    ("allow", "quota"): _Text("is not a mapping of limits", "a mapping such as {conns: 10000, memory: 256M}"),
+    ("quota", "conns"): _Text("is not a number of connections", "1 to 16777216"),
+    ("quota", "memory"): _Text("is not a size of memory", "bytes, or a number with K, M or G, such as 256M"),
+    ("quota", "frames"): _Text("is not a number of frames", "128 to 4194304"),
+    ("quota", "rate"): _Text("is not a rate", "bytes a second, or a number with K, M or G, such as 100M"),
+    ("quota", "apps"): _Text("is not a number of applications", "1 to 256"),
     ("match", "proto"): _Text("is not a protocol", "tcp, udp, icmp, icmpv6, sctp, or a number from 0 to 255"),
     ("match", "local"): _Text(
         "is not an address or prefix", "such as 192.0.2.10, 192.0.2.0/24 or 2001:db8::/32"
@@ -233,6 +254,56 @@ def _network(value: Any) -> Network:
     return _network_of(value)
 
 
+def _accounts(value: Any) -> tuple[str | int, ...]:
+    names = value if type(value) is list else [value]
+    if not names:
+        raise _refuse("is an empty list")
+    for at, name in enumerate(names):
+        number = type(name) is int and 0 <= name < MAX_ID
+        if not number and not (type(name) is str and re.fullmatch(_ACCOUNT, name)):
+            raise _refuse("is neither a name nor a number", at=at if type(value) is list else None)
+    return tuple(names)
+
+
+def _port_list(value: Any) -> tuple[PortRange, ...]:
+    if type(value) is not list:
+        return (_ports(value),)
+    if not value:
+        raise _refuse("is an empty list")
+    found = []
+    for at, item in enumerate(value):
+        try:
+            found.append(_ports(item))
+        except PydanticCustomError as e:
+            context = e.context or {}
+            wrong, right = context.get("wrong") or "is not a port", context.get("right")
+            raise _refuse(wrong, right or "1 to 65535, or a range such as 8000-8080", at) from None
+    return tuple(found)
+
+
+def _bytes(value: Any) -> int:
+    if type(value) is int:
+        number = value
+    elif type(value) is str and (found := re.fullmatch(_BYTES, value)):
+        number = int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]]
+    else:
+        raise _refuse()
+    if not 4096 <= number <= MAX_BYTES:
+        raise _refuse("is out of range", "4K to 1024G")
+    return number
+
+
+def _cpus(value: Any) -> tuple[int, ...]:
+    if type(value) is not list or not value:
+        raise _refuse()
+    for at, cpu in enumerate(value):
+        if type(cpu) is not int or not 0 <= cpu < MAX_CPUS:
+            raise _refuse("is not a CPU", f"0 to {MAX_CPUS - 1}", at)
+        if cpu in value[:at]:
+            raise _refuse("is in the list twice", "each CPU once", at)
+    return tuple(sorted(value))
+
+
 def _whole(pattern: str) -> str:
     return f"^({pattern})$"
 
@@ -257,6 +328,37 @@ _QUEUES_SCHEMA = {
     ],
 }
 
+_ACCOUNT_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": MAX_ID - 1},
+        {"type": "string", "pattern": _whole(_ACCOUNT)},
+    ]
+}
+_ACCOUNTS_SCHEMA = {
+    "anyOf": [*_ACCOUNT_SCHEMA["anyOf"], {"type": "array", "items": _ACCOUNT_SCHEMA, "minItems": 1}]
+}
+_PORT_LIST_SCHEMA = {
+    "anyOf": [*_PORT_SCHEMA["anyOf"], {"type": "array", "items": _PORT_SCHEMA, "minItems": 1}]
+}
+_BYTES_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 4096, "maximum": MAX_BYTES},
+        {"type": "string", "pattern": _whole(_BYTES)},
+    ]
+}
+_CPUS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_CPUS - 1},
+    "minItems": 1,
+    "uniqueItems": True,
+}
+
+Accounts = Annotated[tuple[str | int, ...], PlainValidator(_accounts), WithJsonSchema(_ACCOUNTS_SCHEMA)]
+PortList = Annotated[
+    tuple[PortRange, ...] | None, PlainValidator(_port_list), WithJsonSchema(_PORT_LIST_SCHEMA)
+]
+Bytes = Annotated[int | None, PlainValidator(_bytes), WithJsonSchema(_BYTES_SCHEMA)]
+Cpus = Annotated[tuple[int, ...] | None, PlainValidator(_cpus), WithJsonSchema(_CPUS_SCHEMA)]
 Ports = Annotated[PortRange | None, PlainValidator(_ports), WithJsonSchema(_PORT_SCHEMA)]
 Prefix = Annotated[Network | None, PlainValidator(_network), WithJsonSchema(_NETWORK_SCHEMA)]
 Protocol = Annotated[int | None, PlainValidator(_protocol), WithJsonSchema(_PROTOCOL_SCHEMA)]
@@ -362,6 +464,43 @@ class MatchModel(_Model):
     )
 
 
+class QuotaModel(_Model):
+    """What one application may have at most."""
+
+    conns: Annotated[int | None, *_count(1, 1 << 24)] = Field(
+        None, description="TCP connections in all states."
+    )
+    memory: Bytes = Field(None, description="Bytes of its memory: stack, rings and frames; K, M, G as well.")
+    frames: Annotated[int | None, *_count(128, 1 << 22)] = Field(
+        None, description="Frames of packet memory, all queues together."
+    )
+    rate: Bytes = Field(
+        None, description="Bytes a second that it may send, where applications share an interface."
+    )
+    apps: Annotated[int | None, *_count(1, 256)] = Field(
+        None, description="Applications of a user at a time."
+    )
+
+
+NO_QUOTA_MODEL = QuotaModel.model_validate({})
+
+
+class AllowModel(_Model):
+    """Who may use a rule, beside root and the user who runs the broker."""
+
+    user: Accounts = Field((), description="Users by name or number.")
+    group: Accounts = Field((), description="Groups by name or number.")
+    ports: PortList = Field(
+        None, description="Local ports of the rule that they may use. Default: all of them."
+    )
+    quota: QuotaModel = Field(
+        default_factory=lambda: NO_QUOTA_MODEL, description="Limits of their applications."
+    )
+
+
+NO_ALLOW_MODEL = AllowModel.model_validate({})
+
+
 class FlowModel(_Model):
     """One rule."""
 
@@ -369,6 +508,10 @@ class FlowModel(_Model):
     match: MatchModel
     action: Annotated[Action, *_choice("steer", "pass", "drop")] = Field(
         description="steer: applications may take these flows. pass: the kernel keeps them. drop: nobody sees them."
+    )
+    allow: AllowModel = Field(
+        default_factory=lambda: NO_ALLOW_MODEL,
+        description="Who may use a steer rule by a broker. Default: root, and the user who runs the broker.",
     )
 
 
@@ -387,6 +530,17 @@ class HeadModel(_Model):
     )
     congestion: Annotated[str | None, *_choice(*CONGESTION)] = Field(
         None, description="Congestion control of sockets that do not choose one. Default: the stack's."
+    )
+    mode: Annotated[Literal["direct", "shared"], *_choice("direct", "shared")] = Field(
+        "direct",
+        description="direct: one application at a time uses the interface. shared: several do.",
+    )
+    quota: QuotaModel = Field(
+        default_factory=lambda: NO_QUOTA_MODEL, description="What one application may have at most."
+    )
+    cpus: Cpus = Field(None, description="CPUs that applications run on. Default: as they are started.")
+    numa: Annotated[int | None, *_count(0, 1023)] = Field(
+        None, description="NUMA node of the applications' memory. Default: where it is first used."
     )
     backend: BackendModel
     flows: list[Any] = Field(min_length=1, max_length=MAX_RULES)
@@ -432,11 +586,13 @@ def policy_schema() -> dict[str, Any]:
     match["dependentSchemas"] = {"local_port": _PORTS_NEED, "remote_port": _PORTS_NEED}
     flow["if"] = {"properties": {"action": {"const": "steer"}}, "required": ["action"]}
     flow["then"] = _STEER_NEEDS
+    flow["else"] = {"properties": {"allow": False}}
+    schema["$defs"]["AllowModel"]["anyOf"] = [{"required": ["user"]}, {"required": ["group"]}]
     for part in (schema, *schema["$defs"].values()):
         part.pop("title", None)
         for field in part["properties"].values():
             field.pop("title", None)
-            if "default" in field and field["default"] is None:
+            if "default" in field and field["default"] in (None, []):
                 del field["default"]  # means "left out"; null itself is refused
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

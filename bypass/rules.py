@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from bypass.access import Allow
 from bypass.errors import PolicyError, Problem
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -78,6 +79,7 @@ class Rule:
         local, remote: a host is a prefix of full length. Both of one family.
         vlan: 802.1Q VLAN identifier, 1..4094, of the outermost tag; None: tagged or not.
         line, column: where the rule begins in the file, from 1; 0: not from a file.
+        allow: who may use it, beside root and the user who runs the broker.
     """
 
     index: int
@@ -91,6 +93,7 @@ class Rule:
     action: Action
     line: int = 0
     column: int = 0
+    allow: Allow | None = None
 
     @property
     def family(self) -> int:

@@ -351,3 +351,70 @@ def test_a_damaged_file_is_refused_or_read_but_never_breaks(rules: list[object],
         assert 1 <= problem.line <= last + 1
         assert problem.column >= 1
         assert problem.message
+
+
+ALLOW_ERRORS = [
+    # allow, field, message
+    (
+        "{user: redis, ports: [6379]}",
+        "ports",
+        "the ports 6379 are not all of the rule's, 8080: a part of local_port",
+    ),
+    ("{ports: [8080]}", "", "allows nobody: name user or group"),
+    ("{}", "", "allows nobody: name user or group"),
+    (
+        "redis",
+        "",
+        "redis is not a mapping of who may use the rule: a mapping such as {user: redis, ports: [6379]}",
+    ),
+    (
+        "{user: [redis, -1]}",
+        "user[1]",
+        "-1 is neither a name nor a number: a name or a number, or a list of these",
+    ),
+    ("{user: []}", "user", "a list is an empty list: a name or a number, or a list of these"),
+    ("{group: 'a b'}", "group", "a b is neither a name nor a number: a name or a number, or a list of these"),
+    ("{user: x, ports: [8080, 0]}", "ports[1]", "0 is not a port: 1 to 65535, or a range such as 8000-8080"),
+    ("{user: x, ports: [9-8]}", "ports[0]", "9-8 is a range that ends before it begins: 8-9"),
+    ("{usr: x}", "usr", "unknown key: did you mean user?"),
+    ("{user: x, quota: {conns: 0}}", "quota.conns", "0 is not a number of connections: 1 to 16777216"),
+    (
+        "{user: x, quota: {memory: 1T}}",
+        "quota.memory",
+        "1T is not a size of memory: bytes, or a number with K, M or G",
+    ),
+    ("{user: x, quota: {memory: 12}}", "quota.memory", "12 is out of range: 4K to 1024G"),
+    ("{user: x, quota: {conn: 1}}", "quota.conn", "unknown key: did you mean conns?"),
+]
+
+
+@pytest.mark.parametrize(("allow", "field", "message"), ALLOW_ERRORS)
+def test_who_may_use_a_rule(allow: str, field: str, message: str) -> None:
+    text = flow("proto: tcp, local_port: 8080") + f"    allow: {allow}\n"
+    (problem,) = problems(text)
+    assert problem.line == 8
+    assert problem.path == ".".join(p for p in ("flows[0].allow", field) if p)
+    assert f"{problem.message}: {problem.hint}".startswith(message)
+
+
+def test_only_a_steer_rule_allows_somebody() -> None:
+    text = flow("proto: tcp, local_port: 8080", "pass") + "    allow: {user: redis}\n"
+    assert lines(text) == [
+        "p.yaml:8:12: flows[0].allow: nobody uses a pass rule: only steer takes flows: leave it out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("mode: shred", "mode: shred is not a way to use an interface: did you mean shared?"),
+        ("quota: {apps: 0}", "quota.apps: 0 is not a number of applications: 1 to 256"),
+        ("quota: 7", "quota: 7 is not a mapping of limits"),
+        ("cpus: [1, 1]", "cpus[1]: 1 is in the list twice: each CPU once"),
+        ("cpus: all", "cpus: all is not a list of CPUs: a list of numbers such as [2, 3]"),
+        ("numa: -1", "numa: -1 is not a NUMA node: 0 to 1023"),
+    ],
+)
+def test_how_an_interface_is_shared(key: str, message: str) -> None:
+    (line,) = lines(flow("proto: tcp").replace("version: 1", f"version: 1\n{key}"))
+    assert re.sub(r"^p.yaml:2:\d+: ", "", line).startswith(message)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from model import Flow, breadth, matches
 from support import examples
 
+from bypass.access import Allow, Quota
 from bypass.cli import cli
 from bypass.policy import Backend, Policy, parse_policy
 from bypass.rules import TCP, UDP, Address, PortRange, Rule
@@ -293,3 +294,37 @@ def test_schema_prints_json_schema() -> None:
 @pytest.mark.parametrize("args", [("--help",), ("check", "--help"), ("schema", "--help")])
 def test_help_has_examples(args: tuple[str, ...]) -> None:
     assert "bypass policy" in run(*args).output.partition("Example")[2]
+
+
+def test_who_may_use_what_is_read_as_it_was_meant() -> None:
+    policy = parse_policy(
+        """
+version: 1
+interface: eth1
+mode: shared
+quota: {conns: 1000, memory: 256M, rate: 1G, apps: 2}
+cpus: [3, 2]
+numa: 1
+backend: {kind: afxdp}
+flows:
+  - name: redis
+    match: {proto: tcp, local_port: 6000-7000}
+    action: steer
+    allow: {user: [redis, 1000], group: cache, ports: [6379, 6400-6410], quota: {conns: 10}}
+  - name: dns
+    match: {proto: udp, local_port: 53}
+    action: steer
+    allow: {group: 53, ports: 53}
+  - name: rest
+    match: {proto: tcp}
+    action: steer
+"""
+    )
+    redis, dns, rest = (rule.allow for rule in policy.flows)
+    ports = (PortRange(6379, 6379), PortRange(6400, 6410))
+    assert redis == Allow(("redis", 1000), ("cache",), ports, Quota(conns=10))
+    assert dns == Allow((), (53,), (PortRange(53, 53),))
+    assert rest is None
+    assert (policy.mode, policy.cpus, policy.numa) == ("shared", (2, 3), 1)
+    assert policy.quota == Quota(conns=1000, memory=256 << 20, rate=1 << 30, apps=2)
+    assert policy.quota.and_also(redis.quota) == Quota(conns=10, memory=256 << 20, rate=1 << 30, apps=2)

@@ -280,6 +280,8 @@ class AfxdpDevice:
         """Opens the device. None: it is open; else the struct afxdp_error."""
         try:
             mem = self._memory.map(self._size)
+        except BypassError:
+            raise
         except OSError as e:
             mib = self._size >> 20
             raise DeviceError(

@@ -22,14 +22,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bypass._core import lib
+from bypass.access import Quota
 from bypass.broker.apps import App, Lease, Process
 from bypass.broker.memory import AppMemory
 from bypass.broker.protocol import ABI, Kind, Message
 from bypass.broker.shadow import Shadow
 from bypass.broker.site import BATCH, Site
-from bypass.errors import BypassError, GrantError, QueueBusyError
+from bypass.errors import BypassError, QueueBusyError
 from bypass.grants import ANY, Grants
 from bypass.netlink import Interface
+from bypass.profiles import StackOptions
 from bypass.rules import PortRange, Rule
 from bypass.stack_api import DGRAM, STREAM
 
@@ -112,12 +114,8 @@ class Broker:
             answer = act(self, process, m, fds)
         except Refused as e:
             answer = m.answer(e.code, e.text)
-        except GrantError as e:
-            answer = m.answer(errno.EACCES, str(e))
-        except BypassError as e:
-            answer = m.answer(errno.EIO, str(e))
-        except OSError as e:
-            answer = m.answer(e.errno or errno.EIO, e.strerror or str(e))
+        except (BypassError, OSError) as e:
+            answer = m.answer(_code(e), _words(e))
         if answer is not None:
             self._answer(process, answer)
 
@@ -144,6 +142,11 @@ class Broker:
             owner = next(iter(self.apps.values()), None)
             who = owner.who() if owner is not None else "another application"
             raise Refused(errno.EBUSY, f"{self.site.ifname} is taken by {who}")
+        most = self.site.quota(process.user).apps
+        if most is not None and sum(a.user.uid == process.user.uid for a in self.apps.values()) >= most:
+            raise Refused(
+                errno.EDQUOT, f"user {process.user.uid} has {most} applications, which is all it may have"
+            )
         now = self._clock()
         hello = _Hello(process, m, now + BUSY_NS, now)
         if not self._try_new(hello, last=False):
@@ -165,20 +168,20 @@ class Broker:
             if not last:
                 return False
             self._answer(process, m.answer(errno.EBUSY, str(e)))
-        except (BypassError, ValueError) as e:
-            self._answer(process, m.answer(errno.EIO, str(e)))
-        except OSError as e:
-            self._answer(process, m.answer(e.errno or errno.EIO, e.strerror or str(e)))
+        except (BypassError, OSError, ValueError) as e:
+            self._answer(process, m.answer(_code(e), _words(e)))
         else:
+            self._place(process)
             self._join(process, app, m)
         return True
 
     def _new_app(self, process: Process, m: Message) -> App:
         number = self._last_app + 1
-        config = self._config()
-        memory = AppMemory(f"bypass-app-{number}", self.site.device, config)
+        quota = self.site.quota(process.user)
+        config = self._config(quota)
+        memory = AppMemory(f"bypass-app-{number}", self.site.device, config, quota.memory, self.site.numa)
         try:
-            fds = self.site.open(memory, number)
+            fds = self.site.open(memory, number, quota)
             app = App(number, secrets.token_bytes(lib.APP_TOKEN), process.user, m.name, memory, 0, fds)
             app.limit = int(config.max_socks) + int(config.max_conns)
             self._fill_header(app)
@@ -190,8 +193,20 @@ class Broker:
         log.info("%s begins, user %d", app.who(), app.user.uid)
         return app
 
-    def _config(self) -> Any:
-        return self.site.options.config(None).fill(self.site.flags)
+    def _config(self, quota: Quota) -> Any:
+        options = self.site.options
+        if quota.conns is not None:
+            conns = min(quota.conns, options.conns or quota.conns)
+            options = StackOptions(conns=conns).over(options)
+        return options.config(None).fill(self.site.flags)
+
+    def _place(self, process: Process) -> None:
+        """Has a process, which has only begun, run on the policy's CPUs; what it starts inherits that."""
+        if self.site.cpus is not None and process.pid > 0:
+            try:
+                os.sched_setaffinity(process.pid, self.site.cpus)
+            except OSError as e:
+                log.warning("process %d: CPUs %s: %s", process.pid, list(self.site.cpus), e.strerror)
 
     def _fill_header(self, app: App) -> None:
         h, options = app.memory.header, self.site.options
@@ -431,6 +446,15 @@ HANDLERS: dict[int, Callable[[Broker, Process, Message, list[int]], Message | No
     Kind.RESOLVE: Broker._resolve,
     Kind.EXEC: Broker._exec,
 }
+
+
+def _code(e: Exception) -> int:
+    """An error's errno; EIO: it has none, the text says what it is."""
+    return (e.errno if isinstance(e, OSError) else None) or errno.EIO
+
+
+def _words(e: Exception) -> str:
+    return (e.strerror if isinstance(e, OSError) else None) or str(e)
 
 
 def _app_of(process: Process) -> App:

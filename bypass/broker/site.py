@@ -13,17 +13,18 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Protocol
 
 from bypass._core import ffi, lib
+from bypass.access import NO_QUOTA, Quota
 from bypass.afxdp import AfxdpDevice, interface_queues
 from bypass.broker.memory import AppMemory
-from bypass.broker.users import User
+from bypass.broker.users import Access, User
 from bypass.core import Address
 from bypass.doctor import choose_mode
-from bypass.errors import DeviceError
+from bypass.errors import BypassError, DeviceError
 from bypass.grants import Grants, Key, LiveEntries
 from bypass.netlink import Interface
 from bypass.policy import Policy, Rule
@@ -64,6 +65,7 @@ class Site(ABC):
         options: of the stack.
         flags: BYPASS_F_* of the stack.
         device: APP_DEV_*.
+        cpus, numa: where applications run and their memory lies; None: as it comes.
         told: set by the broker.
     """
 
@@ -73,6 +75,8 @@ class Site(ABC):
     device = 0
     options: StackOptions = NO_OPTIONS
     congestion: str | None = None
+    cpus: tuple[int, ...] | None = None
+    numa: int | None = None
     told: Told
 
     def __init__(self) -> None:
@@ -82,12 +86,16 @@ class Site(ABC):
     def grants(self, user: User) -> Grants:
         """What a user may take."""
 
+    def quota(self, user: User) -> Quota:
+        """What an application of a user may have."""
+        return NO_QUOTA
+
     def busy(self) -> bool:
         """No more application can be had now."""
         return False
 
     @abstractmethod
-    def open(self, memory: AppMemory, owner: int) -> list[int]:
+    def open(self, memory: AppMemory, owner: int, quota: Quota) -> list[int]:
         """Makes the device of an application in its memory, whose header gets what the device decides.
 
         Returns:
@@ -167,7 +175,7 @@ class LoopSite(Site):
     def grants(self, user: User) -> Grants:
         return self._grants
 
-    def open(self, memory: AppMemory, owner: int) -> list[int]:
+    def open(self, memory: AppMemory, owner: int, quota: Quota) -> list[int]:
         size = int(lib.loop_mem_size(LOOP_FRAMES))
         mem = memory.map(size)
         try:
@@ -205,7 +213,11 @@ class DirectSite(Site):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
+        if policy.mode != "direct":
+            raise BypassError(f"{policy.path}: mode {policy.mode} cannot be served yet: say `mode: direct`")
         self.policy = policy
+        self.access = Access(policy)
+        self.cpus, self.numa = policy.cpus, policy.numa
         self.ifname = policy.interface
         self.options = policy.stack
         self.congestion = policy.congestion
@@ -229,20 +241,23 @@ class DirectSite(Site):
             undo.pop_all()
 
     def grants(self, user: User) -> Grants:
-        return Grants(self.policy, None if user.trusted else _Nothing())
+        return Grants(self.policy, self.access.permits(user))
+
+    def quota(self, user: User) -> Quota:
+        return self.access.quota(user)
 
     # ---- devices
     def busy(self) -> bool:
         return self._owner != 0
 
-    def open(self, memory: AppMemory, owner: int) -> list[int]:
+    def open(self, memory: AppMemory, owner: int, quota: Quota) -> list[int]:
         b = self.policy.backend
         device = AfxdpDevice(
             self.ifname,
             queues="all" if b.queues is None else b.queues,
             mode=b.mode,
             ring_size=b.ring_size,
-            frames=b.frames,
+            frames=self._frames(quota),
             frame_size=b.frame_size,
             bind_wait_s=0,
             memory=memory,
@@ -257,6 +272,13 @@ class DirectSite(Site):
             self.steering.set_socket(0, queue, fd)
         self._owner = owner
         return list(fds.values())
+
+    def _frames(self, quota: Quota) -> int | None:
+        if quota.frames is None:
+            return self.policy.backend.frames
+        queues = self.policy.backend.queues
+        count = interface_queues(self.ifname) if queues is None else len(queues)
+        return min(quota.frames, self.policy.backend.default_frames(count))
 
     def _describe(self, device: AfxdpDevice, header: Any) -> None:
         header.mtu = device.mtu
@@ -340,13 +362,3 @@ class _Nobody:
     def next_hop(self, address: str, mac: bytes | None, mtu: int) -> None: ...
     def next_hop_forgotten(self, address: str | None) -> None: ...
     def link(self, state: int, interface: Interface) -> None: ...
-
-
-class _Nothing:
-    """A user who may use no rule."""
-
-    def __call__(self, rule: Rule, port: int) -> bool:
-        return False
-
-    def ports(self, rule: Rule) -> Iterable[PortRange | None]:
-        return ()

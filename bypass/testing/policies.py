@@ -189,6 +189,48 @@ def tunings() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+ACCOUNTS = st.one_of(st.sampled_from(["redis", "www-data", "_x", "host$"]), st.integers(0, 70000))
+
+
+def quotas() -> st.SearchStrategy[dict[str, Any]]:
+    """Valid `quota` mappings."""
+    sizes = st.one_of(st.integers(4096, 1 << 40), st.sampled_from(["4K", "100M", "1024G"]))
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "conns": st.integers(1, 1 << 24),
+            "memory": sizes,
+            "frames": st.integers(128, 1 << 22),
+            "rate": sizes,
+            "apps": st.integers(1, 256),
+        },
+    )
+
+
+def allows() -> st.SearchStrategy[dict[str, Any]]:
+    """Valid `allow` mappings of rules that name no local port."""
+    who = st.one_of(ACCOUNTS, st.lists(ACCOUNTS, min_size=1, max_size=3))
+    ports = st.sampled_from([6379, "8000-8010", [80, "443-444"]])
+    rest = {"ports": ports, "quota": quotas()}
+    return st.one_of(
+        st.fixed_dictionaries({"user": who}, optional=rest | {"group": who}),
+        st.fixed_dictionaries({"group": who}, optional=rest),
+    )
+
+
+def sharing() -> st.SearchStrategy[dict[str, Any]]:
+    """Valid `mode`, `quota`, `cpus` and `numa` keys, each there or not."""
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "mode": st.sampled_from(["direct", "shared"]),
+            "quota": quotas(),
+            "cpus": st.lists(st.integers(0, 8191), min_size=1, max_size=4, unique=True),
+            "numa": st.integers(0, 1023),
+        },
+    )
+
+
 def document(
     rules: list[Rule], interface: str = "eth1", backend: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -207,4 +249,8 @@ def policy_documents(draw: st.DrawFn) -> dict[str, Any]:
     """Valid policies as plain data: what `yaml.safe_load` reads of a policy file. `yaml.safe_dump` writes one."""
     interface = draw(st.from_regex(r"[a-z][a-z0-9.@_-]{0,14}", fullmatch=True))
     rules = draw(rule_lists().filter(bool))
-    return document(rules, interface, draw(backends())) | draw(tunings())
+    whole = document(rules, interface, draw(backends())) | draw(tunings()) | draw(sharing())
+    for flow in whole["flows"]:
+        if flow["action"] == "steer" and "local_port" not in flow["match"] and draw(st.booleans()):
+            flow["allow"] = draw(allows())
+    return whole
