@@ -11,7 +11,9 @@ import fcntl
 import json
 import mmap
 import os
+import random
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +109,42 @@ class View:
             text = pipe.read()
         assert os.waitpid(pid, 0)[1] == 0
         return list(json.loads(text))
+
+    def _churn(self) -> None:
+        """Uses the device without end, in large bites, so that most of the time is spent within its operations."""
+        ops, pkts = self.nd.ops, ffi.new("bypass_pkt[]", 256)
+        frame = b"\xff" * 6 + bytes(self.nd.mac) + b"\x88\xb5" + bytes(46)  # IEEE 802: for local experiments
+        while True:
+            with self.using():
+                n = ops.alloc(self.nd, pkts, random.randrange(256))
+                for i in range(0, n, 2):
+                    meta = ffi.cast(
+                        "struct bypass_pkt_meta *", ffi.cast("char *", self.nd.meta) + pkts[i] * 64
+                    )
+                    meta.len, meta.queue = len(frame), random.randrange(2)
+                    ffi.memmove(self.nd.mem + pkts[i] * self.nd.stride + meta.off, frame, len(frame))
+                    ops.tx_burst(self.nd, pkts + i, 1)
+                ops.free(self.nd, pkts, n)
+                ops.kick(self.nd)
+                n = ops.rx_burst(self.nd, pkts, random.randrange(64))
+                ops.tx_burst(self.nd, pkts, n)
+                ops.free(self.nd, pkts, n)
+                n = ops.reap(self.nd, pkts, 256)
+                ops.free(self.nd, pkts, n)
+
+    def killed(self, after_s: float) -> int:
+        """A child uses the device and is killed. What reclaiming it says."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._churn()
+            finally:
+                os._exit(1)
+        time.sleep(after_s)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        with self.using():
+            return int(lib.afxdp_reclaim(self.dev))
 
     def receive(self) -> list[tuple[int, int]]:
         """What is there: number and queue index of each datagram."""

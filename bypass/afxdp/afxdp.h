@@ -95,6 +95,12 @@ BYPASS_API struct afxdp *afxdp_attach(void *mem, size_t size, const int *fds, ui
 /* Takes over what other views have changed: the number of free frames (a stack looks at it between calls), MTU and MAC
  * address. For a view that is not the only one, whenever the embedder has got its lock. */
 BYPASS_API void afxdp_sync(struct afxdp *dev);
+/* The embedder's lock was a process' that was killed, in the middle of any operation or with frames in hand: every frame
+ * that the caller held is free, what the rings and the kernel have stays there, and the books are right again. Other
+ * views: afxdp_sync(). May be called again when it was itself interrupted. 0; -EBADMSG: the memory is damaged otherwise
+ * than by that, and the device is not to be used any more; -EXDEV: this view does not serve a queue whose books are
+ * half done. */
+BYPASS_API int afxdp_reclaim(struct afxdp *dev);
 /* Closes the view's descriptors, unmaps its rings and frees it; waits for nothing and reads nothing of the memory. The
  * device lives as long as any process has its sockets, and forgets nothing when none has a view for a while. */
 BYPASS_API void afxdp_detach(struct afxdp *dev);

@@ -7,6 +7,7 @@
  *   interface.c  what is asked about the interface and its network namespace
  *   attach.c  a view of a device that another process opened
  *   netdev.c  the per-packet path: bypass_netdev_ops over the rings
+ *   reclaim.c  the device of a process that was killed in the middle of anything
  *   echo.c    the bare echo; raw.c  whole frames by copy
  */
 #ifndef BYPASS_AFXDP_INTERNAL_H

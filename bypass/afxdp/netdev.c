@@ -70,13 +70,14 @@ void fill_refill(struct afxdp *d, uint32_t qi)
     for (uint32_t i = 0; i < n; i++) {
         uint32_t frame = frame_from_pool(d);
 
-        meta_at(d, frame)->holders = HOLD_RX;
         /* A redirect without metadata must not find a verdict of this frame's earlier life. */
         verdict_at(d, frame, d->rx_off)->magic = 0;
-        *ring_addr(fill, qs->fill.prod + i) = (uint64_t)frame << d->shift;
+        *ring_addr(fill, qs->fill.prod) = (uint64_t)frame << d->shift;
+        ring_stage(&qs->fill);
+        meta_at(d, frame)->holders = HOLD_RX;
     }
     qs->rx_frames += n;
-    ring_produce(fill, &qs->fill, n);
+    ring_produce(fill, &qs->fill, 0);
 }
 
 void fill_undo(struct afxdp *d, uint32_t qi)
@@ -300,7 +301,8 @@ static int afxdp_tx_burst(struct bypass_netdev *nd, const bypass_pkt *pkts, int 
             qs->n.tx_full++;
             break;
         }
-        *ring_desc(&d->queue[qi].tx, qs->tx.prod++) = describe(d, pkts[done], m);
+        *ring_desc(&d->queue[qi].tx, qs->tx.prod) = describe(d, pkts[done], m);
+        ring_stage(&qs->tx);
         m->holders |= HOLD_DEV;
         qs->tx_frames++;
         qs->n.tx_packets++;

@@ -53,6 +53,16 @@ static inline void ring_produce(const struct ring *r, struct ring_pos *pos, uint
 {
     pos->prod += n;
     __atomic_store_n(r->producer, pos->prod, __ATOMIC_RELEASE); /* A */
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);                    /* what follows does not happen before: reclaim.c */
+}
+
+/* The entry at pos->prod is written and will be published with the next ring_produce(). In the order of the program: of
+ * who is killed before that, the cached position tells how far it came (reclaim.c). */
+static inline void ring_stage(struct ring_pos *pos)
+{
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    pos->prod++;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
 }
 
 /* Entries that we published and the other end has not consumed. A hint: it may consume at any time. */
@@ -94,6 +104,7 @@ static inline void ring_release(const struct ring *r, struct ring_pos *pos, uint
 {
     pos->cons += n;
     __atomic_store_n(r->consumer, pos->cons, __ATOMIC_RELEASE); /* C */
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
 }
 
 static inline struct xdp_desc *ring_desc(const struct ring *r, uint32_t i)

@@ -71,7 +71,8 @@ static void refill(struct port *p)
         uint32_t frame = frame_from_pool(p);
 
         meta_at(p, frame)->holders = HOLD_RX;
-        p->rx[st->rx_posted++ & mask].frame = frame;
+        p->rx[st->rx_posted & mask].frame = frame;
+        st->rx_posted++;
     }
     if (n) {
         __atomic_store_n(&p->sh->rx_posted, st->rx_posted, __ATOMIC_RELEASE); /* A */
@@ -142,8 +143,9 @@ static void bell_read(struct port *p)
 
 static void awake(struct port *p)
 {
-    if (__atomic_exchange_n(&p->sh->app_sleeps, PORT_AWAKE, __ATOMIC_ACQ_REL) == PORT_RUNG) {
-        p->sh->st.bell_owed++;
+    p->sh->st.bell_owed++; /* first: who is killed in between leaves one too many, which does no harm */
+    if (__atomic_exchange_n(&p->sh->app_sleeps, PORT_AWAKE, __ATOMIC_ACQ_REL) != PORT_RUNG) {
+        p->sh->st.bell_owed--;
     }
 }
 
@@ -233,6 +235,7 @@ static int port_op_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
         }
         got += rx_accept(p, &p->rx[st->rx_taken++ & mask], &out[got]);
     }
+    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* rx_taken is written before its slots are used anew: port_reclaim() */
     if (n || hungry(p)) {
         refill(p);
     }
@@ -457,6 +460,73 @@ int port_attach(struct port *p, void *mem, size_t size, int doorbell_out, int do
 struct bypass_netdev *port_netdev(struct port *p) { return &p->nd; }
 
 void port_set_gone(struct port *p) { p->sh->st.gone = 1; }
+
+/* ---- After a death ------------------------------------------------------------------------------------------
+ *
+ * Where frames are is known from slots and positions: posted is what bypass-fwd was shown, by one store; rx_taken and
+ * tx_reaped advance before a frame's holders change, and are ours alone. Nothing else is believed.
+ */
+
+/* The frames in slots of a ring, `from` to `to`, are the device's. */
+static int held_by_device(struct port *p, bool rx, uint32_t from, uint32_t to)
+{
+    uint32_t size = rx ? p->sh->cfg.rx_ring : p->sh->cfg.tx_ring;
+
+    if (to - from > size) {
+        return -EBADMSG;
+    }
+    for (; from != to; from++) {
+        uint32_t frame = rx ? p->rx[from & (size - 1)].frame : p->tx[from & (size - 1)].frame;
+
+        if (frame >= p->nd.frames || meta_at(p, frame)->holders) {
+            return -EBADMSG; /* no frame, or one that is posted twice */
+        }
+        meta_at(p, frame)->holders = rx ? HOLD_RX : HOLD_DEV;
+    }
+    return 0;
+}
+
+/* Rings of the doorbell that were said or not. One that is on its way is waited for by bell_read(). */
+static void reclaim_bell(struct port *p)
+{
+    struct port_state *st = &p->sh->st;
+    char byte;
+
+    awake(p);
+    while (p->doorbell_in >= 0 && recv(p->doorbell_in, &byte, 1, MSG_DONTWAIT) >= 0) {
+        st->bell_owed -= st->bell_owed > 0;
+    }
+}
+
+int port_reclaim(struct port *p)
+{
+    struct port_state *st = &p->sh->st;
+    int err;
+
+    for (uint32_t f = 0; f < p->nd.frames; f++) {
+        meta_at(p, f)->holders = 0;
+    }
+    err = held_by_device(p, true, st->rx_taken, p->sh->rx_posted);
+    err = err ? err : held_by_device(p, false, st->tx_reaped, p->sh->tx_posted);
+    if (err || st->fill_target > p->sh->cfg.rx_ring) {
+        return -EBADMSG;
+    }
+    st->rx_posted = p->sh->rx_posted;
+    st->tx_posted = p->sh->tx_posted;
+    st->rx_done = st->rx_taken; /* what bypass-fwd did is looked up when it is needed */
+    st->tx_done = st->tx_reaped;
+    st->free_count = 0;
+    for (uint32_t f = p->nd.frames; f-- > 0;) {
+        if (meta_at(p, f)->holders == 0) {
+            frame_to_pool(p, f);
+        }
+    }
+    refill(p);
+    reclaim_bell(p);
+    port_sync(p);
+    check(p, "reclaim");
+    return 0;
+}
 
 /* ---- Questions --------------------------------------------------------------------------------------------- */
 

@@ -92,6 +92,10 @@ BYPASS_API struct bypass_netdev *port_netdev(struct port *port);
 
 /* What relatives did meanwhile: brings port->nd.free_frames up to date. Every operation of the device does this too. */
 BYPASS_API void port_sync(struct port *port);
+/* The embedder's lock was a process' that was killed, in the middle of any operation or with frames in hand: every frame
+ * that the caller held is free, what is posted stays posted, and the books are right again. May be called again when it
+ * was itself interrupted. 0, or -EBADMSG: the memory is damaged otherwise than by that. */
+BYPASS_API int port_reclaim(struct port *port);
 /* How the application sleeps on wait_fd(). Without being told, a receive call that finds fewer frames than asked for asks
  * for a wake-up, which costs who polls on a system call for what comes next. announced 1: only port_wait_begin() asks; all
  * processes of the application have to call it before they sleep. */

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <string.h>
 
+#include "afxdp/afxdp.h"
 #include "host.h"
 #include "preload.h"
 
@@ -19,8 +20,12 @@ static int reclaim_device(void)
     case APP_DEV_LOOP:
         loop_reclaim(&me.loop);
         return 0;
+    case APP_DEV_AFXDP:
+        return afxdp_reclaim(me.afxdp);
+    case APP_DEV_PORT:
+        return port_reclaim(&me.port);
     default:
-        return -ENOTSUP;
+        return -EPROTO;
     }
 }
 

@@ -50,10 +50,33 @@ static const struct afxdp_sys fake_sys = {.wake_tx = fake_wake_tx, .wake_rx = fa
 
 /* ---- Making ------------------------------------------------------------------------------------------------ */
 
-static void make_ring(struct ring *r, uint32_t size, size_t entry, uint32_t first, struct ring_pos *ours,
-                      struct ring_pos *theirs)
+/* Memory that is given, and how much of it is left; NULL: the heap. */
+static uint8_t *given;
+static size_t given_left;
+
+static void *room_for(size_t size)
 {
-    uint32_t *head = calloc(1, 64 * 3 + size * entry);
+    void *at = given;
+
+    size = (size + 4095) & ~(size_t)4095;
+    if (!given) {
+        at = aligned_alloc(4096, size);
+    } else if (size > given_left) {
+        return NULL;
+    } else {
+        given += size, given_left -= size;
+    }
+    return at ? memset(at, 0, size) : NULL;
+}
+
+static int make_ring(struct ring *r, uint32_t size, size_t entry, uint32_t first, struct ring_pos *ours,
+                     struct ring_pos *theirs)
+{
+    uint32_t *head = given ? room_for(64 * 3 + size * entry) : calloc(1, 64 * 3 + size * entry);
+
+    if (!head) {
+        return 0;
+    }
 
     *r = (struct ring){.producer = head,
                        .consumer = head + 16,
@@ -63,6 +86,7 @@ static void make_ring(struct ring *r, uint32_t size, size_t entry, uint32_t firs
                        .mask = size - 1};
     *r->producer = *r->consumer = first;
     *ours = *theirs = (struct ring_pos){first, first};
+    return 1;
 }
 
 struct afxdp *fake_open(const struct afxdp_config *cfg, uint32_t first)
@@ -70,14 +94,13 @@ struct afxdp *fake_open(const struct afxdp_config *cfg, uint32_t first)
     struct afxdp *d = calloc(1, sizeof *d);
     size_t size = afxdp_mem_size(cfg);
     uint32_t fill = cfg->fill_size ? cfg->fill_size : cfg->ring_size;
-    void *mem = size ? aligned_alloc(4096, (size + 4095) & ~(size_t)4095) : NULL;
+    void *mem = size ? room_for(size) : NULL;
 
     if (!mem || cfg->frames > MAX_FRAMES) {
         free(d);
         return NULL;
     }
     memset(fq, 0, sizeof fq);
-    memset(mem, 0, size);
     kick_err = 0, kick_budget = MAX_FRAMES, kicks = 0, violations = 0;
     d->nd.ops = &afxdp_ops;
     d->sys = &fake_sys;
@@ -89,14 +112,32 @@ struct afxdp *fake_open(const struct afxdp_config *cfg, uint32_t first)
         struct queue *q = &d->queue[qi];
         struct queue_state *qs = &d->st->queue[qi];
 
-        make_ring(&q->rx, cfg->ring_size, 16, first, &qs->rx, &fq[qi].rx);
-        make_ring(&q->tx, cfg->ring_size, 16, first, &qs->tx, &fq[qi].tx);
-        make_ring(&q->fill, fill, 8, first, &qs->fill, &fq[qi].fill);
-        make_ring(&q->comp, fill, 8, first, &qs->comp, &fq[qi].comp);
+        if (!make_ring(&q->rx, cfg->ring_size, 16, first, &qs->rx, &fq[qi].rx) ||
+            !make_ring(&q->tx, cfg->ring_size, 16, first, &qs->tx, &fq[qi].tx) ||
+            !make_ring(&q->fill, fill, 8, first, &qs->fill, &fq[qi].fill) ||
+            !make_ring(&q->comp, fill, 8, first, &qs->comp, &fq[qi].comp)) {
+            return NULL;
+        }
         *q->tx.flags = XDP_RING_NEED_WAKEUP;
         fill_refill(d, qi);
     }
     return d;
+}
+
+struct afxdp *fake_open_in(void *at, size_t room, const struct afxdp_config *cfg, uint32_t first)
+{
+    struct afxdp *d;
+
+    given = at, given_left = room;
+    d = fake_open(cfg, first);
+    given = NULL;
+    return d;
+}
+
+void *fake_kernel(uint32_t n, size_t *bytes)
+{
+    *bytes = n * sizeof *fq;
+    return fq;
 }
 
 void fake_close(struct afxdp *d)

@@ -10,6 +10,10 @@
 
 /* All ring indices of both sides begin at `first`, to be near 2^32. NULL: cfg makes no sense. */
 struct afxdp *fake_open(const struct afxdp_config *cfg, uint32_t first);
+/* The same in memory that children by fork share: `room` bytes at `at`. NULL: it is too small. */
+struct afxdp *fake_open_in(void *at, size_t room, const struct afxdp_config *cfg, uint32_t first);
+/* What the kernel's side knows of the first n queues, *bytes: to be saved and put back. */
+void *fake_kernel(uint32_t n, size_t *bytes);
 void fake_close(struct afxdp *dev);
 
 /* ---- The kernel's side -------------------------------------------------------------------------------- */
