@@ -244,13 +244,26 @@ static void *reserve(size_t bytes)
     return at == MAP_FAILED ? NULL : at;
 }
 
+bool fd_table(void)
+{
+    _Atomic uint32_t *none = NULL, *mine;
+
+    if (likely(me.table) || !preload_wanted()) {
+        return me.table;
+    }
+    mine = reserve(FD_MAX * sizeof *mine);
+    if (mine && !atomic_compare_exchange_strong(&me.table, &none, mine)) {
+        munmap(mine, FD_MAX * sizeof *mine);
+    }
+    return me.table;
+}
+
 static int attach_now(void)
 {
     int fds[APP_QUEUES + 1], count = 0, err = 0;
     bool loop = !getenv("BYPASS_SOCKET") && getenv("BYPASS_LOOPBACK");
 
-    me.table = reserve(FD_MAX * sizeof *me.table);
-    fds[0] = !me.table ? -ENOMEM : loop ? open_loop() : -1;
+    fds[0] = !fd_table() ? -ENOMEM : loop ? open_loop() : -1;
     if (loop && fds[0] < 0) {
         refuse("no memory for a stack", -fds[0]);
         return fds[0];

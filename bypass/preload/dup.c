@@ -121,9 +121,13 @@ static int duplicate_onto(int fd, int onto, int flags, bool dup_2)
         epoll_close(onto);
         fd_mark(onto, 0);
     }
-    enter();
-    got = replace(fd, onto, flags, dup_2);
-    leave();
+    if (me.attached > 0) {
+        enter();
+        got = replace(fd, onto, flags, dup_2);
+        leave();
+    } else { /* sets are noted before the first socket */
+        got = replace_real(fd, onto, flags, dup_2);
+    }
     if (got >= 0 && set) {
         epoll_dup(fd, onto);
     }

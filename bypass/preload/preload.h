@@ -86,7 +86,8 @@ struct me {       /* this process */
     int fd_top;               /* highest descriptor that `table` ever knew, plus one */
     uint64_t turn_ns;         /* the last turn of this process' own threads */
     struct local *local;      /* by object */
-    _Atomic uint32_t *table;  /* by descriptor: 0 the kernel's; object + 1, FD_KERNEL | object + 1, FD_EPOLL | ... */
+    _Atomic uint32_t
+        *_Atomic table; /* by descriptor: 0 the kernel's; object + 1, FD_KERNEL | object + 1, FD_EPOLL | ... */
 };
 extern struct me me;
 
@@ -109,6 +110,8 @@ extern __thread struct thread self;
 bool attach(void);
 /* Whether it is told to be one. */
 bool preload_wanted(void);
+/* Makes me.table if it is not there: sets may be noted before the library attaches. Whether it is there. */
+bool fd_table(void);
 /* After fork(), in the child, without the lock: joins the group anew. */
 void attach_child(void);
 
