@@ -32,18 +32,34 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.bench
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    done = subprocess.run(
+        ["make", "-s", "-f", "bench/build.mk"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # ---- Live --------------------------------------------------------------------------------------------------------
 @pytest.mark.netns
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", ["embedded", "kernel-nginx", "kernel-redis"])
-def test_a_kill_ends_as_it_has_to_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("embedded", "application"),
+        ("echo", "application"),
+        ("kernel-nginx", "worker"),
+        ("kernel-redis", "application"),
+    ],
+)
+def test_a_kill_ends_as_it_has_to_and_leaves_nothing(name: str, role: str, tmp_path: Path) -> None:
     """(With 2 s of time: how long it takes is told by `make test-killing`, on a machine that does nothing else.)"""
     if lack := lacking(WORLDS[name].needs):
         missing(lack)
     output = tmp_path / "killing.json"
     argv = [
-        sys.executable, "-m", "bench.killing", "--only", name, "--times", "2", "--within", "2000",
-        "--output", str(output),
+        sys.executable, "-m", "bench.killing", "--only", name, "--role", role, "--times", "2",
+        "--within", "2000", "--output", str(output),
     ]  # fmt: skip
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

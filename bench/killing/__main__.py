@@ -20,8 +20,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.apps.launch import KernelLauncher
 from bench.apps.place import Place, lacking, place
+from bench.apps.proof import Evidence, snapshot
 from bench.command import save, start
 from bench.killing.judge import OUTCOMES, Outcome, judge
 from bench.killing.residue import Residue
@@ -33,15 +33,14 @@ from bypass.lab import SERVER_IP, Lab
 
 KEPT = 4
 UNTIL_S = 0.6  # a kill comes at a moment up to this long after the load began
+PROVEN_S = 0.05  # of load before that, at least: who serves?
 WATCH_S = 0.4  # the load goes on for so long after it
 
 
-def outcome_of(world: type[World], role: str) -> Outcome:
+def outcome_of(world: World, role: str) -> Outcome:
     """The kernel closes what a killed program of its own had: an end may then be a FIN as well."""
     outcome = OUTCOMES[role]
-    if getattr(world, "launcher", None) is KernelLauncher:
-        return replace(outcome, how=("reset", "eof"))
-    return outcome
+    return outcome if world.on_bypass() else replace(outcome, how=("reset", "eof"))
 
 
 class Peers:
@@ -81,7 +80,9 @@ def trial(lab: Lab, cls: type[World], role: str, after_s: float, within_s: float
     world = cls()
     with place(lab) as here:
         with world.running(here) as alive, Peers(here, world) as peers:
-            time.sleep(after_s)
+            before = snapshot(lab)
+            time.sleep(after_s + PROVEN_S)
+            evidence = Evidence(before, snapshot(lab))
             for pid in alive.family():
                 objects |= bpf_objects(pid)
             victim = alive.victim(role)
@@ -89,7 +90,9 @@ def trial(lab: Lab, cls: type[World], role: str, after_s: float, within_s: float
             os.kill(victim, signal.SIGKILL)
             time.sleep(WATCH_S)
             found = peers.stop()
-        seen = judge(found, killed, outcome_of(cls, role), within_s)
+        seen = judge(found, killed, outcome_of(world, role), within_s)
+        if world.on_bypass():
+            seen.problems += [f"before the kill: {text}" for text in evidence.problems()]
         left = [f"left: {what}" for what in residue.check(objects)]
     return {
         "role": role, "after_s": round(after_s, 4), "new_ms": seen.new_ms, "kept_ms": seen.kept_ms,

@@ -20,6 +20,7 @@ from bench.apps.redis import PORT as REDIS_PORT
 from bench.apps.redis import Redis
 from bench.mixed.leftovers import descendants
 from bench.programs import ROOT, BenchError
+from bench.versus.servers import BLOCKING, RR_PORT
 from bypass import netns
 from bypass.lab import SERVER_IFNAME, SERVER_IP
 
@@ -51,6 +52,10 @@ class World(ABC):
     port: ClassVar[int]
     request: ClassVar[bytes]
     answer: ClassVar[bytes]
+
+    def on_bypass(self) -> bool:
+        """Its connections have to be the stack's."""
+        return True
 
     @abstractmethod
     def running(self, here: Place) -> AbstractContextManager[Alive]:
@@ -103,18 +108,23 @@ class _Program(World):
     """A program of bench.apps by one of its launchers."""
 
     app: ClassVar[type[ServerApp]]
+    comm: ClassVar[str]  # the name of its processes
     launcher: ClassVar[type[Launcher]]
 
+    def on_bypass(self) -> bool:
+        return self.launcher is BypassLauncher
+
     class Server(Alive):
-        def __init__(self, app: ServerApp) -> None:
+        def __init__(self, app: ServerApp, comm: str) -> None:
             self.app = app
+            self.comm = comm
 
         def family(self) -> dict[int, str]:
             everyone = netns.processes(self.app.place.lab.server_ns)  # a broker of its own is no descendant
             return self.app.server.family() | everyone
 
         def victim(self, role: str) -> int:
-            found = [pid for pid, name in self.family().items() if _plays(role, pid, name, self.app)]
+            found = [pid for pid, name in self.family().items() if _plays(role, pid, name, self.comm)]
             if not found:
                 raise BenchError(f"no {role} among {self.family()}")
             return max(found)
@@ -125,25 +135,24 @@ class _Program(World):
         app.server = app.launcher.start(app.argv(), files=app.files)
         try:
             here.wait_open(self.port, app.server.alive)
-            yield self.Server(app)
+            yield self.Server(app, self.comm)
         finally:
             app.server.end(app.end_by, (*app.end_codes, -9, 137))
 
 
-def _plays(role: str, pid: int, name: str, app: ServerApp) -> bool:
+def _plays(role: str, pid: int, name: str, comm: str) -> bool:
     """By names and command lines."""
     if role == "fwd":
         return name == "bypass-fwd"
-    program = Path(app.needs[0]).name
     if role == "application":
-        return name == program
+        return name == comm
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
     except FileNotFoundError:
         return False
     if role == "worker":
-        return name == program and "worker process" in command
-    return role == "broker" and "bypass" in command and name.startswith("python")
+        return name == comm and "worker process" in command
+    return role == "broker" and name != comm and "bypass" in command
 
 
 class KernelNginx(_Program):
@@ -155,6 +164,7 @@ class KernelNginx(_Program):
     request = GET
     answer = HTTP_OK
     app = Nginx
+    comm = "nginx"
     launcher: ClassVar[type[Launcher]] = KernelLauncher
 
 
@@ -167,7 +177,20 @@ class KernelRedis(_Program):
     request = b"PING\r\n"
     answer = b"+PONG"
     app = Redis
+    comm = "redis-server"
     launcher: ClassVar[type[Launcher]] = KernelLauncher
+
+
+class BypassEcho(_Program):
+    name = "echo"
+    title = "a thread for each connection, by bypass run"
+    roles = ("application", "broker", "fwd")
+    port = RR_PORT
+    request = b"PING"
+    answer = b"PING"
+    app = BLOCKING
+    comm = "rr"
+    launcher = BypassLauncher
 
 
 class BypassNginx(KernelNginx):
@@ -185,5 +208,5 @@ class BypassRedis(KernelRedis):
 
 
 WORLDS: dict[str, type[World]] = {
-    cls.name: cls for cls in (Embedded, KernelNginx, KernelRedis, BypassNginx, BypassRedis)
+    cls.name: cls for cls in (Embedded, KernelNginx, KernelRedis, BypassEcho, BypassNginx, BypassRedis)
 }

@@ -12,7 +12,7 @@ from bench.apps.launch import Grant
 from bench.programs import program
 from bypass.lab import SERVER_IP
 
-__all__ = ["BLOCKING", "MEMCACHED", "NGINX", "REDIS", "RR", "WORKLOADS", "Workload", "threaded"]
+__all__ = ["BLOCKING", "MEMCACHED", "NGINX", "REDIS", "RR", "RR_PORT", "WORKLOADS", "Workload", "threaded"]
 
 RR_PORT = 7000
 VALUE = "x" * 32
