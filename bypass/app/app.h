@@ -100,8 +100,12 @@ enum app_msg_type {
     APP_LINK = 11,    /* flags 0: up, 1: down, 2: gone for good; mtu and mac as they are now */
     APP_EXEC = 12,    /* this process becomes another program, which says hello soon */
     /* The last process ends and the stack has data or connections: the broker drives it on until these are done, as
-     * this user. The answer is sent when that has begun. */
+     * this user. It starts build/bypass-linger with BYPASS_SOCKET and BYPASS_APP ("APP:TOKEN", the token in hex), a
+     * relative that says hello, and ends by itself. The answer is sent when that has begun. */
     APP_LINGER = 13,
+    /* seq 0, no answer: the process `index` is a child of the sender's, with all it has; it says hello when it has to
+     * do something. Until then the application lasts as long as that process, too. */
+    APP_FORK = 15,
     APP_DRAIN = 14, /* the broker wants to end: no new leases; flags 1: at once */
 };
 

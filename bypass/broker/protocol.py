@@ -51,6 +51,7 @@ class Kind(enum.IntEnum):
     EXEC = lib.APP_EXEC
     LINGER = lib.APP_LINGER
     DRAIN = lib.APP_DRAIN
+    FORK = lib.APP_FORK
 
 
 @dataclass(slots=True)

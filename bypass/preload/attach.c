@@ -5,7 +5,7 @@
  *
  *   BYPASS_SOCKET      the broker: it hands out the memory
  *   BYPASS_LOOPBACK=1  no broker: memory of our own, and a stack that talks to itself
- *   BYPASS_APP         a relative's: "ID:TOKEN" with a broker, "fd:N" without
+ *   BYPASS_APP         a relative's: "ID:TOKEN" with a broker, "fd:N:PID" without
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -23,7 +23,7 @@
 enum { LOOP_CONNS = 8192, LOOP_FRAMES = 16384 };
 
 struct me me = {.mem_fd = -1, .broker_fd = -1, .wake_fd = -1, .dev_ep = -1};
-static pthread_mutex_t attaching = PTHREAD_MUTEX_INITIALIZER;
+pthread_mutex_t attaching = PTHREAD_MUTEX_INITIALIZER;
 
 static void refuse(const char *why, int err)
 {
@@ -71,17 +71,36 @@ static int make_loop(void)
     return fd;
 }
 
+static bool is_loop(int fd)
+{
+    char path[32], target[32];
+    ssize_t n;
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    n = readlink(path, target, sizeof target);
+    return n >= 13 && memcmp(target, "/memfd:bypass", 13) == 0;
+}
+
+/* The memory of relatives. Where a file action of posix_spawn() has closed it, the one who made it has it still. */
 static int inherited_loop(void)
 {
     const char *app = getenv("BYPASS_APP");
-    struct stat st;
-    int fd;
+    char path[64];
+    int fd, pid;
 
-    if (!app || strncmp(app, "fd:", 3) != 0) {
+    if (!app || sscanf(app, "fd:%d:%d", &fd, &pid) != 2) {
         return -1;
     }
-    fd = atoi(app + 3);
-    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? fd : -1;
+    if (is_loop(fd)) {
+        return fd;
+    }
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", pid, fd);
+    fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd >= 0 && !is_loop(fd)) {
+        real.close(fd);
+        fd = -1;
+    }
+    return fd;
 }
 
 static int open_loop(void)
@@ -95,7 +114,7 @@ static int open_loop(void)
     if (fd >= 0) {
         fd = fd_hide(fd);
         real.fcntl(fd, F_SETFD, 0); /* programs that are started by this one are relatives */
-        snprintf(text, sizeof text, "fd:%d", fd);
+        snprintf(text, sizeof text, "fd:%d:%d", fd, (int)getpid());
         setenv("BYPASS_APP", text, 1);
     }
     return fd;
@@ -285,6 +304,10 @@ static int attach_now(void)
         me.local = reserve(me.app->config.max_socks * sizeof *me.local);
         enter();
         err = me.local ? join() : -ENOMEM;
+        if (err == 0 && me.g->relatives > 1) {
+            adopt_sockets();
+            relatives_look_before(clock_ns() + RELATIVES_LOOK_NS);
+        }
         if (err == 0 && !loop) {
             err = broker_ready();
         }
@@ -334,57 +357,14 @@ bool attach(void)
     return me.attached > 0;
 }
 
-/* ---- fork(2): the child has what the parent has; what is private to a process is made anew when it is needed ---- */
-static uint32_t child_proc;
-
-static void before_fork(void)
-{
-    if (me.attached <= 0) {
-        return;
-    }
-    enter();
-    child_proc = group_join(me.g, -1);
-    if (child_proc != GROUP_NONE) {
-        group_copy(me.g, me.proc, child_proc);
-    }
-}
-
-static void after_fork_parent(void)
-{
-    if (me.attached > 0) {
-        leave();
-    }
-}
-
-static void after_fork_child(void)
-{
-    if (me.attached <= 0) {
-        return;
-    }
-    me.forked = true;
-    me.pid = getpid();
-    count_child();
-    if (child_proc != GROUP_NONE) {
-        me.proc = child_proc;
-        me.g->procs[me.proc].pid = me.pid;
-    }
-    me.sleepers = me.watcher = NULL;
-    me.helper_runs = me.helper_deep = false;
-    self.wake_fd = 0; /* the parent's */
-    /* The lock is the parent thread's, which lets go of it: this process only forgets that it had it. */
-    self.inside = 0;
-}
-
 void attach_child(void)
 {
     me.forked = false;
-    me.watch_count -= me.wake_fd >= 0; /* the parent's, which was added last */
-    fd_unhide(me.wake_fd);
-    fd_unhide(me.dev_ep);
-    me.wake_fd = me.dev_ep = -1;
+    fd_unhide(me.wake_fd); /* unbound: drive.c opened it to wake relatives */
     if (open_wakes() < 0) {
         refuse("a relative cannot be woken", errno);
     }
+    me.g->procs[me.proc].state = PROC_JOINED;
     epoll_child();
     broker_rejoin();
     helper_start();
@@ -394,5 +374,7 @@ __attribute__((constructor(102))) static void prepare(void)
 {
     real_load();
     me.broken = getenv("BYPASS_BREAK") && strcmp(getenv("BYPASS_BREAK"), "recv") == 0;
-    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+    fork_prepare();
+    exit_prepare();
+    exec_arrived();
 }

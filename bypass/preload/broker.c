@@ -443,6 +443,15 @@ void broker_announce_exec(void)
     }
 }
 
+void broker_tell_fork(void)
+{
+    struct app_msg m = {.type = APP_FORK, .app = me.app->app, .index = (uint32_t)me.pid};
+
+    if (me.broker_fd >= 0) {
+        say(&m, -1);
+    }
+}
+
 int broker_linger(void)
 {
     struct app_msg m = {.type = APP_LINGER, .app = me.app->app};

@@ -483,6 +483,9 @@ int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, co
     uint64_t until = until_ns;
     int got = 0;
 
+    if (unlikely(me.forked)) {
+        attach_child();
+    }
     sleeper_add(s);
     if (me.app->spin_us) {
         got = spin(s, doze, arg, until_ns);

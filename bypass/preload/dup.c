@@ -31,7 +31,7 @@
 /* ---- A new number ------------------------------------------------------------------------------------------------ */
 static int duplicate(int fd, int cmd, void *from)
 {
-    struct object *o = fd_enter_any(fd);
+    struct object *o = fd_enter_quietly(fd);
     int got;
 
     if (fd_hidden(fd)) {
@@ -122,7 +122,7 @@ static int duplicate_onto(int fd, int onto, int flags, bool dup_2)
         fd_mark(onto, 0);
     }
     if (me.attached > 0) {
-        enter();
+        enter_quietly();
         got = replace(fd, onto, flags, dup_2);
         leave();
     } else { /* sets are noted before the first socket */
@@ -130,6 +130,9 @@ static int duplicate_onto(int fd, int onto, int flags, bool dup_2)
     }
     if (got >= 0 && set) {
         epoll_dup(fd, onto);
+    }
+    if (got >= 0 && onto <= STDERR_FILENO) {
+        stream_standard(onto);
     }
     return got;
 }
@@ -177,7 +180,7 @@ static void close_known(unsigned first, unsigned last)
             fd_mark((int)at, 0);
         }
     }
-    enter();
+    enter_quietly();
     for (at = known(first, last); at != UINT_MAX; at = known(at + 1, last)) {
         if (fd_object((int)at) != GROUP_NONE) {
             close_object((int)at);

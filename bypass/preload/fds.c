@@ -36,21 +36,24 @@ uint32_t fd_object(int fd)
     return entry_is_object(v) ? entry_object(v) : GROUP_NONE;
 }
 
-struct object *fd_enter_any(int fd)
+static inline struct object *enter_with(int fd, void (*take)(void))
 {
     uint32_t v = fd_entry(fd);
 
-    if (likely(v == 0) || (v & (FD_EPOLL | FD_HIDDEN))) {
+    if (likely(!entry_is_object(v))) {
         return NULL;
     }
-    enter();
+    take();
     v = fd_entry(fd); /* another thread may have closed it */
-    if (v == 0 || (v & (FD_EPOLL | FD_HIDDEN))) {
+    if (!entry_is_object(v)) {
         leave();
         return NULL;
     }
     return group_object(me.g, entry_object(v));
 }
+
+struct object *fd_enter_any(int fd) { return enter_with(fd, enter); }
+struct object *fd_enter_quietly(int fd) { return enter_with(fd, enter_quietly); }
 
 struct object *fd_enter(int fd)
 {

@@ -35,6 +35,7 @@ enum {
     FD_HIDDEN = 0x20000000, /* the library's own */
     FD_EPOLL = (int)0x80000000,
     WATCH_FDS = APP_QUEUES + 2,
+    RELATIVES_LOOK_NS = 1000000000, /* relatives that say nothing are looked after this often */
     FLUSH_AT = 32, /* calls that queued output before it is handed to the device anyway: what one kick sends */
 };
 
@@ -79,6 +80,9 @@ struct me {       /* this process */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
     bool helper_runs, helper_deep;
+    bool may_pass;            /* it made a pair of Unix sockets: descriptors may be passed to children */
+    bool reaper;              /* this is bypass-linger, which drives what others left */
+    _Atomic bool gone;        /* goodbye() was called */
     bool cancels;             /* pthread_cancel() has been called */
     struct thread *halted_by; /* a thread that ends this process, or its program: others may not go to work */
     bool broken;              /* BYPASS_BREAK=recv: the control of the test suites, which have to notice */
@@ -112,8 +116,9 @@ bool attach(void);
 bool preload_wanted(void);
 /* Makes me.table if it is not there: sets may be noted before the library attaches. Whether it is there. */
 bool fd_table(void);
-/* After fork(), in the child, without the lock: joins the group anew. */
+/* After fork(), in the child, lock held: joins the group. */
 void attach_child(void);
+extern pthread_mutex_t attaching; /* attach() is at work */
 
 /* Lock just taken: what relatives did to the device meanwhile. */
 void device_sync(void);
@@ -136,6 +141,7 @@ void unpark(void);
 struct object *fd_enter(int fd);
 /* The same for any object, wherever it is served. */
 struct object *fd_enter_any(int fd);
+struct object *fd_enter_quietly(int fd); /* as enter_quietly() */
 uint32_t object_index(const struct object *o);
 /* Lock held. fd names the object from now on, counted; what it named before it names no more. No other thread sees a
  * time in which it names nothing. */
@@ -262,6 +268,7 @@ int broker_fd(void);    /* readable: broker_read() has work; -1 none */
 void broker_read(void); /* what the broker says of its own accord */
 bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote);
 void broker_announce_exec(void);
+void broker_tell_fork(void); /* in the child, on its parent's connection; without the lock */
 int broker_linger(void);
 void broker_leave(void); /* ends the conversation: the application is over */
 
@@ -270,10 +277,29 @@ void broker_leave(void); /* ends the conversation: the application is over */
 void relatives_check(void);
 /* ... which is to be done by then. */
 void relatives_look_before(uint64_t due_ns);
+void relative_look(uint32_t proc); /* one of them now */
 /* A place is nobody's any more, nor is what it had. */
 void relative_gone(uint32_t proc);
 /* An object has references, none of them of this process: whether its other holders are still there is looked at soon. */
 void relatives_suspect(uint32_t object);
+
+/* ---- fork.c, exec.c, exit.c */
+void fork_prepare(void); /* once */
+void exit_prepare(void);
+/* A program has just started: it joins the application if it was started with sockets of it. */
+void exec_arrived(void);
+/* Lock held. This process has just joined a group that was there: it takes what it was started with. */
+void adopt_sockets(void);
+uint64_t fd_inode(int fd); /* 0: it is no socket */
+/* Every descriptor is the kernel's from now on. */
+void descriptors_forget(void);
+/* The process ends: its sockets are closed, and somebody drives what they left. Without the lock; again: nothing. */
+void goodbye(void);
+bool stack_used(void); /* Lock held. There are connections; */
+bool stack_busy(void); /* ... with something to send, or to be acknowledged */
+/* stdio.c: what programs have buffered for sockets. Without the lock. */
+void streams_flush(void);
+void stream_standard(int fd); /* 0 to 2 may have become a socket */
 
 /* ---- pass.c: descriptors in messages on Unix sockets. Without the lock. */
 void pass_sent(const struct msghdr *h);

@@ -17,7 +17,7 @@
 
 #include "preload.h"
 
-enum { LOOK_NS = 1000000000, SETTLE_NS = 300000000, SETTLE_LOOK_NS = 5000000, MADE_NS = 1000000000 };
+enum { SETTLE_NS = 300000000, SETTLE_LOOK_NS = 5000000, MADE_NS = 1000000000 };
 
 static void ended(void *arg, uint32_t object)
 {
@@ -205,7 +205,7 @@ static bool joined_again(uint32_t proc)
     return false;
 }
 
-static void look(uint32_t proc)
+void relative_look(uint32_t proc)
 {
     struct proc *p = &me.g->procs[proc];
 
@@ -230,11 +230,11 @@ void relatives_check(void)
         struct proc *p = &me.g->procs[i];
 
         if (p->pid && i != me.proc) {
-            look(i);
+            relative_look(i);
         }
         if (p->pid && i != me.proc) {
             bool soon = p->state == PROC_FOREIGN && now - p->since_ns < SETTLE_NS;
-            uint64_t due = now + (soon ? SETTLE_LOOK_NS : LOOK_NS);
+            uint64_t due = now + (soon ? SETTLE_LOOK_NS : RELATIVES_LOOK_NS);
 
             next = due < next ? due : next;
         }

@@ -79,7 +79,10 @@
     X(void, _exit, (int))                                                                                              \
     X(int, sigaction, (int, const struct sigaction *, struct sigaction *))                                             \
     X(FILE *, fdopen, (int, const char *))                                                                             \
+    X(int, __vdprintf_chk, (int, int, const char *, va_list))                                                          \
     X(int, vdprintf, (int, const char *, va_list))                                                                     \
+    X(int, system, (const char *))                                                                                     \
+    X(FILE *, popen, (const char *, const char *))                                                                     \
     X(int, pthread_cancel, (pthread_t))                                                                                \
     X(int, socketpair, (int, int, int, int *))                                                                         \
     X(long, syscall, (long, ...))

@@ -427,7 +427,7 @@ EXPORT int close(int fd)
         epoll_close(fd);
         return real.close(fd);
     }
-    if (fd_enter_any(fd)) {
+    if (fd_enter_quietly(fd)) {
         close_object(fd);
         leave();
     }

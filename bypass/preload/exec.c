@@ -1,0 +1,398 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * exec.c - another program takes over the process, or is started in a child (posix_spawn()). Its sockets are found again
+ * by their shadows' inode numbers (adopt_sockets()), if it loads this library too: LD_PRELOAD and BYPASS_* stay as the program
+ * wants them, and BYPASS_APP, which says whose relative it is, is added where it was lost in a copy of the environment
+ * that is older than the first socket.
+ *
+ * Until the new program has joined, or for good where it never does, the process counts as foreign: what it has is what
+ * /proc says that it has open (proc.c). So descriptors that are close-on-exec end with the old program, file actions of
+ * posix_spawn() need no looking into, and when exec fails nothing has changed.
+ *
+ * system(3) and popen(3) start their shell inside the C library, where nothing of ours is called: the shell finds what it
+ * has by itself, when it starts.
+ */
+#define _GNU_SOURCE
+#include <alloca.h>
+#include <dirent.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+enum { SETTLE_NS = 2000000 };
+
+extern char **environ;
+
+/* ---- The environment ------------------------------------------------------------------------------------------ */
+static bool begins(const char *entry, const char *name)
+{
+    size_t n = strlen(name);
+
+    return strncmp(entry, name, n) == 0 && entry[n] == '=';
+}
+
+static const char *lookup(char *const env[], const char *name)
+{
+    for (; env && *env; env++) {
+        if (begins(*env, name)) {
+            return *env;
+        }
+    }
+    return NULL;
+}
+
+static size_t entries(char *const list[])
+{
+    size_t n = 0;
+
+    while (list && list[n]) {
+        n++;
+    }
+    return n;
+}
+
+/* What `to`, with room for two more, has to be; `app` and `must` are the texts that may be added. */
+static char *const *extend(char *const env[], char **to, char *app, char *must)
+{
+    size_t n = entries(env), at = n;
+
+    memcpy(to, env, n * sizeof *to);
+    if (app) {
+        to[at++] = app;
+    }
+    if (must) {
+        to[at++] = must;
+    }
+    to[at] = NULL;
+    return to;
+}
+
+static const char *missing_app(char *const env[])
+{
+    bool ours = lookup(env, "BYPASS_SOCKET") || lookup(env, "BYPASS_LOOPBACK");
+
+    return me.attached > 0 && ours && !lookup(env, "BYPASS_APP") ? lookup(environ, "BYPASS_APP") : NULL;
+}
+
+/* Somebody has to drive what the old program leaves, and there is nobody else: the new one joins at once. */
+static bool must_join(void) { return me.attached > 0 && me.g->relatives == 1 && stack_used(); }
+
+#define ENVIRONMENT(env)                                                                                               \
+    ({                                                                                                                 \
+        const char *app_ = missing_app(env);                                                                           \
+        char *const *env_ = env;                                                                                       \
+        bool must_ = must_join();                                                                                      \
+        if (app_ || must_) {                                                                                           \
+            char **to_ = alloca((entries(env_) + 3) * sizeof *to_);                                                    \
+            env_ = extend(env_, to_, (char *)app_, must_ ? (char *)"BYPASS_JOIN=1" : NULL);                            \
+        }                                                                                                              \
+        env_;                                                                                                          \
+    })
+
+/* ---- The process becomes another program ------------------------------------------------------------------------- */
+uint64_t fd_inode(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) == 0 && S_ISSOCK(st.st_mode) ? st.st_ino : 0;
+}
+
+/* Lock held. What this process has can be found again by inode number. */
+static void note_inodes(void)
+{
+    for (int fd = 0; fd < me.fd_top; fd++) {
+        uint32_t i = fd_object(fd);
+
+        if (i != GROUP_NONE && group_object(me.g, i)->ino == 0) {
+            group_object(me.g, i)->ino = fd_inode(fd);
+        }
+    }
+}
+
+static void become_foreign(uint32_t place)
+{
+    me.g->procs[place].state = PROC_FOREIGN;
+    me.g->procs[place].since_ns = clock_ns();
+    relatives_look_before(clock_ns() + SETTLE_NS);
+}
+
+static bool announced;
+
+/* Other threads may be killed at any moment from here on, and stand still. */
+static void exec_begins(void)
+{
+    if (me.attached <= 0 || self.inside) {
+        return;
+    }
+    share_write();
+    enter_quietly();
+    me.halted_by = &self;
+    note_inodes();
+    turn(); /* what was written leaves */
+    become_foreign(me.proc);
+    if (!me.forked) {
+        broker_announce_exec();
+    }
+    announced = true;
+    leave();
+}
+
+/* It has failed: everything is as before. */
+static int exec_failed(void)
+{
+    int saved = errno;
+
+    if (announced && me.attached > 0) {
+        enter_quietly();
+        me.g->procs[me.proc].state = me.forked ? PROC_FORKED : PROC_JOINED;
+        for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+            if (group_object(me.g, i)->refs) {
+                group_set_hold(me.g, i, me.proc, me.local[i].fds);
+            }
+        }
+        me.halted_by = NULL;
+        announced = false;
+        leave();
+    }
+    errno = saved;
+    return -1;
+}
+
+EXPORT int execve(const char *path, char *const argv[], char *const env[])
+{
+    real_load();
+    exec_begins();
+    real.execve(path, argv, ENVIRONMENT(env));
+    return exec_failed();
+}
+
+EXPORT int execv(const char *path, char *const argv[]) { return execve(path, argv, environ); }
+
+EXPORT int execvpe(const char *file, char *const argv[], char *const env[])
+{
+    real_load();
+    exec_begins();
+    real.execvpe(file, argv, ENVIRONMENT(env));
+    return exec_failed();
+}
+
+EXPORT int execvp(const char *file, char *const argv[]) { return execvpe(file, argv, environ); }
+
+EXPORT int fexecve(int fd, char *const argv[], char *const env[])
+{
+    real_load();
+    exec_begins();
+    real.fexecve(fd, argv, ENVIRONMENT(env));
+    return exec_failed();
+}
+
+EXPORT int execveat(int dir, const char *path, char *const argv[], char *const env[], int flags)
+{
+    real_load();
+    exec_begins();
+    real.execveat(dir, path, argv, ENVIRONMENT(env), flags);
+    return exec_failed();
+}
+
+/* The arguments of execl() and its kin, as a list. */
+#define LIST(first, last)                                                                                              \
+    ({                                                                                                                 \
+        va_list args_;                                                                                                 \
+        size_t n_ = 1;                                                                                                 \
+        char **list_;                                                                                                  \
+        va_start(args_, last);                                                                                         \
+        while (va_arg(args_, char *)) {                                                                                \
+            n_++;                                                                                                      \
+        }                                                                                                              \
+        va_end(args_);                                                                                                 \
+        list_ = alloca((n_ + 1) * sizeof *list_);                                                                      \
+        list_[0] = (char *)(first);                                                                                    \
+        va_start(args_, last);                                                                                         \
+        for (size_t i_ = 1; i_ <= n_; i_++) {                                                                          \
+            list_[i_] = va_arg(args_, char *);                                                                         \
+        }                                                                                                              \
+        list_;                                                                                                         \
+    })
+
+EXPORT int execl(const char *path, const char *arg, ...) { return execve(path, LIST(arg, arg), environ); }
+
+EXPORT int execlp(const char *file, const char *arg, ...) { return execvpe(file, LIST(arg, arg), environ); }
+
+EXPORT int execle(const char *path, const char *arg, ...)
+{
+    char **argv = LIST(arg, arg), **env;
+    va_list args;
+
+    va_start(args, arg);
+    for (size_t i = entries(argv); i > 0; i--) {
+        (void)va_arg(args, char *); /* the rest of the arguments, and their end */
+    }
+    env = va_arg(args, char **);
+    va_end(args);
+    return execve(path, argv, env);
+}
+
+/* ---- A program in a child, started by the C library ------------------------------------------------------------------ */
+
+/* A place for the child, with all that this process has, before there is a child. GROUP_NONE: nothing to keep. */
+static uint32_t spawn_begins(void)
+{
+    uint32_t place;
+
+    if (me.attached <= 0 || self.inside) {
+        return GROUP_NONE;
+    }
+    enter_quietly();
+    note_inodes();
+    place = group_join(me.g, -1);
+    if (place != GROUP_NONE) {
+        me.g->procs[place].state = PROC_FORKED;
+        me.g->procs[place].since_ns = clock_ns();
+        group_copy(me.g, me.proc, place);
+    }
+    leave();
+    return place;
+}
+
+/* The child runs its program already: it has what /proc says. */
+static int spawn_ends(uint32_t place, int err, pid_t pid)
+{
+    if (place != GROUP_NONE) {
+        enter_quietly();
+        if (err) {
+            relative_gone(place);
+        } else {
+            me.g->procs[place].pid = pid;
+            become_foreign(place);
+            relative_look(place);
+        }
+        leave();
+    }
+    return err;
+}
+
+EXPORT int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
+                       const posix_spawnattr_t *attr, char *const argv[], char *const env[])
+{
+    uint32_t place;
+    pid_t child = 0;
+    int err;
+
+    real_load();
+    place = spawn_begins();
+    err = real.posix_spawn(&child, path, actions, attr, argv, ENVIRONMENT(env));
+    if (err == 0 && pid) {
+        *pid = child;
+    }
+    return spawn_ends(place, err, child);
+}
+
+EXPORT int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions,
+                        const posix_spawnattr_t *attr, char *const argv[], char *const env[])
+{
+    uint32_t place;
+    pid_t child = 0;
+    int err;
+
+    real_load();
+    place = spawn_begins();
+    err = real.posix_spawnp(&child, file, actions, attr, argv, ENVIRONMENT(env));
+    if (err == 0 && pid) {
+        *pid = child;
+    }
+    return spawn_ends(place, err, child);
+}
+
+static void shell_starts(void)
+{
+    if (me.attached > 0 && !self.inside) {
+        enter_quietly();
+        note_inodes();
+        leave();
+    }
+}
+
+EXPORT int system(const char *command)
+{
+    real_load();
+    shell_starts();
+    return real.system(command);
+}
+
+EXPORT FILE *popen(const char *command, const char *type)
+{
+    real_load();
+    shell_starts();
+    return real.popen(command, type);
+}
+
+/* ---- In the new program ------------------------------------------------------------------------------------------------ */
+static int number(const char *text)
+{
+    char *end;
+    long n = strtol(text, &end, 10);
+
+    return *text && !*end && n >= 0 && n < FD_MAX ? (int)n : -1;
+}
+
+/* Calls `what` for each open descriptor that is a socket, until it is true. */
+static bool any_socket(bool (*what)(int fd))
+{
+    DIR *d = opendir("/proc/self/fd");
+    struct dirent *e;
+    bool found = false;
+
+    while (d && !found && (e = readdir(d))) {
+        int fd = number(e->d_name);
+
+        found = fd >= 0 && fd != dirfd(d) && !fd_hidden(fd) && fd_inode(fd) && what(fd);
+    }
+    if (d) {
+        closedir(d);
+    }
+    return found;
+}
+
+static bool take_over(int fd)
+{
+    uint32_t i = fd_object(fd) == GROUP_NONE ? group_find_ino(me.g, fd_inode(fd)) : GROUP_NONE;
+
+    if (i != GROUP_NONE) {
+        fd_set_object(fd, i);
+    }
+    return false;
+}
+
+void adopt_sockets(void)
+{
+    any_socket(take_over);
+    for (uint32_t i = 0; i < me.g->procs_top; i++) { /* of the program that was here before */
+        if (i != me.proc && me.g->procs[i].pid == me.pid && me.g->procs[i].state == PROC_FOREIGN) {
+            relative_gone(i);
+        }
+    }
+}
+
+static bool is_internet(int fd)
+{
+    int domain = 0;
+    socklen_t len = sizeof domain;
+
+    return real.getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) == 0 && (domain == AF_INET || domain == AF_INET6);
+}
+
+void exec_arrived(void)
+{
+    bool must = getenv("BYPASS_JOIN") != NULL;
+
+    unsetenv("BYPASS_JOIN");
+    if (getenv("BYPASS_APP") && preload_wanted() && (must || any_socket(is_internet))) {
+        attach();
+        for (int fd = 0; fd < 3; fd++) {
+            stream_standard(fd);
+        }
+    }
+}
