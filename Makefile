@@ -52,7 +52,7 @@ RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build install demo programs test test-oracle test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-cpython test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
