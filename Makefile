@@ -179,7 +179,7 @@ $(PRELOAD): $(PRELOAD_OBJ) $(OUT)/sources scripts/preload.map
 $(FWD): $(FWD_OBJ)
 	@mkdir -p $(@D)
 	@echo '  LINK $@'
-	$(Q)$(CC) $(LDFLAGS) $^ -o $@
+	$(Q)$(CC) -pthread $(LDFLAGS) $^ -o $@
 
 $(OUT)/python: Makefile
 	@mkdir -p $(@D)

@@ -303,4 +303,5 @@ class World:
         for app in list(self.ports):
             self.remove(app)
         assert self.f.check.leases.count == 0
+        assert not any(self.f.check.leases.of_kind)
         self.lib.world_close(self.world)

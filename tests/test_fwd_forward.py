@@ -97,6 +97,7 @@ def test_a_slow_interface_is_shared_and_loses_nothing(world: World) -> None:
         sent += [who(f) for f in world.sent()]
     assert len(sent) == 3000
     shares = Counter(app for app, _ in sent)
+    assert shares.keys() == posted.keys()
     assert max(shares.values()) - min(shares.values()) <= 32
     for app in posted:
         numbers = [n for a, n in sent if a == app]

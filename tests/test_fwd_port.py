@@ -365,6 +365,29 @@ def test_bypass_fwd_is_rung_only_while_it_sleeps(port: Port) -> None:
     assert not rung()
 
 
+# ---- Rings -------------------------------------------------------------------------------------------------------
+def test_a_slot_is_used_again_when_its_frame_was_reaped_and_not_before(port: Port) -> None:
+    held = port.alloc(RING + 8)
+    for f in held:
+        port.write(f, b"x" * 60)
+    assert port.tx_burst(held) == RING
+    assert len(port.take()) == RING
+    assert port.reap(1) == held[:1]
+    assert port.tx_burst(held[RING:]) == 1
+    assert port.reap() == held[1:RING]
+    assert port.tx_burst(held[RING + 1 :]) == 7
+
+
+def test_a_position_of_bypass_fwd_without_sense_is_not_believed(port: Port) -> None:
+    port.send(b"x" * 60)
+    for word in ("rx_done", "tx_done"):
+        for value in (RING + 1, 2**31, 2**32 - 1):
+            port.word(word)[0] = value
+            assert port.rx_burst() == []
+            assert port.reap() == []
+    assert port.audit().tx == 1
+
+
 # ---- The interface -----------------------------------------------------------------------------------------------
 def test_a_link_that_is_down_is_told_and_recovers(port: Port) -> None:
     port.lib.peer_link(port.peer, 1)

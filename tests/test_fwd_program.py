@@ -183,9 +183,29 @@ def test_descriptors_are_held_until_an_item_is_deleted_or_replaced(
     forwarder.put("b", fds=[r])
     assert not pipe_says(r)
     forwarder.put("a", b"without")
-    assert pipe_says(r)
+    wait_for(lambda: pipe_says(r), "the write end to close")
     forwarder.delete("b")
     assert [i.name for i in forwarder.list()] == ["a"]
+
+
+def test_a_descriptor_that_takes_long_to_close_delays_nobody(forwarder: Forwarder) -> None:
+    """close(2) of a socket with SO_LINGER waits until its peer has acknowledged all: here ten minutes."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for i in range(20):  # more than it has threads
+            s = socket.create_connection(server.getsockname())
+            stack.enter_context(server.accept()[0])  # it never reads
+            s.setblocking(False)
+            with suppress(BlockingIOError):
+                while s.send(bytes(1 << 20)):
+                    pass
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=2i", 1, 600))
+            forwarder.put(f"lingers {i}", fds=[s.fileno()])
+            os.close(s.detach())
+            forwarder.delete(f"lingers {i}")
+            assert forwarder.list() == []
+        forwarder.put("x", b"1")
+        assert forwarder.get("x").blob == b"1"
 
 
 def test_the_largest_item_and_as_many_as_one_likes(forwarder: Forwarder) -> None:
@@ -325,7 +345,7 @@ def test_an_item_goes_when_all_its_processes_are_dead(forwarder: Forwarder, pipe
     assert select.select([forwarder], [], [], 20)[0]
     assert forwarder.events() == [fwd.Died("app/1")]
     assert [i.name for i in forwarder.list()] == ["app/2"]
-    assert pipe_says(r)
+    wait_for(lambda: pipe_says(r), "the write end to close")
     forwarder.unwatch("app/2")
     c.kill()
     c.wait()
@@ -526,7 +546,7 @@ def test_random_messages_are_answered_and_leak_nothing(seed: int) -> None:
         assert answered == 400
         for item in f.list():
             f.delete(item.name)
-        assert len(os.listdir(f"/proc/{f.pid}/fd")) == before
+        wait_for(lambda: len(os.listdir(f"/proc/{f.pid}/fd")) == before, "every descriptor to be closed")
 
 
 def ask_for_ever(sock: socket.socket, message: bytes) -> None:

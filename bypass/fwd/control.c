@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "closer.h"
 #include "program.h"
 
 enum { ROOM = 131072 };
@@ -264,6 +265,19 @@ static bool answer(struct request *q, int err)
     return send_message(q->from->fd, q->answer, q->answer_len, q->answer_fds, q->answer_fds_n);
 }
 
+/* Of the descriptors that came, those that no handler kept. */
+static void close_rest(const struct request *q)
+{
+    int left = 0;
+
+    for (int i = 0; i < q->fds_n; i++) {
+        left += q->fds[i] >= 0;
+    }
+    if (left) {
+        close_later(q->fds, q->fds_n);
+    }
+}
+
 void control_in(struct program *w, uint32_t index)
 {
     struct request q = {.w = w, .from = &w->connection[index], .answer = out, .answer_len = sizeof(struct fwd_head)};
@@ -281,11 +295,7 @@ void control_in(struct program *w, uint32_t index)
         } else {
             err = refuse(&q, EMSGSIZE, "a message that is too short, too long, or has too many descriptors");
         }
-        for (int i = 0; i < q.fds_n; i++) {
-            if (q.fds[i] >= 0) {
-                close(q.fds[i]);
-            }
-        }
+        close_rest(&q);
         if (answer(&q, err)) {
             return;
         }

@@ -169,7 +169,6 @@ int forward_rate(struct forwarder *f, const struct fwd_rate *rate, uint64_t now_
     }
     bucket_set(&p->bytes, rate->bytes, rate->bytes_burst, now_ns);
     bucket_set(&p->packets, rate->packets, rate->packets_burst, now_ns);
-    p->ready_ns = 0;
     return 0;
 }
 
@@ -384,7 +383,7 @@ uint32_t forward_sleep(struct forwarder *f, uint64_t now_ns, uint64_t *until_ns)
     for (uint32_t i = 0; i < f->ports; i++) {
         struct forward_port *p = f->port[i];
 
-        if (!p || p->peer.cut) {
+        if (!p) {
             continue;
         }
         if (p->ready_ns > now_ns) { /* it has something: it need not say so */

@@ -376,11 +376,11 @@ static void begin(struct program *w, const struct options *o)
     drop_privileges();
 }
 
-/* Everything closes: programs detach, the kernel has all packets; applications learn that their device is gone. */
+/* Everything closes: programs detach, the kernel has all packets; applications learn that their device is gone. What
+ * items hold closes with the process, which waits for no peer (net/socket.c: sock_close() of one that exits). */
 static void end(struct program *w)
 {
     device_end(w);
-    store_close(w);
     control_close(w);
     if (w->listen_fd >= 0) {
         close(w->listen_fd);

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * program.h - the program bypass-fwd, one thread and one epoll loop:
+ * program.h - the program bypass-fwd, one loop:
  *
  *   main.c     options, privileges, the loop
  *   control.c  connections: a message in, an answer out
  *   store.c    items, their watches, and what happens when their processes are dead
  *   device.c   the interface's AF_XDP sockets, and memory and doorbells of ports
+ *   closer.c   closes what may take long to close, in threads
  *   forward.c, check.c, lease.c, peer.c   the way of a frame; they know nothing of the above
  */
 #ifndef BYPASS_FWD_PROGRAM_H
@@ -106,7 +107,6 @@ int store_forget_keys(struct request *q);
 int store_unwatch(struct request *q);
 void store_pid_dead(struct program *w, uint32_t number);
 void store_work(struct program *w); /* some keys of the dead */
-void store_close(struct program *w);
 
 /* device.c: handlers of FWD_DEVICE_OPEN, FWD_DEVICE_CLOSE, FWD_PORT_ADD, FWD_PORT_DEL */
 int device_open(struct request *q);

@@ -12,6 +12,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "closer.h"
 #include "program.h"
 
 struct process {
@@ -48,13 +49,6 @@ static struct item **find(struct program *w, const char *name)
     return at;
 }
 
-static void close_all(const int *fds, uint32_t n)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        close(fds[i]);
-    }
-}
-
 static void unwatch(struct program *w, struct item *item)
 {
     for (uint32_t i = 0; i < item->processes; i++) {
@@ -83,15 +77,8 @@ static void drop(struct program *w, struct item **at)
     w->items_n--;
     device_ports_of_item(w, item->name);
     unwatch(w, item);
-    close_all(item->fds, item->fds_n);
+    close_later(item->fds, (int)item->fds_n);
     free(item);
-}
-
-void store_close(struct program *w)
-{
-    while (w->items) {
-        drop(w, &w->items);
-    }
 }
 
 /* ---- Items ------------------------------------------------------------------------------------------------- */
@@ -140,7 +127,7 @@ int store_put(struct request *q)
         }
         q->w->items_n++;
     }
-    close_all(item->fds, item->fds_n);
+    close_later(item->fds, (int)item->fds_n);
     item->len = m->len;
     memcpy(item->blob, m->blob, m->len);
     item->fds_n = (uint32_t)q->fds_n;
