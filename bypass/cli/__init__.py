@@ -15,6 +15,7 @@ from bypass.errors import BypassError
 
 # command -> (module, attribute, one line of help: the module is not imported to list it)
 COMMANDS = {
+    "conns": ("bypass.cli.conns", "conns", "Sockets of programs on bypass, and why some are the kernel's."),
     "doctor": ("bypass.cli.doctor", "doctor", "Check this machine and an interface, and say what to mend."),
     "flows": ("bypass.cli.flows", "flows", "Rules and live entries, with packets and bytes."),
     "lab": (
