@@ -75,6 +75,10 @@ class Process:
         """Queues an answer. There are never more than it has asked for: see `paused`."""
         self._out.append((message.pack(), fds))
 
+    def say(self, data: bytes) -> None:
+        """Queues an answer to a tool."""
+        self._out.append((data, ()))
+
     def tell(self, message: Message) -> None:
         """Queues what it has not asked for."""
         if len(self._out) >= MAX_WAITING:

@@ -31,6 +31,7 @@ from bypass.broker.site import BATCH, Site
 from bypass.errors import BypassError, QueueBusyError
 from bypass.grants import ANY, Grants
 from bypass.netlink import Interface
+from bypass.policy import Policy
 from bypass.profiles import StackOptions
 from bypass.rules import PortRange, Rule
 from bypass.stack_api import DGRAM, STREAM
@@ -411,6 +412,40 @@ class Broker:
             process.tell(Message(Kind.NEXTHOP, flags=NEXTHOP_FORGET))
             self._tell_all(process)
             self._loop.changed(process)
+
+    # ---- the operator's wishes
+    def drain(self, *, at_once: bool) -> None:
+        """From now on nothing new begins; applications are told, and give back what they do not use."""
+        self.draining = True
+        self._tell(self._everybody(), Message(Kind.DRAIN, flags=int(at_once)))
+
+    def swap(self, policy: Policy) -> int:
+        """Puts another policy in force. What it grants no more is the kernel's, and its application is told.
+
+        Returns:
+            How many leases were lost.
+
+        Raises:
+            BypassError: it cannot be put in force; the old one is.
+        """
+        self.site.swap(policy)
+        lost = 0
+        for app in self.apps.values():
+            grants = self.site.grants(app.user)
+            for lease in list(app.leases.values()):
+                if grants.find(lease.kind, lease.key[1], lease.key[2]) is None:
+                    self._revoke(app, lease)
+                    lost += 1
+            for process in app.processes:
+                self._tell_grants(process)
+                self._loop.changed(process)
+        return lost
+
+    def _revoke(self, app: App, lease: Lease) -> None:
+        del app.leases[lease.number]
+        self.site.unuse(lease.key)
+        lease.shadow.close()
+        self._tell(iter(app.processes), Message(Kind.REVOKED, lease=lease.number, app=app.number))
 
     # ---- time
     def due_ns(self) -> int | None:

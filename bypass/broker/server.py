@@ -13,15 +13,18 @@ import errno
 import logging
 import os
 import select
+import signal
 import socket
 import stat
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from bypass.broker import protocol
+from bypass.broker.admin import Admin
 from bypass.broker.apps import Process
 from bypass.broker.broker import Broker
 from bypass.broker.closer import Closer
@@ -102,7 +105,9 @@ class Server:
         self._stopped = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closer = Closer()
+        self._threads: dict[threading.Thread, int] = {}  # with what tells their end
         self.broker = Broker(site, self, time.monotonic_ns)
+        self.admin = Admin(self.broker, self.changed, self.stop, self._later)
         sock.setblocking(False)
         self.watch(self._wake, lambda: None)
         self.watch(sock.fileno(), self._accept)
@@ -121,6 +126,8 @@ class Server:
         """Again: nothing."""
         if self._epoll.closed:
             return
+        for thread in list(self._threads):
+            self._joined(thread)
         self.broker.close()
         self._flush()
         for process in list(self._processes.values()):
@@ -148,6 +155,25 @@ class Server:
             self._stopped = True
             os.eventfd_write(self._wake, 1)
 
+    def on_signal(self, actions: Mapping[signal.Signals, Callable[[], None]]) -> None:
+        """Has the loop act on signals. In the main thread; lasts until the process ends."""
+        come: set[int] = set()
+
+        def note(number: int, frame: object) -> None:
+            come.add(number)
+            os.eventfd_write(self._wake, 1)
+
+        def act() -> None:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+            for number in list(come):
+                come.discard(number)
+                actions[signal.Signals(number)]()
+
+        self._watched[self._wake] = act
+        for number in actions:
+            signal.signal(number, note)
+
     def turn(self, timeout: float | None = None) -> None:
         """Waits until something happens, or for so many seconds, and does it."""
         for fd, _ in self._epoll.poll(self._timeout(timeout)):
@@ -159,6 +185,7 @@ class Server:
             if fd in self._processes:
                 self._serve(self._processes[fd])
         self.broker.tick()
+        self.admin.progress()
         self._flush()
 
     def _timeout(self, timeout: float | None) -> float:
@@ -184,6 +211,31 @@ class Server:
 
     def drop(self, process: Process) -> None:
         self._end(process, dead=False)
+
+    def _later(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        """work() in a thread, then done() in the loop, unless the loop has ended."""
+        ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                os.eventfd_write(ready, 1)
+
+        def finish() -> None:
+            self._joined(thread)
+            done()
+
+        thread = threading.Thread(target=run, name="bypass reload")
+        self._threads[thread] = ready
+        self.watch(ready, finish)
+        thread.start()
+
+    def _joined(self, thread: threading.Thread) -> None:
+        thread.join()
+        ready = self._threads.pop(thread)
+        self.unwatch(ready)
+        os.close(ready)
 
     # ---- connections
     def _accept(self) -> None:
@@ -241,6 +293,9 @@ class Server:
         try:
             if not data or (fds and self._closer.exhausted(process.user.uid)):
                 return False
+            if data[:1] == b"{" and process.app is None:
+                self.admin.request(process, data)
+                return True
             message = Message.unpack(data)
             if not whole:
                 log.debug("process %d: descriptors were lost: too many in a message, or here", process.pid)

@@ -15,6 +15,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
+from ipaddress import IPv4Address
 from typing import Any, Protocol
 
 from bypass._core import ffi, lib
@@ -62,6 +63,8 @@ class Site(ABC):
         ifname: empty without an interface.
         mode: `direct` or `loop`.
         addresses: of this host that a stack serves, with their prefix lengths.
+        queues: of the interface, that applications have sockets on.
+        policy_path: where the policy was read; empty: there is none.
         options: of the stack.
         flags: BYPASS_F_* of the stack.
         device: APP_DEV_*.
@@ -81,6 +84,22 @@ class Site(ABC):
 
     def __init__(self) -> None:
         self.addresses: dict[str, int] = {}
+        self.queues: tuple[int, ...] = ()
+        self.policy_path = ""
+
+    def prepare(self, policy: Policy) -> None:
+        """Does the slow part of swap(), in any thread. BypassError: it cannot be."""
+        raise BypassError("this broker has no policy")
+
+    def swap(self, policy: Policy) -> None:
+        """Puts another policy in force. BypassError: it cannot be."""
+        raise BypassError("this broker has no policy")
+
+    def decide(
+        self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]
+    ) -> Rule | None:
+        """The rule that decides about a packet of this flow."""
+        return None
 
     @abstractmethod
     def grants(self, user: User) -> Grants:
@@ -222,7 +241,7 @@ class DirectSite(Site):
         self.options = policy.stack
         self.congestion = policy.congestion
         self.device_mode = ""
-        self.queues: tuple[int, ...] = ()
+        self.policy_path = policy.path
         self._owner = 0
         self._link = 0
         self.told = _Nobody()
@@ -242,6 +261,32 @@ class DirectSite(Site):
 
     def grants(self, user: User) -> Grants:
         return Grants(self.policy, self.access.permits(user))
+
+    def prepare(self, policy: Policy) -> None:
+        old = self.policy
+        for what, before, after in (
+            ("interface", old.interface, policy.interface),
+            ("mode", old.mode, policy.mode),
+            ("backend", old.backend, policy.backend),
+        ):
+            if before != after:
+                raise BypassError(
+                    f"{policy.path}: {what} is not what it was, which takes a new start: `bypass down --drain`, "
+                    f"`bypass up -c {policy.path}`"
+                )
+        self.steering.prepare(policy)
+
+    def swap(self, policy: Policy) -> None:
+        access = Access(policy)
+        self.steering.swap(policy)
+        self.policy, self.access, self.policy_path = policy, access, policy.path
+        self.options, self.congestion = policy.stack, policy.congestion
+        self.cpus, self.numa = policy.cpus, policy.numa
+
+    def decide(
+        self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]
+    ) -> Rule | None:
+        return self.policy.compiled.decide(proto, local[0], local[1], remote[0], remote[1])
 
     def quota(self, user: User) -> Quota:
         return self.access.quota(user)

@@ -16,6 +16,19 @@ from bypass.errors import BypassError
 # command -> (module, attribute, one line of help: the module is not imported to list it)
 COMMANDS = {
     "conns": ("bypass.cli.conns", "conns", "Sockets of programs on bypass, and why some are the kernel's."),
+    "up": (
+        "bypass.cli.broker",
+        "up",
+        "Start a broker: programs of several users take flows of an interface.",
+    ),
+    "down": ("bypass.cli.broker", "down", "End a broker, at once or when its connections have ended."),
+    "reload": ("bypass.cli.broker", "reload", "Put a changed policy in force under traffic."),
+    "ps": ("bypass.cli.ps", "ps", "Applications: who, how, which leases, how much CPU."),
+    "explain": (
+        "bypass.cli.explain",
+        "explain",
+        "Which rule, which application and which queue a flow meets.",
+    ),
     "doctor": ("bypass.cli.doctor", "doctor", "Check this machine and an interface, and say what to mend."),
     "flows": ("bypass.cli.flows", "flows", "Rules and live entries, with packets and bytes."),
     "lab": (

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tools find brokers and ask them. The other end is admin.py."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bypass.broker.protocol import MAX_BYTES, socket_address, socket_name
+from bypass.errors import BypassError
+
+PRIVATE = "@bypass/run/"
+ANSWER_S = 30.0
+
+
+def brokers(name: str | None = None) -> list[str]:
+    """The sockets of the brokers that can be asked: of this name, or the usual one and every private one."""
+    if name is not None:
+        return [name]
+    listening = {
+        line.rpartition(" ")[2]
+        for line in Path("/proc/thread-self/net/unix").read_text().splitlines()
+        if " 00010000 " in line  # __SO_ACCEPTCON: it listens
+    }
+    usual = socket_name()
+    there = [usual] if usual in listening else []
+    return there + sorted(n for n in listening if n.startswith(PRIVATE))
+
+
+class Asking:
+    """A connection to a broker.
+
+    Raises:
+        BypassError: none runs there.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._sock.connect(socket_address(name))
+        except OSError as e:
+            self._sock.close()
+            raise BypassError(
+                f"no broker runs at {name} ({e.strerror}): start one by `bypass up -c POLICY`, or name its socket"
+            ) from e
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def ask(self, question: dict[str, Any], wait_s: float | None = ANSWER_S) -> Iterator[dict[str, Any]]:
+        """The records of the answer, up to the last one.
+
+        Raises:
+            BypassError: the broker refuses, has ended, or says nothing for so many seconds (None: for ever).
+        """
+        self._sock.send(json.dumps(question).encode())
+        while True:
+            if not select.select([self._sock], [], [], wait_s)[0]:
+                raise BypassError(f"the broker at {self.name} does not answer")
+            data = self._sock.recv(MAX_BYTES)
+            if not data:
+                raise BypassError(f"the broker at {self.name} has ended")
+            record: dict[str, Any] = json.loads(data)
+            if "error" in record:
+                raise BypassError(str(record["error"]))
+            yield record
+            if record.get("end"):
+                return
+
+    def wait_for_end(self, seconds: float = ANSWER_S) -> None:
+        """Until the broker has closed the connection, which is the last thing that it does."""
+        end = time.monotonic() + seconds
+        while select.select([self._sock], [], [], max(0.0, end - time.monotonic()))[0]:
+            try:
+                if not self._sock.recv(MAX_BYTES):
+                    return
+            except ConnectionResetError:
+                return
+        raise BypassError(f"the broker at {self.name} has not ended within {seconds:.0f} seconds")
+
+
+def ask(name: str, question: dict[str, Any], wait_s: float | None = ANSWER_S) -> list[dict[str, Any]]:
+    """All records of an answer. BypassError: there is none."""
+    asking = Asking(name)
+    try:
+        return list(asking.ask(question, wait_s))
+    finally:
+        asking.close()

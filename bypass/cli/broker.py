@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bypass up | down | reload`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from bypass.broker.protocol import socket_name
+from bypass.broker.tools import Asking
+from bypass.errors import BypassError, PrivilegeError
+
+SOCKET = click.option(
+    "--socket",
+    "name",
+    metavar="SOCKET",
+    help="The broker's socket; @NAME is an abstract one. Default: BYPASS_SOCKET, else /run/bypass/broker.sock.",
+)
+
+
+@click.command()
+@click.option(
+    "-c", "--policy", metavar="POLICY", help="Default: BYPASS_POLICY, else /etc/bypass/policy.yaml."
+)
+@click.option("--foreground", is_flag=True, help="Stay, and say what happens on stderr; for systemd.")
+@SOCKET
+def up(policy: str | None, foreground: bool, name: str | None) -> None:
+    """Start a broker, which lets programs (`bypass run`) take the flows that POLICY grants them.
+
+    It works in the network namespace in which it is started. It ends by `bypass down` or SIGTERM; SIGHUP reads POLICY
+    again. Under systemd it takes a passed socket and tells when it is ready.
+
+    \b
+    Examples:
+      bypass up -c /etc/bypass/policy.yaml
+      bypass up -c policy.yaml --foreground --socket @test
+    """
+    from bypass.broker import daemon
+    from bypass.broker.site import DirectSite, Site
+    from bypass.cli.run import DEFAULT_POLICY
+    from bypass.policy import load_policy
+
+    loaded = load_policy(os.path.abspath(policy or os.environ.get("BYPASS_POLICY") or DEFAULT_POLICY))
+    if os.geteuid() != 0:
+        raise PrivilegeError("a broker needs root (CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK)")
+    name = name or socket_name()
+
+    def make() -> Site:
+        return DirectSite(loaded)
+
+    if foreground:
+        daemon.to_stderr()
+        daemon.serve(make, name, lambda: None)
+    else:
+        pid = daemon.in_background(make, name)
+        click.echo(f"broker {pid} serves {loaded.interface} by {loaded.path} at {name}")
+
+
+@click.command()
+@click.option("--drain", is_flag=True, help="Wait until no connection is left; nothing new begins meanwhile.")
+@SOCKET
+def down(drain: bool, name: str | None) -> None:
+    """End a broker. The kernel has all flows of its interface again.
+
+    At once: connections on the stack die, and their number of leases is told. With --drain programs give back what
+    they do not use, their new connections are the kernel's, and the broker ends with the last one. Interrupted, it goes
+    on draining.
+
+    \b
+    Examples:
+      bypass down --drain
+      bypass down --socket @test
+    """
+    asking = Asking(name or socket_name())
+    try:
+        record: dict[str, int] = {}
+        for record in asking.ask({"do": "down", "drain": drain}, None if drain else 30.0):
+            if drain and not record.get("end"):
+                click.echo(f"waiting: {_count(record, 'leases')} of {_count(record, 'apps')} are in use")
+        asking.wait_for_end()
+    finally:
+        asking.close()
+    if not drain and record.get("leases"):
+        click.echo(f"the broker has ended; {_count(record, 'leases')} of {_count(record, 'apps')} died")
+    else:
+        click.echo("the broker has ended; nothing was in use")
+
+
+def _count(record: dict[str, int], what: str) -> str:
+    singular = {"leases": "lease", "apps": "application"}[what]
+    n = record[what]
+    return f"{n} {singular}{'s' * (n != 1)}"
+
+
+@click.command()
+@click.option(
+    "-c", "--policy", metavar="POLICY", help="Another file. Default: the one that is in force, read again."
+)
+@SOCKET
+def reload(policy: str | None, name: str | None) -> None:
+    """Put a changed policy in force. Traffic goes on: each packet meets the old rules or the new ones.
+
+    What is granted no more is the kernel's at once, and its program is told. A policy with an error changes nothing.
+    Interface, mode and backend cannot change under a running broker.
+
+    \b
+    Examples:
+      bypass reload
+      bypass reload -c /etc/bypass/tonight.yaml
+    """
+    question = {"do": "reload"} | ({"policy": os.path.abspath(policy)} if policy is not None else {})
+    asking = Asking(name or socket_name())
+    try:
+        (answer,) = asking.ask(question, 300.0)
+    except ValueError as e:
+        raise BypassError("the broker gives no answer") from e
+    finally:
+        asking.close()
+    revoked = f"; {answer['revoked']} leases are granted no more" if answer["revoked"] else ""
+    click.echo(f"{answer['policy']}: {answer['rules']} rules in force{revoked}")

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bypass up`, `down`, `reload`, `ps`, `explain`, and the units of systemd: on an interface of a lab."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from broker_support import STREAM, Child, Client
+
+from bypass import libbpf, netns
+from bypass.broker.protocol import Kind, Message
+from bypass.broker.tools import ask
+from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
+
+ROOT = Path(__file__).resolve().parents[1]
+BYPASS = [sys.executable, "-m", "bypass"]
+TIMEOUT = 60
+NOBODY = 65534
+POLICY = f"""
+version: 1
+interface: {SERVER_IFNAME}
+backend: {{kind: afxdp, mode: copy, ring_size: 256}}
+flows:
+  - name: web
+    match: {{proto: tcp, local: {SERVER_IP}, local_port: 8080}}
+    action: steer
+    allow: {{user: {NOBODY}}}
+  - name: keep
+    match: {{proto: tcp, local: {SERVER_IP}, local_port: 8081}}
+    action: pass
+"""
+
+
+def bypass(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("BYPASS_S")}
+    return subprocess.run(
+        [*BYPASS, *args],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environ,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def good(*args: str) -> str:
+    done = bypass(*args)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return str(done.stdout)
+
+
+def xdp_attached() -> bool:
+    return libbpf.xdp_attached(socket.if_nametoindex(SERVER_IFNAME)) is not None
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def policy(lab: Lab, tmp_path: Path) -> Iterator[Path]:
+    """A policy; the test's thread is in the server's namespace, in which no process is left afterwards."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    with netns.entered(lab.server_ns):
+        yield path
+        wait_until(lambda: not xdp_attached())
+    wait_until(lambda: not netns.processes(lab.server_ns))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """That every user may enter, as /run."""
+    with tempfile.TemporaryDirectory(prefix="bypass-test-") as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+
+
+@pytest.fixture
+def broker(policy: Path, folder: Path) -> Iterator[str]:
+    """A broker in the background; its socket."""
+    name = str(folder / "broker.sock")
+    said = good("up", "-c", str(policy), "--socket", name)
+    found = re.fullmatch(rf"broker (\d+) serves {SERVER_IFNAME} by {policy} at {name}\n", said)
+    assert found
+    pid = int(found[1])
+    try:
+        yield name
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(name))
+
+
+pytestmark = pytest.mark.netns
+
+
+def test_up_and_down_leave_nothing(broker: str) -> None:
+    assert xdp_attached()
+    assert good("ps", "--socket", broker) == "No application\n"
+    assert good("down", "--socket", broker) == "the broker has ended; nothing was in use\n"
+    assert not os.path.exists(broker)
+    assert not xdp_attached()
+    done = bypass("down", "--socket", broker)
+    assert done.returncode == 2
+    assert "no broker runs at" in done.stderr
+
+
+def test_what_cannot_be_started_says_why_and_leaves_nothing(
+    policy: Path, broker: str, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other.sock")
+    again = bypass("up", "-c", str(policy), "--socket", broker)
+    assert (again.returncode, "a broker runs already" in again.stderr) == (2, True)
+    second = bypass("up", "-c", str(policy), "--socket", other)
+    assert second.returncode == 2
+    assert "has an XDP program already" in second.stderr
+    policy.write_text(POLICY.replace(SERVER_IFNAME, "nonexistent"))
+    missing = bypass("up", "-c", str(policy), "--socket", other)
+    assert (missing.returncode, "nonexistent" in missing.stderr) == (2, True)
+    policy.write_text(POLICY.replace("8080", "80800"))
+    wrong = bypass("up", "-c", str(policy), "--socket", other)
+    assert (wrong.returncode, "80800 is not a port" in wrong.stderr) == (2, True)
+    assert not os.path.exists(other)
+    assert "Traceback" not in again.stderr + second.stderr + missing.stderr + wrong.stderr
+
+
+def test_ps_shows_who_has_what_and_users_their_own_only(broker: str, lab: Lab) -> None:
+    with Child(broker, NOBODY, lab.server_ns) as child:
+        child.do("hello")
+        child.do("listen", host=SERVER_IP, port=8080)
+        (app,) = json.loads(good("ps", "--json", "--socket", broker))
+        assert app["pids"] == [child.process.pid]
+        assert (app["name"], app["uid"], app["mode"], app["interface"]) == (
+            "child",
+            NOBODY,
+            "direct",
+            SERVER_IFNAME,
+        )
+        assert app["queues"] == [0, 1]
+        assert app["leases"] == [{"lease": 1, "proto": "tcp", "local": f"{SERVER_IP}:8080", "remote": None}]
+        assert app["memory"] > 1 << 20
+        assert 0 <= app["cpu"] < 1
+        text = good("ps", "--socket", broker)
+        assert f"tcp {SERVER_IP}:8080" in text
+        for user, count in ((NOBODY, 1), (NOBODY - 1, 0)):
+            done = bypass("ps", "--json", "--socket", broker, user=user, group=user, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+            assert len(json.loads(done.stdout)) == count
+        for command in ("down", "reload"):
+            done = bypass(command, "--socket", broker, user=NOBODY, group=NOBODY, cwd=ROOT)
+            assert done.returncode == 2
+            assert "only root" in done.stderr
+    wait_until(lambda: good("ps", "--socket", broker) == "No application\n")
+
+
+def test_explain_names_rule_application_and_queue(broker: str, lab: Lab) -> None:
+    flow = f"tcp {CLIENT_IP}:4000 > {SERVER_IP}:"
+    text = good("explain", SERVER_IFNAME, flow + "8080", "--socket", broker)
+    assert "web (" in text
+    assert "none has a socket for it" in text
+    with Child(broker, NOBODY, lab.server_ns) as child:
+        child.do("hello")
+        child.do("listen", host=SERVER_IP, port=8080)
+        text = good("explain", "--socket", broker, SERVER_IFNAME, flow + "8080")
+        assert f"live         tcp {SERVER_IP}:8080" in text
+        assert f"process {child.process.pid}" in text
+        assert "one of 0 1" in text
+    assert "pass" in good("explain", "--socket", broker, SERVER_IFNAME, flow + "8081")
+    assert "none: the kernel has it" in good("explain", "--socket", broker, SERVER_IFNAME, flow + "22")
+    for args in ((SERVER_IFNAME, "tcp nonsense"), ("eth7", flow + "22"), (SERVER_IFNAME, flow + "99999")):
+        done = bypass("explain", "--socket", broker, *args)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_reload_grants_anew_and_takes_what_is_granted_no_more(broker: str, policy: Path, lab: Lab) -> None:
+    client = Client(broker)
+    with client, socket.socket() as kept, socket.socket() as lost:
+        client.hello()
+        lost.bind((SERVER_IP, 8080))
+        lease = client.lease(lost, STREAM, (SERVER_IP, 8080)).lease
+        client.told.clear()
+        policy.write_text(POLICY.replace("8080", "9090"))
+        assert (
+            good("reload", "--socket", broker)
+            == f"{policy}: 2 rules in force; 1 leases are granted no more\n"
+        )
+        assert client.wait_for(Kind.REVOKED).lease == lease
+        assert client.wait_for(Kind.GRANT).local[1] == 9090
+        kept.bind((SERVER_IP, 9090))
+        second = client.lease(kept, STREAM, (SERVER_IP, 9090)).lease
+        for text, message in (
+            (POLICY.replace("8080", "0"), "0 is not a port"),
+            (POLICY.replace("ring_size: 256", "ring_size: 512"), "backend is not what it was"),
+            (POLICY.replace(SERVER_IFNAME, "eth7"), "interface is not what it was"),
+            (POLICY.replace(f"user: {NOBODY}", "user: no-such-user"), "there is no user no-such-user"),
+        ):
+            policy.write_text(text)
+            done = bypass("reload", "--socket", broker)
+            assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        assert client.good(Message(Kind.RELEASE, lease=second)).lease == second, "nothing of that was applied"
+
+
+def test_down_tells_what_dies(broker: str, lab: Lab) -> None:
+    with Client(broker) as client, socket.socket() as sock:
+        client.hello()
+        sock.bind((SERVER_IP, 8080))
+        client.lease(sock, STREAM, (SERVER_IP, 8080))
+        said = good("down", "--socket", broker)
+        assert said == "the broker has ended; 1 lease of 1 application died\n"
+        assert client.wait_for(Kind.DRAIN).flags == 1
+        with pytest.raises(EOFError):
+            client.read()
+
+
+def test_down_waits_for_leases_when_asked_to(broker: str, lab: Lab) -> None:
+    with Client(broker) as client, socket.socket() as sock, socket.socket() as late:
+        client.hello()
+        sock.bind((SERVER_IP, 8080))
+        lease = client.lease(sock, STREAM, (SERVER_IP, 8080)).lease
+        argv = [*BYPASS, "down", "--drain", "--socket", broker]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as draining:
+            assert draining.stdout is not None
+            assert draining.stdout.readline() == "waiting: 1 lease of 1 application are in use\n"
+            assert client.wait_for(Kind.DRAIN).flags == 0
+            answer, _ = client.ask(
+                Message(Kind.LEASE, kind=STREAM, local=(SERVER_IP, 8080)), (late.fileno(),)
+            )
+            assert answer.error
+            client.good(Message(Kind.RELEASE, lease=lease))
+            assert draining.stdout.read() == "the broker has ended; nothing was in use\n"
+            assert draining.wait(TIMEOUT) == 0
+
+
+def with_socket(sock: socket.socket) -> list[str]:
+    """A command that runs another one as systemd would, with a socket as descriptor 3."""
+    code = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    return [sys.executable, "-c", code, str(sock.fileno())]
+
+
+# ---- systemd -------------------------------------------------------------------------------------------------------
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(ROOT / "config" / "systemd" / name)
+    return parser
+
+
+def test_the_units_fit_the_command_and_each_other() -> None:
+    service, sock = unit("bypass.service"), unit("bypass.socket")
+    assert service["Unit"]["Requires"] == "bypass.socket"
+    assert service["Service"]["Type"] == "notify-reload"
+    assert sock["Socket"]["ListenSequentialPacket"] == "/run/bypass/broker.sock"
+    assert sock["Socket"]["SocketMode"] == "0666"
+    argv = shlex.split(service["Service"]["ExecStart"])
+    assert argv[1:] == ["up", "--foreground", "-c", "/etc/bypass/policy.yaml"]
+
+
+def test_systemd_passes_the_socket_and_is_told_every_state(policy: Path, tmp_path: Path) -> None:
+    path, notify_path = str(tmp_path / "s.sock"), str(tmp_path / "notify.sock")
+    argv = [*shlex.split(unit("bypass.service")["Service"]["ExecStart"])[1:-1], str(policy)]
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
+    ):
+        listening.bind(path)
+        listening.listen(8)
+        notified.bind(notify_path)
+        early = Client(path)  # waits in the queue until the broker is there
+        environ = {**os.environ, "NOTIFY_SOCKET": notify_path}
+        command = [*with_socket(listening), *BYPASS, *argv]
+        process = subprocess.Popen(command, pass_fds=(listening.fileno(),), env=environ)
+
+        def state() -> list[str]:
+            assert select.select([notified], [], [], TIMEOUT)[0]
+            return notified.recv(1000).decode().split("\n")
+
+        with process, early:
+            try:
+                assert state() == ["READY=1", f"STATUS=serves {SERVER_IFNAME}"]
+                early.hello()
+                process.send_signal(signal.SIGHUP)
+                reloading = state()
+                assert reloading[0] == "RELOADING=1"
+                assert reloading[1].startswith("MONOTONIC_USEC=")
+                assert state() == ["READY=1"]
+                assert ask(path, {"do": "ps"})[-1] == {"end": True}
+                process.send_signal(signal.SIGTERM)
+                assert state() == ["STOPPING=1"]
+                assert process.wait(TIMEOUT) == 0
+            finally:
+                process.kill()
+        assert os.path.exists(path), "the socket is systemd's"
+
+
+def test_a_socket_of_another_type_is_refused(policy: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(str(tmp_path / "s.sock"))
+        listening.listen(8)
+        argv = [*with_socket(listening), *BYPASS, "up", "--foreground", "-c", str(policy)]
+        passed = (listening.fileno(),)
+        done = subprocess.run(argv, pass_fds=passed, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 2
+    assert "ListenSequentialPacket" in done.stderr
