@@ -177,6 +177,9 @@ static int64_t datagram_receive(struct object *o, int fd, const struct iovec *io
         if (r != -EAGAIN) {
             return r;
         }
+        if (block && o->shut_rd) {
+            return 0; /* as Linux: who would wait after shutdown() has nothing to wait for */
+        }
         if (!block) {
             if (tried || !retry()) {
                 return r;
@@ -323,10 +326,8 @@ static int64_t datagram_send(struct object *o, int fd, const struct iovec *iov, 
     struct bypass_endpoint peer;
     uint64_t since = 0;
 
-    if (!to && bypass_peer(&me.stack, o->sock, &peer) < 0) {
-        return -EDESTADDRREQ;
-    }
-    if (to && o->place == PLACE_BOTH && !place_sends(o, to)) {
+    if (o->place == PLACE_BOTH &&
+        ((!to && bypass_peer(&me.stack, o->sock, &peer) < 0) || !place_sends(o, to ? to : &peer))) {
         return datagram_send_real(fd, o, iov, count, flags, to);
     }
     for (;;) {

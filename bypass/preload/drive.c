@@ -89,8 +89,22 @@ void enter(void)
     }
 }
 
+/* What a call had waited for was closed meanwhile: it ends with the call. */
+static void orphan_end(void)
+{
+    uint32_t object = self.orphan - 1;
+
+    self.orphan = 0;
+    if (--group_object(me.g, object)->refs == 0) {
+        object_end(object);
+    }
+}
+
 void leave(void)
 {
+    if (unlikely(self.orphan)) {
+        orphan_end();
+    }
     me.g->working = 0;
     pthread_mutex_unlock(&me.g->lock);
     atomic_signal_fence(memory_order_seq_cst);
@@ -281,6 +295,9 @@ void sent(void)
 {
     if (++me.g->unsent >= FLUSH_AT) {
         turn();
+    } else if (unlikely(me.helper_deep)) { /* the program may not wait soon: the next tick sends it then */
+        me.helper_deep = false;
+        ring(me.helper.wake_fd);
     }
 }
 
@@ -575,7 +592,7 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
 {
     uint32_t object = object_index(o);
     struct sleeper s = {.object = object};
-    struct pollfd shadow = {.fd = fd, .events = events};
+    struct pollfd shadow = {.fd = self.orphan ? -1 : fd, .events = events};
     uint64_t until = UINT64_MAX;
     int got;
 
@@ -592,12 +609,14 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
         return 0; /* something happened: it may be what the caller waits for */
     }
     self.no_restart = false;
-    o->refs++; /* the call has it, as a call of the kernel has its file: another thread may close it meanwhile */
+    o->refs += !self.orphan; /* the call has it, as a call of the kernel has its file: */
     got = park(&s, &shadow, o->place == PLACE_BOTH, until, NULL);
-    if (--o->refs == 0) {
-        object_end(object);
-        return -EBADF;
+    if (o->refs == 1) {
+        self.orphan = object + 1; /* ... another thread has closed the last descriptor; leave() ends it */
+    } else if (!self.orphan) {
+        o->refs--;
     }
+    self.kernels = shadow.revents != 0;
     if (got == -ETIMEDOUT) {
         return -EAGAIN;
     }
@@ -661,10 +680,13 @@ static void *helper(void *arg)
     (void)arg;
     enter();
     while (me.helper_runs) {
+        if (me.g->unsent && clock_ns() - me.g->turn_ns >= TICK_NS) {
+            turn();
+        }
         if (!me.watcher) {
             quiet = 0;
             helper_drive();
-        } else if (quiet++ < QUIET_TICKS) {
+        } else if (quiet++ < QUIET_TICKS || me.g->unsent) {
             quiet = seen == me.turn_ns ? quiet : 0;
             seen = me.turn_ns;
             helper_sleep(clock_ns() + TICK_NS, false);

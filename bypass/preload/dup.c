@@ -454,3 +454,11 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
     leave();
     return r == PLACE_REAL ? real.ioctl(fd, request, arg) : result(r);
 }
+
+/* sockatmark(3) calls the C library's own ioctl(). */
+EXPORT int sockatmark(int fd)
+{
+    int at;
+
+    return ioctl(fd, SIOCATMARK, &at) < 0 ? -1 : at;
+}

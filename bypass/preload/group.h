@@ -76,6 +76,7 @@ struct object {
     uint8_t connecting; /* a connect() is under way on the stack */
     uint8_t bound;      /* by the program */
     uint8_t v6only;
+    uint8_t shut_rd;         /* of a datagram socket */
     uint8_t shadow_nonblock; /* the shadow is O_NONBLOCK although the program's descriptor may not be */
     uint16_t under_way;      /* of refs: messages that carry it (pass.c) */
     int32_t keep_fd; /* of the process keep_pid: a duplicate of the shadow that keeps the port until `lease` ends; -1 */

@@ -136,6 +136,29 @@ static int bind_datagrams(int fd, struct object *o, struct bypass_endpoint *loca
     return 0;
 }
 
+/* Whether the stack lets the address be bound: looked at before the shadow is, which cannot be taken back. */
+int place_free(struct object *o, const struct bypass_endpoint *local)
+{
+    static const int options[] = {BYPASS_SO_REUSEADDR, BYPASS_SO_REUSEPORT};
+    bypass_sock probe;
+    int err;
+
+    if (local->port == 0 || o->sock < 0 || (address_is_loopback(&local->addr) != looping() && !is_any(&local->addr)) ||
+        !granted(o->type, local, NULL)) {
+        return 0;
+    }
+    probe = bypass_socket(&me.stack, o->type);
+    if (probe < 0) {
+        return 0;
+    }
+    for (unsigned i = 0; i < sizeof options / sizeof *options; i++) {
+        bypass_setopt(&me.stack, probe, options[i], bypass_getopt(&me.stack, o->sock, options[i]));
+    }
+    err = bypass_bind(&me.stack, probe, local);
+    bypass_close(&me.stack, probe);
+    return err == -EADDRINUSE ? err : 0;
+}
+
 int place_bound(int fd, struct object *o)
 {
     struct bypass_endpoint local;
@@ -153,9 +176,7 @@ int place_bound(int fd, struct object *o)
         return bind_datagrams(fd, o, &local);
     }
     if (looping()) {
-        err = bypass_bind(&me.stack, o->sock, &local);
-        o->bound = err < 0 ? 2 : 1; /* 2: the shadow's half of bind() is done, the next try is about ours */
-        return err;
+        return bypass_bind(&me.stack, o->sock, &local);
     }
     return 0;
 }
@@ -321,6 +342,8 @@ int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
     if (why != WHY_NONE) {
         if (o->place == PLACE_UNDECIDED) {
             place_kernel(fd, o, why, NULL);
+        } else {
+            bypass_connect(&me.stack, o->sock, &peer); /* a datagram socket hears nobody else, on either side */
         }
         return PLACE_REAL;
     }

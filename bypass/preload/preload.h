@@ -103,6 +103,8 @@ struct thread {              /* of the calling thread */
     bool no_restart;         /* ... of these one had no SA_RESTART */
     bool guarded;            /* not to be cancelled while it holds the lock; before that it was in this state: */
     int cancel_state;        /* pthread_setcancelstate(3) */
+    uint32_t orphan;         /* an object that only the call under way has, plus one */
+    bool kernels;            /* wait_for(): the kernel's half is ready */
     bool attaching;          /* in attach() */
     int wake_fd;             /* its eventfd plus one; 0: none yet */
     struct sleeper *sleeper; /* it is in park() with this one */
@@ -186,9 +188,10 @@ void place_kernel(int fd, struct object *o, enum reason why, const char *more);
  * 0; -errno is the call's result; PLACE_REAL: the call is the kernel's. */
 enum { PLACE_REAL = 1 };
 int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa,
-                   socklen_t len);                       /* port 0; the shadow only */
-int place_bound(int fd, struct object *o);               /* after the shadow is bound */
-int place_listen(int fd, struct object *o, int backlog); /* after the shadow listens */
+                   socklen_t len);                                     /* port 0; the shadow only */
+int place_free(struct object *o, const struct bypass_endpoint *local); /* before */
+int place_bound(int fd, struct object *o);                             /* after the shadow is bound */
+int place_listen(int fd, struct object *o, int backlog);               /* after the shadow listens */
 int place_connect(int fd, struct object *o, const struct bypass_endpoint *to);
 /* Whether datagrams of o to this peer leave by the stack. */
 bool place_sends(const struct object *o, const struct bypass_endpoint *to);

@@ -166,6 +166,7 @@ static int bind_shadow(int fd, const struct object *o, const struct sockaddr *sa
 
 EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
 {
+    struct bypass_endpoint local;
     struct object *o;
     int r;
 
@@ -174,12 +175,9 @@ EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
     if (!o) {
         return real.bind(fd, sa, len);
     }
-    if (o->place == PLACE_UNDECIDED && o->bound == 2) {
-        r = place_bound(fd, o);
-    } else {
-        r = bind_shadow(fd, o, sa, len);
-        r = r == 0 && o->place == PLACE_UNDECIDED ? place_bound(fd, o) : r;
-    }
+    r = o->place == PLACE_UNDECIDED && name_from(o, sa, len, &local) == 0 ? place_free(o, &local) : 0;
+    r = r == 0 ? bind_shadow(fd, o, sa, len) : r;
+    r = r == 0 && o->place == PLACE_UNDECIDED ? place_bound(fd, o) : r;
     leave();
     return result(r == PLACE_REAL ? 0 : r);
 }
@@ -239,7 +237,9 @@ static int accept_stack(struct object *o, struct bypass_endpoint *peer, int flag
     return fd;
 }
 
-static int accept_both(struct object *o, int fd, struct sockaddr *sa, socklen_t *len, int flags, bool *kernels)
+/* look: the kernel's half may have one, too. */
+static int accept_both(struct object *o, int fd, struct sockaddr *sa, socklen_t *len, int flags, bool look,
+                       bool *kernels)
 {
     struct bypass_endpoint peer = {0};
     int got = accept_stack(o, &peer, flags);
@@ -248,7 +248,7 @@ static int accept_both(struct object *o, int fd, struct sockaddr *sa, socklen_t 
     if (got >= 0) {
         name_to(o, &peer, sa, len);
     }
-    if (got != -EAGAIN) {
+    if (got != -EAGAIN || !look) {
         return got;
     }
     got = real.accept4(fd, sa, len, flags);
@@ -273,12 +273,10 @@ EXPORT int accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
         leave();
         return result(o->type == BYPASS_STREAM ? -EINVAL : -EOPNOTSUPP);
     }
-    while ((r = accept_both(o, fd, sa, len, flags, &kernels)) == -EAGAIN) {
+    self.kernels = o->nonblock; /* who sleeps is told of the kernel's half */
+    while ((r = accept_both(o, fd, sa, len, flags, self.kernels, &kernels)) == -EAGAIN) {
         if (o->nonblock) {
-            if (!retry()) {
-                break;
-            }
-            r = accept_both(o, fd, sa, len, flags, &kernels);
+            r = retry() ? accept_both(o, fd, sa, len, flags, false, &kernels) : r;
             break;
         }
         r = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
@@ -371,6 +369,7 @@ EXPORT int shutdown(int fd, int how)
         return real.shutdown(fd, how);
     }
     r = bypass_shutdown(&me.stack, o->sock, how);
+    o->shut_rd |= r == 0 && how != SHUT_WR;
     if (o->place == PLACE_BOTH) {
         real.shutdown(fd, how);
     }
