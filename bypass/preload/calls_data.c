@@ -172,6 +172,10 @@ EXPORT int recvmmsg(int fd, struct mmsghdr *v, unsigned count, int flags, struct
     if (!o) {
         return real.recvmmsg(fd, v, count, flags, timeout);
     }
+    if (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0 || timeout->tv_nsec >= 1000000000)) {
+        leave();
+        return result(-EINVAL);
+    }
     while (done < count) {
         r = receive_message(o, fd, &v[done].msg_hdr, flags & ~MSG_WAITFORONE);
         if (r < 0) {

@@ -635,9 +635,11 @@ static void helper_sleep(uint64_t until_ns, bool watch)
                             {.fd = watch ? me.dev_ep : -1, .events = POLLIN}};
     struct timespec ts;
 
+    me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
     leave();
     real.ppoll(fds, 3, time_left(until_ns, &ts), NULL);
     enter();
+    me.helper_deep = false;
     if (fds[0].revents) {
         drain(me.helper.wake_fd);
     }
@@ -691,9 +693,7 @@ static void *helper(void *arg)
             seen = me.turn_ns;
             helper_sleep(clock_ns() + TICK_NS, false);
         } else {
-            me.helper_deep = true;
             helper_sleep(UINT64_MAX, false);
-            me.helper_deep = false;
             quiet = 0;
         }
     }
