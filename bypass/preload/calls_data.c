@@ -150,7 +150,7 @@ EXPORT ssize_t recvmsg(int fd, struct msghdr *h, int flags)
     o = fd_enter(fd);
     if (!o) {
         r = real.recvmsg(fd, h, flags);
-        if (r >= 0 && unlikely(me.attached > 0)) {
+        if (r >= 0) {
             pass_received(h);
         }
         return r;
@@ -170,7 +170,11 @@ EXPORT int recvmmsg(int fd, struct mmsghdr *v, unsigned count, int flags, struct
     real_load();
     o = fd_enter(fd);
     if (!o) {
-        return real.recvmmsg(fd, v, count, flags, timeout);
+        r = real.recvmmsg(fd, v, count, flags, timeout);
+        for (int i = 0; i < (int)r; i++) {
+            pass_received(&v[i].msg_hdr);
+        }
+        return (int)r;
     }
     if (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0 || timeout->tv_nsec >= 1000000000)) {
         leave();
@@ -264,15 +268,32 @@ EXPORT ssize_t sendmsg(int fd, const struct msghdr *h, int flags)
     real_load();
     o = enter_to_send(fd, h->msg_name, h->msg_namelen, flags);
     if (!o) {
-        if (unlikely(me.attached > 0)) {
-            pass_sent(h);
+        pass_sent(h);
+        r = real.sendmsg(fd, h, flags);
+        if (r < 0) {
+            pass_unsent(h);
         }
-        return real.sendmsg(fd, h, flags);
+        return r;
     }
     type = o->type;
     r = send_message(o, fd, h->msg_iov, h->msg_iovlen, flags, h->msg_name, h->msg_namelen);
     leave();
     return result_size(data_broken_pipe(r, flags, type));
+}
+
+/* They may be messages on a Unix socket. */
+static int send_kernel(int fd, struct mmsghdr *v, unsigned count, int flags)
+{
+    int n;
+
+    for (unsigned i = 0; i < count; i++) {
+        pass_sent(&v[i].msg_hdr);
+    }
+    n = real.sendmmsg(fd, v, count, flags);
+    for (unsigned i = n < 0 ? 0 : (unsigned)n; i < count; i++) {
+        pass_unsent(&v[i].msg_hdr);
+    }
+    return n;
 }
 
 EXPORT int sendmmsg(int fd, struct mmsghdr *v, unsigned count, int flags)
@@ -281,7 +302,7 @@ EXPORT int sendmmsg(int fd, struct mmsghdr *v, unsigned count, int flags)
 
     real_load();
     if (!fd_is_object(fd)) {
-        return real.sendmmsg(fd, v, count, flags);
+        return send_kernel(fd, v, count, flags);
     }
     while (done < count) {
         ssize_t n = sendmsg(fd, &v[done].msg_hdr, flags);

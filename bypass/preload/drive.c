@@ -478,7 +478,8 @@ static void cancelled(void *arg)
     }
 }
 
-/* The lock is let go of. -EINTR also for a handler that ran shortly before or after the sleep. */
+/* The lock is let go of. -EINTR also for a handler that ran shortly before or after the sleep; not for one that `mask` had
+ * kept until the time was over. */
 static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask, uint32_t handled)
 {
     struct timespec ts;
@@ -491,7 +492,7 @@ static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t 
     }
     pthread_cleanup_pop(0);
     enter();
-    return got <= 0 && self.handled != handled ? -EINTR : got;
+    return got <= 0 && self.handled != handled && clock_ns() < until_ns ? -EINTR : got;
 }
 
 int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask)

@@ -104,6 +104,15 @@ static void hand_over(void)
     }
 }
 
+static void end_all(void)
+{
+    for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+        if (group_object(me.g, i)->refs) {
+            object_end(i);
+        }
+    }
+}
+
 void goodbye(void)
 {
     if (me.attached <= 0 || self.inside || atomic_exchange(&me.gone, true)) {
@@ -116,6 +125,9 @@ void goodbye(void)
     group_leave(me.g, me.proc, ended, NULL);
     descriptors_forget();
     turn();
+    if (me.g->relatives == 0) { /* what messages carry that nobody can take any more */
+        end_all();
+    }
     if (alone() && !me.reaper) {
         hand_over();
     }

@@ -55,6 +55,7 @@ static void drop_parents(void)
     fd_unhide(me.helper.wake_fd);
     fd_unhide(self.wake_fd - 1);
     broker_leave();
+    pass_child();
     me.wake_fd = me.dev_ep = me.helper.wake_fd = -1;
     self.wake_fd = 0;
 }

@@ -305,8 +305,11 @@ void streams_flush(void);
 void stream_standard(int fd); /* 0 to 2 may have become a socket */
 
 /* ---- pass.c: descriptors in messages on Unix sockets. Without the lock. */
-void pass_sent(const struct msghdr *h);
+void pass_sent(const struct msghdr *h);   /* before it is sent, */
+void pass_unsent(const struct msghdr *h); /* ... and when that failed */
 void pass_received(struct msghdr *h);
+void pass_check(void); /* lock held: messages that nobody took */
+void pass_child(void); /* after fork, in the child */
 
 /* ---- share.c: sockets by place, of this process and of all relatives. Lock held. */
 void count_stack(int type);

@@ -239,6 +239,7 @@ void relatives_check(void)
             next = due < next ? due : next;
         }
     }
+    pass_check();
     relatives_look_before(next);
 }
 
