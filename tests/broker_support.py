@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -410,6 +411,24 @@ class Played:
             leased = self.client.lease(sock, STREAM, remote=(host, port))
             assert leased.local == sock.getsockname()
             return {"local": leased.local, "data": app.fetch(leased.local, (host, port), data.encode())}
+
+    def fork(self) -> Any:
+        """A child that has not said hello; its number. It ends with this process, or when it is killed."""
+        pid = os.fork()
+        if pid == 0:
+            self.client.sock.close()
+            signal.pause()
+        self.client.send(Message(Kind.FORK, index=pid))
+        return {"pid": pid}
+
+    def claim(self, pid: int) -> Any:
+        """Says that a process is its child."""
+        self.client.send(Message(Kind.FORK, index=pid))
+        return {}
+
+    def linger(self) -> Any:
+        self.client.good(Message(Kind.LINGER))
+        return {}
 
     def exec(self) -> Any:
         self.client.good(Message(Kind.EXEC))

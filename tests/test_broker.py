@@ -6,7 +6,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
+import subprocess
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -292,6 +295,74 @@ def test_a_process_that_ends_in_place_of_becoming_another_is_not_waited_for(brok
         child.kill()
         broker.wait(lambda: not broker.server.broker.apps)
         assert ends_ns > 0
+
+
+def test_an_application_lives_as_long_as_a_child_that_has_not_said_hello(broker: RunningBroker) -> None:
+    local = (ME, free_port())
+    with Child(broker.name) as parent:
+        number = parent.do("hello")["app"]
+        parent.do("listen", host=ME, port=local[1])
+        child = parent.do("fork")["pid"]
+        app = broker.server.broker.apps[number]
+        broker.wait(lambda: list(app.children) == [child])
+        parent.kill()
+        try:
+            broker.wait(lambda: not app.processes)
+            assert number in broker.server.broker.apps
+        finally:
+            os.kill(child, signal.SIGKILL)
+        broker.wait(lambda: not broker.server.broker.apps)
+
+
+def test_nobody_elses_process_keeps_an_application_alive(broker: RunningBroker) -> None:
+    with Child(broker.name, 65534) as child, subprocess.Popen(["sleep", "60"]) as roots:
+        try:
+            assert child.do("hello")["app"]
+            child.do("claim", pid=roots.pid)
+            child.do("claim", pid=1 << 22)
+            child.do("hang_up")
+            broker.wait(lambda: not broker.server.broker.apps)
+        finally:
+            roots.kill()
+
+
+REAPER = """#!/bin/sh
+echo "$(id -u) $BYPASS_APP $BYPASS_SOCKET" > {told}
+read line < {fifo}
+"""
+
+
+def test_a_reaper_keeps_an_application_until_it_ends(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="bypass-test-") as folder, Child(broker.name, 65534) as child:
+        os.chmod(folder, 0o777)
+        told, fifo, program = (os.path.join(folder, name) for name in ("told", "fifo", "reaper"))
+        os.mkfifo(fifo)
+        os.chmod(fifo, 0o666)
+        with open(program, "w") as f:
+            f.write(REAPER.format(told=told, fifo=fifo))
+        os.chmod(program, 0o755)
+        monkeypatch.setenv("BYPASS_LINGER", program)
+        local = (ME, free_port())
+        app = child.do("hello")
+        child.do("listen", host=ME, port=local[1])
+        assert child.do("linger") == {}
+        assert child.do("linger")["error"] == errno.EALREADY
+        assert reachable(local)
+        child.kill()
+        broker.wait(lambda: not broker.server.broker.apps[app["app"]].processes)
+        broker.wait(lambda: os.path.exists(told) and os.path.getsize(told) > 0)
+        with open(told) as f:
+            assert f.read().split() == ["65534", f"{app['app']}:{app['token']}", broker.name]
+        assert not reachable(local), "nobody is left who accepts"
+        with open(fifo, "w") as f:
+            f.write("end\n")
+        broker.wait(lambda: not broker.server.broker.apps)
+        monkeypatch.setenv("BYPASS_LINGER", "/nonexistent")
+        with broker.client() as client:
+            client.hello()
+            assert refused(client, Message(Kind.LINGER))[0] == errno.EIO
 
 
 def test_a_process_that_hangs_up_without_a_word_has_ended(broker: RunningBroker, client: Client) -> None:

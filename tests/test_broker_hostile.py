@@ -12,7 +12,7 @@ from dataclasses import fields
 
 import pytest
 from broker_support import ME, STREAM, new_name
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import examples
 
@@ -56,6 +56,11 @@ STEPS = st.one_of(
     st.tuples(st.just("hang up"), CLIENT),
     st.tuples(st.just("flood"), CLIENT, messages(), st.integers(1, 300)),
 )
+
+
+@pytest.fixture(autouse=True)
+def no_reaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYPASS_LINGER", "/nonexistent")
 
 
 class Things:
@@ -188,7 +193,7 @@ class World:
         assert settled(self.before), "descriptors are left"
 
 
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(STEPS, max_size=25))
 def test_no_sequence_of_messages_harms_the_broker(steps: list[tuple[object, ...]]) -> None:
     world = World()

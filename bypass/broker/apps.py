@@ -112,6 +112,8 @@ class App:
         limit: leases at most.
         ends_ns, pidfd: while its only process becomes another program: when it ends if none says hello until then, and
             that process; 0, -1.
+        children: processes that belong to it and have not said hello yet, with what tells their end.
+        lingering: its processes have ended, and a reaper drives its stack until all is done.
         asked: destinations whose next hop it uses, latest last.
     """
 
@@ -124,6 +126,7 @@ class App:
     fds: list[int] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
     leases: dict[int, Lease] = field(default_factory=dict)
+    children: dict[int, int] = field(default_factory=dict)
     asked: OrderedDict[str, None] = field(default_factory=OrderedDict)
     last_lease: int = 0
     ends_ns: int = 0

@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from bypass.access import Quota
 from bypass.broker.apps import App, Lease, Process
 from bypass.broker.memory import AppMemory
 from bypass.broker.protocol import ABI, Kind, Message
+from bypass.broker.reaper import start_reaper
 from bypass.broker.shadow import Shadow
 from bypass.broker.site import BATCH, Site
 from bypass.errors import BypassError, QueueBusyError
@@ -45,6 +47,7 @@ BUSY_STEP_NS = 25_000_000
 MAX_GRANTS = 256
 """Grants that are listed one by one; if there are more, the last one says `anything`, and leases decide."""
 MAX_ASKED = 16384
+MAX_CHILDREN = 4096
 MAPPED_BITS = 96
 NEXTHOP_UNREACHABLE, NEXTHOP_FORGET = 1, 2
 GRANTS_END, GRANTS_EMPTY = 1, 2
@@ -89,11 +92,13 @@ class Broker:
     Args:
         site: where their packets come from; the broker closes it.
         loop: who sends, and watches descriptors.
+        name: of the broker's socket, for those whom it starts.
         clock: nanoseconds, as time.monotonic_ns.
     """
 
-    def __init__(self, site: Site, loop: Loop, clock: Callable[[], int]) -> None:
+    def __init__(self, site: Site, loop: Loop, name: str, clock: Callable[[], int]) -> None:
         self.site = site
+        self.name = name
         self.apps: dict[int, App] = {}
         self.draining = False
         self._loop = loop
@@ -223,6 +228,7 @@ class Broker:
         process.app = app
         app.processes.append(process)
         self._not_waiting(app)
+        self._forget_child(app, process.pid)
         answer = m.answer(app=app.number, token=app.token, abi=ABI)
         self._answer(process, answer, (app.memory.fd, *app.fds))
         self._tell_all(process)
@@ -321,6 +327,41 @@ class Broker:
         process.exec = True
         return m.answer()
 
+    def _fork(self, process: Process, m: Message, fds: list[int]) -> None:
+        """No answer, and nothing where it cannot be: a child that has ended by now, or is somebody else's."""
+        app, pid = _app_of(process), m.index
+        if len(app.children) >= MAX_CHILDREN or any(p.pid == pid for p in app.processes):
+            return
+        with suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid in (app.user.uid, process.user.uid):
+                self._watch_child(app, pid)
+
+    def _watch_child(self, app: App, pid: int) -> None:
+        """The application lasts as long as this process, too. OSError: it has ended."""
+        if pid not in app.children:
+            app.children[pid] = os.pidfd_open(pid)
+            self._loop.watch(app.children[pid], lambda: self._child_ended(app, pid))
+
+    def _forget_child(self, app: App, pid: int) -> None:
+        pidfd = app.children.pop(pid, -1)
+        if pidfd >= 0:
+            self._loop.unwatch(pidfd)
+            os.close(pidfd)
+
+    def _child_ended(self, app: App, pid: int) -> None:
+        self._forget_child(app, pid)
+        if not app.processes and not app.children and not app.ends_ns:
+            self.end(app)
+
+    def _linger(self, process: Process, m: Message, fds: list[int]) -> Message:
+        app = _app_of(process)
+        if app.lingering:
+            raise Refused(errno.EALREADY, "a reaper is at work")
+        self._watch_child(app, start_reaper(app, self.name))
+        app.lingering = True
+        log.info("%s: a reaper drives its stack until its connections have ended", app.who())
+        return m.answer()
+
     def gone(self, process: Process, *, dead: bool) -> None:
         """A connection has ended; dead: and its process with it. The caller closes it afterwards."""
         self._hellos = [h for h in self._hellos if h.process is not process]
@@ -328,7 +369,10 @@ class Broker:
         if app is None:
             return
         app.processes.remove(process)
-        if app.processes or app.lingering:
+        if app.lingering:
+            for lease in app.leases.values():
+                lease.shadow.stop()  # nobody is left who accepts
+        if app.processes or app.children:
             return
         if process.exec and not dead:
             self._await_exec(app, process.pidfd)
@@ -357,6 +401,8 @@ class Broker:
         app.leases.clear()
         app.memory.close()
         self._not_waiting(app)
+        for pid in list(app.children):
+            self._forget_child(app, pid)
         log.info("%s has ended", app.who())
         for process in list(app.processes):
             process.app = None
@@ -480,6 +526,8 @@ HANDLERS: dict[int, Callable[[Broker, Process, Message, list[int]], Message | No
     Kind.RELEASE: Broker._release,
     Kind.RESOLVE: Broker._resolve,
     Kind.EXEC: Broker._exec,
+    Kind.FORK: Broker._fork,
+    Kind.LINGER: Broker._linger,
 }
 
 

@@ -50,8 +50,8 @@ class Kind(enum.IntEnum):
     LINK = lib.APP_LINK
     EXEC = lib.APP_EXEC
     LINGER = lib.APP_LINGER
-    DRAIN = lib.APP_DRAIN
     FORK = lib.APP_FORK
+    DRAIN = lib.APP_DRAIN
 
 
 @dataclass(slots=True)
@@ -185,6 +185,12 @@ def receive(sock: socket.socket, *, max_fds: int = MAX_FDS) -> tuple[bytes, list
 def socket_address(name: str) -> str:
     """What AF_UNIX takes for a name of BYPASS_SOCKET: a path, or an abstract name with a leading @."""
     return "\0" + name[1:] if name.startswith("@") else name
+
+
+def name_of(sock: socket.socket) -> str:
+    """The name that others reach a listening socket by."""
+    address = sock.getsockname()
+    return "@" + os.fsdecode(address[1:]) if isinstance(address, bytes) else str(address)
 
 
 def socket_name(environ: dict[str, str] | None = None) -> str:

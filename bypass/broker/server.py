@@ -106,7 +106,7 @@ class Server:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closer = Closer()
         self._threads: dict[threading.Thread, int] = {}  # with what tells their end
-        self.broker = Broker(site, self, time.monotonic_ns)
+        self.broker = Broker(site, self, protocol.name_of(sock), time.monotonic_ns)
         self.admin = Admin(self.broker, self.changed, self.stop, self._later)
         sock.setblocking(False)
         self.watch(self._wake, lambda: None)
