@@ -257,6 +257,23 @@ static void next_hops(void)
     }
 }
 
+/* When the stack, or the care for relatives, wants a turn at the latest. */
+static uint64_t next_turn(void)
+{
+    uint64_t due = bypass_deadline(&me.stack);
+
+    return me.g->check_ns < due ? me.g->check_ns : due;
+}
+
+void drive_anew(void)
+{
+    if (me.watcher == &me.helper) {
+        ring(me.helper.wake_fd);
+    } else if (me.watcher) {
+        wake(me.watcher);
+    }
+}
+
 static bool more_waits(int got, int batch)
 {
     return got == batch || (me.app->device == APP_DEV_LOOP && loop_waiting(&me.loop) > 0);
@@ -288,7 +305,11 @@ bool turn(void)
     if (unlikely(me.g->turn_ns >= me.g->check_ns)) {
         relatives_check();
     }
-    return dispatch() || any;
+    any |= dispatch();
+    if (me.watcher && next_turn() < me.watch_until) {
+        drive_anew(); /* who watches for this thread meant to sleep longer */
+    }
+    return any;
 }
 
 void sent(void)
@@ -353,6 +374,7 @@ static void sleeper_add(struct sleeper *s)
     me.g->procs[me.proc].parked++;
     if (!me.watcher || me.watcher == &me.helper) {
         me.watcher = s;
+        me.watch_until = 0; /* it is awake still */
     }
 }
 
@@ -387,28 +409,11 @@ static void sleeper_remove(struct sleeper *s)
     }
 }
 
-void drive_anew(void)
-{
-    if (me.watcher == &me.helper) {
-        ring(me.helper.wake_fd);
-    } else if (me.watcher) {
-        wake(me.watcher);
-    }
-}
-
 void drain(int fd)
 {
     char buf[8];
 
     while (real.syscall(SYS_read, fd, buf, sizeof buf) > 0) {}
-}
-
-/* When the stack, or the care for relatives, wants a turn at the latest. */
-static uint64_t next_turn(void)
-{
-    uint64_t due = bypass_deadline(&me.stack);
-
-    return me.g->check_ns < due ? me.g->check_ns : due;
 }
 
 static struct timespec *time_left(uint64_t until_ns, struct timespec *ts)
@@ -514,6 +519,7 @@ int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, co
 
             s->watching = true;
             until = due < until_ns ? due : until_ns;
+            me.watch_until = due;
         }
         got = asleep(doze, arg, until, mask, handled);
     } else if (got == 0 && self.handled != handled) {
@@ -667,7 +673,8 @@ static void helper_drive(void)
     }
     me.watcher = &me.helper;
     me.g->procs[me.proc].parked++;
-    helper_sleep(next_turn(), true);
+    me.watch_until = next_turn();
+    helper_sleep(me.watch_until, true);
     me.g->procs[me.proc].parked--;
     if (me.watcher == &me.helper) {
         me.watcher = NULL;

@@ -77,6 +77,7 @@ struct me {       /* this process */
     bool watch_shared[WATCH_FDS]; /* ... that wake one relative only (EPOLLEXCLUSIVE) */
     int watch_count;
     struct sleeper *sleepers;
+    uint64_t watch_until;    /* ... and until when it sleeps at the latest */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
     bool helper_runs, helper_deep;
