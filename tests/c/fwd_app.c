@@ -273,11 +273,13 @@ static void clever(const struct port_config *cfg)
         struct port_rx_slot *rx = &port.rx[rnd() % cfg->rx_ring];
 
         for (int i = 0; i < 8; i++) {
-            tx->frame = rnd() % 8 ? rnd() % cfg->frames : rnd();
-            tx->len = (uint16_t)(rnd() % 8 ? rnd() % 1800 : rnd());
-            tx->off = (uint16_t)(rnd() % 8 ? rnd() % 512 : rnd());
+            bool good = rnd() % 2; /* until the next one writes over it, which may be meanwhile */
+
+            tx->frame = good || rnd() % 8 ? rnd() % cfg->frames : rnd();
+            tx->len = (uint16_t)(good ? 1000 : rnd() % 8 ? rnd() % 1800 : rnd());
+            tx->off = (uint16_t)(good ? PORT_HEADROOM : rnd() % 8 ? rnd() % 512 : rnd());
             tx->queue = (uint16_t)rnd();
-            tx->flags = (uint16_t)rnd();
+            tx->flags = (uint16_t)(good ? 0 : rnd());
             tx->csum_start = (uint16_t)rnd();
             tx->csum_off = (uint16_t)rnd();
             rx->frame = rnd() % 8 ? rnd() % cfg->frames : rnd();
