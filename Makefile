@@ -30,7 +30,8 @@ OTHER_SRC := $(wildcard bypass/app/*.c bypass/afxdp/*.c bypass/sim/*.c) bypass/f
 STACK_OBJ := $(STACK_SRC:%.c=$(OUT)/%.o)
 OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
 # The preload library: the core, the devices that an application may have, and the calls of unmodified programs.
-PRELOAD_SRC := $(wildcard bypass/preload/*.c)
+LINGER_SRC := bypass/preload/linger.c
+PRELOAD_SRC := $(filter-out $(LINGER_SRC),$(wildcard bypass/preload/*.c))
 DEVICE_OBJ := $(patsubst %.c,$(OUT)/own/%.o,$(wildcard bypass/afxdp/*.c) bypass/fwd/port.c)
 PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
 	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c) bypass/host.c) $(DEVICE_OBJ)
@@ -42,6 +43,9 @@ PRELOAD := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass-preload.so
 LIB := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass.so
 # bypass-fwd: no Python, no stack; the AF_XDP device and what moves frames between it and applications.
 FWD_OBJ := $(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/fwd/*.c bypass/afxdp/*.c))
+# bypass-linger: drives what the last process of an application left. It has the preload library in it.
+LINGER_OBJ := $(LINGER_SRC:%.c=$(OUT)/%.o) $(PRELOAD_OBJ)
+LINGER := $(if $(filter release,$(VARIANT)),build,$(OUT))/bypass-linger
 FWD := $(if $(filter release,$(VARIANT)),build,$(OUT))/bypass-fwd
 
 # How Python is started. The sanitizers' runtime has to be there before the interpreter, hence a script, which also
@@ -62,12 +66,13 @@ help: ## This list
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
-build: $(VENV)/.stamp $(EXT) $(LIB) $(FWD) $(PRELOAD) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python, build/libbypass.so, build/bypass-fwd
+build: $(VENV)/.stamp $(EXT) $(LIB) $(FWD) $(PRELOAD) $(LINGER) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python, build/libbypass.so, build/bypass-fwd, build/bypass-linger
 
 PREFIX ?= /usr/local
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 install: build ## The C libraries, headers and pkg-config files: below PREFIX (/usr/local), in DESTDIR
-	$(Q)install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/include
+	$(Q)install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/bypass $(DESTDIR)$(PREFIX)/include
+	$(Q)install -m 755 $(LINGER) $(DESTDIR)$(PREFIX)/lib/bypass/
 	$(Q)install -m 755 $(LIB) $(PRELOAD) $(DESTDIR)$(PREFIX)/lib/
 	$(Q)ln -sf libbypass-preload.so $(DESTDIR)$(PREFIX)/lib/libbypass-posix.so
 	$(Q)install -m 644 bypass/include/bypass.h $(DESTDIR)$(PREFIX)/include/
@@ -181,6 +186,11 @@ $(FWD): $(FWD_OBJ)
 	@echo '  LINK $@'
 	$(Q)$(CC) -pthread $(LDFLAGS) $^ -o $@
 
+$(LINGER): $(LINGER_OBJ) $(OUT)/sources
+	@mkdir -p $(@D)
+	@echo '  LINK $@'
+	$(Q)$(CC) -pthread $(LDFLAGS) $(LINGER_OBJ) -o $@.tmp && mv $@.tmp $@
+
 $(OUT)/python: Makefile
 	@mkdir -p $(@D)
 	@printf '%s\n' '#!/bin/sh' '# Python with the sanitizers: made by the Makefile' \
@@ -196,4 +206,4 @@ $(OUT)/sources: FORCE
 	@echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' | cmp -s - $@ || echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' > $@
 FORCE:
 
--include $(PRELOAD_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d
+-include $(LINGER_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d

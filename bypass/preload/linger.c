@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * linger.c - bypass-linger: drives the stack of an application whose last process has ended, until its connections are
+ * through (TIME_WAIT too), nobody needs it because a relative is there again, or a limit is over. The broker starts it as
+ * the application's user, with BYPASS_SOCKET and BYPASS_APP in its environment: it is a relative like any other.
+ *
+ *     bypass-linger [SECONDS]
+ *
+ * Exit: 0 through, 1 the limit was over and connections are left, 2 it cannot attach, or bad usage.
+ */
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+enum { LIMIT_S = 300, LOOK_NS = 20000000 };
+
+static int usage(const char *why)
+{
+    fprintf(stderr, "bypass-linger: %s; usage: bypass-linger [SECONDS]\n", why);
+    return 2;
+}
+
+/* The helper thread drives; this one looks now and then whether there is anything left. */
+static int drive(uint64_t until_ns)
+{
+    for (;;) {
+        bool used;
+
+        enter();
+        turn();
+        used = stack_used() && !me.g->dead && me.g->relatives == 1;
+        leave();
+        if (!used) {
+            return 0;
+        }
+        if (clock_ns() >= until_ns) {
+            return 1;
+        }
+        real.ppoll(NULL, 0, &(struct timespec){.tv_nsec = LOOK_NS}, NULL);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    long limit = LIMIT_S;
+    char *end;
+
+    if (argc > 2) {
+        return usage("too many arguments");
+    }
+    if (argc == 2) {
+        limit = strtol(argv[1], &end, 10);
+        if (*end || end == argv[1] || limit <= 0 || limit > 86400) {
+            return usage("SECONDS is a number from 1 to 86400");
+        }
+    }
+    if (!getenv("BYPASS_APP")) {
+        return usage("BYPASS_APP does not say whose stack it is");
+    }
+    me.reaper = true;
+    if (!attach()) {
+        return 2; /* attach() has said why */
+    }
+    return drive(clock_ns() + (uint64_t)limit * 1000000000u);
+}
