@@ -6,7 +6,8 @@
  *
  * MODE echo: TCP and UDP echo at ADDRESS:PORT, asleep between frames; flood: UDP frames to PEER without end, every
  * fourth from a port that is not its own; garbage: random words all over the shared memory; clever: positions that make
- * sense, slots that change while they are read. All end at the end of their input; echo then prints where its frames are.
+ * sense, slots that change while they are read; these two also take pages away. All end at the end of their input; echo
+ * then prints where its frames are.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -30,6 +31,8 @@ static struct port port;
 static struct bypass_stack stack;
 static struct bypass_endpoint local, peer;
 static uint8_t peer_mac[6];
+static int memory_fd;
+static off_t memory_at; /* of the port in the file */
 static uint8_t *memory;
 static size_t memory_size;
 
@@ -234,7 +237,8 @@ static uint32_t rnd(void)
     return (uint32_t)(state >> 32);
 }
 
-static void disturb(void)
+/* first: the first page that it may take away from under bypass-fwd. */
+static void disturb(uint32_t first)
 {
     const uint64_t one = 1;
     char byte[64];
@@ -249,6 +253,8 @@ static void disturb(void)
         fcntl(port.doorbell_out, F_SETFL, rnd() % 2 ? O_NONBLOCK : 0);
         fcntl(port.doorbell_in, F_SETFL, rnd() % 2 ? O_NONBLOCK : 0);
         send(port.doorbell_in, byte, sizeof byte, MSG_DONTWAIT);
+        fallocate(memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  memory_at + PORT_PAGE * (first + rnd() % (memory_size / PORT_PAGE - first)), PORT_PAGE);
     }
 }
 
@@ -261,7 +267,7 @@ static void garbage(void)
         if (rnd() % 16 == 0) { /* the head and the slots are small: often */
             words[rnd() % (port_places(&port.sh->cfg).free_list / 4 % 65536 + 64)] = rnd();
         }
-        disturb();
+        disturb(0);
     }
 }
 
@@ -291,7 +297,7 @@ static void clever(const struct port_config *cfg)
                          __atomic_load_n(&port.sh->rx_done, __ATOMIC_ACQUIRE) + cfg->rx_ring - rnd() % 4,
                          __ATOMIC_RELEASE);
         port.nd.ops->kick(&port.nd);
-        disturb();
+        disturb(1);
     }
 }
 
@@ -307,7 +313,9 @@ int main(int argc, char **argv)
         return 2;
     }
     memory_size = strtoul(argv[4], NULL, 10);
-    memory = mmap(NULL, memory_size, PROT_READ | PROT_WRITE, MAP_SHARED, atoi(argv[2]), atol(argv[3]));
+    memory_fd = atoi(argv[2]);
+    memory_at = atol(argv[3]);
+    memory = mmap(NULL, memory_size, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd, memory_at);
     if (memory == MAP_FAILED) {
         die("memory", -errno);
     }
