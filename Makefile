@@ -72,7 +72,7 @@ PREFIX ?= /usr/local
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 install: build ## The C libraries, headers and pkg-config files: below PREFIX (/usr/local), in DESTDIR
 	$(Q)install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/bypass $(DESTDIR)$(PREFIX)/include
-	$(Q)install -m 755 $(LINGER) $(DESTDIR)$(PREFIX)/lib/bypass/
+	$(Q)install -m 755 $(LINGER) $(FWD) $(DESTDIR)$(PREFIX)/lib/bypass/
 	$(Q)install -m 755 $(LIB) $(PRELOAD) $(DESTDIR)$(PREFIX)/lib/
 	$(Q)ln -sf libbypass-preload.so $(DESTDIR)$(PREFIX)/lib/libbypass-posix.so
 	$(Q)install -m 644 bypass/include/bypass.h $(DESTDIR)$(PREFIX)/include/
@@ -206,4 +206,4 @@ $(OUT)/sources: FORCE
 	@echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' | cmp -s - $@ || echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' > $@
 FORCE:
 
--include $(LINGER_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d
+-include $(LINGER_OBJ:.o=.d) $(FWD_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d

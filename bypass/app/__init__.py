@@ -12,10 +12,11 @@ from pathlib import Path
 
 from bypass.errors import BypassError
 
-__all__ = ["linger_program", "preload_library"]
+__all__ = ["forwarder_program", "linger_program", "preload_library"]
 
 PRELOAD = "libbypass-preload.so"
 LINGER = "bypass-linger"
+FORWARDER = "bypass-fwd"
 TREE = Path(__file__).resolve().parents[2]
 
 
@@ -35,6 +36,15 @@ def linger_program() -> Path:
         BypassError: it is nowhere.
     """
     return _find(LINGER, "lib/bypass", "BYPASS_LINGER")
+
+
+def forwarder_program() -> Path:
+    """bypass-fwd, which outlives brokers.
+
+    Raises:
+        BypassError: it is nowhere.
+    """
+    return _find(FORWARDER, "lib/bypass", "BYPASS_FWD")
 
 
 def _find(name: str, folder: str, variable: str) -> Path:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from bypass._core import ffi, lib
+from bypass.app import forwarder_program
 from bypass.errors import BypassError
 
 __all__ = ["Died", "Doorbells", "Event", "Forwarder", "Item", "LinkState", "Listed", "PortCut", "binary"]
@@ -111,17 +112,13 @@ class Doorbells(NamedTuple):
 
 
 def binary() -> Path:
-    """Where `make build` puts the program: beside the library of the same build.
+    """The program: of the build that this process uses, else where it is installed.
 
     Raises:
-        ForwarderError: it is not there.
+        BypassError: it is nowhere.
     """
-    root = Path(__file__).resolve().parent.parent.parent
     build = os.environ.get("BYPASS_BUILD")  # .../build/VARIANT/py of a build other than the release
-    path = Path(build).parent / "bypass-fwd" if build else root / "build/bypass-fwd"
-    if not path.exists():
-        raise ForwarderError(f"{path} is not there: run make build")
-    return path
+    return Path(build).parent / "bypass-fwd" if build else forwarder_program()
 
 
 def address(text: str) -> bytes:
