@@ -339,6 +339,9 @@ int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
         return bypass_connect(&me.stack, o->sock, &peer);
     }
     why = connect_reason(o, &peer);
+    if (why == WHY_NOBODY && o->type == BYPASS_STREAM) {
+        return PLACE_TRY;
+    }
     if (why != WHY_NONE) {
         if (o->place == PLACE_UNDECIDED) {
             place_kernel(fd, o, why, NULL);

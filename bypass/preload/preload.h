@@ -187,7 +187,10 @@ static inline bool fd_hidden(int fd) { return (fd_entry(fd) & FD_HIDDEN) && !(fd
 void place_kernel(int fd, struct object *o, enum reason why, const char *more);
 /* bind(), listen() and connect() have to decide. The shadow has done its part where said.
  * 0; -errno is the call's result; PLACE_REAL: the call is the kernel's. */
-enum { PLACE_REAL = 1 };
+enum {
+    PLACE_REAL = 1,
+    PLACE_TRY, /* the kernel is asked; if it refuses, nothing is decided */
+};
 int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa,
                    socklen_t len);                                     /* port 0; the shadow only */
 int place_free(struct object *o, const struct bypass_endpoint *local); /* before */

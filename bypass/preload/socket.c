@@ -320,6 +320,22 @@ static int disconnect(struct object *o, int fd, const struct sockaddr *sa, sockl
     return o->type == BYPASS_STREAM ? bypass_disconnect(&me.stack, o->sock) : bypass_connect(&me.stack, o->sock, &none);
 }
 
+/* Nobody listens there on the stack: who does on the kernel, if anybody, has the connection. */
+static int connect_kernel(int fd, const struct sockaddr *sa, socklen_t len)
+{
+    int r = real.connect(fd, sa, len), err = errno;
+    struct object *o = r == 0 || err == EINPROGRESS || err == EINTR ? fd_enter_any(fd) : NULL;
+
+    if (o) {
+        if (o->place == PLACE_UNDECIDED) {
+            place_kernel(fd, o, WHY_NOBODY, NULL);
+        }
+        leave();
+    }
+    errno = err;
+    return r;
+}
+
 EXPORT int connect(int fd, const struct sockaddr *sa, socklen_t len)
 {
     struct bypass_endpoint to;
@@ -354,6 +370,9 @@ EXPORT int connect(int fd, const struct sockaddr *sa, socklen_t len)
         }
     }
     leave();
+    if (r == PLACE_TRY) {
+        return connect_kernel(fd, sa, len);
+    }
     return r == PLACE_REAL ? real.connect(fd, sa, len) : result(r);
 }
 
