@@ -12,6 +12,7 @@ enum {
     ITEM_BITS = 10,
     ITEM_CHUNK = 1 << ITEM_BITS,
     ITEM_CHUNKS = 4096,
+    KICK_NS = 2000000000,
     KERNEL_HALF = EPOLLIN | EPOLLRDNORM | EPOLLPRI, /* what it is asked for: room to send is the stack's word */
 };
 
@@ -334,7 +335,7 @@ void epoll_sleeper(struct epoll *e, int count)
  *
  * They went to sleep when all its members were the kernel's, and must come out now. A ready member that is armed for one
  * event is added, with data that nobody else has (random); who gets it takes it out of what the program sees, and arms it
- * for the next one. */
+ * for the next one. Not for ever: a thread may have left by siglongjmp() and be counted still. */
 static void kick(struct epoll *e)
 {
     struct epoll_event ev = {.events = EPOLLIN | EPOLLONESHOT};
@@ -347,7 +348,7 @@ static void kick(struct epoll *e)
         return;
     }
     ev.data.u64 = e->kick_data;
-    e->kicks = 2 * e->plain + 16;
+    e->kick_until_ns = clock_ns() + KICK_NS;
     e->kicking = true;
     real.epoll_ctl(e->fd, EPOLL_CTL_ADD, e->kick_fd, &ev);
 }
@@ -364,7 +365,7 @@ int epoll_unkick(struct epoll *e, struct epoll_event *events, int n)
         return n;
     }
     events[at] = events[n - 1];
-    if (e->plain && --e->kicks) {
+    if (e->plain && clock_ns() < e->kick_until_ns) {
         real.epoll_ctl(e->fd, EPOLL_CTL_MOD, e->kick_fd, &again);
     } else {
         real.epoll_ctl(e->fd, EPOLL_CTL_DEL, e->kick_fd, NULL);

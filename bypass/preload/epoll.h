@@ -75,7 +75,7 @@ struct epoll {
     int odd;        /* whose turn it is: 0 the stack's, 1 the kernel's */
     uint64_t looked_ns;
     uint64_t kick_data;
-    uint32_t kicks;
+    uint64_t kick_until_ns;
 };
 
 /* ---- epoll.c */

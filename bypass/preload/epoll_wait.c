@@ -230,6 +230,16 @@ static int doze(void *arg, const struct timespec *ts, const sigset_t *mask)
     return kernel_wait(r->outer, r->ev, LOOK_EVENTS, ts, mask);
 }
 
+/* What is to wake the threads in the program's set wakes this one too, and they have to be faster once. */
+static void let_others_wake(void)
+{
+    const struct timespec nap = {.tv_nsec = 100000};
+
+    leave();
+    nanosleep(&nap, NULL);
+    enter();
+}
+
 /* Lock held. until_ns 0: does not wait. */
 static int wait_ours(struct epoll *e, int epfd, struct epoll_event *out, int max, uint64_t until_ns,
                      const sigset_t *mask)
@@ -249,6 +259,9 @@ static int wait_ours(struct epoll *e, int epfd, struct epoll_event *out, int max
         }
         if (n != 0 || until_ns == 0) {
             return n;
+        }
+        if (unlikely(e->kicking)) {
+            let_others_wake();
         }
         rest.outer = e->outer;
         s.wake_fd = e->bell;
