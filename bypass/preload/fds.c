@@ -57,8 +57,12 @@ struct object *fd_enter_quietly(int fd) { return enter_with(fd, enter_quietly); 
 
 struct object *fd_enter(int fd)
 {
-    struct object *o = fd_on_stack(fd) ? fd_enter_any(fd) : NULL;
+    struct object *o;
 
+    if (unlikely(me.cancels) && fd_entry(fd) != 0) {
+        pthread_testcancel(); /* most callers are cancellation points (pthreads(7)), and have done nothing yet */
+    }
+    o = fd_on_stack(fd) ? fd_enter_any(fd) : NULL;
     if (o && o->place != PLACE_STACK && o->place != PLACE_BOTH) {
         if (o->place == PLACE_KERNEL) {
             atomic_fetch_or_explicit(&me.table[fd], FD_KERNEL, memory_order_relaxed);

@@ -100,6 +100,7 @@ struct thread {              /* of the calling thread */
     uint32_t inside;         /* it holds the lock: signal handlers wait (signal.c) */
     uint32_t pending;        /* a signal was put off meanwhile, */
     uint64_t mask;           /* when these were blocked */
+    siginfo_t kept;          /* ... and this is the first of them, if si_signo is not 0 */
     uint32_t handled;        /* handlers that ran, ever: who was about to sleep looks whether it changed */
     bool no_restart;         /* ... of these one had no SA_RESTART */
     bool guarded;            /* not to be cancelled while it holds the lock; before that it was in this state: */

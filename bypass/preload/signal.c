@@ -6,7 +6,7 @@
  *
  * Every handler is reached through ours, with the flags and the mask that the program gave it. When the lock is held, the
  * thread sends it to itself again and returns with all signals blocked; when the lock is free, they are unblocked, and the
- * kernel does the rest (mask, stack, context, order) as if they had come then. Faults of the thread itself are never kept.
+ * kernel does the rest (mask, stack, context) as if they had come then. Faults of the thread itself are never kept.
  *
  * Handlers that were set by system calls of the program's own (syscall(2), a language's runtime) are not known here.
  */
@@ -57,14 +57,24 @@ static uint64_t blocked_meanwhile(void)
     return set;
 }
 
-/* The lock is held: this one, and all that follow, stay with the kernel until it is free. */
+/* Real-time signals of one number come in order: one that is sent again would come last. The first is kept here. */
+static bool keep_here(int sig, const siginfo_t *info)
+{
+    if (sig < SIGRTMIN || self.kept.si_signo) {
+        return false;
+    }
+    self.kept = *info;
+    return true;
+}
+
+/* The lock is held: this one, and all that follow, wait until it is free. */
 static void keep(int sig, siginfo_t *info, ucontext_t *at)
 {
     uint64_t before = *mask_of(at), meanwhile = blocked_meanwhile();
 
     real.syscall(SYS_rt_sigprocmask, SIG_BLOCK, &meanwhile, NULL, sizeof meanwhile);
     *mask_of(at) = before | meanwhile;
-    if (real.syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), sig, info) < 0) {
+    if (!keep_here(sig, info) && real.syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), sig, info) < 0) {
         raise(sig); /* RLIMIT_SIGPENDING: without its siginfo_t then, as the kernel does it */
     }
     /* Another signal may have come on top of this one: it has written here before, the mask of ours. */
@@ -92,6 +102,23 @@ static void run(int sig, siginfo_t *info, void *at)
     handler(sig, info, at);
 }
 
+/* As the kernel would, but for the stack (SA_ONSTACK), and the context is that of a call of ours. */
+static void run_kept(void)
+{
+    siginfo_t info = self.kept;
+    const struct sigaction *act = action_of(info.si_signo);
+    uint64_t mask = self.mask | *(const uint64_t *)&act->sa_mask;
+    ucontext_t here;
+
+    self.kept.si_signo = 0;
+    if (!(act->sa_flags & SA_NODEFER)) {
+        mask |= 1ull << (info.si_signo - 1);
+    }
+    getcontext(&here);
+    real.syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof mask);
+    run(info.si_signo, &info, &here);
+}
+
 static void arrives(int sig, siginfo_t *info, void *at)
 {
     int saved = errno;
@@ -107,9 +134,13 @@ static void arrives(int sig, siginfo_t *info, void *at)
 void signals_deliver(void)
 {
     int saved = errno;
+    uint64_t mask = self.mask;
 
     self.pending = 0;
-    real.syscall(SYS_rt_sigprocmask, SIG_SETMASK, &self.mask, NULL, sizeof self.mask);
+    if (self.kept.si_signo) {
+        run_kept();
+    }
+    real.syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof mask);
     errno = saved;
 }
 
