@@ -74,7 +74,7 @@ class Socket(Model):
     pid: int | None
     fd: int | None
     descriptors: int
-    proto: Literal["tcp", "udp"]
+    proto: Literal["tcp", "udp", "other"]
     place: Place
     why: str
     state: str = ""
@@ -206,7 +206,7 @@ def _socket(s: Any) -> dict[str, Any]:
         "pid": s.pid,
         "fd": s.fd,
         "descriptors": s.refs,
-        "proto": "tcp" if s.type == lib.BYPASS_STREAM else "udp",
+        "proto": {lib.BYPASS_STREAM: "tcp", lib.BYPASS_DGRAM: "udp"}.get(s.type, "other"),
         "place": place,
         "why": ": ".join(part for part in (reason, more) if part),
     }

@@ -29,7 +29,7 @@ struct app_socket {
     uint32_t object;
     int32_t pid, fd; /* its first descriptor */
     uint32_t refs;   /* descriptors, of all processes */
-    uint8_t type;    /* BYPASS_STREAM, BYPASS_DGRAM */
+    uint8_t type;    /* BYPASS_STREAM, BYPASS_DGRAM; 0: another protocol */
     uint8_t inet6;   /* AF_INET6 */
     uint8_t place;   /* enum place of preload/group.h */
     uint8_t reason;  /* enum reason */

@@ -301,12 +301,15 @@ static int attach_now(void)
         err = attach_memory(fds + 1, count - 1);
     }
     if (err == 0) {
-        me.local = reserve(me.app->config.max_socks * sizeof *me.local);
+        me.local = reserve(me.g->objects_max * sizeof *me.local);
         enter();
         err = me.local ? join() : -ENOMEM;
         if (err == 0 && me.g->relatives > 1) {
             adopt_sockets();
             relatives_look_before(clock_ns() + RELATIVES_LOOK_NS);
+        }
+        if (err == 0) {
+            note_inherited();
         }
         if (err == 0 && !loop) {
             err = broker_ready();

@@ -97,6 +97,9 @@ EXPORT long syscall(long number, ...)
         if (number == SYS_close_range) {
             return close_range((unsigned)a[0], (unsigned)a[1], (int)a[2]);
         }
+        if (number == SYS_io_uring_setup) {
+            uring_noted();
+        }
         if (fd_entry((int)a[0]) && by_descriptor(number, a, &r)) {
             return r;
         }

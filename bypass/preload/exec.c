@@ -384,6 +384,35 @@ static bool is_internet(int fd)
     return real.getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) == 0 && (domain == AF_INET || domain == AF_INET6);
 }
 
+static int option(int fd, int name)
+{
+    int value = 0;
+    socklen_t len = sizeof value;
+
+    return real.getsockopt(fd, SOL_SOCKET, name, &value, &len) < 0 ? -1 : value;
+}
+
+bool note_inherited_fd(int fd)
+{
+    int protocol, type;
+
+    if (fd_object(fd) != GROUP_NONE || fd_hidden(fd) || !is_internet(fd)) {
+        return false;
+    }
+    protocol = option(fd, SO_PROTOCOL);
+    type = protocol == IPPROTO_TCP ? BYPASS_STREAM : protocol == IPPROTO_UDP ? BYPASS_DGRAM : 0;
+    object_of_kernel(fd, option(fd, SO_DOMAIN), type, WHY_INHERITED, NULL);
+    return true;
+}
+
+static bool inherited(int fd)
+{
+    note_inherited_fd(fd);
+    return false;
+}
+
+void note_inherited(void) { any_socket(inherited); }
+
 void exec_arrived(void)
 {
     bool must = getenv("BYPASS_JOIN") != NULL;

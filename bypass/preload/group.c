@@ -32,8 +32,10 @@ static int lock_init(pthread_mutex_t *lock)
 
 int group_init(struct group *g, uint64_t size, uint32_t max_socks, uint64_t wake_id)
 {
-    uint64_t objects = (sizeof *g + 63) & ~63ull, watches = objects + (uint64_t)max_socks * sizeof(struct object);
+    uint64_t objects = (sizeof *g + 63) & ~63ull, watches;
 
+    max_socks += GROUP_SPARE;
+    watches = objects + (uint64_t)max_socks * sizeof(struct object);
     if (watches + (uint64_t)HOLDS * max_socks * sizeof(struct hold) > size) {
         return -ENOMEM;
     }

@@ -22,7 +22,8 @@ enum {
     GROUP_WHY = 40,
     GROUP_ADDRS = 16, /* addresses of a stack */
     BYPASS_EVERYTHING = BYPASS_IN | BYPASS_OUT | BYPASS_ERR | BYPASS_HUP | BYPASS_RDHUP | BYPASS_PRI,
-    HOLDS = 3, /* for each object, on the average */
+    HOLDS = 3,        /* for each object, on the average */
+    GROUP_SPARE = 64, /* objects beyond what the stack has room for: to tell why more sockets are the kernel's */
 };
 
 enum place {
@@ -142,7 +143,8 @@ struct group {
     struct proc procs[GROUP_PROCS];
 };
 
-_Static_assert(sizeof(struct group) <= APP_GROUP_FIXED, "the head of the group fits");
+_Static_assert(sizeof(struct group) + GROUP_SPARE * APP_GROUP_PER_SOCKET <= APP_GROUP_FIXED,
+               "the head of the group fits");
 _Static_assert(sizeof(struct object) + HOLDS * sizeof(struct hold) <= APP_GROUP_PER_SOCKET,
                "an object and its holds fit");
 
@@ -155,7 +157,7 @@ static inline struct hold *group_hold(struct group *g, uint32_t i)
     return (struct hold *)((uint8_t *)g + g->holds_off) + i;
 }
 
-/* Makes a group in zeroed memory for so many sockets. 0 or -errno. */
+/* Makes a group in zeroed memory for so many sockets of the stack. 0 or -errno. */
 int group_init(struct group *g, uint64_t size, uint32_t max_socks, uint64_t wake_id);
 /* GROUP_NONE: there are too many. refs is 1. */
 uint32_t group_object_new(struct group *g);

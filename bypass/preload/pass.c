@@ -132,6 +132,8 @@ static void came(int fd)
     if (i != GROUP_NONE) {
         fd_set_object(fd, i);
         arrived(group_object(me.g, i));
+    } else if (ino) {
+        note_inherited_fd(fd);
     }
 }
 

@@ -123,6 +123,10 @@ static int bind_datagrams(int fd, struct object *o, struct bypass_endpoint *loca
     if (!granted(BYPASS_DGRAM, local, NULL)) {
         return 0; /* it may still be connected to a peer that is */
     }
+    if (uring_used(true)) {
+        place_kernel(fd, o, WHY_URING, NULL);
+        return PLACE_REAL;
+    }
     if (lease(fd, o, local, NULL) < 0) {
         return PLACE_REAL;
     }
@@ -188,6 +192,10 @@ int place_listen(int fd, struct object *o, int backlog)
 
     if (o->listening) {
         return bypass_listen(&me.stack, o->sock, backlog);
+    }
+    if (uring_used(true)) {
+        place_kernel(fd, o, WHY_URING, NULL);
+        return PLACE_REAL;
     }
     if (err < 0 || !servable(fd, o, &local)) {
         if (err < 0) {
@@ -281,6 +289,7 @@ static enum reason connect_reason(const struct object *o, const struct bypass_en
     if (looping()) {
         return !loop                                                             ? WHY_NOT_GRANTED
                : bypass_port_users(&me.stack, o->type, &to->addr, to->port) == 0 ? WHY_NOBODY
+               : o->place == PLACE_UNDECIDED && uring_used(false)                ? WHY_URING
                                                                                  : WHY_NONE;
     }
     if (loop || is_any(&to->addr)) {
@@ -290,7 +299,10 @@ static enum reason connect_reason(const struct object *o, const struct bypass_en
         return WHY_MULTICAST;
     }
     bypass_local(&me.stack, o->sock, &local);
-    return granted(o->type, &local, to) ? WHY_NONE : WHY_NOT_GRANTED;
+    if (!granted(o->type, &local, to)) {
+        return WHY_NOT_GRANTED;
+    }
+    return o->place == PLACE_UNDECIDED && uring_used(false) ? WHY_URING : WHY_NONE;
 }
 
 static int prepare_connect(int fd, struct object *o, const struct bypass_endpoint *to)

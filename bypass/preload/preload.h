@@ -161,6 +161,8 @@ void fd_forget(int fd);
 /* Lock held: one reference less. */
 void object_put(uint32_t object);
 void object_end(uint32_t object); /* nobody has it any more */
+/* Lock held. A socket that the stack does not have, kept to tell why. type 0: neither TCP nor UDP. more may be NULL. */
+void object_of_kernel(int fd, int family, int type, enum reason why, const char *more);
 /* Lock held: close() of a descriptor, up to the kernel's part; the last of a listener's ends the kernel's half too. */
 void close_object(int fd);
 static inline uint32_t fd_entry(int fd)
@@ -298,6 +300,10 @@ void exit_prepare(void);
 void exec_arrived(void);
 /* Lock held. This process has just joined a group that was there: it takes what it was started with. */
 void adopt_sockets(void);
+/* Lock held. Internet sockets that are no object's have been opened where this library was not: they are the kernel's,
+ * and it is told why. A single one: whether fd is such a socket. */
+void note_inherited(void);
+bool note_inherited_fd(int fd);
 uint64_t fd_inode(int fd); /* 0: it is no socket */
 /* Every descriptor is the kernel's from now on. */
 void descriptors_forget(void);
@@ -315,6 +321,10 @@ void pass_unsent(const struct msghdr *h); /* ... and when that failed */
 void pass_received(struct msghdr *h);
 void pass_check(void); /* lock held: messages that nobody took */
 void pass_child(void); /* after fork, in the child */
+
+/* ---- uring.c: this process has an io_uring. now: look, else a look of the last second will do. */
+bool uring_used(bool now);
+void uring_noted(void); /* it is making one */
 
 /* ---- share.c: sockets by place, of this process and of all relatives. Lock held. */
 void count_stack(int type);

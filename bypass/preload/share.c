@@ -35,7 +35,7 @@ void count_kernel(int type, int reason)
     if (type == BYPASS_STREAM) {
         me.g->tcp_kernel++;
         mine.tcp_kernel++;
-    } else {
+    } else if (type == BYPASS_DGRAM) {
         me.g->udp_kernel++;
         mine.udp_kernel++;
     }

@@ -34,17 +34,13 @@ static uint32_t object_make(int fd, int family, int type, bypass_sock sock)
     return i;
 }
 
-/* An accepted connection of the kernel's, or a socket that the stack cannot have: kept only to tell why. */
-static void object_of_kernel(int fd, int family, int type, enum reason why)
+void object_of_kernel(int fd, int family, int type, enum reason why, const char *more)
 {
-    uint32_t i;
+    uint32_t i = object_make(fd, family, type, -1);
 
-    enter();
-    i = object_make(fd, family, type, -1);
     if (i != GROUP_NONE) {
-        place_kernel(fd, group_object(me.g, i), why, NULL);
+        place_kernel(fd, group_object(me.g, i), why, more);
     }
-    leave();
 }
 
 void object_put(uint32_t object)
@@ -123,15 +119,33 @@ static int kind_of(int domain, int type, int protocol)
     return type == SOCK_DGRAM && (protocol == 0 || protocol == IPPROTO_UDP) ? BYPASS_DGRAM : -1;
 }
 
+/* An Internet socket of another protocol. A program that has no others is none of ours. */
+static void other_protocol(int fd, int domain, int type, int protocol)
+{
+    char more[GROUP_WHY];
+
+    if (me.attached > 0 && (domain == AF_INET || domain == AF_INET6)) {
+        snprintf(more, sizeof more, "type %d, protocol %d", type & ~(SOCK_NONBLOCK | SOCK_CLOEXEC), protocol);
+        enter();
+        object_of_kernel(fd, domain, 0, WHY_PROTOCOL, more);
+        leave();
+    }
+}
+
 EXPORT int socket(int domain, int type, int protocol)
 {
     int fd, kind = kind_of(domain, type, protocol);
     bypass_sock sock;
     uint32_t i;
+    bool ours;
 
     real_load();
+    ours = kind >= 0 && attach(); /* first: what is open then was opened by others */
     fd = real.socket(domain, type, protocol);
-    if (fd < 0 || kind < 0 || !attach()) {
+    if (fd >= 0 && kind < 0) {
+        other_protocol(fd, domain, type, protocol);
+    }
+    if (fd < 0 || !ours) {
         return fd;
     }
     enter();
@@ -284,10 +298,10 @@ EXPORT int accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
             break;
         }
     }
-    leave();
     if (kernels) {
-        object_of_kernel(r, family, BYPASS_STREAM, WHY_LOOPBACK);
+        object_of_kernel(r, family, BYPASS_STREAM, WHY_LOOPBACK, NULL);
     }
+    leave();
     return result(r);
 }
 
