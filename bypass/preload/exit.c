@@ -32,13 +32,6 @@ static void stop_listeners(void)
     }
 }
 
-void descriptors_forget(void)
-{
-    for (int fd = 0; fd < me.fd_top; fd++) {
-        fd_mark(fd, 0);
-    }
-}
-
 /* Relatives that can drive the stack. */
 static bool alone(void)
 {
@@ -123,7 +116,6 @@ void goodbye(void)
     me.halted_by = &self;
     stop_listeners();
     group_leave(me.g, me.proc, ended, NULL);
-    descriptors_forget();
     turn();
     if (me.g->relatives == 0) { /* what messages carry that nobody can take any more */
         end_all();
@@ -132,7 +124,7 @@ void goodbye(void)
         hand_over();
     }
     me.attached = -1;
-    leave(); /* the other threads stand still for ever */
+    leave(); /* the other threads stand still for ever: what their descriptors name is not theirs any more */
 }
 
 /* What the program leaves to exit(): streams are written before their sockets are closed. */

@@ -40,8 +40,8 @@ static inline struct object *enter_with(int fd, void (*take)(void))
 {
     uint32_t v = fd_entry(fd);
 
-    if (likely(!entry_is_object(v))) {
-        return NULL;
+    if (likely(!entry_is_object(v)) || unlikely(me.halted_by == &self && me.gone)) {
+        return NULL; /* goodbye() has given them away; only the thread that called it gets here then */
     }
     take();
     v = fd_entry(fd); /* another thread may have closed it */

@@ -79,7 +79,9 @@ static void after_in_child(void)
         pthread_setcancelstate(self.cancel_state, NULL);
     }
     if (child_place == GROUP_NONE) { /* more processes than the group has room for */
-        descriptors_forget();
+        for (int fd = 0; fd < me.fd_top; fd++) {
+            fd_mark(fd, 0);
+        }
         me.attached = -1;
         snprintf(me.refused, sizeof me.refused, "more than %d processes", GROUP_PROCS);
         return;

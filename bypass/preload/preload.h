@@ -305,8 +305,6 @@ void adopt_sockets(void);
 void note_inherited(void);
 bool note_inherited_fd(int fd);
 uint64_t fd_inode(int fd); /* 0: it is no socket */
-/* Every descriptor is the kernel's from now on. */
-void descriptors_forget(void);
 /* The process ends: its sockets are closed, and somebody drives what they left. Without the lock; again: nothing. */
 void goodbye(void);
 bool stack_used(void); /* Lock held. There are connections; */

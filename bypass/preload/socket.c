@@ -449,7 +449,7 @@ EXPORT int getpeername(int fd, struct sockaddr *sa, socklen_t *len)
 EXPORT int close(int fd)
 {
     real_load();
-    if (likely(fd_entry(fd) == 0)) {
+    if (likely(fd_entry(fd) == 0) || me.gone) {
         return real.close(fd);
     }
     if (fd_hidden(fd)) {

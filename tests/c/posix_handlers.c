@@ -58,10 +58,18 @@ static void *sends(void *arg)
     return NULL;
 }
 
-/* ---- What is set is what is read ---- */
+/* ---- What is set is what is read (with a socket: the library is at work then) ---- */
+static void with_sockets(void)
+{
+    int fds[2];
+
+    tcp_pair(fds);
+}
+
 CASE(sigaction_tells_what_was_set)
 {
     struct sigaction a = {.sa_sigaction = told, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK}, b;
+    with_sockets();
     sigemptyset(&a.sa_mask);
     sigaddset(&a.sa_mask, SIGUSR2);
     MUST(sigaction(SIGUSR1, &a, &b));
@@ -82,6 +90,7 @@ CASE(sigaction_tells_what_was_set)
 
 CASE(signal_tells_the_one_before)
 {
+    with_sockets();
     CHECK(signal(SIGUSR1, counts) == SIG_DFL);
     CHECK(signal(SIGUSR1, counts_other) == counts);
     CHECK(signal(SIGUSR1, SIG_IGN) == counts_other);
@@ -130,6 +139,7 @@ CASE(siginterrupt_stops_them)
 CASE(sysv_signal_is_for_once)
 {
     struct sigaction now;
+    with_sockets();
     CHECK(sysv_signal(SIGUSR1, counts) == SIG_DFL);
     MUST(raise(SIGUSR1));
     EQ(caught, 1);
@@ -139,6 +149,7 @@ CASE(sysv_signal_is_for_once)
 
 CASE(sigset_holds_and_releases)
 {
+    with_sockets();
     CHECK(sigset(SIGUSR1, counts) == SIG_DFL);
     CHECK(sigset(SIGUSR1, SIG_HOLD) == counts);
     MUST(raise(SIGUSR1));
