@@ -5,6 +5,7 @@ line about how many sockets were on the stack (BYPASS_TRACE_SHARE)."""
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,18 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_process_tells_where_its_sockets_were(tmp_path: Path) -> None:
     share = tmp_path / "share"
-    ended = program(
-        """
+    with socket.create_server(("127.0.0.1", 0)) as kernels:
+        ended = program(
+            f"""
 a, b = pair()
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 u.setsockopt(socket.IPPROTO_IP, 8, 1)
-s = socket.socket()
-fails(s.connect, ("127.0.0.1", 1))
+s = socket.create_connection(("127.0.0.1", {kernels.getsockname()[1]}))
 unused = socket.socket()
 print(os.getpid())
 """,
-        share,
-    )
+            share,
+        )
     assert ended.status == 0
     [line] = lines(share)
     assert line["pid"] == int(ended.out)

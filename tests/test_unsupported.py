@@ -54,7 +54,7 @@ USES = {
         "multicast or broadcast: IP_ADD_MEMBERSHIP",
     ),
     "nobody": (
-        "s = tcp(); s.connect_ex(('127.0.0.1', 1))",
+        "s = tcp(); s.connect(('127.0.0.1', int(sys.argv[3])))",
         "nobody listens there on the stack",
     ),
     "elsewhere": (
@@ -131,8 +131,8 @@ def told() -> Iterator[dict[str, dict[str, Any]]]:
 
     uses = json.dumps({name: use for name, (use, _) in USES.items()})
     env = environment("stack", BYPASS_PROCNAME=NAME)
-    with socket.socket() as given:
-        command = [sys.executable, "-c", PROGRAM, str(given.fileno()), uses]
+    with socket.socket() as given, socket.create_server(("127.0.0.1", 0)) as kernels:
+        command = [sys.executable, "-c", PROGRAM, str(given.fileno()), uses, str(kernels.getsockname()[1])]
         program = subprocess.Popen(
             command,
             env=env,
@@ -141,16 +141,16 @@ def told() -> Iterator[dict[str, dict[str, Any]]]:
             text=True,
             pass_fds=[given.fileno()],
         )
-    with program:
-        assert program.stdout
-        fds = json.loads(program.stdout.readline())
-        command = [sys.executable, "-m", "bypass", "conns", "--json", "--app", NAME]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        [application] = json.loads(done.stdout)["applications"]
-        by_fd = {s["fd"]: s for s in application["sockets"] if s["pid"] == program.pid}
-        yield {name: by_fd[fd] for name, fd in fds.items()}
-        program.communicate()
-    assert program.returncode == 0
+        with program:
+            assert program.stdout
+            fds = json.loads(program.stdout.readline())
+            command = [sys.executable, "-m", "bypass", "conns", "--json", "--app", NAME]
+            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+            [application] = json.loads(done.stdout)["applications"]
+            by_fd = {s["fd"]: s for s in application["sockets"] if s["pid"] == program.pid}
+            yield {name: by_fd[fd] for name, fd in fds.items()}
+            program.communicate()
+        assert program.returncode == 0
 
 
 @pytest.mark.parametrize("use", USES)

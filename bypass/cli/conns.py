@@ -67,7 +67,8 @@ def conns(app: str, as_json: bool) -> None:
 def applications() -> list[Application]:
     found = []
     for memory in memories():
-        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        # It ended meanwhile: then proc(5) says EACCES, too.
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             found.append(look(memory))
     return found
 

@@ -25,7 +25,7 @@ int main(void)
     x = (int)MUST(socket(AF_INET, SOCK_STREAM, 0));
     nobody = refusing(&holder);
     FAILS(ECONNREFUSED, connect(x, (struct sockaddr *)&nobody, sizeof(nobody)));
-    printf("listener %d pair %d %d udp %d %d pktinfo %d undecided %d nobody %d\n", l, fds[0], fds[1], us[0], us[1], k,
+    printf("listener %d pair %d %d udp %d %d pktinfo %d undecided %d refused %d\n", l, fds[0], fds[1], us[0], us[1], k,
            u, x);
     fflush(stdout);
     (void)posix_main;
