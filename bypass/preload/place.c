@@ -354,6 +354,9 @@ int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
     if (why == WHY_NOBODY && o->type == BYPASS_STREAM) {
         return PLACE_TRY;
     }
+    if (why == WHY_NOBODY && o->place == PLACE_UNDECIDED) {
+        why = WHY_NONE; /* datagrams: somebody may come, on either side */
+    }
     if (why != WHY_NONE) {
         if (o->place == PLACE_UNDECIDED) {
             place_kernel(fd, o, why, NULL);
