@@ -170,7 +170,7 @@ def test_a_ring_that_was_made_past_the_library_is_found() -> None:
         os.close(ring)
         assert program.stdout
         program.stdout.readline()
-        [application] = [a for a in map(observe.look, observe.memories()) if program.pid in a.holders]
+        [application] = [observe.look(m) for m in observe.memories() if program.pid in m.holders]
         assert [(s.state, s.place, s.why) for s in application.sockets] == [
             ("LISTEN", "kernel", "io_uring is used")
         ]

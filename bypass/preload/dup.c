@@ -337,6 +337,18 @@ EXPORT int fcntl64(int fd, int cmd, ...) { return file_control(fd, cmd, ARGUMENT
 
 /* ---- ioctl() ------------------------------------------------------------------------------------------------------------ */
 
+/* Of what is queued: what read() gets before it comes to the mark of urgent data (tcp_inq() of the kernel). */
+static int readable(const struct object *o, uint32_t queued)
+{
+    if (queued == 0 || bypass_getopt(&me.stack, o->sock, BYPASS_SO_OOBINLINE) > 0) {
+        return (int)queued;
+    }
+    if (bypass_at_mark(&me.stack, o->sock) > 0) {
+        return 0;
+    }
+    return (int)bypass_recv(&me.stack, o->sock, NULL, queued, BYPASS_PEEK | BYPASS_TRUNC); /* counts only */
+}
+
 /* Bytes that wait in a stream's queues (tcp(7)): a listener has none. */
 static int stream_queue(struct object *o, unsigned long request)
 {
@@ -349,7 +361,8 @@ static int stream_queue(struct object *o, unsigned long request)
     if (info.state == BYPASS_LISTEN) {
         return -EINVAL;
     }
-    return (int)(request == FIONREAD ? info.rcv_queued : request == SIOCOUTQ ? info.snd_queued : info.notsent);
+    return request == FIONREAD ? readable(o, info.rcv_queued)
+                               : (int)(request == SIOCOUTQ ? info.snd_queued : info.notsent);
 }
 
 /* The size of the next datagram (udp(7)), of either half; 1: ask the kernel. */

@@ -134,12 +134,12 @@ static int noted(struct object *o, const struct option_row *row, int result)
     return result;
 }
 
-/* Whether something other than "off" is wanted. */
-static bool asks(const void *val, socklen_t len)
+/* Whether something other than "off" is wanted: zero, and of a rate all ones. */
+static bool asks(const struct option_row *row, const void *val, socklen_t len)
 {
-    static const uint8_t zero[sizeof(int)];
+    uint32_t off = row->kind == RATE ? UINT32_MAX : 0;
 
-    return len > 0 && memcmp(val, zero, len < sizeof zero ? len : sizeof zero) != 0;
+    return len > 0 && memcmp(val, &off, len < sizeof off ? len : sizeof off) != 0;
 }
 
 static int give_up(int fd, struct object *o, const struct option_row *row, int level, int name)
@@ -163,7 +163,7 @@ static int set_undecided(int fd, struct object *o, const struct option_row *row,
         if (set_stack(fd, o, row, level, val, len) == 0 || row->kind == OPTIONAL) {
             return 0;
         }
-    } else if (!asks(val, len)) {
+    } else if (!asks(row, val, len)) {
         return 0;
     }
     return give_up(fd, o, row, level, name);
@@ -181,6 +181,15 @@ static int would_set(const struct object *o, int level, int name, const void *va
     return r;
 }
 
+/* Who talks to it does so on the stack, and would not find it on the kernel: a stream; datagrams of a stack that talks to
+ * itself. */
+static bool bound_to_stack(const struct object *o)
+{
+    struct bypass_endpoint peer;
+
+    return o->type == BYPASS_STREAM || (me.app->device == APP_DEV_LOOP && bypass_peer(&me.stack, o->sock, &peer) == 0);
+}
+
 /* What the stack lacks, of a socket that it has. Datagrams go on by the kernel; what waits on the stack is lost, as
  * datagrams may be. */
 static int set_lost(int fd, struct object *o, const struct option_row *row, int level, int name, const void *val,
@@ -188,12 +197,12 @@ static int set_lost(int fd, struct object *o, const struct option_row *row, int 
 {
     int r;
 
-    if (o->type == BYPASS_STREAM && asks(val, len)) {
+    if (asks(row, val, len) && bound_to_stack(o)) {
         r = would_set(o, level, name, val, len);
         return r < 0 ? r : -ENOPROTOOPT;
     }
     r = set_real(fd, level, name, val, len);
-    return r < 0 || !asks(val, len) ? r : give_up(fd, o, row, level, name);
+    return r < 0 || !asks(row, val, len) ? r : give_up(fd, o, row, level, name);
 }
 
 static int set_decided(int fd, struct object *o, const struct option_row *row, int level, int name, const void *val,

@@ -304,12 +304,21 @@ CASE(the_mark_of_urgent_data)
     EQ(sockatmark(fds[1]), 0);
     says(fds[0], "a");
     EQ(send(fds[0], "!", 1, MSG_OOB), 1);
+    says(fds[0], "bc");
     wait_ready(fds[1], POLLPRI);
+    while (ready(fds[1]) != (POLLIN | POLLOUT | POLLPRI))
+        nap_ms(1);
     EQ(sockatmark(fds[1]), 0);
+    EQ(queued(fds[1], FIONREAD), 1); /* up to the mark */
     hears(fds[1], "a");
     EQ(sockatmark(fds[1]), 1);
+    EQ(queued(fds[1], FIONREAD), 0);
     EQ(recv(fds[1], &c, 1, MSG_OOB), 1);
     EQ(c, '!');
+    EQ(queued(fds[1], FIONREAD), 0);
+    hears(fds[1], "bc");
+    EQ(queued(fds[1], FIONREAD), 0);
+    EQ(sockatmark(fds[1]), 0);
     FAILS(ENOTTY, sockatmark(0));
 }
 
