@@ -14,8 +14,9 @@ import pytest
 from c_programs import CFLAGS, ENV, INCLUDE, ROOT, VARIANTS, run, stack_objects
 
 CORPUS = ROOT / "tests/corpus"
-HARNESSES = ("options", "reass", "frames", "ops")
+HARNESSES = ("options", "reass", "frames", "ops", "fwd")
 WRAP = [f"-Wl,--wrap=bypass_{name}" for name in ("recv", "recvfrom", "send", "destroy")]
+FWD = ["-Ibypass", *(f"bypass/fwd/{name}.c" for name in ("port", "peer", "lease", "check", "forward"))]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 def harness(name: str, objects: tuple[str, ...], folder: Path, wrong: int = 0) -> Path:
     out = folder / f"replay_{name}_{wrong}"
     lie = [f"-DFUZZ_WRONG={wrong}", *WRAP] if wrong else []
+    if name == "fwd":  # no stack is in it
+        lie = [f"-DFUZZ_PASS={wrong}", "-Wl,--wrap=check_send"] if wrong else []
+        objects = tuple(FWD)
     sources = ["tests/c/fuzz_replay.c", f"tests/c/fuzz_{name}.c"]
     run("gcc", *CFLAGS, "-DBYPASS_DEBUG", *INCLUDE, *VARIANTS["san"], *lie, *sources, *objects, "-o", out)
     return out
@@ -64,6 +68,10 @@ def test_the_corpus_finds_nothing_wrong(
         ("ops", 3, "conns"),
         ("reass", 1, "bytes"),
         ("frames", 3, "conns"),
+        ("fwd", 2, "Ethernet"),
+        ("fwd", 11, "from "),
+        ("fwd", 14, "nobody began"),
+        ("fwd", 16, "from port"),
     ],
     ids=[
         "a byte read differs",
@@ -71,6 +79,10 @@ def test_the_corpus_finds_nothing_wrong(
         "nothing is freed",
         "a datagram is short",
         "frames stay",
+        "another source leaves",
+        "another address leaves",
+        "a fragment leaves",
+        "another port leaves",
     ],
 )
 def test_a_stack_that_lies_is_noticed(

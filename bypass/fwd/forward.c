@@ -98,7 +98,9 @@ int forward_port_del(struct forwarder *f, uint32_t app)
     if (!p) {
         return -ENOENT;
     }
-    leases_remove_all(&f->check.leases, p->sender.owner);
+    if (p->leases) { /* a walk through the whole table */
+        leases_remove_all(&f->check.leases, p->sender.owner);
+    }
     for (uint32_t i = 0; i < FWD_ENTRIES_MAX; i++) {
         f->entry[i] = f->entry[i] == p->sender.owner ? 0 : f->entry[i];
     }

@@ -7,7 +7,8 @@ CLANG := clang-14
 CFLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -DBYPASS_DEBUG \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 STACK := $(patsubst bypass/stack/%.c,$(OUT)/stack/%.o,$(wildcard bypass/stack/*.c))
-HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_frames.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c))
+FWD := $(patsubst %,$(OUT)/fwd/%.o,port peer lease check forward)
+HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[rw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c))
 
 MAKEFLAGS += --no-builtin-rules
 
@@ -17,10 +18,17 @@ $(OUT)/stack/%.o: bypass/stack/%.c
 	@mkdir -p $(@D)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass/stack -MMD -MP -c $< -o $@
 
+$(OUT)/fwd/%.o: bypass/fwd/%.c
+	@mkdir -p $(@D)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass -MMD -MP -c $< -o $@
+
+$(OUT)/fuzz_fwd: tests/c/fuzz_fwd.c $(wildcard tests/c/*.h) $(FWD)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(FWD) -o $@
+
 $(OUT)/%: tests/c/%.c $(wildcard tests/c/*.h) $(STACK)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass/stack $< $(STACK) -o $@
 
 .PHONY: all
-.SECONDARY: $(STACK)
+.SECONDARY: $(STACK) $(FWD)
 
--include $(STACK:.o=.d)
+-include $(STACK:.o=.d) $(FWD:.o=.d)
