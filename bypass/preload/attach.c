@@ -322,11 +322,17 @@ static int attach_now(void)
     return err;
 }
 
+/* As it was before main(): programs may clear their environment. */
 bool preload_wanted(void)
 {
-    const char *loop = getenv("BYPASS_LOOPBACK"), *socket = getenv("BYPASS_SOCKET");
+    static int yes; /* 0: not looked yet */
 
-    return (loop && *loop && strcmp(loop, "0") != 0) || (socket && *socket);
+    if (!yes) {
+        const char *loop = getenv("BYPASS_LOOPBACK"), *socket = getenv("BYPASS_SOCKET");
+
+        yes = (loop && *loop && strcmp(loop, "0") != 0) || (socket && *socket) ? 1 : -1;
+    }
+    return yes > 0;
 }
 
 bool attach(void)
@@ -376,6 +382,7 @@ void attach_child(void)
 __attribute__((constructor(102))) static void prepare(void)
 {
     real_load();
+    preload_wanted();
     me.broken = getenv("BYPASS_BREAK") && strcmp(getenv("BYPASS_BREAK"), "recv") == 0;
     fork_prepare();
     exit_prepare();

@@ -20,11 +20,20 @@ enum { GRANTS = 256, ANSWER_MS = 5000, HELLO_MS = 20000 };
 static struct app_msg grants[GRANTS], incoming[GRANTS]; /* in force; being told */
 static uint32_t grant_count, incoming_count;
 static uint32_t next_seq;
+static char *broker_path;
+
+/* Before main(): programs may clear their environment (nginx does), and their children call the broker later. */
+__attribute__((constructor(102))) static void note_path(void)
+{
+    const char *path = getenv("BYPASS_SOCKET");
+
+    broker_path = path ? strdup(path) : NULL;
+}
 
 /* ---- Messages --------------------------------------------------------------------------------------------- */
 static int dial(void)
 {
-    const char *path = getenv("BYPASS_SOCKET");
+    const char *path = broker_path;
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     size_t len = path ? strlen(path) : 0;
     int fd;
@@ -303,8 +312,8 @@ static int introduce(struct app_msg *m)
     int fd = dial();
 
     if (fd < 0) {
-        snprintf(me.refused, sizeof me.refused, "no broker at %s: %s (`bypass up` starts one)", getenv("BYPASS_SOCKET"),
-                 strerror(-fd));
+        snprintf(me.refused, sizeof me.refused, "no broker at %s: %s (`bypass up` starts one)",
+                 broker_path ? broker_path : "(none)", strerror(-fd));
         return fd;
     }
     me.broker_fd = fd;
