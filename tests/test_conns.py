@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ from c_programs import CFLAGS, ROOT
 from c_programs import run as build
 from preloaded import environment
 
-from bypass import observe
+from bypass import netns, observe
+from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 
 NAME = f"holder-{os.getpid()}"
 
@@ -287,3 +289,90 @@ def test_text_for_the_terminal_is_printable() -> None:
     from bypass._core import ffi
 
     assert observe._text(ffi.new("char[]", b"\x1b]0;title\x07\xff\n")) == "?]0;title?" + "�" + "?"
+
+
+# ---- On a network -------------------------------------------------------------------------------------------------
+SERVER = f"""
+import socket, sys
+s = socket.create_server(("{SERVER_IP}", 8080))
+elsewhere = socket.create_server(("{SERVER_IP}", 8081))
+print(s.fileno(), elsewhere.fileno(), flush=True)
+c, _ = s.accept()
+print(c.fileno(), flush=True)
+sys.stdin.read()
+"""
+POLICY = f"""
+version: 1
+interface: {SERVER_IFNAME}
+backend: {{kind: afxdp, mode: copy, ring_size: 256}}
+flows:
+  - name: echo
+    match: {{proto: tcp, local_port: 8080}}
+    action: steer
+"""
+
+
+def seen_by(uid: int) -> list[str]:
+    """Names of the applications that this user can look into."""
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        told = [a.summary.name for a in map(observe.look, observe.memories()) if a.summary]
+        os.write(theirs, json.dumps(told).encode())
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        told = json.loads(pipe.read())
+    assert os.waitpid(pid, 0)[1] == 0
+    return list(told)
+
+
+@pytest.mark.netns
+def test_an_application_on_a_network(lab: Lab, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
+    run = [
+        sys.executable,
+        "-m",
+        "bypass",
+        "run",
+        "-c",
+        str(policy),
+        "--user",
+        "65534",
+        "--procname",
+        NAME,
+        "--",
+    ]
+    pipe = subprocess.PIPE
+    with (
+        netns.entered(lab.server_ns),
+        subprocess.Popen(
+            [*run, "/usr/bin/python3", "-c", SERVER], stdin=pipe, stdout=pipe, text=True
+        ) as program,
+    ):
+        assert program.stdout
+        listener, elsewhere = map(int, program.stdout.readline().split())
+        with (
+            netns.entered(lab.client_ns),
+            socket.create_connection((SERVER_IP, 8080), 10) as client,
+        ):
+            connection = int(program.stdout.readline())
+            name = "{}:{}".format(*client.getsockname())
+            done = conns("--json", "--app", NAME)
+            assert (done.returncode, done.stderr) == (0, "")
+            [application] = json.loads(done.stdout)["applications"]
+            assert (application["uid"], application["summary"]["interface"]) == (65534, SERVER_IFNAME)
+            assert application["summary"]["device"] == "direct"
+            assert of(application, listener)["place"] == "both"
+            refused = of(application, elsewhere)
+            assert (refused["place"], refused["why"]) == ("kernel", "no rule of the policy grants it")
+            assert (refused["state"], refused["local"]) == ("LISTEN", f"{SERVER_IP}:8081")
+            served = of(application, connection)
+            assert (served["place"], served["state"], served["peer"]) == ("stack", "ESTAB", name)
+            assert served["local"] == f"{SERVER_IP}:8080"
+            assert NAME in seen_by(65534)
+            assert NAME not in seen_by(65533), "another user's"
+        program.communicate()
+    assert program.returncode == 0
