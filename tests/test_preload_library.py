@@ -133,6 +133,12 @@ for _ in range(3):
     assert len({line["pid"] for line in lines(share)}) == 4
 
 
+def test_a_program_that_clears_its_environment_tells_all_the_same(tmp_path: Path) -> None:
+    share = tmp_path / "share"
+    assert program("os.environ.clear(); a, b = pair()", share).status == 0
+    assert read_share(share).tcp_stack == 3
+
+
 def test_a_process_without_sockets_tells_nothing(tmp_path: Path) -> None:
     share = tmp_path / "share"
     assert program("print(1)", share).status == 0

@@ -98,15 +98,26 @@ static void compose(struct line *l)
     add(l, "}}\n");
 }
 
+static char path[4096];
+
+/* Programs may clear their environment (nginx does). */
+__attribute__((constructor)) static void note_path(void)
+{
+    const char *set = getenv("BYPASS_TRACE_SHARE");
+
+    if (set && strlen(set) < sizeof path) {
+        strcpy(path, set);
+    }
+}
+
 static bool nothing_new(void) { return mine.tcp_stack + mine.tcp_kernel + mine.udp_stack + mine.udp_kernel == 0; }
 
 void share_write(void)
 {
-    const char *path = getenv("BYPASS_TRACE_SHARE");
     struct line l = {.len = 0};
     int fd, saved = errno;
 
-    if (!path || !*path || (mine.told && nothing_new()) || me.attached == 0 || (me.attached < 0 && !me.refused[0])) {
+    if (!path[0] || (mine.told && nothing_new()) || me.attached == 0 || (me.attached < 0 && !me.refused[0])) {
         return;
     }
     compose(&l);
