@@ -95,7 +95,7 @@ static void orphan_end(void)
     uint32_t object = self.orphan - 1;
 
     self.orphan = 0;
-    if (--group_object(me.g, object)->refs == 0) {
+    if (group_call_ends(me.g, object, me.proc)) {
         object_end(object);
     }
 }
@@ -616,12 +616,14 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
         return 0; /* something happened: it may be what the caller waits for */
     }
     self.no_restart = false;
-    o->refs += !self.orphan; /* the call has it, as a call of the kernel has its file: */
+    if (!self.orphan) {
+        group_call_begins(me.g, object, me.proc); /* as a call of the kernel has its file: */
+    }
     got = park(&s, &shadow, o->place == PLACE_BOTH, until, NULL);
     if (o->refs == 1) {
         self.orphan = object + 1; /* ... another thread has closed the last descriptor; leave() ends it */
     } else if (!self.orphan) {
-        o->refs--;
+        group_call_ends(me.g, object, me.proc);
     }
     self.kernels = shadow.revents != 0;
     if (got == -ETIMEDOUT) {

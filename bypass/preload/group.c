@@ -4,9 +4,13 @@
 #include "group.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 
-enum { GROUP_MAGIC = 0x50524742 };
+enum { GROUP_MAGIC = 0x50524742, HOLD_SEEN = 2 };
+
+/* What stands before it is done first, also where the process is killed in between: group_repair(). */
+static inline void in_order(void) { atomic_signal_fence(memory_order_seq_cst); }
 
 static const char *const reasons[] = {
 #define X(name, text) [WHY_##name] = text,
@@ -87,10 +91,13 @@ void group_object_free(struct group *g, uint32_t object)
         uint32_t w = o->holds;
 
         o->holds = group_hold(g, w)->next;
+        in_order();
         hold_free(g, w);
     }
     o->refs = 0;
     o->ino = 0;
+    o->lease = 0;
+    in_order();
     o->next = g->objects_free;
     g->objects_free = object;
     g->objects_used--;
@@ -128,6 +135,7 @@ uint32_t group_hold_get(struct group *g, uint32_t object, uint32_t proc)
         return GROUP_NONE;
     }
     *group_hold(g, i) = (struct hold){.next = o->holds, .qnext = GROUP_NONE, .object = object, .proc = (uint16_t)proc};
+    in_order();
     o->holds = i;
     return i;
 }
@@ -142,14 +150,15 @@ void group_ref(struct group *g, uint32_t object, uint32_t proc)
     group_object(g, object)->refs++;
 }
 
-/* Takes a process' hold off an object's list. Its references. */
+/* Takes a process' hold off an object's list. Its references, those of calls included. */
 static uint32_t hold_drop(struct group *g, uint32_t object, uint32_t proc)
 {
     for (uint32_t *at = &group_object(g, object)->holds; *at != GROUP_NONE; at = &group_hold(g, *at)->next) {
-        uint32_t i = *at, refs = group_hold(g, i)->refs;
+        uint32_t i = *at, refs = group_hold(g, i)->refs + group_hold(g, i)->calls;
 
         if (group_hold(g, i)->proc == proc) {
             *at = group_hold(g, i)->next;
+            in_order();
             hold_free(g, i);
             return refs;
         }
@@ -165,7 +174,34 @@ bool group_unref(struct group *g, uint32_t object, uint32_t proc)
         struct hold *h = group_hold(g, i);
 
         if (h->proc == proc && h->refs) {
-            if (--h->refs == 0) {
+            if (--h->refs == 0 && h->calls == 0) {
+                hold_drop(g, object, proc);
+            }
+            break;
+        }
+    }
+    return --o->refs == 0;
+}
+
+void group_call_begins(struct group *g, uint32_t object, uint32_t proc)
+{
+    uint32_t i = group_hold_get(g, object, proc);
+
+    if (i != GROUP_NONE) {
+        group_hold(g, i)->calls++;
+    }
+    group_object(g, object)->refs++;
+}
+
+bool group_call_ends(struct group *g, uint32_t object, uint32_t proc)
+{
+    struct object *o = group_object(g, object);
+
+    for (uint32_t i = o->holds; i != GROUP_NONE; i = group_hold(g, i)->next) {
+        struct hold *h = group_hold(g, i);
+
+        if (h->proc == proc && h->calls) {
+            if (--h->calls == 0 && h->refs == 0) {
                 hold_drop(g, object, proc);
             }
             break;
@@ -303,41 +339,115 @@ void group_copy(struct group *g, uint32_t from, uint32_t to)
     }
 }
 
-/* ---- Soundness ---------------------------------------------------------------------------------------------- */
-static bool list_sound(const struct group *g, uint32_t i, uint32_t max,
-                       uint32_t (*next)(const struct group *, uint32_t))
+/* ---- Repair ------------------------------------------------------------------------------------------------
+ *
+ * Whoever was killed in the middle of something here left each list such that it can be walked: entries are complete
+ * before they are linked, and unlinked before they are used otherwise. What belongs to whom is said by the holds that
+ * objects have; everything else follows from these.
+ */
+static bool hold_valid(const struct group *g, uint32_t i, uint32_t object)
 {
-    for (uint32_t steps = 0; i != GROUP_NONE; i = next(g, i)) {
-        if (i >= max || steps++ > max) {
+    const struct hold *h = group_hold((struct group *)g, i);
+
+    return i < g->holds_bump && h->object == object && h->proc < GROUP_PROCS;
+}
+
+/* An object's holds: those of processes that there are not are taken off. Marks the others as seen, and counts what they
+ * have. false: the list leads nowhere. */
+static bool repair_object(struct group *g, uint32_t object)
+{
+    struct object *o = group_object(g, object);
+    uint32_t refs = o->under_way, *at = &o->holds;
+
+    while (*at != GROUP_NONE) {
+        struct hold *h = group_hold(g, *at);
+
+        if (!hold_valid(g, *at, object) || h->queued == HOLD_SEEN) {
             return false;
         }
+        if (g->procs[h->proc].pid == 0) {
+            *at = h->next;
+            continue;
+        }
+        h->queued = HOLD_SEEN;
+        refs += h->refs + h->calls;
+        at = &h->next;
     }
+    o->refs = refs;
     return true;
 }
 
-static uint32_t next_object(const struct group *g, uint32_t i) { return group_object((struct group *)g, i)->next; }
-
-static uint32_t next_hold(const struct group *g, uint32_t i) { return group_hold((struct group *)g, i)->next; }
-
-static uint32_t next_queued(const struct group *g, uint32_t i) { return group_hold((struct group *)g, i)->qnext; }
-
-bool group_sound(struct group *g)
+/* Queues are empty afterwards, and holds that no object has are free. */
+static void repair_holds(struct group *g)
 {
-    uint32_t objects = g->objects_bump, holds = g->holds_bump;
-    bool good = objects <= g->objects_max && holds <= g->holds_max && g->procs_top <= GROUP_PROCS;
+    g->holds_free = GROUP_NONE;
+    for (uint32_t i = g->holds_bump; i-- > 0;) {
+        struct hold *h = group_hold(g, i);
+        bool seen = h->queued == HOLD_SEEN;
 
-    good = good && list_sound(g, g->objects_free, objects, next_object);
-    good = good && list_sound(g, g->holds_free, holds, next_hold);
-    for (uint32_t i = 0; good && i < objects; i++) {
-        const struct object *o = group_object(g, i);
-
-        good = o->refs == 0 || list_sound(g, o->holds, holds, next_hold);
+        h->queued = 0;
+        h->qnext = GROUP_NONE;
+        if (!seen) {
+            h->object = GROUP_NONE;
+            h->next = g->holds_free;
+            g->holds_free = i;
+        }
     }
-    for (uint32_t i = 0; good && i < g->procs_top; i++) {
-        const struct proc *p = &g->procs[i];
+}
 
-        good = list_sound(g, p->queue_head, holds, next_queued) &&
-               (p->queue_tail == GROUP_NONE) == (p->queue_head == GROUP_NONE);
+static void repair_procs(struct group *g)
+{
+    g->relatives = g->procs_top = 0;
+    for (uint32_t i = 0; i < GROUP_PROCS; i++) {
+        struct proc *p = &g->procs[i];
+
+        p->queue_head = p->queue_tail = GROUP_NONE;
+        if (p->pid) {
+            g->relatives++;
+            g->procs_top = i + 1;
+        }
     }
-    return good;
+}
+
+static void repair_objects(struct group *g)
+{
+    g->objects_free = GROUP_NONE;
+    g->objects_used = 0;
+    for (uint32_t i = g->objects_bump; i-- > 0;) {
+        struct object *o = group_object(g, i);
+
+        if (o->refs) {
+            g->objects_used++;
+        } else {
+            o->ino = 0;
+            o->under_way = 0;
+            o->next = g->objects_free;
+            g->objects_free = i;
+        }
+    }
+}
+
+bool group_repair(struct group *g)
+{
+    if (g->objects_bump > g->objects_max || g->holds_bump > g->holds_max) {
+        return false;
+    }
+    for (uint32_t i = 0; i < g->holds_bump; i++) {
+        group_hold(g, i)->queued = 0;
+    }
+    for (uint32_t i = 0; i < g->objects_bump; i++) {
+        if (group_object(g, i)->refs == 0) {
+            group_object(g, i)->holds = GROUP_NONE; /* it has ended, or nobody got to know it */
+        } else if (!repair_object(g, i)) {
+            return false;
+        }
+    }
+    repair_holds(g);
+    repair_procs(g);
+    repair_objects(g);
+    g->leaving_count = 0;
+    for (uint32_t i = 0; i < sizeof g->leaving / sizeof *g->leaving; i++) {
+        g->leaving_count += g->leaving[i].lease != 0;
+    }
+    return true;
 }

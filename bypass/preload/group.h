@@ -59,7 +59,7 @@ enum reason {
 
 struct object {
     uint32_t next;                    /* free list */
-    uint32_t refs;                    /* descriptors, of all relatives, and of messages under way */
+    uint32_t refs;                    /* descriptors and sleeping calls of all relatives, messages under way */
     uint64_t ino;                     /* of the shadow; 0: nobody needed it yet */
     bypass_sock sock;                 /* -1: none; with PLACE_STACK: it was lost, the connection is over */
     struct bypass_endpoint local;     /* PLACE_BOTH: where it is bound, */
@@ -88,7 +88,8 @@ struct hold {       /* a process has descriptors of an object, or waits for it *
     uint32_t next;  /* of the object's, or of the free list */
     uint32_t qnext; /* of the process' queue */
     uint32_t object;
-    uint32_t refs; /* descriptors */
+    uint32_t refs;  /* descriptors, and */
+    uint32_t calls; /* ... threads that sleep in a call on it */
     uint16_t proc;
     uint8_t queued;
     uint8_t waits; /* it wants to know when the object becomes ready */
@@ -172,10 +173,15 @@ void group_ref(struct group *g, uint32_t object, uint32_t proc);
 uint32_t group_holds(struct group *g, uint32_t object, uint32_t proc);
 bool group_set_hold(struct group *g, uint32_t object, uint32_t proc, uint32_t refs);
 bool group_unref(struct group *g, uint32_t object, uint32_t proc);
+/* A thread is going to sleep in a call on an object, which has it meanwhile, whoever closes it; and is back: whether
+ * nobody else has it any more. With the process' death the call is over too. */
+void group_call_begins(struct group *g, uint32_t object, uint32_t proc);
+bool group_call_ends(struct group *g, uint32_t object, uint32_t proc);
 /* Puts an object into the queue of every process that waits for it. mask: what became ready, BYPASS_IN ... */
 void group_notify(struct group *g, uint32_t object, uint32_t mask);
-/* Whether all lists lead somewhere: after a process died that may have been changing them. */
-bool group_sound(struct group *g);
+/* A process died that may have been changing any of this: makes it consistent. Objects that nobody has are free, with
+ * `lease` as it was; no object is in a queue. false: it is damaged otherwise than by that. */
+bool group_repair(struct group *g);
 /* The next object that became ready for a process, and how; GROUP_NONE. */
 uint32_t group_take(struct group *g, uint32_t proc, uint32_t *mask);
 /* A place for a process; GROUP_NONE: too many. */

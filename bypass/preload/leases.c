@@ -14,7 +14,10 @@ void lease_leaves(uint32_t lease, int type, uint16_t port)
         struct leaving *l = &me.g->leaving[i];
 
         if (l->lease == 0) {
-            *l = (struct leaving){.lease = lease, .port = port, .type = (uint16_t)type};
+            l->port = port;
+            l->type = (uint16_t)type;
+            atomic_signal_fence(memory_order_seq_cst); /* as in group.c */
+            l->lease = lease;
             me.g->leaving_count++;
             return;
         }

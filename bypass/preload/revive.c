@@ -2,8 +2,10 @@
 /*
  * revive.c - a relative was killed while it held the lock: what it was in the middle of is half done. Nothing of the
  * stack can be trusted then, and it is made anew in its memory: connections are over (their peers get resets for what
- * they send, this side ECONNRESET), listeners and bound datagram sockets go on. Where not even the group's own lists are
- * sound, the application ends for good: every call fails, and the broker gives its flows back to the kernel.
+ * they send, this side ECONNRESET), listeners and bound datagram sockets go on, with the options that bind() needs and
+ * otherwise those of a new socket. What relatives have is told from the group (group_repair()). Where that or the device
+ * is damaged otherwise than by a death, the application ends for good: every call fails, and the broker gives its flows
+ * back to the kernel.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -54,14 +56,26 @@ static int new_stack(void)
     return err;
 }
 
+/* Where several sockets have an address, they were allowed to. */
+static int bind_again(struct object *o)
+{
+    int err = bypass_bind(&me.stack, o->sock, &o->local);
+
+    if (err == -EADDRINUSE) {
+        bypass_setopt(&me.stack, o->sock, BYPASS_SO_REUSEPORT, 1);
+        bypass_setopt(&me.stack, o->sock, BYPASS_SO_REUSEADDR, 1);
+        err = bypass_bind(&me.stack, o->sock, &o->local);
+    }
+    return err;
+}
+
 /* A listener, or a datagram socket that is bound, has a socket again. */
 static void reopen(uint32_t object)
 {
     struct object *o = group_object(me.g, object);
 
     o->sock = bypass_socket(&me.stack, o->type);
-    if (o->sock < 0 || bypass_bind(&me.stack, o->sock, &o->local) < 0 ||
-        (o->listening && bypass_listen(&me.stack, o->sock, o->backlog) < 0)) {
+    if (o->sock < 0 || bind_again(o) < 0 || (o->listening && bypass_listen(&me.stack, o->sock, o->backlog) < 0)) {
         o->sock = -1;
         return;
     }
@@ -74,6 +88,10 @@ static void reopen_all(void)
         struct object *o = group_object(me.g, i);
 
         if (o->refs == 0) {
+            if (o->lease) {
+                lease_leaves(o->lease, o->type, 0);
+                o->lease = 0;
+            }
             continue;
         }
         o->sock = -1;
@@ -90,10 +108,11 @@ static void reopen_all(void)
 void revive(void)
 {
     pthread_mutex_consistent(&me.g->lock);
+    me.g->check_ns = 0; /* what it had has to end soon; it may even have been the one who looks after the dead */
     if (!me.g->working) {
         return; /* it had not begun, or was through */
     }
-    if (me.g->dead || !group_sound(me.g) || reclaim_device() < 0 || clear_arena() < 0 || new_stack() < 0) {
+    if (me.g->dead || !group_repair(me.g) || reclaim_device() < 0 || clear_arena() < 0 || new_stack() < 0) {
         me.g->dead = 1;
         return;
     }
