@@ -28,13 +28,11 @@ struct polled {
     uint32_t object; /* the only one of the stack's; GROUP_NONE */
 };
 
-/* Without the lock: some descriptor may be the stack's. */
+/* Without the lock: some descriptor may be the stack's, or a set that may get one of the stack's meanwhile. */
 static bool any_ours(const struct pollfd *fds, nfds_t n)
 {
     for (nfds_t i = 0; i < n; i++) {
-        const struct epoll *e;
-
-        if (fd_on_stack(fds[i].fd) || ((e = epoll_of(fds[i].fd)) && e->ours)) {
+        if (fd_on_stack(fds[i].fd) || (me.attached > 0 && epoll_of(fds[i].fd))) {
             return true;
         }
     }
@@ -87,7 +85,7 @@ static void sort(struct polled *p)
             if (o->place == PLACE_BOTH) { /* the kernel's half; room to send is the stack's word */
                 ask_kernel(p, i, p->fds[i].fd, p->fds[i].events & ~WRITE_BITS);
             }
-        } else if (e && e->ours && epoll_outer(e) == 0) {
+        } else if (e && epoll_outer(e) == 0) {
             objects += 2; /* nothing tells which object it will be */
             ask_kernel(p, i, e->outer, POLLIN);
         } else if (p->fds[i].fd >= 0) {
@@ -109,9 +107,12 @@ static int look_here(struct polled *p)
         const struct object *o = f->fd < 0 ? NULL : served(f->fd);
         struct epoll *e = o ? NULL : epoll_of(f->fd);
 
-        f->revents = o                                                           ? object_ready(o)
-                     : e && e->ours && (f->events & POLLIN) && epoll_readable(e) ? POLLIN | POLLRDNORM
-                                                                                 : 0;
+        f->revents = 0;
+        if (o) {
+            f->revents = object_ready(o);
+        } else if (e && e->outer >= 0 && (f->events & READ_BITS) && epoll_readable(e)) {
+            f->revents = POLLIN | POLLRDNORM;
+        }
         f->revents = counts(f, p->select);
         ready += f->revents != 0;
     }
@@ -129,7 +130,7 @@ static int look_there(struct polled *p, int ready)
         const struct epoll *e;
         short before = f->revents;
 
-        if (said->revents == 0 || ((e = epoll_of(f->fd)) && e->ours && !(said->revents & POLLNVAL))) {
+        if (said->revents == 0 || ((e = epoll_of(f->fd)) && e->outer >= 0 && !(said->revents & POLLNVAL))) {
             continue; /* a set has told by look_here() */
         }
         f->revents |= said->revents;

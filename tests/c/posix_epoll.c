@@ -516,6 +516,31 @@ CASE(a_nested_set_of_a_listener)
     none(out);
 }
 
+CASE(poll_of_a_set_that_gets_a_socket_meanwhile)
+{
+    int fds[2], p[2], ep = make();
+    tcp_pair(fds);
+    MUST(pipe(p));
+    struct pollfd f = {.fd = ep, .events = POLLIN};
+    EQ(poll(&f, 1, 5), 0);
+    EQ(write(p[1], "x", 1), 1);
+    struct later it = {.ep = ep, .op = EPOLL_CTL_ADD, .fd = p[0], .events = EPOLLIN, .say = -1};
+    pthread_t t = start(later, &it);
+    EQ(poll(&f, 1, -1), 1);
+    pthread_join(t, NULL);
+    del(ep, p[0]);
+    EQ(poll(&f, 1, 5), 0);
+    says(fds[0], "x");
+    it.fd = fds[1];
+    t = start(later, &it);
+    EQ(poll(&f, 1, -1), 1);
+    pthread_join(t, NULL);
+    EQ(f.revents, POLLIN);
+    one(ep, fds[1], EPOLLIN, 0);
+    hears(fds[1], "x");
+    EQ(poll(&f, 1, 0), 0);
+}
+
 CASE(poll_of_hundreds)
 {
     enum { PAIRS = 90, PIPES = 30 };
