@@ -148,7 +148,6 @@ short object_ready(const struct object *o)
     if (ready < 0) {
         return POLLNVAL;
     }
-    ready = o->listening ? ready & (BYPASS_IN | BYPASS_ERR) : ready;
     return (short)poll_bits((uint32_t)ready);
 }
 

@@ -264,12 +264,6 @@ static int outer_fill(struct epoll *e)
         if (i->half == HALF_BOTH && (!i->inner || epoll_outer(i->inner) == 0)) {
             item_kernel_half(i, EPOLL_CTL_ADD);
         }
-        if (i->half != HALF_KERNEL) {
-            if (!i->inner) {
-                object_wait(i->object);
-            }
-            item_queue(i);
-        }
     }
     return err;
 }
@@ -484,7 +478,8 @@ void epoll_forget(uint32_t object, int fd)
     }
 }
 
-/* The kernel's sets are shared with the parent; items, outer sets and bells are this process' own from now on. */
+/* The kernel's sets are shared with the parent; items, outer sets and bells are this process' own from now on. What was
+ * told and what was not is copied with them. */
 void epoll_child(void)
 {
     for (uint32_t n = 0; n < sets_top; n++) {

@@ -332,6 +332,11 @@ void group_copy(struct group *g, uint32_t from, uint32_t to)
                 o->refs += refs;
                 if (copy != GROUP_NONE) {
                     group_hold(g, copy)->refs = refs;
+                    group_hold(g, copy)->waits = group_hold(g, h)->waits;
+                    group_hold(g, copy)->mask = group_hold(g, h)->mask;
+                }
+                if (copy != GROUP_NONE && group_hold(g, h)->queued) {
+                    enqueue(g, copy);
                 }
                 break;
             }

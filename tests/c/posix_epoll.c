@@ -662,6 +662,39 @@ CASE(a_child_has_a_set_of_its_own)
     hears(a[1], "x");
 }
 
+static void child_hears_no_echo(int ep, int fd)
+{
+    struct pollfd f = {.fd = ep, .events = POLLIN};
+    EQ(poll(&f, 1, 0), 0);
+    none(ep);
+    says(fd, "go on");
+    one(ep, fd, EPOLLIN, -1);
+    hears(fd, "xy");
+}
+
+CASE(an_edge_is_not_told_again_to_a_child)
+{
+    int a[2], ep = make();
+    tcp_pair(a);
+    add(ep, a[1], EPOLLIN | EPOLLET);
+    says(a[0], "x");
+    one(ep, a[1], EPOLLIN, -1);
+    pid_t pid = forked(child_hears_no_echo, ep, a[1]);
+    hears(a[0], "go on");
+    says(a[0], "y");
+    reap(pid);
+}
+
+CASE(a_listener_that_was_shut_down)
+{
+    int l = listener(8), ep = make();
+    add(ep, l, EPOLLIN | EPOLLOUT);
+    none(ep);
+    MUST(shutdown(l, SHUT_RD));
+    EQ(ready(l), POLLOUT | POLLHUP);
+    one(ep, l, EPOLLOUT | EPOLLHUP, 0);
+}
+
 static void child_waits_too(int ep, int fd)
 {
     one(ep, fd, EPOLLIN, -1);
