@@ -184,7 +184,7 @@ def shadow(kind: int, local: Address) -> socket.socket:
 
 @dataclass(slots=True)
 class Live:
-    """A live entry and how many use it. `owner`: whose AF_XDP sockets get its packets."""
+    """A live entry and how many use it. `owner`: the application, where there are several."""
 
     entry: int
     kind: int
@@ -250,9 +250,7 @@ class LiveEntries:
         laddr = None if local[0] == ANY else local[0]
         raddr, rport = remote or (None, None)
         drain = kind == STREAM and remote is None and self.kernel.tcp_connections(local[1]) > 0
-        entry = self.steering.add_endpoint(
-            protocol_of(kind), laddr, local[1], raddr, rport, owner=owner, drain=drain
-        )
+        entry = self.steering.add_endpoint(protocol_of(kind), laddr, local[1], raddr, rport, drain=drain)
         return Live(entry, kind, local, owner, 0, drain)
 
     def drain_due_ns(self) -> int | None:

@@ -375,6 +375,11 @@ class Steering:
         except OSError as e:
             raise SteeringError(f"{self.ifname}, queue {queue}: descriptor {fd} is no AF_XDP socket") from e
 
+    @property
+    def sockets_fd(self) -> int:
+        """The map of AF_XDP sockets, for somebody trusted who opens them elsewhere: owner 0's queues from slot 0 on."""
+        return self._map("xsks").fd
+
     def clear_socket(self, owner: int, queue: int) -> None:
         """Takes the socket out: live TCP of that queue is dropped, UDP passes."""
         self._map("xsks").delete(self._slot(owner, queue))

@@ -168,6 +168,19 @@ class RunningBroker:
     def site(self) -> Any:
         return self.server.broker.site
 
+    def inside(self, func: Callable[[], Any]) -> Any:
+        """What a function gives that is called by the broker's thread."""
+        given: list[Any] = []
+        called = threading.Event()
+
+        def call() -> None:
+            given.append(func())
+            called.set()
+
+        self.server._later(lambda: None, call)
+        assert called.wait(WAIT_S)
+        return given[0]
+
     def wait(self, condition: Callable[[], bool], what: str = "") -> None:
         """Until something is so in the broker, which works meanwhile."""
         end = time.monotonic() + WAIT_S
@@ -279,14 +292,19 @@ class Application:
         self.client = client
         self.map = mmap.mmap(client.fds[0], 0)
         self.header = client.header()
-        error = ffi.new("struct afxdp_error *")
         at = ffi.from_buffer("uint8_t[]", self.map) + self.header.dev_off
         sockets = [os.dup(fd) for fd in client.fds[1:]]
-        self.dev = lib.afxdp_attach(at, self.header.dev_size, sockets, len(sockets), 0, error)
-        assert self.dev != ffi.NULL, f"{os.strerror(error.err)}, step {error.step}"
-        self.core = CoreStack(
-            lib.afxdp_netdev(self.dev), flags=self.header.config.flags, now_ns=time.monotonic_ns(), owner=self
-        )
+        self.dev = ffi.NULL
+        if self.header.device == lib.APP_DEV_AFXDP:
+            error = ffi.new("struct afxdp_error *")
+            self.dev = lib.afxdp_attach(at, self.header.dev_size, sockets, len(sockets), 0, error)
+            assert self.dev != ffi.NULL, f"{os.strerror(error.err)}, step {error.step}"
+            netdev = lib.afxdp_netdev(self.dev)
+        else:
+            self.port = ffi.new("struct port *")
+            assert lib.port_attach(self.port, at, self.header.dev_size, *sockets) == 0
+            netdev = lib.port_netdev(self.port)
+        self.core = CoreStack(netdev, flags=self.header.config.flags, now_ns=time.monotonic_ns(), owner=self)
         self._heeded = 0
 
     def __enter__(self) -> Self:
@@ -296,7 +314,8 @@ class Application:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.core.close()
-        lib.afxdp_detach(self.dev)
+        if self.dev != ffi.NULL:
+            lib.afxdp_detach(self.dev)
 
     def turn(self) -> None:
         """Packets, timers, and what the broker tells."""
@@ -395,6 +414,14 @@ class Played:
             sock.listen()
         return {"lease": self.client.lease(sock, kind, (host, port)).lease}
 
+    def bind(self, host: str, port: int) -> Any:
+        """A socket that is bound and does not listen, and its lease."""
+        sock = socket.socket()
+        self.sockets.append(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        return {"lease": self.client.lease(sock, STREAM, (host, port)).lease}
+
     def serve(self, host: str, port: int, connections: int) -> Any:
         """Echoes on the stack until so many connections have ended; lease and stack as a real program has them."""
         with Application(self.client) as app:
@@ -447,6 +474,7 @@ def main() -> None:
     if ns:
         with netns.entered(ns):
             play(name, uid)
+            os._exit(0)  # there is no way back for a user without privileges
     else:
         play(name, uid)
 

@@ -390,9 +390,15 @@ def test_who_asks_without_reading_is_not_listened_to_and_disturbs_nobody(
     flood = broker.client()
     flood.hello()
     sent = 0
-    while protocol.send(flood.sock, Message(Kind.RELEASE, seq=sent + 2, lease=99).pack()):
-        sent += 1
-        assert sent < 100_000, "everything is read"
+
+    def flooded() -> bool:
+        nonlocal sent
+        while protocol.send(flood.sock, Message(Kind.RELEASE, seq=sent + 2, lease=99).pack()):
+            sent += 1
+            assert sent < 100_000, "everything is read"
+        return any(p.paused for p in broker.server._processes.values())
+
+    broker.wait(flooded)
     assert refused(client, Message(Kind.RELEASE, lease=99))[0] == errno.ENOENT
     process = next(p for p in broker.server._processes.values() if p.waiting)
     assert process.waiting <= 128

@@ -13,8 +13,8 @@ from broker_support import STREAM, BrokerError, Child, Client, RunningBroker, ru
 from pyroute2 import IPRoute
 
 from bypass import netns
+from bypass.broker.interface import DirectSite
 from bypass.broker.protocol import ABI, Kind, Message
-from bypass.broker.site import DirectSite
 from bypass.lab import CLIENT_IFNAME, CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 

@@ -12,9 +12,9 @@ from broker_support import Child, RunningBroker, running
 from bypass._core import lib
 
 from bypass import netns
-from bypass.broker.site import DirectSite
+from bypass.broker.interface import DirectSite
 from bypass.broker.users import Access, User
-from bypass.errors import BypassError, PolicyError
+from bypass.errors import PolicyError
 from bypass.grants import Grants
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
@@ -167,9 +167,3 @@ def test_memory_lies_on_the_node_that_the_policy_names(lab: Lab) -> None:
         Child(broker.name, NOBODY, lab.server_ns) as child,
     ):
         assert "NUMA node 1000" in child.do("hello")["text"]
-
-
-@pytest.mark.netns
-def test_shared_mode_is_not_pretended(lab: Lab) -> None:
-    with netns.entered(lab.server_ns), pytest.raises(BypassError, match="mode shared cannot be served yet"):
-        site(POLICY.replace("version: 1", "version: 1\nmode: shared"))

@@ -260,6 +260,32 @@ def with_socket(sock: socket.socket) -> list[str]:
     return [sys.executable, "-c", code, str(sock.fileno())]
 
 
+def test_a_shared_interface_is_one_command_away(policy: Path, folder: Path, lab: Lab) -> None:
+    policy.write_text(POLICY.replace("version: 1", "version: 1\nmode: shared"))
+    name = str(folder / "broker.sock")
+    good("up", "-c", str(policy), "--socket", name)
+    try:
+        with Child(name, NOBODY, lab.server_ns) as one, Child(name, NOBODY, lab.server_ns) as two:
+            assert [child.do("hello")["app"] for child in (one, two)] == [1, 2]
+            apps = json.loads(good("ps", "--json", "--socket", name))
+            assert [(a["app"], a["mode"]) for a in apps] == [(1, "shared"), (2, "shared")]
+            assert "no application" not in good("stats", SERVER_IFNAME)
+    finally:
+        assert "the broker has ended" in good("down", "--socket", name)
+
+
+def test_counters_are_there_while_the_broker_runs(broker: str, lab: Lab) -> None:
+    assert "web" in good("flows", SERVER_IFNAME)
+    assert "no application has the interface" in good("stats", SERVER_IFNAME)
+    with Child(broker, NOBODY, lab.server_ns) as child:
+        child.do("hello")
+        child.do("listen", host=SERVER_IP, port=8080)
+        assert SERVER_IP in good("flows", SERVER_IFNAME)
+        (answer,) = json.loads(good("stats", "--json", SERVER_IFNAME))["processes"]
+        assert set(answer["rings"]) == {"0", "1"}
+        assert "rx_dropped" in answer["rings"]["0"]
+
+
 # ---- systemd -------------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,9 @@ class Loop(Protocol):
 
     def unwatch(self, fd: int) -> None: ...
 
+    def stop(self) -> None:
+        """Everything ends."""
+
 
 @dataclass(slots=True)
 class _Hello:
@@ -450,6 +453,16 @@ class Broker:
             Kind.LINK, flags=state, mtu=interface.mtu & 0xFFFF, mac=interface.mac[:6].ljust(6, b"\0")
         )
         self._tell(self._everybody(), message)
+
+    def cut(self, owner: int, why: str) -> None:
+        app = self.apps.get(owner)
+        if app is not None:
+            log.error("%s %s: it ends", app.who(), why)
+            self.end(app)
+
+    def lost(self, why: str) -> None:
+        log.error("%s: %s; the kernel has all of its flows", self.site.ifname, why)
+        self._loop.stop()
 
     def caught_up(self, process: Process) -> None:
         """A process that had to be left out reads again: it is told everything."""

@@ -131,14 +131,16 @@ def in_background(make_site: Callable[[], Site], name: str) -> int:
 
 def _background(make_site: Callable[[], Site], name: str, writer: int) -> None:
     def ready() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        os.close(null)
         os.write(writer, str(os.getpid()).encode())
         os.close(writer)
 
     os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(
+            null, stream
+        )  # before bypass-fwd inherits them: who reads our output to its end shall not wait for it
+    os.close(null)
     to_syslog()
     try:
         serve(make_site, name, ready)

@@ -61,6 +61,7 @@ def start_private(make_site: Callable[[], Site], uid: int) -> str:
 
 def serve(make_site: Callable[[], Site], name: str, uid: int, program: int, writer: int) -> None:
     """The broker's process."""
+    quieten()
     try:
         server = Server(make_site(), listen(name), trusted=frozenset((uid,)))
     except BypassError as e:
@@ -77,7 +78,6 @@ def serve(make_site: Callable[[], Site], name: str, uid: int, program: int, writ
         server.watch(program, program_ended)
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        quieten()
         os.write(writer, b"ready")
         os.close(writer)
         while not server.stopped and not (ended and not server.broker.apps):

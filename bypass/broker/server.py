@@ -111,8 +111,8 @@ class Server:
         sock.setblocking(False)
         self.watch(self._wake, lambda: None)
         self.watch(sock.fileno(), self._accept)
-        if site.fileno() >= 0:
-            self.watch(site.fileno(), lambda: site.update(time.monotonic_ns()))
+        for fd, call in site.watched().items():
+            self.watch(fd, call)
 
     def __enter__(self) -> Self:
         return self

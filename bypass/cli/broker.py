@@ -37,7 +37,8 @@ def up(policy: str | None, foreground: bool, name: str | None) -> None:
       bypass up -c policy.yaml --foreground --socket @test
     """
     from bypass.broker import daemon
-    from bypass.broker.site import DirectSite, Site
+    from bypass.broker.shared import site_of
+    from bypass.broker.site import Site
     from bypass.cli.run import DEFAULT_POLICY
     from bypass.policy import load_policy
 
@@ -47,7 +48,7 @@ def up(policy: str | None, foreground: bool, name: str | None) -> None:
     name = name or socket_name()
 
     def make() -> Site:
-        return DirectSite(loaded)
+        return site_of(loaded)
 
     if foreground:
         daemon.to_stderr()

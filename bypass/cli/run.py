@@ -116,7 +116,8 @@ def answers(name: str) -> bool:
 
 def _private(policy: str | None, loopback: bool, uid: int, tried: str) -> str:
     from bypass.broker.private import start_private
-    from bypass.broker.site import DirectSite, LoopSite, Site
+    from bypass.broker.shared import site_of
+    from bypass.broker.site import LoopSite, Site
     from bypass.policy import load_policy
     from bypass.profiles import NO_OPTIONS
 
@@ -133,6 +134,6 @@ def _private(policy: str | None, loopback: bool, uid: int, tried: str) -> str:
         raise PrivilegeError(f"no broker runs at {tried}: have root start one (`bypass up -c {path}`)")
 
     def make() -> Site:
-        return DirectSite(loaded)
+        return site_of(loaded)
 
     return start_private(make, uid)

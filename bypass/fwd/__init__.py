@@ -26,7 +26,18 @@ from bypass._core import ffi, lib
 from bypass.app import forwarder_program
 from bypass.errors import BypassError
 
-__all__ = ["Died", "Doorbells", "Event", "Forwarder", "Item", "LinkState", "Listed", "PortCut", "binary"]
+__all__ = [
+    "Died",
+    "Doorbells",
+    "Event",
+    "Forwarder",
+    "ForwarderError",
+    "Item",
+    "LinkState",
+    "Listed",
+    "PortCut",
+    "binary",
+]
 
 _ROOM = 131072  # bytes of the largest message
 _FDS_ROOM = socket.CMSG_SPACE(lib.FWD_FDS * 4)
@@ -284,6 +295,11 @@ class Forwarder:
         happened = list(self._events)
         self._events.clear()
         return happened
+
+    @property
+    def pending(self) -> bool:
+        """There are events that came while an answer was waited for: fileno() does not tell them."""
+        return bool(self._events)
 
     def _named(self, kind: str, name: str, **more: Any) -> Any:
         return self._ask(kind, "struct fwd_name", {"name": _name(name)}, **more)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A site on an interface: steering, live entries, what the kernel tells; and direct mode.
+
+What lives here: what direct and shared mode have in common, and AF_XDP sockets that are handed to one application.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from ipaddress import IPv4Address
+from typing import Any
+
+from bypass._core import ffi, lib
+from bypass.access import Quota
+from bypass.afxdp import AfxdpDevice, interface_queues
+from bypass.broker.memory import AppMemory
+from bypass.broker.site import Nobody, Site
+from bypass.broker.users import Access, User
+from bypass.doctor import choose_mode
+from bypass.errors import BypassError
+from bypass.grants import Grants, Key, LiveEntries
+from bypass.policy import Policy
+from bypass.rules import Rule
+from bypass.status import Snapshot, StatusServer
+from bypass.steering import Steering
+from bypass.watch import KernelWatch
+
+SOL_XDP, XDP_STATISTICS = 283, 7  # linux/if_xdp.h
+KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stats").fields)
+
+
+class InterfaceSite(Site):
+    """What direct and shared mode have in common.
+
+    Raises:
+        PrivilegeError, DeviceError, SteeringError, ForeignProgramError, PolicyError: as their parts.
+    """
+
+    mode = "direct"
+    flags: int = (
+        lib.BYPASS_F_RST
+    )  # the kernel answers ARP and ping; resets of live flows are the stack's alone
+    device: int = lib.APP_DEV_AFXDP
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.access = Access(policy)
+        self.cpus, self.numa = policy.cpus, policy.numa
+        self.ifname = policy.interface
+        self.options = policy.stack
+        self.congestion = policy.congestion
+        self.device_mode, self.device_reason = "", ""
+        self.policy_path = policy.path
+        self.fds: dict[int, int] = {}  # AF_XDP sockets by queue, where they are known here
+        self._link = 0
+        self.told = Nobody()
+        with ExitStack() as undo:
+            generic = choose_mode(self.ifname, policy.backend.mode)[0] == "skb"
+            self.steering = Steering(
+                policy,
+                self.ifname,
+                queues=interface_queues(self.ifname),
+                mode="skb" if generic else "native",
+            )
+            undo.callback(self.steering.close)
+            self.watch = KernelWatch(self.ifname, self, self.steering, self)
+            undo.callback(self.watch.close)
+            self.entries = LiveEntries(self.steering, self.watch)
+            view = _DeviceView(self)
+            self.status = StatusServer(self.ifname, Snapshot(self.steering, view, name="broker"))
+            undo.callback(self.status.close)
+            undo.pop_all()
+
+    def grants(self, user: User) -> Grants:
+        return Grants(self.policy, self.access.permits(user))
+
+    def prepare(self, policy: Policy) -> None:
+        old = self.policy
+        for what, before, after in (
+            ("interface", old.interface, policy.interface),
+            ("mode", old.mode, policy.mode),
+            ("backend", old.backend, policy.backend),
+        ):
+            if before != after:
+                raise BypassError(
+                    f"{policy.path}: {what} is not what it was, which takes a new start: `bypass down --drain`, "
+                    f"`bypass up -c {policy.path}`"
+                )
+        self.steering.prepare(policy)
+
+    def swap(self, policy: Policy) -> None:
+        access = Access(policy)
+        self.steering.swap(policy)
+        self.policy, self.access, self.policy_path = policy, access, policy.path
+        self.options, self.congestion = policy.stack, policy.congestion
+        self.cpus, self.numa = policy.cpus, policy.numa
+
+    def decide(
+        self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]
+    ) -> Rule | None:
+        return self.policy.compiled.decide(proto, local[0], local[1], remote[0], remote[1])
+
+    def quota(self, user: User) -> Quota:
+        return self.access.quota(user)
+
+    def frames(self, quota: Quota) -> int | None:
+        if quota.frames is None:
+            return self.policy.backend.frames
+        queues = self.policy.backend.queues
+        count = interface_queues(self.ifname) if queues is None else len(queues)
+        return min(quota.frames, self.policy.backend.default_frames(count))
+
+    # ---- live entries
+    def use(self, key: Key, owner: int) -> None:
+        self.entries.use(key, owner)
+
+    def unuse(self, key: Key) -> None:
+        if self.entries.unuse(key):
+            self.entries.remove(key)
+
+    def source_for(self, destination: str) -> str:
+        return self.watch.source_for(destination)
+
+    # ---- what the kernel tells (bypass.watch.WatchedStack, WatchedDevice)
+    def addr_add(self, address: str, prefix_len: int) -> None:
+        self.addresses[address] = prefix_len
+        self.told.address_added(address, prefix_len)
+
+    def addr_del(self, address: str) -> None:
+        self.addresses.pop(address, None)
+        self.told.address_gone(address)
+
+    def nexthop_set(self, address: str, mac: bytes | None, mtu: int = 0) -> None:
+        self.told.next_hop(address, mac, mtu)
+
+    def nexthop_forget(self, address: str | None = None) -> None:
+        self.told.next_hop_forgotten(address)
+
+    def health(self) -> int:
+        """The MTU or the MAC address has changed, or the link."""
+        self._tell_link(0 if self.watch.watcher.interface.up else errno.ENETDOWN)
+        return 0
+
+    def _tell_link(self, code: int) -> None:
+        self._link = {0: 0, errno.ENETDOWN: 1}.get(code, 2)
+        self.told.link(self._link, self.watch.watcher.interface)
+
+    def link_state(self) -> int:
+        return self._link
+
+    def resolve(self, destination: str) -> None:
+        self.watch.resolve([destination])
+
+    def watched(self) -> dict[int, Callable[[], None]]:
+        return {
+            self.watch.fileno(): lambda: self.update(time.monotonic_ns()),
+            self.status.fileno(): self.status.poll,
+        }
+
+    def update(self, now_ns: int) -> None:
+        before, code = self._link, self.watch.update()
+        if (code == errno.ENXIO and before != 2) or (code == 0) != (self._link == 0):
+            self._tell_link(code)
+        self.entries.check_draining(now_ns)
+
+    def due_ns(self) -> int | None:
+        due = self.watch.due_ns()
+        drain = self.entries.drain_due_ns()
+        return min((t for t in (due, drain) if t is not None), default=None)
+
+    def close(self) -> None:
+        with ExitStack() as end:
+            end.callback(self.watch.close)
+            end.callback(self.status.close)
+            end.callback(self.steering.close)
+            end.callback(self.entries.clear)
+
+
+class DirectSite(InterfaceSite):
+    """An interface that one application at a time uses directly: a grant equal to CAP_NET_RAW on it."""
+
+    mode = "direct"
+    device: int = lib.APP_DEV_AFXDP
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self._owner = 0
+
+    # ---- devices
+    def busy(self) -> bool:
+        return self._owner != 0
+
+    def open(self, memory: AppMemory, owner: int, quota: Quota) -> list[int]:
+        b = self.policy.backend
+        device = AfxdpDevice(
+            self.ifname,
+            queues="all" if b.queues is None else b.queues,
+            mode=b.mode,
+            ring_size=b.ring_size,
+            frames=self.frames(quota),
+            frame_size=b.frame_size,
+            bind_wait_s=0,
+            memory=memory,
+        )
+        try:
+            self._describe(device, memory.header)
+            self.device_mode, self.device_reason = device.mode, device.mode_reason
+            self.queues = device.queue_numbers
+            fds = device.hand_over()
+        finally:
+            device.close()
+        for queue, fd in fds.items():
+            self.steering.set_socket(0, queue, fd)
+        self.fds, self._owner = fds, owner
+        return list(fds.values())
+
+    def _describe(self, device: AfxdpDevice, header: Any) -> None:
+        header.mtu = device.mtu
+        header.mac = bytes(ffi.buffer(device.netdev.mac))
+        header.ifname = self.ifname.encode()
+
+    def close_device(self, owner: int) -> None:
+        if owner == self._owner:
+            for queue in self.queues:
+                self.steering.clear_socket(0, queue)
+            self.fds, self._owner = {}, 0
+            self.queues = ()
+
+
+class _DeviceView:
+    """What `bypass flows` and `bypass stats` tell of the device (bypass.status.Snapshot)."""
+
+    def __init__(self, site: InterfaceSite) -> None:
+        self._site = site
+        self.ifname = site.ifname
+
+    @property
+    def mode(self) -> str:
+        return self._site.device_mode or "no"
+
+    @property
+    def xdp_mode(self) -> str:
+        return self._site.steering.mode
+
+    @property
+    def mode_reason(self) -> str:
+        return self._site.device_reason or "no application has the interface"
+
+    @property
+    def queue_numbers(self) -> tuple[int, ...]:
+        return self._site.queues
+
+    def statistics(self) -> dict[int, dict[str, int]]:
+        """What the kernel counts; what the application counts lies in its memory, which is not believed."""
+        return {queue: kernel_counters(fd) for queue, fd in self._site.fds.items()}
+
+
+def kernel_counters(fd: int) -> dict[str, int]:
+    """XDP_STATISTICS of an AF_XDP socket. OSError."""
+    with socket.socket(fileno=os.dup(fd), family=44, type=socket.SOCK_RAW, proto=0) as sock:
+        raw = sock.getsockopt(SOL_XDP, XDP_STATISTICS, 8 * len(KERNEL_COUNTERS))
+    return dict(zip(KERNEL_COUNTERS, struct.unpack(f"={len(raw) // 8}Q", raw), strict=False))

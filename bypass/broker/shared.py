@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared mode: several applications, which do not trust each other, on one interface.
+
+    XDP program --> AF_XDP sockets of bypass-fwd --> memory of the application whose live entry the verdict names
+    application --> copied and checked by bypass-fwd (addresses, ports, headers, rate) --> interface
+
+bypass-fwd is a child of the broker, holds the sockets, and ends with it; a broker without it ends too. Both ends leave
+the kernel with all traffic: the program detaches with the broker, whose link it is.
+
+What lives here: telling bypass-fwd who may send and receive what. What does not: how it checks (bypass/fwd/).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from bypass._core import ffi, lib
+from bypass.access import Quota
+from bypass.afxdp import MODES, interface_queues
+from bypass.broker.interface import DirectSite, InterfaceSite
+from bypass.broker.memory import AppMemory
+from bypass.broker.site import Site
+from bypass.core import Address
+from bypass.errors import BypassError, DeviceError
+from bypass.fwd import Doorbells, Forwarder, ForwarderError, PortCut
+from bypass.grants import ANY, Key, protocol_of
+from bypass.policy import Policy
+
+BIND_WAIT_MS = 2000
+LEAST_BURST = 1 << 16  # bytes
+BURSTS_PER_SECOND = 50
+PORT_FRAMES = 8192
+
+
+class SharedSite(InterfaceSite):
+    """An interface whose frames bypass-fwd moves.
+
+    Raises:
+        ForwarderError: bypass-fwd cannot be started.
+    """
+
+    mode = "shared"
+    device: int = lib.APP_DEV_PORT
+    _about: Mapping[str, Any] = {}
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self._ports: set[int] = set()
+        try:
+            self.forwarder = Forwarder.start(spin_us=policy.stack.spin_us)
+            try:
+                self._open_device()
+                self._tell_locals()
+            except BaseException:
+                self.forwarder.close()
+                raise
+        except BaseException as e:
+            super().close()
+            if isinstance(e, OSError) and not isinstance(e, BypassError):
+                raise DeviceError(f"{self.ifname}: bypass-fwd cannot open it: {e.strerror}") from e
+            raise
+
+    def _open_device(self) -> None:
+        b = self.policy.backend
+        queues = range(interface_queues(self.ifname)) if b.queues is None else b.queues
+        config = {
+            "ifname": self.ifname,
+            "queues": list(queues),
+            "mode": MODES.get(b.mode, lib.AFXDP_AUTO if self.steering.mode == "native" else lib.AFXDP_COPY),
+            "ring_size": b.ring_size,
+            "frames": b.default_frames(len(queues)),
+            "frame_size": b.frame_size,
+            "bind_wait_ms": BIND_WAIT_MS,
+        }
+        self._about = self.forwarder.device_open(config, self.steering.sockets_fd)
+        self.queues = tuple(queues)
+        self.device_mode = "zerocopy" if self._about["zerocopy"] else "copy"
+        self.device_reason = "bypass-fwd has the interface"
+
+    def _tell_locals(self) -> None:
+        self.forwarder.locals(f"{host}/{bits}" for host, bits in self.addresses.items())
+
+    # ---- devices
+    def busy(self) -> bool:
+        return len(self._ports) >= int(lib.FWD_PORTS_MAX)
+
+    def open(self, memory: AppMemory, owner: int, quota: Quota) -> list[int]:
+        config = self._port_config(quota)
+        size = int(lib.port_mem_size(config))
+        if not size:
+            raise DeviceError(
+                f"{self.ifname}: {config.frames} frames are too few for a ring of {config.rx_ring}"
+            )
+        mem = memory.map(size)
+        try:
+            if lib.port_init(mem, size, config) < 0:
+                raise DeviceError("the port cannot be made")
+        finally:
+            memory.unmap()
+        header = memory.header
+        header.mtu, header.mac, header.ifname = config.mtu, bytes(config.mac), self.ifname.encode()
+        doorbells = Doorbells.make()
+        try:
+            self.forwarder.port_add(owner, memory.fd, int(header.dev_off), config, doorbells)
+            self._ports.add(owner)
+            if quota.rate is not None:
+                burst = max(quota.rate // BURSTS_PER_SECOND, LEAST_BURST)
+                self.forwarder.rate(owner, bytes_=quota.rate, bytes_burst=burst)
+        except BaseException:
+            doorbells.close()
+            self.close_device(owner)
+            raise
+        os.close(doorbells.fwd)
+        return [doorbells.to_fwd, doorbells.app]
+
+    def _port_config(self, quota: Quota) -> Any:
+        ring = self.policy.backend.ring_size
+        frames = min(
+            self.policy.backend.frames or PORT_FRAMES, quota.frames or PORT_FRAMES, lib.PORT_MAX_FRAMES
+        )
+        while ring > 16 and 4 * ring > frames:
+            ring //= 2
+        config = ffi.new("struct port_config *")
+        config.frames, config.rx_ring, config.tx_ring = frames, ring, ring
+        config.caps, config.queues = self._about["caps"], len(self.queues)
+        config.mtu, config.mac = min(self._about["mtu"], lib.PORT_MAX_MTU), self._about["mac"]
+        return config
+
+    def close_device(self, owner: int) -> None:
+        if owner in self._ports:
+            self._ports.discard(owner)
+            with suppress(FileNotFoundError, ForwarderError):  # it was cut, or bypass-fwd has ended
+                self.forwarder.port_del(owner)
+
+    # ---- live entries
+    def use(self, key: Key, owner: int) -> None:
+        if key in self.entries:
+            self.entries.use(key, owner)
+            return
+        self.forwarder.lease_add(owner, *_lease(key))
+        try:
+            live = self.entries.use(key, owner)
+            self.forwarder.entry(live.entry, owner)
+        except BaseException:
+            self.forwarder.lease_del(owner, *_lease(key))
+            raise
+
+    def unuse(self, key: Key) -> None:
+        live = self.entries[key]
+        if self.entries.unuse(key):
+            self.entries.remove(key)
+            with suppress(FileNotFoundError, ForwarderError):
+                self.forwarder.entry(live.entry, 0)
+                self.forwarder.lease_del(live.owner, *_lease(key))
+
+    # ---- what happens
+    def addr_add(self, address: str, prefix_len: int) -> None:
+        super().addr_add(address, prefix_len)
+        self._locals_changed()
+
+    def addr_del(self, address: str) -> None:
+        super().addr_del(address)
+        self._locals_changed()
+
+    def _locals_changed(self) -> None:
+        if self._about:  # else they are told when the device is open
+            self._tell_locals()
+
+    def watched(self) -> dict[int, Callable[[], None]]:
+        return {**super().watched(), self.forwarder.fileno(): self._events}
+
+    def _events(self) -> None:
+        try:
+            for event in self.forwarder.events():
+                if isinstance(event, PortCut):
+                    self.told.cut(event.app, "broke the rules of its port")
+        except ForwarderError as e:
+            self.told.lost(str(e))
+
+    def due_ns(self) -> int | None:
+        return 0 if self.forwarder.pending else super().due_ns()
+
+    def update(self, now_ns: int) -> None:
+        super().update(now_ns)
+        if self.forwarder.pending:
+            self._events()
+
+    def close(self) -> None:
+        with ExitStack() as end:
+            end.callback(self.forwarder.close)
+            end.callback(super().close)
+
+
+def _lease(key: Key) -> tuple[int, str, int, Address]:
+    """Arguments of lease_add()."""
+    kind, (host, port), remote = key
+    return protocol_of(kind), "" if host == ANY else host, port, remote or ("", 0)
+
+
+def site_of(policy: Policy) -> Site:
+    """The site that a policy asks for."""
+    return SharedSite(policy) if policy.mode == "shared" else DirectSite(policy)
