@@ -28,6 +28,7 @@ enum {
     TURN_ROUNDS = 8,  /* batches of one turn */
     EVENTS = 64,
     WANTED = 16,
+    SPARES = 64,
     SPIN_LOOK = 16, /* rounds of spin() */
     LOST = POLLERR | POLLHUP | POLLIN | POLLOUT | POLLRDHUP,
 };
@@ -100,6 +101,8 @@ static void orphan_end(void)
     }
 }
 
+static void wake_owed(void);
+
 void leave(void)
 {
     if (unlikely(self.orphan)) {
@@ -107,6 +110,9 @@ void leave(void)
     }
     me.g->working = 0;
     pthread_mutex_unlock(&me.g->lock);
+    if (self.wakes) {
+        wake_owed();
+    }
     atomic_signal_fence(memory_order_seq_cst);
     if (--self.inside == 0 && unlikely(self.pending | self.guarded)) {
         if (self.guarded) {
@@ -152,11 +158,20 @@ short object_ready(const struct object *o)
 }
 
 /* ---- Waking -------------------------------------------------------------------------------------------------- */
-void ring(int eventfd)
+static void write_bell(int bell)
 {
     uint64_t one = 1;
 
-    real.syscall(SYS_write, eventfd, &one, sizeof one); /* EAGAIN: it is full of wakes */
+    real.syscall(SYS_write, bell, &one, sizeof one); /* EAGAIN: it is full of wakes */
+}
+
+void ring(int bell)
+{
+    if (likely(self.inside && self.wakes < WAKES)) {
+        self.owed[self.wakes++] = bell;
+    } else {
+        write_bell(bell);
+    }
 }
 
 void wake(struct sleeper *s)
@@ -186,11 +201,17 @@ static void wake_relative(uint32_t proc)
     struct sockaddr_un sa;
     socklen_t len = wake_name(&sa, proc);
 
-    if (me.wake_fd < 0) { /* a child that has not joined the group, and need not yet */
-        me.wake_fd = fd_hide(real.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    }
     /* EAGAIN: wakes wait there already. ECONNREFUSED: it has ended, and will be cleared away. */
     real.syscall(SYS_sendto, me.wake_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL, &sa, len);
+}
+
+/* The lock is free now. */
+static void wake_owed(void)
+{
+    for (int i = 0; i < self.wakes; i++) {
+        self.owed[i] >= 0 ? write_bell(self.owed[i]) : wake_relative((uint32_t)(-1 - self.owed[i]));
+    }
+    self.wakes = 0;
 }
 
 static void wake_relatives(void)
@@ -198,7 +219,16 @@ static void wake_relatives(void)
     for (uint32_t i = 0; i < me.g->procs_top; i++) {
         struct proc *p = &me.g->procs[i];
 
-        if (i != me.proc && p->pid && p->parked && p->queue_head != GROUP_NONE) {
+        if (i == me.proc || !p->pid || !p->parked || p->queue_head == GROUP_NONE || p->called) {
+            continue;
+        }
+        if (me.wake_fd < 0) { /* a child that has not joined the group, and need not yet */
+            me.wake_fd = fd_hide(real.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+        }
+        p->called = 1;
+        if (self.wakes < WAKES) {
+            self.owed[self.wakes++] = -1 - (int)i;
+        } else {
             wake_relative(i);
         }
     }
@@ -209,6 +239,7 @@ static bool take_local(void)
 {
     bool any = false;
 
+    me.g->procs[me.proc].called = 0;
     for (uint32_t object, mask; (object = group_take(me.g, me.proc, &mask)) != GROUP_NONE; any = true) {
         if (me.local[object].items) {
             epoll_ready(object, poll_bits(mask));
@@ -335,12 +366,48 @@ bool retry(void)
 }
 
 /* ---- Sleeping ---------------------------------------------------------------------------------------------------- */
+static _Atomic int spare[SPARES]; /* bells that nobody has, plus one; 0: none */
+
+int bell_open(void)
+{
+    for (int i = 0; i < SPARES; i++) {
+        int fd = atomic_load_explicit(&spare[i], memory_order_relaxed) ? atomic_exchange(&spare[i], 0) - 1 : -1;
+
+        if (fd >= 0) {
+            drain(fd);
+            return fd;
+        }
+    }
+    return fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+}
+
+void bell_close(int fd)
+{
+    for (int i = 0; i < SPARES && fd >= 0; i++) {
+        int none = 0;
+
+        if (atomic_compare_exchange_strong(&spare[i], &none, fd + 1)) {
+            return;
+        }
+    }
+    fd_unhide(fd);
+}
+
+void bells_child(void)
+{
+    for (int i = 0; i < SPARES; i++) {
+        fd_unhide(spare[i] - 1);
+        spare[i] = 0;
+    }
+    self.wakes = 0;
+}
+
 static pthread_key_t thread_key; /* its destructor runs when a thread ends */
 
 static void thread_ends(void *arg)
 {
     (void)arg;
-    fd_unhide(self.wake_fd - 1);
+    bell_close(self.wake_fd - 1);
     self.wake_fd = 0;
 }
 
@@ -351,7 +418,7 @@ static int thread_wake_fd(void)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
 
     if (!self.wake_fd) {
-        self.wake_fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) + 1;
+        self.wake_fd = bell_open() + 1;
         pthread_once(&once, thread_key_make);
         pthread_setspecific(thread_key, &self);
     }
@@ -412,7 +479,7 @@ void drain(int fd)
 {
     char buf[8];
 
-    while (real.syscall(SYS_read, fd, buf, sizeof buf) > 0) {}
+    real.syscall(SYS_read, fd, buf, sizeof buf);
 }
 
 static struct timespec *time_left(uint64_t until_ns, struct timespec *ts)

@@ -79,7 +79,7 @@ static void end(struct epoll *e)
     fd_unhide(e->outer);
     fd_unhide(e->old_outer);
     fd_unhide(e->kick_fd);
-    fd_unhide(e->bell);
+    bell_close(e->bell);
     e->outer = e->old_outer = e->kick_fd = e->bell = -1;
     e->kicking = false;
     atomic_store(&sets[e->index], NULL);
@@ -278,7 +278,7 @@ int epoll_outer(struct epoll *e)
     e->outer = fd_hide(real.epoll_create1(EPOLL_CLOEXEC));
     err = e->outer < 0 ? -errno : 0;
     if (err == 0 && e->bell < 0) {
-        e->bell = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+        e->bell = bell_open();
         err = e->bell < 0 ? -errno : 0;
     }
     err = err < 0 ? err : outer_fill(e);

@@ -2,9 +2,9 @@
 /*
  * epoll_wait.c - what is ready in a set: the queue of items, and the kernel's half now and then.
  *
- * A call gives the stack a turn and takes from the queue. The kernel is asked in the same call when the queue had nothing;
- * when the kernel has had nothing for a while, only every LOOK_CALLS calls or LOOK_NS: a system call for each event of the
- * stack would cost more than the event.
+ * A call gives the stack a turn and takes from the queue. When the queue had nothing the thread sleeps, or, if it may not,
+ * asks the kernel without sleeping. When the queue had something the kernel is asked, too; if it has had nothing for a
+ * while, only every LOOK_CALLS calls or LOOK_NS: a system call for each event of the stack would cost more than the event.
  */
 #define _GNU_SOURCE
 #include <limits.h>
@@ -159,19 +159,20 @@ static int kernel_take(struct epoll *e, int epfd, struct epoll_event *out, int m
     return n > 0 && unlikely(e->kicking) ? epoll_unkick(e, out, n) : n;
 }
 
-/* Events of both sides; 0: there are none. looked: the outer set has just told. */
-static int take(struct epoll *e, int epfd, struct epoll_event *out, int max, bool looked)
+/* Events of both sides; 0: there are none. looked: the outer set has just told. sleeps: the caller asks it next, since it
+ * sleeps there, or does not if something is ready. */
+static int take(struct epoll *e, int epfd, struct epoll_event *out, int max, bool looked, bool sleeps)
 {
     int n = 0, more;
 
     if (!looked) {
         bool quiet = e->empty >= LOOK_EMPTY && me.g->turn_ns - e->looked_ns < LOOK_NS;
 
-        if (quiet && ++e->calls % LOOK_CALLS) {
+        if (e->head ? quiet && ++e->calls % LOOK_CALLS : sleeps) {
             n = collect(e, out, max);
-        }
-        if (n != 0) {
-            return n;
+            if (n != 0 || sleeps) {
+                return n;
+            }
         }
         look(e);
     }
@@ -253,7 +254,7 @@ static int wait_ours(struct epoll *e, int epfd, struct epoll_event *out, int max
 
         turn();
         me.turn_ns = me.g->turn_ns;
-        n = take(e, epfd, out, max, looked);
+        n = take(e, epfd, out, max, looked, until_ns != 0);
         if (e->head && e->asleep) {
             epoll_alert(e); /* there is more than this thread takes */
         }
@@ -262,6 +263,10 @@ static int wait_ours(struct epoll *e, int epfd, struct epoll_event *out, int max
         }
         if (unlikely(e->kicking)) {
             let_others_wake();
+        }
+        got = epoll_outer(e);
+        if (got < 0) {
+            return got;
         }
         rest.outer = e->outer;
         s.wake_fd = e->bell;

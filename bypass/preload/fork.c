@@ -54,6 +54,7 @@ static void drop_parents(void)
     fd_unhide(me.dev_ep);
     fd_unhide(me.helper.wake_fd);
     fd_unhide(self.wake_fd - 1);
+    bells_child();
     broker_leave();
     pass_child();
     me.wake_fd = me.dev_ep = me.helper.wake_fd = -1;

@@ -35,6 +35,7 @@ enum {
     FD_HIDDEN = 0x20000000, /* the library's own */
     FD_EPOLL = (int)0x80000000,
     WATCH_FDS = APP_QUEUES + 2,
+    WAKES = 8,
     RELATIVES_LOOK_NS = 1000000000, /* relatives that say nothing are looked after this often */
     FLUSH_AT = 32, /* calls that queued output before it is handed to the device anyway: what one kick sends */
 };
@@ -108,6 +109,8 @@ struct thread {              /* of the calling thread */
     uint32_t orphan;         /* an object that only the call under way has, plus one */
     bool kernels;            /* wait_for(): the kernel's half is ready */
     bool attaching;          /* in attach() */
+    int wakes;               /* that it owes: whom it found something for while it has the lock */
+    int owed[WAKES];         /* eventfds; relatives as -1 - their place */
     int wake_fd;             /* its eventfd plus one; 0: none yet */
     struct sleeper *sleeper; /* it is in park() with this one */
 };
@@ -226,9 +229,13 @@ typedef int doze_call(void *arg, const struct timespec *ts, const sigset_t *mask
 int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask);
 /* real.ppoll(), -errno; no cancellation point when *ts is 0: may be called with the lock held. */
 int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigset_t *mask);
-/* An eventfd of the library's is written, and read empty. By system calls that are no cancellation points, since a thread
- * that has the lock must not be cancelled. */
-void ring(int eventfd);
+/* Eventfds to wake threads by. What was one is kept for the next who needs one: a late ring must not hit anything else. */
+int bell_open(void);
+void bell_close(int fd);
+void bells_child(void); /* after fork, in the child: the parent's are not ours */
+/* Rings a bell: when the lock is free, so that who wakes up does not wait for it. */
+void ring(int bell);
+/* Reads a bell, or one wake of a relative's. No cancellation point: a thread that has the lock must not be cancelled. */
 void drain(int fd);
 /* Waits until the object may have become ready for `events` (POLLIN, POLLOUT, ...). 0: try again; -EINTR; -EAGAIN: the
  * timeout (timeo_ns; 0 none, counted from *since, which is 0 at first) is over. Restarts after signals as SA_RESTART
