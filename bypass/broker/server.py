@@ -101,6 +101,7 @@ class Server:
         self._watched: dict[int, Callable[[], None]] = {}
         self._processes: dict[int, Process] = {}  # by descriptor
         self._unsent: set[Process] = set()
+        self._fresh: set[int] = set()  # watched since this turn's events were read
         self._ready: dict[int, None] = {}  # connections with more to read than one turn takes
         self._stopped = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -176,9 +177,12 @@ class Server:
 
     def turn(self, timeout: float | None = None) -> None:
         """Waits until something happens, or for so many seconds, and does it."""
-        for fd, _ in self._epoll.poll(self._timeout(timeout)):
+        events = self._epoll.poll(self._timeout(timeout))
+        self._fresh.clear()
+        for fd, _ in events:
             call = self._watched.get(fd)
-            if call is not None:  # else it was dropped in this turn
+            # Else it was dropped in this turn; or the event is of another one that had the number until then.
+            if call is not None and fd not in self._fresh:
                 call()
         for fd in list(self._ready):
             del self._ready[fd]
@@ -200,6 +204,7 @@ class Server:
     # ---- Loop of bypass.broker.broker
     def watch(self, fd: int, call: Callable[[], None]) -> None:
         self._watched[fd] = call
+        self._fresh.add(fd)
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:

@@ -133,6 +133,7 @@ static int attach_device(const int *fds, int count)
 {
     void *mem = (uint8_t *)me.app + me.app->dev_off;
     struct afxdp_error error;
+    int err;
 
     switch (me.app->device) {
     case APP_DEV_LOOP:
@@ -152,12 +153,13 @@ static int attach_device(const int *fds, int count)
         }
         return 0;
     case APP_DEV_PORT:
-        me.dev = port_netdev(&me.port);
         if (count < 2) {
             return -EPROTO;
         }
         watch(fds[1], true);
-        return port_attach(&me.port, mem, me.app->dev_size, fds[0], fds[1]);
+        err = port_attach(&me.port, mem, me.app->dev_size, fds[0], fds[1]);
+        me.dev = err == 0 ? port_netdev(&me.port) : NULL;
+        return err;
     default:
         return -EPROTO;
     }
@@ -165,6 +167,9 @@ static int attach_device(const int *fds, int count)
 
 void device_sync(void)
 {
+    if (!me.dev) {
+        return; /* attach() is at it */
+    }
     if (me.app->device == APP_DEV_AFXDP) {
         afxdp_sync(me.afxdp);
     } else if (me.app->device == APP_DEV_PORT) {
@@ -243,6 +248,8 @@ static int attach_memory(const int *fds, int count)
     if (mine) {
         host_random(NULL, &wake_id, sizeof wake_id);
         err = group_init(me.g, me.app->group_size, me.app->config.max_socks, wake_id);
+    } else {
+        enter_quietly(); /* relatives are at work */
     }
     if (err == 0) {
         err = attach_device(fds, count);
@@ -252,6 +259,8 @@ static int attach_memory(const int *fds, int count)
     }
     if (mine) {
         atomic_store((_Atomic uint32_t *)&me.g->ready, 2);
+    } else {
+        leave();
     }
     return err;
 }
@@ -379,7 +388,8 @@ void attach_child(void)
     helper_start();
 }
 
-__attribute__((constructor(102))) static void prepare(void)
+/* After those that note the environment (102): it may attach. */
+__attribute__((constructor(103))) static void prepare(void)
 {
     real_load();
     preload_wanted();

@@ -384,7 +384,7 @@ int broker_hello(int *fds, int max, int *count)
     *count = 0;
     from_environment(&m);
     err = hello(&m, fds, max, count);
-    if (err < 0 && m.app) { /* the relatives may have ended: a new application then */
+    if (err < 0 && m.app && !me.reaper) { /* the relatives may have ended: a new application then */
         for (; *count > 0; --*count) {
             real.close(fds[*count - 1]);
         }

@@ -116,6 +116,8 @@ void goodbye(void)
     me.halted_by = &self;
     stop_listeners();
     group_leave(me.g, me.proc, ended, NULL);
+    fd_unhide(me.wake_fd); /* its name is that of the place */
+    me.wake_fd = -1;
     turn();
     if (me.g->relatives == 0) { /* what messages carry that nobody can take any more */
         end_all();

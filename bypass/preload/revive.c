@@ -112,7 +112,8 @@ void revive(void)
     if (!me.g->working) {
         return; /* it had not begun, or was through */
     }
-    if (me.g->dead || !group_repair(me.g) || reclaim_device() < 0 || clear_arena() < 0 || new_stack() < 0) {
+    /* A process that is just attaching has no device yet: it cannot do it. */
+    if (me.g->dead || !me.dev || !group_repair(me.g) || reclaim_device() < 0 || clear_arena() < 0 || new_stack() < 0) {
         me.g->dead = 1;
         return;
     }
