@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from afxdp_support import link
+from afxdp_support import link, set_queues
 from fwd_live import App, AppMemory, application
 
 from bypass import netns
-from bypass.fwd import Died, Forwarder, LinkState
+from bypass.fwd import Died, Forwarder, LinkState, QueuesAdded
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab, wait_for
 from bypass.policy import parse_policy
 from bypass.steer_maps import endpoint_key
@@ -44,7 +44,7 @@ CONFIG = {"ring_size": 512, "frames": 4096, "frame_size": 2048, "bind_wait_ms": 
 class Live:
     """bypass-fwd on the server's interface, steered to by the real program."""
 
-    def __init__(self, lab: Lab, folder: Path, program: Path) -> None:
+    def __init__(self, lab: Lab, folder: Path, program: Path, queues: int | None = None) -> None:
         self.lab, self.folder, self.program = lab, folder, program
         self.stack = ExitStack()
         self.apps: dict[int, App] = {}
@@ -59,7 +59,7 @@ class Live:
             self.f = Forwarder.start()
             self.stack.callback(self.f.close)
         self.steering.set_locals([SERVER_IP])
-        config = CONFIG | {"ifname": SERVER_IFNAME, "queues": list(range(lab.queues))}
+        config = CONFIG | {"ifname": SERVER_IFNAME, "queues": list(range(queues or lab.queues))}
         self.device = self.f.device_open(config, self.steering._maps["xsks"].fd)
         self.f.locals([f"{SERVER_IP}/24"])
 
@@ -352,6 +352,28 @@ def test_a_link_that_goes_down_is_reported_and_connections_survive(live: Live) -
     assert s.recv(100) == b"after"
     s.close()
     live.at_home(0)
+
+
+@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
+def test_queues_that_appear_later_are_served(lab: Lab, tmp_path: Path, program: Path) -> None:
+    """`ethtool -L` on an interface in use: their packets are this application's too."""
+    set_queues(lab, 1)
+    live = Live(lab, tmp_path, program, queues=1)
+    with live.stack:
+        live.start(0)
+        live.echo_stream(0, 1 << 16)
+        set_queues(lab, 4)
+        seen: list[object] = []
+
+        def told() -> bool:
+            seen.extend(live.f.events())
+            return QueuesAdded(4) in seen
+
+        wait_for(told, 20, "the queues to be served")
+        live.steering.swap(live.steering.policy)
+        for _ in range(64):
+            live.echo_stream(0, 1 << 10)
+        live.at_home(0)
 
 
 def test_a_closed_device_gives_the_flows_back_to_whoever_opens_it_next(live: Live) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "LinkState",
     "Listed",
     "PortCut",
+    "QueuesAdded",
     "binary",
 ]
 
@@ -79,7 +80,15 @@ class LinkState:
     state: str
 
 
-Event = Died | PortCut | LinkState
+@dataclass(frozen=True, slots=True)
+class QueuesAdded:
+    """The interface has got queues, which have sockets now. A veth runs no XDP program on them until one is attached
+    anew (`Steering.swap()` with the same policy)."""
+
+    queues: int
+
+
+Event = Died | PortCut | LinkState | QueuesAdded
 
 
 class Item(NamedTuple):
@@ -278,6 +287,8 @@ class Forwarder:
             self._events.append(Died(ffi.string(ffi.cast("struct fwd_name *", message).name).decode()))
         elif kind == lib.FWD_CUT:
             self._events.append(PortCut(ffi.cast("struct fwd_app *", message).app))
+        elif kind == lib.FWD_QUEUES:
+            self._events.append(QueuesAdded(ffi.cast("struct fwd_queues *", message).queues))
         elif kind == lib.FWD_LINK:
             self._events.append(LinkState(LINK_STATES[ffi.cast("struct fwd_link *", message).state]))
 

@@ -156,15 +156,23 @@ int device_close(struct request *q)
 static void add_queues(struct program *w)
 {
     int now = afxdp_queues_now(w->device), have = afxdp_netdev(w->device)->queues;
+    struct fwd_queues told = {0};
 
     for (; have < now; have++) {
         struct afxdp_error error;
         int qi = afxdp_add_queue(w->device, (uint16_t)have, (uint32_t)now, &error);
 
         if (qi < 0 || map_update(w->xsks_fd, w->slot + (uint32_t)have, (uint32_t)afxdp_fd(w->device, qi)) < 0) {
-            fprintf(stderr, "bypass-fwd: queue %d that appeared cannot be served: %s\n", have, strerror(error.err));
+            if (w->queues_refused != now) { /* it is tried again every second, and said once */
+                fprintf(stderr, "bypass-fwd: queue %d that appeared cannot be served: %s\n", have, strerror(error.err));
+                w->queues_refused = now;
+            }
             return;
         }
+        told.queues = (uint32_t)have + 1;
+    }
+    if (told.queues) {
+        control_tell(w, &told, sizeof told, FWD_QUEUES);
     }
 }
 

@@ -67,6 +67,8 @@ enum fwd_type {
     FWD_DIED, /* fwd_name: all processes of the item are dead, and what its watch says is done */
     FWD_CUT,  /* fwd_app: it broke the rules of its port, which is not served any more */
     FWD_LINK, /* fwd_link: the interface's */
+    FWD_QUEUES, /* fwd_queues: the interface has got more, which have sockets now. A veth runs no XDP program on them until
+                 * one is attached anew: the broker's to do */
 };
 
 /* Why a frame of an application was not sent. */
@@ -238,6 +240,11 @@ struct fwd_port_stats {
     uint64_t tx_limited;           /* times that it had to wait for its rate */
     uint64_t rings, rings_failed;  /* wake-ups of it */
     uint64_t refused[FWD_REFUSALS];
+};
+
+struct fwd_queues {
+    struct fwd_head head;
+    uint32_t queues; /* that it has now */
 };
 
 struct fwd_link {
