@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from bypass.lab import CLIENT_IP, SERVER_IP
 __all__ = ["IperfClient", "IperfServer"]
 
 PORT = 5201
+START_S = 20.0
 TESTS = {
     "to the server": (),
     "to the client": ("-R",),
@@ -65,11 +67,11 @@ class IperfServer(ServerApp):
     def _wait_open(self, port: int) -> None:
         """A connection that says nothing would keep the only place that this server has: its own word is waited for."""
         argv = [where("iperf3"), "-c", SERVER_IP, "-p", str(PORT), "-n", "1", "-J"]
-        for _ in range(50):
-            if not self.server.alive():
-                break
+        deadline = time.monotonic() + START_S
+        while self.server.alive() and time.monotonic() < deadline:
             if '"error"' not in self.place.client(argv, check=False):
                 return
+            time.sleep(0.05)
         raise BenchError(f"iperf3 -s does not answer: {self.server.said()}")
 
     def exercise(self) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Nginx(ServerApp):
         return Reader(self.place.connect(PORT))
 
     def exercise(self) -> dict[str, Any]:
+        self._wait_new_workers(set())  # the port takes connections before they are there
         figures: dict[str, Any] = {"workers": len(self.workers())}
         wanted = self.worker_processes
         self.expect(len(self.workers()) == wanted, f"{len(self.workers())} workers, not {wanted}")
