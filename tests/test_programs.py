@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's programs, unmodified (bench/apps): each works when the kernel serves it, the proof says that the kernel did;
-and what would be wrong is noticed."""
+"""Debian's programs, unmodified (bench/apps): each works when the kernel serves it and by `bypass run`, and the
+proof says who did; what would be wrong is noticed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,18 @@ def test_a_program_works_on_the_kernel_and_the_proof_says_so(name: str) -> None:
     assert verdict.figures
     assert verdict.elsewhere != []  # the kernel served, and the proof does not believe in bypass
     assert verdict.proof["active_opens"] + verdict.proof["passive_opens"] > 0
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("name", sorted(APPS))
+def test_a_program_works_on_bypass_and_the_kernel_sees_none_of_its_connections(name: str) -> None:
+    if lack := APPS[name].missing():
+        missing(lack)
+    verdict = run(APPS[name], BypassLauncher, scale=SCALE)
+    assert verdict.problems == []
+    assert verdict.figures
+    assert verdict.elsewhere == []
+    assert verdict.proof["active_opens"] + verdict.proof["passive_opens"] == 0
 
 
 def test_the_command_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:

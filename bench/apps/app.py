@@ -97,6 +97,7 @@ class ServerApp(App):
     def _wait_open(self, port: int) -> None:
         try:
             self.place.wait_open(port, self.server.alive)
+            self.launcher.wait_served(port)
         except BypassError as e:
             raise BenchError(f"{self.name}: {e}: {self.server.said()}") from e
 

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from bench.apps.place import USER, Place, environment
+from bench.apps.proof import snapshot
 from bench.mixed.leftovers import descendants
 from bench.programs import ROOT
 from bypass import netns
-from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP
+from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, wait_for
 
 __all__ = ["LAUNCHERS", "BypassLauncher", "Grant", "KernelLauncher", "Launcher", "Running"]
 
 END_S = 20.0
+SERVED_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,10 @@ class Launcher(ABC):
             files: how many descriptors it may have open; 0: as many as ever.
         """
 
+    @abstractmethod
+    def wait_served(self, port: int) -> None:
+        """Until new connections to a port that is open are served by what this launcher stands for."""
+
     def _prefix(self, files: int) -> list[str]:
         limit = ["prlimit", f"--nofile={files}:{files}", "--"] if files else []
         return limit + ([] if self.core is None else ["taskset", "-c", str(self.core)])
@@ -189,6 +195,9 @@ class KernelLauncher(Launcher):
         env = environment(self.place.folder) | dict(more_env or {})
         return self._popen([*self._prefix(files), *argv], env, USER)
 
+    def wait_served(self, port: int) -> None:
+        return
+
 
 class BypassLauncher(Launcher):
     """`bypass run`, with a broker of the run's own."""
@@ -207,6 +216,16 @@ class BypassLauncher(Launcher):
         head = f"version: 1\ninterface: {SERVER_IFNAME}\nbackend: {{kind: afxdp, mode: auto}}\n"
         path.write_text(head + (f"stack: {{{sizes}}}\n" if sizes else "") + f"flows:\n{rules}")
         return path
+
+    def wait_served(self, port: int) -> None:
+        """The kernel's listener takes connections until the broker has made the port's flows live."""
+
+        def by_us() -> bool:
+            before = snapshot(self.place.lab).passive_opens
+            self.place.connect(port).close()
+            return snapshot(self.place.lab).passive_opens == before
+
+        wait_for(by_us, SERVED_S, f"bypass to serve port {port}")
 
     def start(
         self, argv: Sequence[str], *, more_env: Mapping[str, str] | None = None, files: int = 0

@@ -95,8 +95,11 @@ class Serving:
             program("load"), SERVER_IP, str(w.port), str(w.parallel), str(rate), str(plan.warmup_ms),
             str(plan.measure_ms), pids, str(answer),
         ]  # fmt: skip
-        raw: dict[str, Any] = json.loads(self.here.client(argv, core=self.core, stdin=w.request))
-        return derived(raw)
+        try:
+            raw: dict[str, Any] = json.loads(self.here.client(argv, core=self.core, stdin=w.request))
+            return derived(raw)
+        except BenchError as e:
+            raise BenchError(f"{w.title}: {e}") from e
 
 
 def derived(raw: dict[str, Any]) -> dict[str, Any]:
