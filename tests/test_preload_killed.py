@@ -17,7 +17,7 @@ from broker_support import running
 from c_programs import run as run_tool
 
 from bypass import netns
-from bypass.broker.site import DirectSite
+from bypass.broker.interface import DirectSite
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 

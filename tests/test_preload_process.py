@@ -19,7 +19,8 @@ from preloaded import CLEAN, LIBRARY, SURFACES, run
 from test_posix import CASES, LIMIT_S, built
 
 from bypass import netns
-from bypass.broker.site import DirectSite, LoopSite
+from bypass.broker.shared import site_of
+from bypass.broker.site import LoopSite
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 
@@ -27,6 +28,7 @@ PROGRAMS = ("posix_processes", "posix_relatives", "posix_rights")
 PORT = 8080
 POLICY = f"""
 version: 1
+mode: %s
 interface: {SERVER_IFNAME}
 backend: {{kind: afxdp, mode: copy, ring_size: 256}}
 flows:
@@ -75,6 +77,7 @@ s = socket.create_server(("{SERVER_IP}", {PORT}))
 print("ready", flush=True)
 """
 SENDS_AND_ENDS = LISTEN + "c, _ = s.accept()\nc.sendall(bytes(range(256)) * ({size} // 256))\n"
+SENDS_AND_FOLLOWS = SENDS_AND_ENDS + "os.execv('/bin/true', ['true'])\n"
 INETD = (
     LISTEN
     + """
@@ -119,9 +122,9 @@ time.sleep(100)
 )
 
 
-@pytest.fixture
-def broker(lab: Lab) -> Iterator[RunningBroker]:
-    with running(lambda: DirectSite(parse_policy(POLICY)), lab.server_ns) as it:
+@pytest.fixture(params=["direct", "shared"])
+def broker(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
+    with running(lambda: site_of(parse_policy(POLICY % request.param)), lab.server_ns) as it:
         yield it
 
 
@@ -170,11 +173,12 @@ def until_end(sock: socket.socket) -> bytes:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("size", [1024, SIZE])
+@pytest.mark.parametrize("source", [SENDS_AND_ENDS, SENDS_AND_FOLLOWS], ids=["exit", "exec"])
 def test_what_the_last_process_wrote_arrives_after_its_end(
-    lab: Lab, broker: RunningBroker, size: int
+    lab: Lab, broker: RunningBroker, source: str, size: int
 ) -> None:
     before = accepted_by_kernel(lab)
-    with program(lab, broker, SENDS_AND_ENDS.replace("{size}", str(size))) as server, peer(lab) as client:
+    with program(lab, broker, source.replace("{size}", str(size))) as server, peer(lab) as client:
         got = bytearray()
         while server.poll() is None:  # reads no more than the program needs to be through
             got += client.recv(65536)

@@ -22,7 +22,7 @@
 
 #include "preload.h"
 
-enum { SETTLE_NS = 2000000 };
+enum { SETTLE_NS = 2000000, LOW_FDS = 1024 };
 
 extern char **environ;
 
@@ -338,6 +338,17 @@ static int number(const char *text)
     return *text && !*end && n >= 0 && n < FD_MAX ? (int)n : -1;
 }
 
+/* Without /proc (chroot(2)): where descriptors usually are. */
+static bool any_low_socket(bool (*what)(int fd))
+{
+    for (int fd = 0; fd < LOW_FDS; fd++) {
+        if (!fd_hidden(fd) && fd_inode(fd) && what(fd)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Calls `what` for each open descriptor that is a socket, until it is true. */
 static bool any_socket(bool (*what)(int fd))
 {
@@ -353,7 +364,7 @@ static bool any_socket(bool (*what)(int fd))
     if (d) {
         closedir(d);
     }
-    return found;
+    return d ? found : any_low_socket(what);
 }
 
 static bool take_over(int fd)
