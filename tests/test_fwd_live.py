@@ -376,6 +376,16 @@ def test_queues_that_appear_later_are_served(lab: Lab, tmp_path: Path, program: 
         live.at_home(0)
 
 
+@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
+def test_queues_that_were_not_asked_for_are_left_alone(lab: Lab, tmp_path: Path, program: Path) -> None:
+    live = Live(lab, tmp_path, program, queues=1)
+    with live.stack:
+        before = len(os.listdir(f"/proc/{live.f.pid}/fd"))
+        time.sleep(2.5)  # it looks every second
+        assert len(os.listdir(f"/proc/{live.f.pid}/fd")) == before
+        assert live.f.events() == []
+
+
 def test_a_closed_device_gives_the_flows_back_to_whoever_opens_it_next(live: Live) -> None:
     live.start(0)
     live.echo_stream(0, 1 << 16)

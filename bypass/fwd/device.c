@@ -100,6 +100,17 @@ static void device_describe(const struct program *w, struct fwd_device_info *a)
     memcpy(a->mac, nd->mac, sizeof a->mac);
 }
 
+/* Was every queue of the interface asked for? Then those that it gets later are too. */
+static bool all_queues(const struct afxdp_config *cfg)
+{
+    for (uint32_t i = 0; i < cfg->queue_count; i++) {
+        if (cfg->queues[i] != i) {
+            return false;
+        }
+    }
+    return afxdp_interface_queues(cfg->ifname) == (int)cfg->queue_count;
+}
+
 int device_open(struct request *q)
 {
     const struct fwd_device *m = q->message;
@@ -124,6 +135,7 @@ int device_open(struct request *q)
     w->xsks_fd = q->fds[0];
     q->fds[0] = -1;
     w->slot = m->slot;
+    w->all_queues = all_queues(&cfg);
     w->device_fd = afxdp_netdev(w->device)->ops->wait_fd(afxdp_netdev(w->device));
     err = publish_sockets(w, q, &cfg);
     if (!err && !program_watch(w, w->device_fd, EPOLLIN, EVENT_DEVICE, 0)) {
@@ -155,7 +167,7 @@ int device_close(struct request *q)
 /* Queues that the interface got since (ethtool -L): each needs a socket, or its packets would be dropped. */
 static void add_queues(struct program *w)
 {
-    int now = afxdp_queues_now(w->device), have = afxdp_netdev(w->device)->queues;
+    int now = w->all_queues ? afxdp_queues_now(w->device) : 0, have = afxdp_netdev(w->device)->queues;
     struct fwd_queues told = {0};
 
     for (; have < now; have++) {

@@ -49,7 +49,8 @@ enum fwd_type {
     FWD_UNWATCH,     /* fwd_name: nothing happens when its processes die */
 
     FWD_DEVICE_OPEN,  /* fwd_device, an XSKMAP: opens the interface's AF_XDP sockets and puts them into the map, from
-                         `slot` on, by queue -> fwd_device_info. The descriptors never leave bypass-fwd */
+                         `slot` on, by queue -> fwd_device_info. The descriptors never leave bypass-fwd.
+                         Where all queues are asked for, those that the interface gets later are served too */
     FWD_DEVICE_CLOSE, /* fwd_head */
     FWD_LOCALS,       /* fwd_locals: all addresses of the host */
     FWD_PORT_ADD, /* fwd_port_add; memory file (sealed against shrinking), eventfd, socket. EEXIST, EINVAL, EPERM (seal) */

@@ -60,6 +60,7 @@ struct program {
     size_t device_size;
     int device_fd, xsks_fd;
     uint32_t slot, link_told;
+    bool all_queues;    /* of the interface are served, those that come later included */
     int queues_refused; /* how many there are, of which one cannot be served */
     struct forwarder forward;
 };
