@@ -23,7 +23,7 @@ from bypass.rules import PortRange
 from bypass.stack_api import STREAM
 from bypass.steering import Steering
 
-__all__ = ["ANY", "Grants", "KernelView", "Key", "Live", "LiveEntries", "Permits", "shadow"]
+__all__ = ["ANY", "WHOLE_BLOCK", "Grants", "KernelView", "Key", "Live", "LiveEntries", "Permits", "shadow"]
 
 ANY = "0.0.0.0"
 PORT_TRIES = 512
@@ -33,6 +33,8 @@ IP_FREEBIND = 15  # linux/in.h
 
 Key = tuple[int, Address, Address | None]
 """Of a live entry: kind (BYPASS_STREAM, BYPASS_DGRAM), local, remote."""
+WHOLE_BLOCK: Address = (ANY, 0)
+"""A remote that is none: the entry is of bypass.steering.BLOCK local ports, from that of `local` on."""
 
 
 class KernelView(Protocol):
@@ -248,9 +250,12 @@ class LiveEntries:
     def _add(self, key: Key, owner: int) -> Live:
         kind, local, remote = key
         laddr = None if local[0] == ANY else local[0]
-        raddr, rport = remote or (None, None)
+        block = remote == WHOLE_BLOCK
+        raddr, rport = (None, None) if block or remote is None else remote
         drain = kind == STREAM and remote is None and self.kernel.tcp_connections(local[1]) > 0
-        entry = self.steering.add_endpoint(protocol_of(kind), laddr, local[1], raddr, rport, drain=drain)
+        entry = self.steering.add_endpoint(
+            protocol_of(kind), laddr, local[1], raddr, rport, drain=drain, block=block
+        )
         return Live(entry, kind, local, owner, 0, drain)
 
     def drain_due_ns(self) -> int | None:

@@ -99,4 +99,5 @@ def test_relatives_of_who_is_killed_go_on_on_an_interface(program: Path, lab: La
         done = preloaded.run(command, env, LIMIT_S)
         assert (done.status, done.out, done.err) == (0, f"{ROUNDS} of {ROUNDS}\n", ""), f"seed {seed}: {done}"
         assert active_opens(lab.server_ns) == before, "the kernel connected"
-        broker.wait(lambda: not broker.server.broker.apps, "the application ends with its last process")
+        apps = broker.server.broker.apps
+        broker.wait(lambda: all(app.lingering for app in apps.values()), "the last process has ended")

@@ -82,7 +82,11 @@ enum app_msg_type {
      * none: a listener or a bound datagram socket). One descriptor: the kernel socket that holds the port, or that is
      * to be bound now (connect: local port 0: the broker binds it to an address and port that the policy grants).
      * Answer: lease, local. error EACCES (text: which rule is missing), EADDRINUSE (live for another application),
-     * ENETUNREACH, EDQUOT. The broker keeps a duplicate of the descriptor until the lease ends. */
+     * ENETUNREACH, EDQUOT. The broker keeps a duplicate of the descriptor until the lease ends.
+     * flags 1, of a connect without a local port: a block of ports would do. If the answer has flags 1 the lease is for
+     * all ports from local.port to last_port of local.addr, to any peer that grants allow; the descriptor is not bound,
+     * nor kept. No other socket has such a port at that moment, and the kernel chooses none; who binds by name may.
+     * With flags 2 besides, the blocks that the application has are in use: another one; without, it may be one of them. */
     APP_LEASE = 3,
     /* Ends a lease: its packets are the kernel's, its port is free. Only when the stack has no connection on it. */
     APP_RELEASE = 4,

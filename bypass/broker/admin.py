@@ -19,10 +19,11 @@ from typing import Any
 from bypass.broker.apps import App, Process
 from bypass.broker.broker import Broker
 from bypass.errors import BypassError
-from bypass.grants import ANY, Key
+from bypass.grants import ANY, WHOLE_BLOCK, Key
 from bypass.policy import Policy, load_policy
 from bypass.rules import PROTOCOLS
 from bypass.stack_api import STREAM
+from bypass.steering import BLOCK
 
 MAX_LEASES = 100
 """Leases that one record names; `leases_total` is their number."""
@@ -101,7 +102,8 @@ class Admin:
                 {
                     "lease": lease.number,
                     "proto": "tcp" if lease.kind == STREAM else "udp",
-                    "local": f"{lease.local[0]}:{lease.local[1]}",
+                    "local": f"{lease.local[0]}:{lease.local[1]}"
+                    + (f"-{lease.last_port}" if lease.last_port else ""),
                     "remote": f"{lease.remote[0]}:{lease.remote[1]}" if lease.remote else None,
                 }
                 for lease in list(app.leases.values())[:MAX_LEASES]
@@ -210,7 +212,8 @@ class Admin:
 
     def _owner(self, kind: int, local: tuple[str, int], remote: tuple[str, int]) -> tuple[App, Key] | None:
         """In the order in which the steering program looks."""
-        for key in ((kind, local, remote), (kind, local, None), (kind, (ANY, local[1]), None)):
+        block = (kind, (local[0], local[1] - local[1] % BLOCK), WHOLE_BLOCK)
+        for key in ((kind, local, remote), block, (kind, local, None), (kind, (ANY, local[1]), None)):
             for app in self._broker.apps.values():
                 if any(lease.key == key for lease in app.leases.values()):
                     return app, key
@@ -226,6 +229,8 @@ def _port(value: object) -> int:
 def _key_text(key: Key) -> str:
     kind, local, remote = key
     peer = f" from {remote[0]}:{remote[1]}" if remote else ""
+    if remote == WHOLE_BLOCK:
+        peer = f"-{local[1] + BLOCK - 1}"
     return f"{'tcp' if kind == STREAM else 'udp'} {'*' if local[0] == ANY else local[0]}:{local[1]}{peer}"
 
 

@@ -29,14 +29,18 @@ PAUSE_WAITING = 64
 
 @dataclass(slots=True)
 class Lease:
-    """An address of an application whose flows are live. `local` is as granted, `key` that of the live entry."""
+    """An address of an application whose flows are live. `local` is as granted, `key` that of the live entry.
+
+    shadow None: a block of ports from local[1] to `last_port`.
+    """
 
     number: int
     kind: int
     local: Address
     remote: Address | None
     key: Key
-    shadow: Shadow
+    shadow: Shadow | None
+    last_port: int = 0
 
 
 class Process:

@@ -25,18 +25,20 @@ from typing import Any, Protocol
 from bypass._core import lib
 from bypass.access import Quota
 from bypass.broker.apps import App, Lease, Process
+from bypass.broker.blocks import MAX_BLOCKS, Blocks
 from bypass.broker.memory import AppMemory
 from bypass.broker.protocol import ABI, Kind, Message
 from bypass.broker.reaper import start_reaper
 from bypass.broker.shadow import Shadow
 from bypass.broker.site import BATCH, Site
 from bypass.errors import BypassError, QueueBusyError
-from bypass.grants import ANY, Grants
+from bypass.grants import ANY, WHOLE_BLOCK, Grants, Key
 from bypass.netlink import Interface
 from bypass.policy import Policy
 from bypass.profiles import StackOptions
 from bypass.rules import PortRange, Rule
 from bypass.stack_api import DGRAM, STREAM
+from bypass.steering import BLOCK
 
 log = logging.getLogger("bypass.broker")
 
@@ -49,6 +51,7 @@ MAX_GRANTS = 256
 MAX_ASKED = 16384
 MAX_CHILDREN = 4096
 MAPPED_BITS = 96
+LEASE_BLOCK, LEASE_ANOTHER = 1, 2
 NEXTHOP_UNREACHABLE, NEXTHOP_FORGET = 1, 2
 GRANTS_END, GRANTS_EMPTY = 1, 2
 
@@ -109,6 +112,7 @@ class Broker:
         self._last_app = 0
         self._hellos: list[_Hello] = []
         self._heard: list[Message] = []  # next hops that the site tells while somebody asks for one
+        self._blocks = Blocks() if site.blocks else None
         site.told = self
 
     # ---- messages -------------------------------------------------------------------------------------------
@@ -266,6 +270,12 @@ class Broker:
             raise Refused(errno.EPROTONOSUPPORT, f"kind {m.kind} is neither stream nor datagram")
         if len(app.leases) >= app.limit:
             raise Refused(errno.EDQUOT, f"the application has {app.limit} leases, which is all it may have")
+        if m.flags & LEASE_BLOCK and self._blocks is not None:
+            block = self._lease_block(app, m, self._blocks)
+            if block is not None:
+                return m.answer(
+                    lease=block.number, local=block.local, last_port=block.last_port, flags=LEASE_BLOCK
+                )
         shadow = Shadow(fds[0], m.kind)
         fds.clear()  # it is the shadow's now
         try:
@@ -302,13 +312,63 @@ class Broker:
         app.last_lease += 1
         return Lease(app.last_lease, m.kind, local, remote, key, shadow)
 
+    def _lease_block(self, app: App, m: Message, blocks: Blocks) -> Lease | None:
+        """A block that it has or gets; None: an ordinary lease will do."""
+        local, remote = (_plain(m.local[0]), m.local[1]), (_plain(m.remote[0]), m.remote[1])
+        if local[1] or not remote[1] or remote[0] == ANY:
+            return None
+        host = local[0] if local[0] != ANY else self.site.source_for(remote[0])
+        grants = self.site.grants(app.user)
+        mine = [lease for lease in app.leases.values() if lease.last_port]
+        if not m.flags & LEASE_ANOTHER:
+            for lease in mine:
+                if lease.kind == m.kind and lease.local[0] == host and self._still(grants, lease):
+                    return lease
+        if len(mine) >= MAX_BLOCKS:
+            return None
+        try:
+            first = blocks.take(m.kind, host, grants, remote)
+        except OSError as e:
+            log.warning("no block of ports: %s", e)
+            return None
+        if first is None:
+            return None
+        key: Key = (m.kind, (host, first), WHOLE_BLOCK)
+        try:
+            self.site.use(key, app.number)
+        except BypassError as e:
+            blocks.give(first)
+            log.warning("no block of ports: %s", e)
+            return None
+        except BaseException:
+            blocks.give(first)
+            raise
+        app.last_lease += 1
+        lease = Lease(app.last_lease, m.kind, (host, first), None, key, None, first + BLOCK - 1)
+        app.leases[lease.number] = lease
+        return lease
+
+    def _still(self, grants: Grants, lease: Lease) -> bool:
+        """What it has is granted as the policy is now."""
+        remote = None if lease.key[2] == WHOLE_BLOCK else lease.key[2]
+        host, first = lease.key[1]
+        ports = range(first, max(first, lease.last_port) + 1)
+        return all(grants.find(lease.kind, (host, port), remote) is not None for port in ports)
+
+    def _give_back(self, lease: Lease) -> None:
+        """Its port is free, or its ports are."""
+        if lease.shadow is not None:
+            lease.shadow.close()
+        elif self._blocks is not None:
+            self._blocks.give(lease.local[1])
+
     def _release(self, process: Process, m: Message, fds: list[int]) -> Message:
         app = _app_of(process)
         lease = app.leases.pop(m.lease, None)
         if lease is None:
             raise Refused(errno.ENOENT, f"the application has no lease {m.lease}")
         self.site.unuse(lease.key)
-        lease.shadow.close()
+        self._give_back(lease)
         return m.answer(lease=m.lease)
 
     # ---- next hops
@@ -374,7 +434,8 @@ class Broker:
         app.processes.remove(process)
         if app.lingering:
             for lease in app.leases.values():
-                lease.shadow.stop()  # nobody is left who accepts
+                if lease.shadow is not None:
+                    lease.shadow.stop()  # nobody is left who accepts
         if app.processes or app.children:
             return
         if process.exec and not dead:
@@ -393,14 +454,15 @@ class Broker:
         """Takes everything from an application."""
         del self.apps[app.number]
         for lease in app.leases.values():
-            lease.shadow.stop()
+            if lease.shadow is not None:
+                lease.shadow.stop()
         for lease in app.leases.values():
             self.site.unuse(lease.key)
         self.site.close_device(app.number)
         for fd in app.fds:
             os.close(fd)
         for lease in app.leases.values():
-            lease.shadow.close()
+            self._give_back(lease)
         app.leases.clear()
         app.memory.close()
         self._not_waiting(app)
@@ -492,7 +554,7 @@ class Broker:
         for app in self.apps.values():
             grants = self.site.grants(app.user)
             for lease in list(app.leases.values()):
-                if grants.find(lease.kind, lease.key[1], lease.key[2]) is None:
+                if not self._still(grants, lease):
                     self._revoke(app, lease)
                     lost += 1
             for process in app.processes:
@@ -503,7 +565,7 @@ class Broker:
     def _revoke(self, app: App, lease: Lease) -> None:
         del app.leases[lease.number]
         self.site.unuse(lease.key)
-        lease.shadow.close()
+        self._give_back(lease)
         self._tell(iter(app.processes), Message(Kind.REVOKED, lease=lease.number, app=app.number))
 
     # ---- time

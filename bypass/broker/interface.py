@@ -47,6 +47,7 @@ class InterfaceSite(Site):
         lib.BYPASS_F_RST
     )  # the kernel answers ARP and ping; resets of live flows are the stack's alone
     device: int = lib.APP_DEV_AFXDP
+    blocks = True
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()

@@ -23,10 +23,9 @@ from bypass.afxdp import MODES, interface_queues
 from bypass.broker.interface import DirectSite, InterfaceSite
 from bypass.broker.memory import AppMemory
 from bypass.broker.site import Site
-from bypass.core import Address
 from bypass.errors import BypassError, DeviceError
 from bypass.fwd import Doorbells, Forwarder, ForwarderError, PortCut
-from bypass.grants import ANY, Key, protocol_of
+from bypass.grants import ANY, WHOLE_BLOCK, Key, protocol_of
 from bypass.policy import Policy
 
 BIND_WAIT_MS = 2000
@@ -140,12 +139,12 @@ class SharedSite(InterfaceSite):
         if key in self.entries:
             self.entries.use(key, owner)
             return
-        self.forwarder.lease_add(owner, *_lease(key))
+        self.forwarder.lease_add(owner, **_lease(key))
         try:
             live = self.entries.use(key, owner)
             self.forwarder.entry(live.entry, owner)
         except BaseException:
-            self.forwarder.lease_del(owner, *_lease(key))
+            self.forwarder.lease_del(owner, **_lease(key))
             raise
 
     def unuse(self, key: Key) -> None:
@@ -154,7 +153,7 @@ class SharedSite(InterfaceSite):
             self.entries.remove(key)
             with suppress(FileNotFoundError, ForwarderError):
                 self.forwarder.entry(live.entry, 0)
-                self.forwarder.lease_del(live.owner, *_lease(key))
+                self.forwarder.lease_del(live.owner, **_lease(key))
 
     # ---- what happens
     def addr_add(self, address: str, prefix_len: int) -> None:
@@ -194,10 +193,18 @@ class SharedSite(InterfaceSite):
             end.callback(super().close)
 
 
-def _lease(key: Key) -> tuple[int, str, int, Address]:
+def _lease(key: Key) -> dict[str, Any]:
     """Arguments of lease_add()."""
     kind, (host, port), remote = key
-    return protocol_of(kind), "" if host == ANY else host, port, remote or ("", 0)
+    block = remote == WHOLE_BLOCK
+    peer = ("", 0) if block or remote is None else remote
+    return {
+        "proto": protocol_of(kind),
+        "local": "" if host == ANY else host,
+        "port": port,
+        "peer": peer,
+        "block": block,
+    }
 
 
 def site_of(policy: Policy) -> Site:

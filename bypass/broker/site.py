@@ -71,6 +71,7 @@ class Site(ABC):
         flags: BYPASS_F_* of the stack.
         device: APP_DEV_*.
         cpus, numa: where applications run and their memory lies; None: as it comes.
+        blocks: entries may be blocks of ports (bypass.grants.WHOLE_BLOCK).
         told: set by the broker.
     """
 
@@ -78,6 +79,7 @@ class Site(ABC):
     mode = ""
     flags = 0
     device = 0
+    blocks = False
     options: StackOptions = NO_OPTIONS
     congestion: str | None = None
     cpus: tuple[int, ...] | None = None

@@ -130,6 +130,7 @@ static int hear(struct app_msg *m, int *fds, int max, int *count, int ms)
 /* ---- What it says of its own accord ------------------------------------------------------------------------- */
 static void revoked(uint32_t lease)
 {
+    block_revoked(lease);
     for (uint32_t i = 0; i < me.g->objects_bump; i++) {
         struct object *o = group_object(me.g, i);
 
@@ -187,6 +188,7 @@ int address_add(const struct bypass_addr *addr, int prefix_len)
 static void address_del(const struct bypass_addr *addr)
 {
     bypass_addr_del(&me.stack, addr);
+    routes_forget();
     for (int i = 0; i < GROUP_ADDRS; i++) {
         if (memcmp(&me.g->addrs[i].addr, addr, sizeof *addr) == 0) {
             me.g->addrs[i].used = 0;

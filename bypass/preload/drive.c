@@ -292,6 +292,7 @@ static uint64_t next_turn(void)
 {
     uint64_t due = bypass_deadline(&me.stack);
 
+    due = me.g->blocks_due_ns < due ? me.g->blocks_due_ns : due;
     return me.g->check_ns < due ? me.g->check_ns : due;
 }
 

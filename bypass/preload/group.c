@@ -43,7 +43,12 @@ int group_init(struct group *g, uint64_t size, uint32_t max_socks, uint64_t wake
     if (watches + (uint64_t)HOLDS * max_socks * sizeof(struct hold) > size) {
         return -ENOMEM;
     }
-    *g = (struct group){.magic = GROUP_MAGIC, .abi = APP_ABI, .ready = 1, .wake_id = wake_id, .check_ns = UINT64_MAX};
+    *g = (struct group){.magic = GROUP_MAGIC,
+                        .abi = APP_ABI,
+                        .ready = 1,
+                        .wake_id = wake_id,
+                        .check_ns = UINT64_MAX,
+                        .blocks_due_ns = UINT64_MAX};
     g->objects_off = objects;
     g->objects_max = max_socks;
     g->objects_free = g->holds_free = GROUP_NONE;

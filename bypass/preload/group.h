@@ -112,6 +112,18 @@ struct proc {          /* a relative */
     uint32_t queue_head, queue_tail; /* watches whose objects became ready */
 };
 
+struct block {      /* a lease of local ports to connect from: blocks.c */
+    uint32_t lease; /* 0: none */
+    uint16_t first, last, type;
+    struct bypass_addr local;
+    uint64_t used_ns; /* a connection was on it at least until then */
+};
+
+struct route { /* which local address a peer is reached from */
+    struct bypass_addr to, local;
+    uint64_t until_ns; /* then the broker is asked again */
+};
+
 struct leaving { /* a lease whose socket is closed: leases.c */
     uint32_t lease;
     uint16_t port, type;
@@ -142,6 +154,9 @@ struct group {
     uint64_t leaving_ns; /* when they were looked at */
     uint32_t leaving_count, pad;
     struct leaving leaving[4096];
+    uint64_t blocks_due_ns; /* when blocks have to be looked at; UINT64_MAX: never */
+    struct block blocks[64];
+    struct route routes[256];
     struct proc procs[GROUP_PROCS];
 };
 

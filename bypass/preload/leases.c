@@ -29,6 +29,7 @@ void leases_check(void)
 {
     uint64_t now = me.g->turn_ns;
 
+    blocks_check(now);
     if (me.g->leaving_count == 0 || now - me.g->leaving_ns < CHECK_NS) {
         return;
     }

@@ -305,9 +305,37 @@ static enum reason connect_reason(const struct object *o, const struct bypass_en
     return o->place == PLACE_UNDECIDED && uring_used(false) ? WHY_URING : WHY_NONE;
 }
 
+/* A socket that nobody has bound: from a block where there is one, else by a lease of its own. */
+static int lease_unbound(int fd, struct object *o, struct bypass_endpoint *local, const struct bypass_endpoint *to)
+{
+    uint32_t flags;
+
+    for (int tries = 0; tries < 3; tries++) { /* a block that we have; one that others have taken up; a new one */
+        struct app_msg m = {.kind = o->type, .local = *local, .remote = *to};
+        int err = block_bind(fd, o, to, local, &flags);
+
+        if (err != -ENOENT) {
+            return err == 0 ? 0 : lease(fd, o, local, to);
+        }
+        m.flags = flags;
+        err = broker_lease(&m, fd);
+        if (err < 0) {
+            place_kernel(fd, o, WHY_REFUSED, m.text);
+            return err;
+        }
+        if (!(m.flags & 1)) {
+            *local = m.local;
+            o->lease = m.lease;
+            return 0;
+        }
+        block_add(&m, o->type, &to->addr);
+    }
+    return lease(fd, o, local, to);
+}
+
 static int prepare_connect(int fd, struct object *o, const struct bypass_endpoint *to)
 {
-    struct bypass_endpoint local = {0};
+    struct bypass_endpoint local = {0}, ours = {0};
     int err;
 
     if (looping()) {
@@ -321,7 +349,11 @@ static int prepare_connect(int fd, struct object *o, const struct bypass_endpoin
         o->lease = 0;
     }
     shadow_name(fd, o, &local);
-    err = lease(fd, o, &local, to);
+    bypass_local(&me.stack, o->sock, &ours);
+    if (local.port && block_has(o->type, &local) && granted(o->type, &local, to)) {
+        return ours.port ? 0 : bypass_bind(&me.stack, o->sock, &local); /* of an attempt that failed */
+    }
+    err = local.port || !is_any(&local.addr) ? lease(fd, o, &local, to) : lease_unbound(fd, o, &local, to);
     if (err < 0) {
         return PLACE_REAL;
     }

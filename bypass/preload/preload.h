@@ -276,6 +276,15 @@ int broker_rejoin(void); /* after fork */
 /* Lock held throughout: one question, one answer. -errno of the answer. */
 int broker_lease(struct app_msg *m, int fd);
 void broker_release(uint32_t lease);
+/* blocks.c: binds the shadow to a port of a block from which the peer is reached. 0 and *local; -ENOENT: there is none,
+ * ask for a lease with `flags` (app.h); -EACCES: it is not granted from a block; other -errno are the call's. */
+int block_bind(int fd, const struct object *o, const struct bypass_endpoint *to, struct bypass_endpoint *local,
+               uint32_t *flags);
+void block_add(const struct app_msg *m, int type, const struct bypass_addr *to); /* the answer to that, a block */
+bool block_has(int type, const struct bypass_endpoint *local);
+void blocks_check(uint64_t now); /* gives back those that nobody uses */
+void block_revoked(uint32_t lease);
+void routes_forget(void);
 /* Its socket is closed: it ends when the stack has no connection on the port any more. leases.c */
 void lease_leaves(uint32_t lease, int type, uint16_t port);
 void leases_check(void); /* now and then */

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of local ports, from which an application connects without asking for each connection.
+
+What lives here: which block may be handed out, and that the kernel takes none of its ports meanwhile. A block has
+BLOCK ports, the first a multiple of BLOCK, of one protocol and local address; one entry of steering takes their
+packets, as far as the rules allow (bypass.steering). What does not live here: what is live (site.py), messages
+(broker.py).
+
+The kernel chooses no port that net.ipv4.ip_local_reserved_ports names. The ports of a block are added to what is there
+and taken off again, and so that this outlives nobody, a file says what was added by whom: the next broker of the
+network namespace takes off what a dead one has left. A program may still bind to such a port by name; who connects
+skips it.
+
+Source: ip-sysctl.rst (ip_local_reserved_ports), socket(7) SO_NETNS_COOKIE.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import random
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from bypass.broker.shadow import SO_NETNS_COOKIE
+from bypass.core import Address
+from bypass.grants import Grants
+from bypass.stack_api import STREAM
+from bypass.steering import BLOCK
+
+log = logging.getLogger("bypass.broker")
+
+MAX_BLOCKS = 32
+"""Of one application: 8192 ports."""
+TRIES = 8
+RECORDS = Path("/run/bypass/ports")
+RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+# ---- The kernel's list --------------------------------------------------------------------------------------------
+
+
+def _parse(text: str) -> set[int]:
+    """Ports of a list like `1-5,8`."""
+    ports: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            ports.update(range(int(first), int(last or first) + 1))
+    return ports
+
+
+def _format(ports: Iterable[int]) -> str:
+    """The list, as the kernel writes it; empty: a newline, which empties it."""
+    spans: list[list[int]] = []
+    for port in sorted(ports):
+        if spans and spans[-1][1] == port - 1:
+            spans[-1][1] = port
+        else:
+            spans.append([port, port])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "\n"
+
+
+def _netns() -> str:
+    """A name of the calling thread's network namespace that no other one ever has, until the next boot."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        return s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)[::-1].hex()
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in the kernel's ticks; empty: it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+class Reserved:
+    """Blocks that the kernel takes no ports of, in the network namespace of the calling thread. Raises OSError."""
+
+    def __init__(self, records: Path | None = None) -> None:
+        self._folder = RECORDS if records is None else records
+        self._mine: set[int] = set()  # first ports
+        self._netns = _netns()
+        self._file = self._folder / f"{self._netns}-{os.getpid()}-{id(self):x}"
+        self._clean()
+
+    def ports(self) -> set[int]:
+        """All that are reserved, by whomever."""
+        return _parse(RESERVED.read_text())
+
+    def add(self, first: int) -> None:
+        """Reserves a block, of which nothing is reserved yet."""
+        self._mine.add(first)
+        self._note()
+        RESERVED.write_text(_format(self.ports() | _ports(first)))
+
+    def remove(self, first: int) -> None:
+        self._mine.discard(first)
+        RESERVED.write_text(_format(self.ports() - _ports(first)))
+        self._note()
+
+    def _note(self) -> None:
+        """Before anything is added, and after it is taken off."""
+        if not self._mine:
+            self._file.unlink(missing_ok=True)
+            return
+        self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new = self._file.with_suffix(".new")
+        about = {"pid": os.getpid(), "started": _start_of(os.getpid()), "blocks": sorted(self._mine)}
+        new.write_text(json.dumps(about))
+        new.rename(self._file)
+
+    def _clean(self) -> None:
+        """Takes off what brokers have left that were killed."""
+        left: set[int] = set()
+        dead = []
+        for path in self._folder.glob(f"{self._netns}-*"):
+            try:
+                about = json.loads(path.read_text())
+                alive = _start_of(about["pid"]) == about["started"]
+                blocks = set(map(int, about["blocks"]))
+            except (ValueError, KeyError, TypeError) as e:
+                log.warning("%s is damaged (%s): it is not heeded; see %s", path, e, RESERVED)
+                continue
+            if not alive:
+                dead.append(path)
+                left |= blocks
+        if left:
+            RESERVED.write_text(_format(self.ports().difference(*map(_ports, left))))
+        for path in dead:
+            path.unlink(missing_ok=True)
+
+
+def _ports(first: int) -> set[int]:
+    return set(range(first, first + BLOCK))
+
+
+# ---- Handing out ----------------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Blocks of one broker."""
+
+    def __init__(self, records: Path | None = None) -> None:
+        self._reserved = Reserved(records)
+        self._users: dict[int, int] = {}  # of a block's first port: protocols and addresses
+
+    def take(self, kind: int, host: str, grants: Grants, remote: Address) -> int | None:
+        """A block's first port, reserved; None: there is none for this user and peer. OSError."""
+        tried = 0
+        for first, by_name in self._candidates():
+            if tried == TRIES:
+                break
+            rule = grants.find(kind, (host, first), remote)
+            if rule is None or (by_name and rule.local_port is None):
+                continue
+            if not _granted(kind, host, first, grants, remote):
+                continue
+            tried += 1
+            self._reserved.add(first)
+            if _free(kind, first):
+                self._users[first] = 1
+                return first
+            self._reserved.remove(first)
+        return None
+
+    def give(self, first: int) -> None:
+        """It is the kernel's again."""
+        self._users[first] -= 1
+        if self._users[first] == 0:
+            del self._users[first]
+            with suppress(OSError):  # the namespace's own /proc is gone, and the list with it
+                self._reserved.remove(first)
+
+    def _candidates(self) -> Iterator[tuple[int, bool]]:
+        """In any order those of which the kernel would take a port; then the others, which a rule has to name: they are
+        likely to be somebody's."""
+        reserved = self._reserved.ports()
+        low, high = map(int, EPHEMERAL.read_text().split())
+        every = [f for f in range(4 * BLOCK, 1 << 16, BLOCK) if reserved.isdisjoint(range(f, f + BLOCK))]
+        random.shuffle(every)
+        inside = [f for f in every if low <= f and f + BLOCK - 1 <= high]
+        yield from ((first, False) for first in inside)
+        yield from ((first, True) for first in every if first not in inside)
+
+
+def _granted(kind: int, host: str, first: int, grants: Grants, remote: Address) -> bool:
+    """Every port: to this peer, and no packet comes by a rule that the user may not use."""
+    return all(
+        grants.find(kind, (host, port), remote) is not None
+        and grants.find(kind, (host, port), None) is not None
+        for port in range(first, first + BLOCK)
+    )
+
+
+def _free(kind: int, first: int) -> bool:
+    """No socket has any of the ports, whatever its address, its family, and its state: TIME_WAIT counts."""
+    what = socket.SOCK_STREAM if kind == STREAM else socket.SOCK_DGRAM
+    for port in range(first, first + BLOCK):
+        with socket.socket(socket.AF_INET, what) as probe:
+            try:
+                probe.bind(("", port))
+            except OSError as e:
+                if e.errno in (errno.EADDRINUSE, errno.EACCES):
+                    return False
+                raise
+    return True
