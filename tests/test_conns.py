@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -143,6 +144,17 @@ def test_the_table_says_the_same(holder: Holder) -> None:
     assert kernel.split()[:2] == ["udp", "UNCONN"]
     assert "kernel: an option that the stack does not have: IP_PKTINFO" in kernel
     assert sum("ESTAB" in line and line.rstrip().endswith("stack") for line in lines) >= 3
+
+
+def test_a_long_table_is_cut_behind_what_is_the_kernels(holder: Holder) -> None:
+    done = conns("--app", NAME, "--limit", "6")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    rows = lines[3:9]
+    assert all(row.split()[0] in ("tcp", "udp") for row in rows)
+    assert any("IP_PKTINFO" in row for row in rows)
+    assert not any(row.rstrip().endswith(" stack") for row in rows)
+    assert re.fullmatch(r"\.\.\. and \d more \(--limit\)", lines[9])
 
 
 def test_looking_disturbs_nobody(holder: Holder) -> None:

@@ -34,7 +34,14 @@ NUMBERS = ("RECV-Q", "SEND-Q", "PID", "FD", "RTT ms", "CWND", "RETRANS")
 @click.command()
 @click.option("--app", metavar="NAME|PID", default="", help="Only of this application.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def conns(app: str, as_json: bool) -> None:
+@click.option(
+    "--limit",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1, 999_999_999),
+    help="Rows of an application's table. Of more, those of listeners and of the kernel come first.",
+)
+def conns(app: str, as_json: bool, limit: int) -> None:
     """Sockets of the programs that run on bypass, like ss: their state, queues and congestion control.
 
     ON says whose a socket is: the stack's, the kernel's and why, or of both (a listener, or a datagram socket: what
@@ -56,7 +63,7 @@ def conns(app: str, as_json: bool) -> None:
         click.echo(json.dumps({"applications": [a.model_dump() for a in found]}, indent=2))
     else:
         for one in found:
-            print_application(one)
+            print_application(one, limit)
     broken = [a for a in found if a.error]
     for one in broken:
         click.echo(f"bypass: the memory of {title(one)}: {one.error}", err=True)
@@ -93,7 +100,7 @@ def user(uid: int) -> str:
         return str(uid)
 
 
-def print_application(application: Application) -> None:
+def print_application(application: Application, limit: int) -> None:
     summary = application.summary
     if not summary:
         return
@@ -108,7 +115,12 @@ def print_application(application: Application) -> None:
     if summary.dead:
         click.echo("One of its processes died inside of the stack: nothing goes on there any more.")
     if application.sockets:
-        print_table(COLUMNS, [row(s) for s in application.sockets], right=NUMBERS)
+        shown = application.sockets
+        if len(shown) > limit:
+            shown = sorted(shown, key=lambda s: s.place == "stack")[:limit]
+        print_table(COLUMNS, [row(s) for s in shown], right=NUMBERS)
+        if len(shown) < len(application.sockets):
+            click.echo(f"... and {len(application.sockets) - len(shown):,} more (--limit)")
     else:
         click.echo("No socket is open.")
     click.echo()

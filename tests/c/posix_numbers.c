@@ -228,6 +228,46 @@ CASE(a_datagram_socket_blocks_as_it_was_told)
     FAILS(EAGAIN, recv(u, &c, 1, 0));
 }
 
+static long timeout_ms(int fd, int name)
+{
+    struct timeval t = {0};
+    socklen_t len = sizeof(t);
+    MUST(getsockopt(fd, SOL_SOCKET, name, &t, &len));
+    return t.tv_sec * 1000 + t.tv_usec / 1000;
+}
+
+CASE(timeouts_are_inherited_and_flags_are_not)
+{
+    int l = listener(4);
+    char c;
+    set_timeout(l, SO_RCVTIMEO, 40);
+    set_timeout(l, SO_SNDTIMEO, 2000);
+    int a = client_of(l), s = accept_one(l);
+    EQ(timeout_ms(s, SO_RCVTIMEO), 40);
+    EQ(timeout_ms(s, SO_SNDTIMEO), 2000);
+    EQ(timeout_ms(a, SO_SNDTIMEO), 0);
+    FAILS(EAGAIN, recv(s, &c, 1, 0)); /* after it has waited */
+    nonblocking(l);
+    int b = client_of(l);
+    wait_ready(l, POLLIN);
+    EQ(fcntl(accept_one(l), F_GETFL), O_RDWR);
+    MUST(close(b));
+}
+
+CASE(a_timeout_of_less_than_nothing_does_not_wait)
+{
+    int fds[2];
+    struct timeval before = {.tv_sec = -1};
+    char c;
+    tcp_pair(fds);
+    MUST(setsockopt(fds[0], SOL_SOCKET, SO_RCVTIMEO, &before, sizeof(before)));
+    FAILS(EAGAIN, recv(fds[0], &c, 1, 0));
+    EQ(timeout_ms(fds[0], SO_RCVTIMEO), 0);
+    set_timeout(fds[0], SO_RCVTIMEO, 0); /* none: it waits */
+    says(fds[1], "x");
+    hears(fds[0], "x");
+}
+
 static atomic_int told_of_io;
 static void on_io(int sig) { atomic_store(&told_of_io, sig); }
 
