@@ -168,6 +168,7 @@ $(EXT): $(OUT)/_core.o $(STACK_OBJ) $(OTHER_OBJ) $(OUT)/sources
 	@mkdir -p $(@D)
 	@echo '  LINK $@'
 	$(Q)$(CC) -shared $(LDFLAGS) $(filter %.o,$^) -o $@.tmp
+	@echo '$(filter %.o,$^)' > $(OUT)/_core.objects
 	@mv $@.tmp $@
 
 $(LIB): $(STACK_OBJ) $(OUT)/sources scripts/libbypass.map

@@ -42,11 +42,11 @@ def run(*command: str | Path, **env: str) -> CompletedProcess[str]:
 
 @lru_cache
 def objects() -> list[Path]:
-    """The right stack's, freshly built; what was compiled of sources that are gone is not among them."""
+    """The extension's, freshly built; what was compiled of sources that are gone is not among them."""
     done = run("make", "-s", "build")
     assert done.returncode == 0, done.stderr
-    there = [p for p in OUT.rglob("*.o") if (ROOT / p.relative_to(OUT)).with_suffix(".c").exists()]
-    return [*there, OUT / "_core.o"]
+    names = (OUT / "_core.objects").read_text().split()
+    return [ROOT / name for name in names]
 
 
 def build(m: Mutant, folder: Path) -> None:

@@ -90,6 +90,9 @@ static int64_t stream_receive(struct object *o, int fd, const struct iovec *iov,
 
         if (r > 0) {
             got = flags & MSG_PEEK ? r : got + r;
+            if (unlikely(me.helper_deep)) {
+                sent(); /* reading may have queued an ACK, which the helper sends if the program does not wait soon */
+            }
         }
         if (done_receiving(r, got, got < want ? least(o, want, flags, block) : want, flags)) {
             return got ? got : r;

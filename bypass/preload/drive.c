@@ -280,7 +280,12 @@ static bool dispatch(void)
 static void next_hops(void)
 {
     struct bypass_addr wanted[WANTED];
-    int n = bypass_nexthop_wanted(&me.stack, wanted, WANTED);
+    int n;
+
+    if (me.app->device != APP_DEV_LOOP && broker_fd() < 0) {
+        return; /* a relative may have a broker; who takes the question has to ask it */
+    }
+    n = bypass_nexthop_wanted(&me.stack, wanted, WANTED);
 
     for (int i = 0; i < n; i++) {
         broker_resolve(&wanted[i]);
@@ -759,13 +764,13 @@ static void *helper(void *arg)
     (void)arg;
     enter();
     while (me.helper_runs) {
-        if (me.g->unsent && clock_ns() - me.g->turn_ns >= TICK_NS) {
+        if (next_turn() <= clock_ns() && clock_ns() - me.g->turn_ns >= TICK_NS) {
             turn();
         }
         if (!me.watcher) {
             quiet = 0;
             helper_drive();
-        } else if (quiet++ < QUIET_TICKS || me.g->unsent) {
+        } else if (quiet++ < QUIET_TICKS || bypass_deadline(&me.stack) == 0) {
             quiet = seen == me.turn_ns ? quiet : 0;
             seen = me.turn_ns;
             helper_sleep(clock_ns() + TICK_NS, false);

@@ -185,10 +185,36 @@ int place_bound(int fd, struct object *o)
     return 0;
 }
 
+/* listen(2) of a socket that is not bound chooses a port. */
+static int listen_name(int fd, const struct object *o, struct bypass_endpoint *local)
+{
+    struct sockaddr_in in = {.sin_family = AF_INET};
+    struct sockaddr_in6 in6 = {.sin6_family = AF_INET6};
+    int err = shadow_name(fd, o, local);
+
+    if (err < 0 || local->port) {
+        return err;
+    }
+    err = o->family == AF_INET6 ? real.bind(fd, (struct sockaddr *)&in6, sizeof in6)
+                                : real.bind(fd, (struct sockaddr *)&in, sizeof in);
+    return err < 0 ? 0 : shadow_name(fd, o, local); /* what is wrong with it, listen() says */
+}
+
+void place_unlisten(struct object *o)
+{
+    if (o->place == PLACE_BOTH && o->listening) {
+        bypass_disconnect(&me.stack, o->sock);
+        broker_release(o->lease);
+        o->lease = 0;
+        o->listening = 0;
+        o->place = PLACE_UNDECIDED;
+    }
+}
+
 int place_listen(int fd, struct object *o, int backlog)
 {
     struct bypass_endpoint local, ours;
-    int err = shadow_name(fd, o, &local);
+    int err = listen_name(fd, o, &local);
 
     if (o->listening) {
         return bypass_listen(&me.stack, o->sock, backlog);

@@ -201,7 +201,8 @@ int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa,
                    socklen_t len);                                     /* port 0; the shadow only */
 int place_free(struct object *o, const struct bypass_endpoint *local); /* before */
 int place_bound(int fd, struct object *o);                             /* after the shadow is bound */
-int place_listen(int fd, struct object *o, int backlog);               /* after the shadow listens */
+int place_listen(int fd, struct object *o, int backlog);               /* before the shadow listens */
+void place_unlisten(struct object *o);                                 /* the shadow does not listen */
 int place_connect(int fd, struct object *o, const struct bypass_endpoint *to);
 /* Whether datagrams of o to this peer leave by the stack. */
 bool place_sends(const struct object *o, const struct bypass_endpoint *to);

@@ -209,7 +209,12 @@ EXPORT int listen(int fd, int backlog)
     if (o->place == PLACE_STACK) { /* a connection, or one that was */
         r = bypass_listen(&me.stack, o->sock, backlog);
     } else {
-        r = real.listen(fd, backlog) < 0 ? -errno : o->place == PLACE_KERNEL ? 0 : place_listen(fd, o, backlog);
+        /* The stack's half first: between the two the kernel would take connections that are the stack's. */
+        r = o->place == PLACE_KERNEL ? PLACE_REAL : place_listen(fd, o, backlog);
+        if (r >= 0 && real.listen(fd, backlog) < 0) {
+            r = -errno;
+            place_unlisten(o);
+        }
     }
     leave();
     return result(r == PLACE_REAL ? 0 : r);

@@ -96,6 +96,7 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_KEEP_FRAMES = 1 << 21, /* no copy break (sock_zc.c) */
        TX_PMTU_SEARCH = 1 << 22, /* packetization-layer discovery is at work */
        TX_FO_DEFER = 1 << 23,    /* the SYN waits for the first write */
+       TX_ONEWAY = 1 << 25,      /* an ACK waited in vain for data to go with: the peer talks, this side listens */
        TX_FO_FIN = 1 << 24,      /* the program has closed a TX_FO_PENDING connection */
 };
 

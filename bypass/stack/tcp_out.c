@@ -121,6 +121,8 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
         answered &= ~(uint32_t)TF_ACK_NOW; /* a full segment: the blocks go in an ACK of their own behind it */
     conn_cold(s, c)->segs_out++;
     c->last_ack_sent = c->rcv_nxt;
+    if (payload > 0)
+        c->feat &= ~(uint32_t)TX_ONEWAY;
     c->flags &= ~answered;
     c->ack_at = 0;
 }

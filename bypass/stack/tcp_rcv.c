@@ -371,6 +371,14 @@ static int64_t nothing_to_read(struct tcp_conn *c, struct tcp_cold *k)
     return (c->flags & TF_RCV_SHUT) || conn_over(c) ? 0 : -EAGAIN;
 }
 
+/* RFC 1122 4.2.3.2 delays an ACK in the hope of data to go with it. Where that hope has failed, what has been read is
+ * acknowledged: a peer with Nagle's algorithm waits for it with each small piece. */
+static inline void ack_read(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (unlikely(c->feat & TX_ONEWAY) && (c->flags & TF_ACK_LATER) && c->rcv_queued == 0)
+        tcp_send_ack(s, c);
+}
+
 /* All that is there is in one chunk, and goes: the usual request. */
 static int64_t copy_only_chunk(struct bypass_stack *s, struct tcp_conn *c, uint8_t *buf)
 {
@@ -382,8 +390,10 @@ static int64_t copy_only_chunk(struct bypass_stack *s, struct tcp_conn *c, uint8
     c->rcv_charged -= CHUNK_SIZE;
     chunk_free(s, i);
     STAT_ADD(s, tcp_copied_bytes, n);
-    if (!(c->flags & TF_DEAD))
+    if (!(c->flags & TF_DEAD)) {
         tcp_rcv_window_update(s, c);
+        ack_read(s, c);
+    }
     return n;
 }
 
@@ -422,6 +432,7 @@ void tcp_rcv_after_read(struct bypass_stack *s, struct tcp_conn *c, bool bulk)
     if (bulk)
         tcp_tune_read(s, c);
     tcp_rcv_window_update(s, c);
+    ack_read(s, c);
 }
 
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)

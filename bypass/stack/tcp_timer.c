@@ -284,6 +284,7 @@ static void conn_due(struct bypass_stack *s, uint32_t i)
     if (c->ack_at && c->ack_at <= now_ns(s)) {
         c->ack_at = 0;
         c->flags &= ~(uint32_t)TF_ACK_LATER;
+        c->feat |= TX_ONEWAY;
         tcp_send_ack(s, c);
     }
     if (unlikely(c->feat & TX_PACE_WAIT))
