@@ -22,7 +22,7 @@
 
 enum { LOOP_CONNS = 8192, LOOP_FRAMES = 16384 };
 
-struct me me = {.mem_fd = -1, .broker_fd = -1, .wake_fd = -1, .dev_ep = -1};
+struct me me = {.mem_fd = -1, .broker_fd = -1, .wake_fd = -1, .dev_ep = -1, .ends_ep = -1};
 pthread_mutex_t attaching = PTHREAD_MUTEX_INITIALIZER;
 
 static void refuse(const char *why, int err)
@@ -366,6 +366,9 @@ bool attach(void)
         if (done > 0) {
             enter();
             helper_start();
+            if (me.g->relatives > 1) {
+                relative_watch(getppid());
+            }
             leave();
         }
         errno = saved;
@@ -386,6 +389,7 @@ void attach_child(void)
     epoll_child();
     broker_rejoin();
     helper_start();
+    relative_watch(getppid());
 }
 
 /* After those that note the environment (102): it may attach. */

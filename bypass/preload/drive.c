@@ -711,14 +711,15 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
 /* ---- The helper thread --------------------------------------------------------------------------------------------- */
 static void helper_sleep(uint64_t until_ns, bool watch)
 {
-    struct pollfd fds[3] = {{.fd = me.helper.wake_fd, .events = POLLIN},
+    struct pollfd fds[4] = {{.fd = me.helper.wake_fd, .events = POLLIN},
                             {.fd = broker_fd(), .events = POLLIN},
-                            {.fd = watch ? me.dev_ep : -1, .events = POLLIN}};
+                            {.fd = watch ? me.dev_ep : -1, .events = POLLIN},
+                            {.fd = me.ends_ep, .events = POLLIN}};
     struct timespec ts;
 
     me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
     leave();
-    real.ppoll(fds, 3, time_left(until_ns, &ts), NULL);
+    real.ppoll(fds, 4, time_left(until_ns, &ts), NULL);
     enter();
     me.helper_deep = false;
     if (fds[0].revents) {
@@ -729,6 +730,10 @@ static void helper_sleep(uint64_t until_ns, bool watch)
     }
     if (fds[2].revents) {
         drain(me.wake_fd);
+    }
+    if (fds[3].revents) {
+        relatives_ended();
+        turn();
     }
 }
 
@@ -792,6 +797,7 @@ void helper_start(void)
     if (me.helper_runs) {
         return;
     }
+    relatives_open();
     me.helper = (struct sleeper){.object = GROUP_NONE, .wake_fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))};
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are the program's threads' */

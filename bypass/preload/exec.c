@@ -267,6 +267,7 @@ static int spawn_ends(uint32_t place, int err, pid_t pid)
         } else {
             me.g->procs[place].pid = pid;
             become_foreign(place);
+            relative_watch(pid);
             relative_look(place);
         }
         leave();

@@ -57,6 +57,7 @@ static void drop_parents(void)
     bells_child();
     broker_leave();
     pass_child();
+    relatives_child();
     me.wake_fd = me.dev_ep = me.helper.wake_fd = -1;
     self.wake_fd = 0;
 }
@@ -113,6 +114,10 @@ EXPORT pid_t fork(void)
         relative_gone(my_child_place);
         leave();
         errno = saved;
+    } else if (pid > 0 && my_child_place != GROUP_NONE) {
+        enter_quietly();
+        relative_watch(pid);
+        leave();
     }
     return pid;
 }

@@ -73,6 +73,7 @@ struct me {       /* this process */
     struct afxdp *afxdp;
     struct port port;
     int mem_fd, broker_fd, wake_fd;
+    int ends_ep;                  /* an epoll set of relatives that may end: proc.c */
     int dev_ep;                   /* an epoll set of all that wakes the stack: device, relatives */
     int watch_fds[WATCH_FDS];     /* its members */
     bool watch_shared[WATCH_FDS]; /* ... that wake one relative only (EPOLLEXCLUSIVE) */
@@ -304,6 +305,11 @@ void broker_leave(void); /* ends the conversation: the application is over */
 void relatives_check(void);
 /* ... which is to be done by then. */
 void relatives_look_before(uint64_t due_ns);
+/* The end of this relative is to be noticed at once: me.ends_ep becomes readable, and relatives_ended() looks. */
+void relative_watch(pid_t pid);
+void relatives_ended(void);
+void relatives_open(void);         /* before the first */
+void relatives_child(void);        /* after fork, in the child: without the lock */
 void relative_look(uint32_t proc); /* one of them now */
 /* A place is nobody's any more, nor is what it had. */
 void relative_gone(uint32_t proc);

@@ -6,18 +6,21 @@
  *
  * A relative that joined is there as long as the socket that wakes it (drive.c): that one is close-on-exec, and ends with
  * the process. Of others the process number is looked at, with its start time, and for programs what they have open
- * (proc(5), /proc/PID/fd). A program whose descriptors may not be looked at keeps what it had until it ends.
+ * (proc(5), /proc/PID/fd). A program whose descriptors may not be looked at keeps what it had until it ends. That is done
+ * once a second; a parent notices its children's ends, and a child its parent's, at once (pidfd_open(2)).
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "preload.h"
 
-enum { SETTLE_NS = 300000000, SETTLE_LOOK_NS = 5000000, MADE_NS = 1000000000 };
+enum { WATCHED = 256, SETTLE_NS = 300000000, SETTLE_LOOK_NS = 5000000, MADE_NS = 1000000000 };
 
 static void ended(void *arg, uint32_t object)
 {
@@ -252,4 +255,56 @@ void relatives_suspect(uint32_t object)
             return;
         }
     }
+}
+
+/* ---- Parent and children -------------------------------------------------------------------------------------------- */
+static int ends[WATCHED]; /* pidfds; of more relatives the end is noticed by the look once a second */
+static uint32_t end_count;
+
+void relatives_open(void)
+{
+    if (me.ends_ep < 0) {
+        me.ends_ep = fd_hide(real.epoll_create1(EPOLL_CLOEXEC));
+    }
+}
+
+void relative_watch(pid_t pid)
+{
+    struct epoll_event ev = {.events = EPOLLIN};
+    int fd = me.ends_ep >= 0 && end_count < WATCHED ? (int)real.syscall(SYS_pidfd_open, pid, 0) : -1;
+
+    fd = fd_hide(fd);
+    ev.data.fd = fd;
+    if (fd >= 0 && real.epoll_ctl(me.ends_ep, EPOLL_CTL_ADD, fd, &ev) == 0) {
+        ends[end_count++] = fd;
+    } else {
+        fd_unhide(fd);
+    }
+}
+
+void relatives_ended(void)
+{
+    struct epoll_event ev[16];
+    int n = real.epoll_wait(me.ends_ep, ev, 16, 0);
+
+    for (int i = 0; i < n; i++) {
+        for (uint32_t e = end_count; e-- > 0;) {
+            if (ends[e] == ev[i].data.fd) {
+                fd_unhide(ends[e]);
+                ends[e] = ends[--end_count];
+            }
+        }
+    }
+    if (n > 0) {
+        relatives_check();
+    }
+}
+
+void relatives_child(void)
+{
+    while (end_count > 0) {
+        fd_unhide(ends[--end_count]);
+    }
+    fd_unhide(me.ends_ep);
+    me.ends_ep = -1;
 }
