@@ -18,7 +18,7 @@
 
 enum {
     APP_MAGIC = 0x50504142, /* "BAPP" */
-    APP_ABI = 1,            /* changes with any struct of this header */
+    APP_ABI = 2,            /* changes with any struct of this header, and of preload/group.h */
     APP_HEADER_SIZE = 4096,
     APP_NAME = 32,   /* bytes of a name, with its 0 */
     APP_QUEUES = 64, /* AF_XDP sockets of an application at most */
@@ -39,8 +39,6 @@ struct app_header { /* at the beginning; zero elsewhere at first */
     uint32_t device;             /* APP_DEV_* */
     uint32_t app;                /* the application's number, from 1; 0 without a broker */
     struct bypass_config config; /* what bypass_create() is called with */
-    uint32_t tx_meta_len;        /* APP_DEV_AFXDP: afxdp_attach() */
-    uint32_t rx_csum_trust;
     uint32_t spin_us; /* how long a waiting call polls before it sleeps; the broker may change it at any time */
     uint32_t batch;   /* frames of one poll */
     uint16_t mtu;

@@ -11,6 +11,7 @@ It holds what needs privilege; applications have none. No packet passes through 
     protocol.py  messages, between bytes and Python        apps.py    applications, their processes, their leases
     memory.py    an application's memory file              broker.py  what each message means
     shadow.py    the kernel socket that holds a port       server.py  the socket, the one loop
+    blocks.py    blocks of ports, for who connects much
     site.py      what the broker asks of an interface      admin.py   what tools ask; tools.py is their end
     interface.py an interface; direct mode                 private.py, daemon.py  how a broker begins and ends
     shared.py    shared mode, by bypass-fwd                users.py   who asks, and which rules it may use

@@ -26,9 +26,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from bypass.broker.apps import App, Lease
 from bypass.broker.shadow import SO_NETNS_COOKIE
+from bypass.broker.site import Site
 from bypass.core import Address
-from bypass.grants import Grants
+from bypass.errors import BypassError
+from bypass.grants import ANY, WHOLE_BLOCK, Grants, Key
 from bypass.stack_api import STREAM
 from bypass.steering import BLOCK
 
@@ -150,6 +153,41 @@ class Blocks:
         self._reserved = Reserved(records)
         self._users: dict[int, int] = {}  # of a block's first port: protocols and addresses
 
+    def lease(
+        self, app: App, kind: int, host: str, remote: Address, site: Site, *, another: bool
+    ) -> Lease | None:
+        """A block from which an application may reach a peer: one that it has, unless it wants another one. None: it
+        cannot have any.
+
+        Raises:
+            OSError: the peer is not reached at all.
+        """
+        host = host if host != ANY else site.source_for(remote[0])
+        grants = site.grants(app.user)
+        mine = [lease for lease in app.leases.values() if lease.last_port]
+        if not another:
+            for lease in mine:
+                if lease.kind == kind and lease.local[0] == host and still_granted(grants, lease):
+                    return lease
+        if len(mine) >= MAX_BLOCKS:
+            return None
+        key: Key | None = None
+        try:
+            first = self.take(kind, host, grants, remote)
+            if first is None:
+                return None
+            key = (kind, (host, first), WHOLE_BLOCK)
+            site.use(key, app.number)
+        except (BypassError, OSError) as e:
+            log.warning("no block of ports for %s: %s", app.who(), e)
+            if key is not None:
+                self.give(key[1][1])
+            return None
+        app.last_lease += 1
+        lease = Lease(app.last_lease, kind, (host, first), None, key, None, first + BLOCK - 1)
+        app.leases[lease.number] = lease
+        return lease
+
     def take(self, kind: int, host: str, grants: Grants, remote: Address) -> int | None:
         """A block's first port, reserved; None: there is none for this user and peer. OSError."""
         tried = 0
@@ -187,6 +225,14 @@ class Blocks:
         inside = [f for f in every if low <= f and f + BLOCK - 1 <= high]
         yield from ((first, False) for first in inside)
         yield from ((first, True) for first in every if first not in inside)
+
+
+def still_granted(grants: Grants, lease: Lease) -> bool:
+    """What somebody has is granted as the policy is now; of a block, every port."""
+    remote = None if lease.key[2] == WHOLE_BLOCK else lease.key[2]
+    host, first = lease.key[1]
+    ports = range(first, max(first, lease.last_port) + 1)
+    return all(grants.find(lease.kind, (host, port), remote) is not None for port in ports)
 
 
 def _granted(kind: int, host: str, first: int, grants: Grants, remote: Address) -> bool:

@@ -25,20 +25,19 @@ from typing import Any, Protocol
 from bypass._core import lib
 from bypass.access import Quota
 from bypass.broker.apps import App, Lease, Process
-from bypass.broker.blocks import MAX_BLOCKS, Blocks
+from bypass.broker.blocks import Blocks, still_granted
 from bypass.broker.memory import AppMemory
 from bypass.broker.protocol import ABI, Kind, Message
 from bypass.broker.reaper import start_reaper
 from bypass.broker.shadow import Shadow
 from bypass.broker.site import BATCH, Site
 from bypass.errors import BypassError, QueueBusyError
-from bypass.grants import ANY, WHOLE_BLOCK, Grants, Key
+from bypass.grants import ANY, Grants
 from bypass.netlink import Interface
 from bypass.policy import Policy
 from bypass.profiles import StackOptions
 from bypass.rules import PortRange, Rule
 from bypass.stack_api import DGRAM, STREAM
-from bypass.steering import BLOCK
 
 log = logging.getLogger("bypass.broker")
 
@@ -271,7 +270,7 @@ class Broker:
         if len(app.leases) >= app.limit:
             raise Refused(errno.EDQUOT, f"the application has {app.limit} leases, which is all it may have")
         if m.flags & LEASE_BLOCK and self._blocks is not None:
-            block = self._lease_block(app, m, self._blocks)
+            block = self._block(app, m, self._blocks)
             if block is not None:
                 return m.answer(
                     lease=block.number, local=block.local, last_port=block.last_port, flags=LEASE_BLOCK
@@ -312,48 +311,12 @@ class Broker:
         app.last_lease += 1
         return Lease(app.last_lease, m.kind, local, remote, key, shadow)
 
-    def _lease_block(self, app: App, m: Message, blocks: Blocks) -> Lease | None:
-        """A block that it has or gets; None: an ordinary lease will do."""
+    def _block(self, app: App, m: Message, blocks: Blocks) -> Lease | None:
+        """None: an ordinary lease will do."""
         local, remote = (_plain(m.local[0]), m.local[1]), (_plain(m.remote[0]), m.remote[1])
         if local[1] or not remote[1] or remote[0] == ANY:
             return None
-        host = local[0] if local[0] != ANY else self.site.source_for(remote[0])
-        grants = self.site.grants(app.user)
-        mine = [lease for lease in app.leases.values() if lease.last_port]
-        if not m.flags & LEASE_ANOTHER:
-            for lease in mine:
-                if lease.kind == m.kind and lease.local[0] == host and self._still(grants, lease):
-                    return lease
-        if len(mine) >= MAX_BLOCKS:
-            return None
-        try:
-            first = blocks.take(m.kind, host, grants, remote)
-        except OSError as e:
-            log.warning("no block of ports: %s", e)
-            return None
-        if first is None:
-            return None
-        key: Key = (m.kind, (host, first), WHOLE_BLOCK)
-        try:
-            self.site.use(key, app.number)
-        except BypassError as e:
-            blocks.give(first)
-            log.warning("no block of ports: %s", e)
-            return None
-        except BaseException:
-            blocks.give(first)
-            raise
-        app.last_lease += 1
-        lease = Lease(app.last_lease, m.kind, (host, first), None, key, None, first + BLOCK - 1)
-        app.leases[lease.number] = lease
-        return lease
-
-    def _still(self, grants: Grants, lease: Lease) -> bool:
-        """What it has is granted as the policy is now."""
-        remote = None if lease.key[2] == WHOLE_BLOCK else lease.key[2]
-        host, first = lease.key[1]
-        ports = range(first, max(first, lease.last_port) + 1)
-        return all(grants.find(lease.kind, (host, port), remote) is not None for port in ports)
+        return blocks.lease(app, m.kind, local[0], remote, self.site, another=bool(m.flags & LEASE_ANOTHER))
 
     def _give_back(self, lease: Lease) -> None:
         """Its port is free, or its ports are."""
@@ -554,7 +517,7 @@ class Broker:
         for app in self.apps.values():
             grants = self.site.grants(app.user)
             for lease in list(app.leases.values()):
-                if not self._still(grants, lease):
+                if not still_granted(grants, lease):
                     self._revoke(app, lease)
                     lost += 1
             for process in app.processes:
