@@ -805,8 +805,11 @@ void helper_start(void)
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attr, 256 * 1024);
     me.helper_runs = true;
-    if (pthread_create(&thread, &attr, helper, NULL) != 0) {
-        me.helper_runs = false;
+    if (pthread_create(&thread, &attr, helper, NULL) != 0) { /* thread-local data of the program needs more than that */
+        pthread_attr_destroy(&attr);
+        pthread_attr_init(&attr);
+        pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+        me.helper_runs = pthread_create(&thread, &attr, helper, NULL) == 0;
     }
     pthread_attr_destroy(&attr);
     pthread_sigmask(SIG_SETMASK, &old, NULL);

@@ -459,6 +459,29 @@ CASE(one_event_wakes_one_edge_sleeper)
     EQ((intptr_t)first + (intptr_t)second, fds[1] + bell); /* not the same twice */
 }
 
+static _Thread_local char large[1 << 20]; /* so that no thread can have a small stack */
+
+static void *polls(void *arg)
+{
+    struct pollfd p = {.fd = *(int *)arg, .events = POLLIN};
+    large[p.fd] = 1;
+    EQ(poll(&p, 1, -1), 1);
+    return (void *)(intptr_t)large[p.fd];
+}
+
+CASE(what_is_said_last_arrives_although_nobody_calls)
+{
+    int fds[2];
+    void *got;
+    tcp_pair(fds);
+    EQ(ready(fds[0]), POLLOUT);
+    pthread_t t = start(polls, &fds[0]);
+    nap_ms(50);
+    MUST(shutdown(fds[1], SHUT_WR));
+    pthread_join(t, &got); /* no call of ours drives the stack */
+    EQ((intptr_t)got, 1);
+}
+
 /* ---- Sets in sets, and in poll() ---- */
 CASE(sets_are_nested_before_they_have_sockets)
 {
