@@ -214,6 +214,15 @@ static void wake_owed(void)
     self.wakes = 0;
 }
 
+void wake_joined(void)
+{
+    for (uint32_t i = 0; i < me.g->procs_top; i++) {
+        if (i != me.proc && me.g->procs[i].pid && me.g->procs[i].state == PROC_JOINED) {
+            wake_relative(i);
+        }
+    }
+}
+
 static void wake_relatives(void)
 {
     for (uint32_t i = 0; i < me.g->procs_top; i++) {

@@ -112,6 +112,19 @@ static void note_inodes(void)
     }
 }
 
+/* Whether something ends with this program if it is close-on-exec: nobody else has it. */
+static bool only_holder(void)
+{
+    for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+        uint32_t refs = group_object(me.g, i)->refs;
+
+        if (refs && me.local[i].fds && refs == group_holds(me.g, i, me.proc)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static void become_foreign(uint32_t place)
 {
     me.g->procs[place].state = PROC_FOREIGN;
@@ -133,6 +146,9 @@ static void exec_begins(void)
     note_inodes();
     turn(); /* what was written leaves */
     become_foreign(me.proc);
+    if (only_holder()) {
+        wake_joined(); /* their next look may be far away */
+    }
     if (!me.forked) {
         broker_announce_exec();
     }

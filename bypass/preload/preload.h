@@ -246,6 +246,8 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
 void wake(struct sleeper *s);
 /* Whoever watches the device goes to sleep anew: there may be something to do earlier. */
 void drive_anew(void);
+/* ... in each relative. */
+void wake_joined(void);
 /* From now on this process is told when the object becomes ready. */
 void object_wait(uint32_t object);
 socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc);
