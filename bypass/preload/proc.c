@@ -45,7 +45,7 @@ static uint64_t start_of(pid_t pid)
     char path[32], text[1024], *at, state;
     unsigned long long start;
     ssize_t n;
-    int fd;
+    int fd, threads;
 
     snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
     fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -56,11 +56,12 @@ static uint64_t start_of(pid_t pid)
     real.close(fd);
     text[n > 0 ? n : 0] = 0;
     at = strrchr(text, ')'); /* the name may have anything in it */
-    if (!at || sscanf(at + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
-                      &state, &start) != 2) {
+    if (!at || sscanf(at + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %d %*d %llu", &state,
+                      &threads, &start) != 3) {
         return n > 0 ? UINT64_MAX : 0;
     }
-    return state == 'Z' || state == 'X' ? 0 : start;
+    /* The first thread may have ended, or be about to give its number to another one that calls exec. */
+    return (state == 'Z' || state == 'X') && threads <= 1 ? 0 : start;
 }
 
 static bool alive(struct proc *p)
@@ -128,7 +129,7 @@ static bool sockets_of(pid_t pid, struct inodes *in)
 {
     char path[32];
     struct dirent *e;
-    bool good = true;
+    bool good = true, any = false;
     DIR *d;
 
     *in = (struct inodes){0};
@@ -140,6 +141,7 @@ static bool sockets_of(pid_t pid, struct inodes *in)
         ssize_t n = readlinkat(dirfd(d), e->d_name, target, sizeof target - 1);
 
         target[n > 0 ? n : 0] = 0;
+        any |= n > 0;
         if (sscanf(target, "socket:[%llu]", &ino) == 1) {
             good = inodes_add(in, ino);
         }
@@ -150,7 +152,7 @@ static bool sockets_of(pid_t pid, struct inodes *in)
     if (good && in->count) {
         qsort(in->list, in->count, sizeof *in->list, by_value);
     }
-    return d && good;
+    return d && good && any; /* nothing at all: the first thread has ended, and others have what there is */
 }
 
 static uint32_t times(const struct inodes *in, uint64_t ino)

@@ -78,6 +78,36 @@ CASE(programs_follow_while_threads_work)
     }
 }
 
+static void *becomes_server(void *arg)
+{
+    execl(posix_self, posix_self, "--serve", arg, NULL);
+    _exit(127);
+}
+
+CASE(another_thread_calls_exec)
+{
+    for (int i = 0; i < 10; i++) {
+        int fds[2];
+        char number[16];
+        tcp_pair(fds);
+        snprintf(number, sizeof(number), "%d", fds[0]);
+        pid_t child = (pid_t)MUST(fork());
+        if (child == 0) {
+            pthread_t t;
+            MUST(close(fds[1]));
+            busy_threads();
+            CHECK(pthread_create(&t, NULL, becomes_server, number) == 0);
+            pthread_join(t, NULL);
+            _exit(1);
+        }
+        MUST(close(fds[0]));
+        says(fds[1], "question\n");
+        hears(fds[1], "hello question\n");
+        hears_end(fds[1]);
+        reap(child);
+    }
+}
+
 static volatile int go_on;
 
 static void *talks_as_long(void *arg)
