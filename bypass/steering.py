@@ -376,6 +376,20 @@ class Steering:
             raise SteeringError(f"{self.ifname}, queue {queue}: descriptor {fd} is no AF_XDP socket") from e
 
     @property
+    def link_fds(self) -> list[int]:
+        """What keeps the programs attached, for somebody trusted who keeps them so when this process is gone."""
+        return [link.fd for link in self._links.values()]
+
+    @property
+    def endpoints_fd(self) -> int:
+        """The map of live endpoints, for somebody trusted who removes them when this process is gone."""
+        return self._map("endpoints").fd
+
+    def key_of(self, entry: int) -> bytes:
+        """The key of a live entry in that map. KeyError: there is none."""
+        return endpoint_key(self._endpoints[entry])
+
+    @property
     def sockets_fd(self) -> int:
         """The map of AF_XDP sockets, for somebody trusted who opens them elsewhere: owner 0's queues from slot 0 on."""
         return self._map("xsks").fd

@@ -306,6 +306,7 @@ class Application:
             netdev = lib.port_netdev(self.port)
         self.core = CoreStack(netdev, flags=self.header.config.flags, now_ns=time.monotonic_ns(), owner=self)
         self._heeded = 0
+        self.alone = False
 
     def __enter__(self) -> Self:
         return self
@@ -319,9 +320,11 @@ class Application:
 
     def turn(self) -> None:
         """Packets, timers, and what the broker tells."""
-        while select.select([self.client.sock], [], [], 0)[0]:
-            message, _ = self.client.read()
-            self.client.told.append(message)
+        while not self.alone and select.select([self.client.sock], [], [], 0)[0]:
+            try:
+                self.client.told.append(self.client.read()[0])
+            except (EOFError, ConnectionResetError):
+                self.alone = True  # the broker has ended; what is on the stack goes on
         for m in self.client.told[self._heeded :]:
             if m.type == Kind.ADDR_ADD:
                 self.core.addr_add(m.local[0], m.prefix_len)
@@ -329,7 +332,7 @@ class Application:
                 self.core.nexthop_set(m.remote[0], m.mac, m.mtu)
         self._heeded = len(self.client.told)
         self.core.poll(time.monotonic_ns())
-        for destination in self.core.nexthop_wanted():
+        for destination in () if self.alone else self.core.nexthop_wanted():
             self.client.send(Message(Kind.RESOLVE, remote=(destination, 0)))
 
     def until(self, condition: Callable[[], bool]) -> None:

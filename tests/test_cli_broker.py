@@ -274,6 +274,59 @@ def test_a_shared_interface_is_one_command_away(policy: Path, folder: Path, lab:
         assert "the broker has ended" in good("down", "--socket", name)
 
 
+@pytest.mark.parametrize("mode", ["direct", "shared"])
+def test_a_killed_broker_disturbs_nobody(mode: str, policy: Path, folder: Path, lab: Lab) -> None:
+    policy.write_text(POLICY.replace("version: 1", f"version: 1\nmode: {mode}"))
+    name = str(folder / "broker.sock")
+    pid = int(good("up", "-c", str(policy), "--socket", name).split()[1])
+    with Child(name, NOBODY, lab.server_ns) as app:
+        app.do("hello")
+        app.tell("serve", host=SERVER_IP, port=8080, connections=3)
+        assert app.line() == {"serving": [SERVER_IP, 8080]}
+        for n in range(3):
+            with netns.entered(lab.client_ns):
+                client = socket.create_connection((SERVER_IP, 8080), 10)
+            with client:
+                client.sendall(b"before")
+                assert client.recv(6, socket.MSG_WAITALL) == b"before"
+                if n == 0:
+                    os.kill(pid, signal.SIGKILL)
+                    wait_until(lambda: pid not in others(lab))
+                client.sendall(b"after")
+                assert client.recv(5, socket.MSG_WAITALL) == b"after"
+        assert app.line() == {"bytes": 33}
+        assert xdp_attached()
+        app.kill()
+    wait_until(lambda: not xdp_attached())
+    wait_until(lambda: not others(lab))
+    good("up", "-c", str(policy), "--socket", name)
+    good("down", "--socket", name)
+
+
+@pytest.mark.parametrize("mode", ["direct", "shared"])
+def test_a_killed_bypass_fwd_leaves_all_to_the_kernel(
+    mode: str, policy: Path, folder: Path, lab: Lab
+) -> None:
+    policy.write_text(POLICY.replace("version: 1", f"version: 1\nmode: {mode}"))
+    name = str(folder / "broker.sock")
+    good("up", "-c", str(policy), "--socket", name)
+    with Child(name, NOBODY, lab.server_ns) as app:
+        app.do("hello")
+        app.do("listen", host=SERVER_IP, port=8080)
+        (fwd,) = (pid for pid, comm in others(lab).items() if comm == "bypass-fwd")
+        os.kill(fwd, signal.SIGKILL)
+        wait_until(lambda: not xdp_attached())
+        wait_until(lambda: not os.path.exists(name))
+        wait_until(lambda: list(others(lab)) == [app.process.pid])
+        with netns.entered(lab.client_ns):
+            socket.create_connection((SERVER_IP, 8080), 10).close()  # its kernel socket listens still
+
+
+def others(lab: Lab) -> dict[int, str]:
+    """Processes in the server's namespace, beside this one."""
+    return {pid: name for pid, name in netns.processes(lab.server_ns).items() if pid != os.getpid()}
+
+
 def test_counters_are_there_while_the_broker_runs(broker: str, lab: Lab) -> None:
     assert "web" in good("flows", SERVER_IFNAME)
     assert "no application has the interface" in good("stats", SERVER_IFNAME)

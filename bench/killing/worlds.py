@@ -152,7 +152,7 @@ def _plays(role: str, pid: int, name: str, comm: str) -> bool:
         return False
     if role == "worker":
         return name == comm and "worker process" in command
-    return role == "broker" and name != comm and "bypass" in command
+    return role == "broker" and name not in (comm, "bypass-fwd") and "bypass" in command
 
 
 class KernelNginx(_Program):

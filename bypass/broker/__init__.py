@@ -14,5 +14,6 @@ It holds what needs privilege; applications have none. No packet passes through 
     blocks.py    blocks of ports, for who connects much
     site.py      what the broker asks of an interface      admin.py   what tools ask; tools.py is their end
     interface.py an interface; direct mode                 private.py, daemon.py  how a broker begins and ends
+    holder.py    what outlives the broker                  closer.py  closing what anybody passed
     shared.py    shared mode, by bypass-fwd                users.py   who asks, and which rules it may use
 """

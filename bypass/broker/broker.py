@@ -233,6 +233,8 @@ class Broker:
     def _join(self, process: Process, app: App, m: Message) -> None:
         process.app = app
         app.processes.append(process)
+        if process.pidfd >= 0:
+            self.site.joined(app.number, process.pidfd)
         self._not_waiting(app)
         self._forget_child(app, process.pid)
         answer = m.answer(app=app.number, token=app.token, abi=ABI)
@@ -366,6 +368,7 @@ class Broker:
         """The application lasts as long as this process, too. OSError: it has ended."""
         if pid not in app.children:
             app.children[pid] = os.pidfd_open(pid)
+            self.site.joined(app.number, app.children[pid])
             self._loop.watch(app.children[pid], lambda: self._child_ended(app, pid))
 
     def _forget_child(self, app: App, pid: int) -> None:
@@ -413,12 +416,13 @@ class Broker:
             app.pidfd = os.dup(pidfd)
             self._loop.watch(app.pidfd, lambda: self.end(app))
 
-    def end(self, app: App) -> None:
-        """Takes everything from an application."""
+    def end(self, app: App, *, dead: bool = True) -> None:
+        """Takes everything from an application; dead: its processes have ended. Else they go on, on the kernel."""
         del self.apps[app.number]
-        for lease in app.leases.values():
-            if lease.shadow is not None:
-                lease.shadow.stop()
+        if dead:
+            for lease in app.leases.values():
+                if lease.shadow is not None:
+                    lease.shadow.stop()
         for lease in app.leases.values():
             self.site.unuse(lease.key)
         self.site.close_device(app.number)
@@ -483,7 +487,7 @@ class Broker:
         app = self.apps.get(owner)
         if app is not None:
             log.error("%s %s: it ends", app.who(), why)
-            self.end(app)
+            self.end(app, dead=False)
 
     def lost(self, why: str) -> None:
         log.error("%s: %s; the kernel has all of its flows", self.site.ifname, why)
@@ -554,7 +558,7 @@ class Broker:
     def close(self) -> None:
         """Ends every application and gives the interface back."""
         for app in list(self.apps.values()):
-            self.end(app)
+            self.end(app, dead=False)
         self.site.close()
 
 

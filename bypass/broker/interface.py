@@ -12,18 +12,20 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address
 from typing import Any
 
 from bypass._core import ffi, lib
 from bypass.access import Quota
 from bypass.afxdp import AfxdpDevice, interface_queues
+from bypass.broker.holder import Holder
 from bypass.broker.memory import AppMemory
 from bypass.broker.site import Nobody, Site
 from bypass.broker.users import Access, User
 from bypass.doctor import choose_mode
 from bypass.errors import BypassError
+from bypass.fwd import ForwarderError, PortCut
 from bypass.grants import Grants, Key, LiveEntries
 from bypass.policy import Policy
 from bypass.rules import Rule
@@ -38,14 +40,15 @@ KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stat
 class InterfaceSite(Site):
     """What direct and shared mode have in common.
 
+    bypass-fwd holds what outlives the broker (holder.py). When it is killed the broker ends: all is the kernel's again.
+
     Raises:
         PrivilegeError, DeviceError, SteeringError, ForeignProgramError, PolicyError: as their parts.
     """
 
     mode = "direct"
-    flags: int = (
-        lib.BYPASS_F_RST
-    )  # the kernel answers ARP and ping; resets of live flows are the stack's alone
+    # The kernel answers ARP and ping; resets of live flows are the stack's alone.
+    flags: int = lib.BYPASS_F_RST
     device: int = lib.APP_DEV_AFXDP
     blocks = True
 
@@ -77,6 +80,7 @@ class InterfaceSite(Site):
             view = _DeviceView(self)
             self.status = StatusServer(self.ifname, Snapshot(self.steering, view, name="broker"))
             undo.callback(self.status.close)
+            self.holder = Holder(self.steering, policy.stack.spin_us)
             undo.pop_all()
 
     def grants(self, user: User) -> Grants:
@@ -120,11 +124,20 @@ class InterfaceSite(Site):
 
     # ---- live entries
     def use(self, key: Key, owner: int) -> None:
-        self.entries.use(key, owner)
+        known = key in self.entries
+        live = self.entries.use(key, owner)
+        if not known:
+            self.holder.live(owner, live.entry)
 
     def unuse(self, key: Key) -> None:
+        live = self.entries[key]
         if self.entries.unuse(key):
+            with suppress(ForwarderError):
+                self.holder.not_live(live.owner, live.entry)
             self.entries.remove(key)
+
+    def joined(self, owner: int, pidfd: int) -> None:
+        self.holder.joined(owner, pidfd)
 
     def source_for(self, destination: str) -> str:
         return self.watch.source_for(destination)
@@ -163,7 +176,16 @@ class InterfaceSite(Site):
         return {
             self.watch.fileno(): lambda: self.update(time.monotonic_ns()),
             self.status.fileno(): self.status.poll,
+            self.holder.forwarder.fileno(): self._holder_events,
         }
+
+    def _holder_events(self) -> None:
+        try:
+            for event in self.holder.forwarder.events():
+                if isinstance(event, PortCut):
+                    self.told.cut(event.app, "broke the rules of its port")
+        except ForwarderError as e:
+            self.told.lost(str(e))
 
     def update(self, now_ns: int) -> None:
         before, code = self._link, self.watch.update()
@@ -180,6 +202,7 @@ class InterfaceSite(Site):
         with ExitStack() as end:
             end.callback(self.watch.close)
             end.callback(self.status.close)
+            end.callback(self.holder.close)
             end.callback(self.steering.close)
             end.callback(self.entries.clear)
 
@@ -220,6 +243,7 @@ class DirectSite(InterfaceSite):
         for queue, fd in fds.items():
             self.steering.set_socket(0, queue, fd)
         self.fds, self._owner = fds, owner
+        self.holder.begin(owner)
         return list(fds.values())
 
     def _describe(self, device: AfxdpDevice, header: Any) -> None:
@@ -231,6 +255,7 @@ class DirectSite(InterfaceSite):
         if owner == self._owner:
             for queue in self.queues:
                 self.steering.clear_socket(0, queue)
+            self.holder.end(owner)
             self.fds, self._owner = {}, 0
             self.queues = ()
 

@@ -4,17 +4,14 @@
     XDP program --> AF_XDP sockets of bypass-fwd --> memory of the application whose live entry the verdict names
     application --> copied and checked by bypass-fwd (addresses, ports, headers, rate) --> interface
 
-bypass-fwd is a child of the broker, holds the sockets, and ends with it; a broker without it ends too. Both ends leave
-the kernel with all traffic: the program detaches with the broker, whose link it is.
-
 What lives here: telling bypass-fwd who may send and receive what. What does not: how it checks (bypass/fwd/).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from bypass._core import ffi, lib
@@ -24,7 +21,7 @@ from bypass.broker.interface import DirectSite, InterfaceSite
 from bypass.broker.memory import AppMemory
 from bypass.broker.site import Site
 from bypass.errors import BypassError, DeviceError
-from bypass.fwd import Doorbells, Forwarder, ForwarderError, PortCut
+from bypass.fwd import Doorbells, ForwarderError
 from bypass.grants import ANY, WHOLE_BLOCK, Key, protocol_of
 from bypass.policy import Policy
 
@@ -35,11 +32,7 @@ PORT_FRAMES = 8192
 
 
 class SharedSite(InterfaceSite):
-    """An interface whose frames bypass-fwd moves.
-
-    Raises:
-        ForwarderError: bypass-fwd cannot be started.
-    """
+    """An interface whose frames bypass-fwd moves."""
 
     mode = "shared"
     device: int = lib.APP_DEV_PORT
@@ -48,16 +41,12 @@ class SharedSite(InterfaceSite):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
         self._ports: set[int] = set()
+        self.forwarder = self.holder.forwarder
         try:
-            self.forwarder = Forwarder.start(spin_us=policy.stack.spin_us)
-            try:
-                self._open_device()
-                self._tell_locals()
-            except BaseException:
-                self.forwarder.close()
-                raise
+            self._open_device()
+            self._tell_locals()
         except BaseException as e:
-            super().close()
+            self.close()
             if isinstance(e, OSError) and not isinstance(e, BypassError):
                 raise DeviceError(f"{self.ifname}: bypass-fwd cannot open it: {e.strerror}") from e
             raise
@@ -103,8 +92,9 @@ class SharedSite(InterfaceSite):
         header.mtu, header.mac, header.ifname = config.mtu, bytes(config.mac), self.ifname.encode()
         doorbells = Doorbells.make()
         try:
-            self.forwarder.port_add(owner, memory.fd, int(header.dev_off), config, doorbells)
             self._ports.add(owner)
+            item = self.holder.begin(owner)
+            self.forwarder.port_add(owner, memory.fd, int(header.dev_off), config, doorbells, item=item)
             if quota.rate is not None:
                 burst = max(quota.rate // BURSTS_PER_SECOND, LEAST_BURST)
                 self.forwarder.rate(owner, bytes_=quota.rate, bytes_burst=burst)
@@ -133,6 +123,7 @@ class SharedSite(InterfaceSite):
             self._ports.discard(owner)
             with suppress(FileNotFoundError, ForwarderError):  # it was cut, or bypass-fwd has ended
                 self.forwarder.port_del(owner)
+            self.holder.end(owner)
 
     # ---- live entries
     def use(self, key: Key, owner: int) -> None:
@@ -141,16 +132,16 @@ class SharedSite(InterfaceSite):
             return
         self.forwarder.lease_add(owner, **_lease(key))
         try:
-            live = self.entries.use(key, owner)
-            self.forwarder.entry(live.entry, owner)
+            super().use(key, owner)
+            self.forwarder.entry(self.entries[key].entry, owner)
         except BaseException:
             self.forwarder.lease_del(owner, **_lease(key))
             raise
 
     def unuse(self, key: Key) -> None:
         live = self.entries[key]
-        if self.entries.unuse(key):
-            self.entries.remove(key)
+        super().unuse(key)
+        if key not in self.entries:
             with suppress(FileNotFoundError, ForwarderError):
                 self.forwarder.entry(live.entry, 0)
                 self.forwarder.lease_del(live.owner, **_lease(key))
@@ -168,29 +159,13 @@ class SharedSite(InterfaceSite):
         if self._about:  # else they are told when the device is open
             self._tell_locals()
 
-    def watched(self) -> dict[int, Callable[[], None]]:
-        return {**super().watched(), self.forwarder.fileno(): self._events}
-
-    def _events(self) -> None:
-        try:
-            for event in self.forwarder.events():
-                if isinstance(event, PortCut):
-                    self.told.cut(event.app, "broke the rules of its port")
-        except ForwarderError as e:
-            self.told.lost(str(e))
-
     def due_ns(self) -> int | None:
         return 0 if self.forwarder.pending else super().due_ns()
 
     def update(self, now_ns: int) -> None:
         super().update(now_ns)
         if self.forwarder.pending:
-            self._events()
-
-    def close(self) -> None:
-        with ExitStack() as end:
-            end.callback(self.forwarder.close)
-            end.callback(super().close)
+            self._holder_events()
 
 
 def _lease(key: Key) -> dict[str, Any]:

@@ -132,6 +132,10 @@ class Site(ABC):
         """Its packets go nowhere any more. Before its descriptors are closed."""
         return
 
+    def joined(self, owner: int, pidfd: int) -> None:
+        """One more process belongs to an application."""
+        return
+
     @abstractmethod
     def use(self, key: Key, owner: int) -> None:
         """Makes flows live for an owner, or counts one more user of them."""

@@ -180,6 +180,7 @@ class Forwarder:
         cls,
         listen: str | None = None,
         *,
+        hold: bool = False,
         spin_us: int | None = None,
         cpu: int | None = None,
         program: Path | None = None,
@@ -188,6 +189,7 @@ class Forwarder:
 
         Args:
             listen: where a successor connects: an absolute path, or @name. Without it bypass-fwd ends with us.
+            hold: without us it goes on until all processes of its last item are dead.
             spin_us: how long it polls before it sleeps.
             cpu: where it runs.
 
@@ -199,6 +201,7 @@ class Forwarder:
         args = [path]
         for name, value in (("listen", listen), ("spin", spin_us), ("cpu", cpu)):
             args += [f"--{name}", str(value)] if value is not None else []
+        args += ["--hold"] if hold else []
         with its:
             onto_3 = [(os.POSIX_SPAWN_DUP2, its.fileno(), 3)]
             child = os.posix_spawn(path, args, os.environ, file_actions=onto_3, setsid=True)
@@ -207,7 +210,7 @@ class Forwarder:
         except ForwarderError:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             raise ForwarderError(f"bypass-fwd ended with exit code {code}") from None
-        self._child, self._goes_on = child, listen is not None
+        self._child, self._goes_on = child, listen is not None or hold
         return self
 
     @classmethod

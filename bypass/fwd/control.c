@@ -189,19 +189,22 @@ static int handle(struct request *q)
 
 /* ---- Messages ---------------------------------------------------------------------------------------------- */
 
+void control_lonely(struct program *w)
+{
+    bool any = w->listen || (w->hold && w->items);
+
+    for (int i = 0; i < PROGRAM_CONNECTIONS; i++) {
+        any |= w->connection[i].fd >= 0;
+    }
+    w->quit |= !any;
+}
+
 static void disconnect(struct program *w, struct connection *c)
 {
     program_unwatch(w, c->fd);
     close(c->fd);
     *c = (struct connection){.fd = -1};
-    if (!w->listen) { /* nobody can come any more */
-        bool any = false;
-
-        for (int i = 0; i < PROGRAM_CONNECTIONS; i++) {
-            any |= w->connection[i].fd >= 0;
-        }
-        w->quit |= !any;
-    }
+    control_lonely(w);
 }
 
 /* Receives one. 1; 0: nothing (more); -1: the other end is gone. */

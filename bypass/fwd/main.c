@@ -32,13 +32,14 @@ enum { BROKER_FD = 3, SPIN_US = 50, EVENTS_A_LOOK = 16, LOOK_ROUNDS = 8, CAPABIL
 static struct program program; /* half a megabyte */
 
 static const char help[] =
-    "Usage: bypass-fwd [--listen NAME] [--fd N] [--spin US] [--cpu N]\n"
+    "Usage: bypass-fwd [--listen NAME] [--hold] [--fd N] [--spin US] [--cpu N]\n"
     "\n"
     "Holds what accelerates this host's flows (links, maps, sockets, memory) for the broker, and, where several\n"
     "applications share an interface, moves their frames. `bypass` starts it; there is nothing to type here.\n"
     "\n"
     "  --listen NAME  where the next broker connects, as this user: a path, or @name in the abstract namespace.\n"
     "                 Without it bypass-fwd ends when its broker does.\n"
+    "  --hold         when the broker ends, go on until all processes of the last item are dead\n"
     "  --fd N         the broker's end of a SOCK_SEQPACKET pair (3)\n"
     "  --spin US      microseconds that it polls for more frames before it sleeps (50)\n"
     "  --cpu N        the CPU it runs on (any)\n"
@@ -305,6 +306,7 @@ static long number_of(const char *option, const char *text, long least, long mos
 
 struct options {
     const char *listen;
+    bool hold;
     int fd, cpu;
     bool fd_given;
     long spin_us;
@@ -312,9 +314,13 @@ struct options {
 
 static struct options options_of(int argc, char **argv)
 {
-    static const struct option all[] = {{"listen", required_argument, NULL, 'l'}, {"fd", required_argument, NULL, 'f'},
-                                        {"spin", required_argument, NULL, 's'},   {"cpu", required_argument, NULL, 'c'},
-                                        {"help", no_argument, NULL, 'h'},         {0}};
+    static const struct option all[] = {{"listen", required_argument, NULL, 'l'},
+                                        {"fd", required_argument, NULL, 'f'},
+                                        {"spin", required_argument, NULL, 's'},
+                                        {"cpu", required_argument, NULL, 'c'},
+                                        {"hold", no_argument, NULL, 'H'},
+                                        {"help", no_argument, NULL, 'h'},
+                                        {0}};
     struct options o = {.fd = BROKER_FD, .cpu = -1, .spin_us = SPIN_US};
     int c;
 
@@ -332,6 +338,9 @@ static struct options options_of(int argc, char **argv)
             break;
         case 'c':
             o.cpu = (int)number_of("cpu", optarg, 0, CPU_SETSIZE - 1);
+            break;
+        case 'H':
+            o.hold = true;
             break;
         case 'h':
             fputs(help, stdout);
@@ -355,6 +364,7 @@ static void begin(struct program *w, const struct options *o)
     w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     w->listen_fd = w->device_fd = w->xsks_fd = -1;
     w->spin_ns = (uint64_t)o->spin_us * 1000;
+    w->hold = o->hold;
     for (int i = 0; i < PROGRAM_CONNECTIONS; i++) {
         w->connection[i].fd = -1;
     }

@@ -48,6 +48,7 @@ struct program {
     int epoll_fd, listen_fd, signal_fd;
     const char *listen; /* name as given, or NULL */
     bool quit;
+    bool hold; /* without a broker it goes on until the last item is gone */
     bool work; /* keys of the dead are left to delete */
     uint64_t spin_ns;
     uint64_t now_ns, health_ns; /* health_ns: when the device is asked again */
@@ -97,6 +98,8 @@ void control_accept(struct program *w);
 /* To the brokers that are connected. */
 void control_tell(struct program *w, void *message, size_t len, uint16_t type);
 void control_close(struct program *w);
+/* Ends the program where nobody is connected, nobody can come, and nothing is held for anybody. */
+void control_lonely(struct program *w);
 
 /* store.c: handlers of FWD_PUT..FWD_UNWATCH */
 int store_put(struct request *q);

@@ -366,6 +366,7 @@ void store_work(struct program *w)
             memcpy(told.name, (*at)->name, FWD_NAME);
             drop(w, at);
             control_tell(w, &told, sizeof told, FWD_DIED);
+            control_lonely(w);
         }
     }
 }
