@@ -48,6 +48,21 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "killed"
 
 
+@pytest.fixture(scope="module")
+def group_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Optimised as the release is: the order of its instructions is what matters."""
+    out = tmp_path_factory.mktemp("group") / "group_steps"
+    flags = ["-std=c11", "-O3", "-g", "-Wall", "-Wextra", "-Werror", "-Ibypass/include", "-Ibypass"]
+    run_tool("gcc", *flags, "tests/c/group_steps.c", "bypass/preload/group.c", "-o", out)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_what_relatives_share_is_repaired_after_any_instruction(group_steps: Path, seed: int) -> None:
+    told = run_tool(group_steps, "200", str(seed))
+    assert int(told.split()[-2]) > 1000, told
+
+
 @pytest.mark.parametrize("seed", [random.SystemRandom().getrandbits(16) for _ in range(2)])
 def test_relatives_of_who_is_killed_go_on(program: Path, seed: int) -> None:
     done = preloaded.run([program, ROUNDS, seed], preloaded.environment("stack"), LIMIT_S)

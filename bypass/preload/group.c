@@ -72,7 +72,9 @@ uint32_t group_object_new(struct group *g)
     } else {
         return GROUP_NONE;
     }
-    *group_object(g, i) = (struct object){.refs = 1, .sock = -1, .holds = GROUP_NONE, .keep_fd = -1};
+    *group_object(g, i) = (struct object){.sock = -1, .holds = GROUP_NONE, .keep_fd = -1};
+    in_order();
+    group_object(g, i)->refs = 1;
     g->objects_used++;
     return i;
 }
@@ -383,6 +385,10 @@ static bool repair_object(struct group *g, uint32_t object)
         refs += h->refs + h->calls;
         at = &h->next;
     }
+    for (uint32_t i = refs ? GROUP_NONE : o->holds; i != GROUP_NONE; i = group_hold(g, i)->next) {
+        group_hold(g, i)->queued = 0; /* of who only wanted to know of it */
+    }
+    o->holds = refs ? o->holds : GROUP_NONE;
     o->refs = refs;
     return true;
 }
