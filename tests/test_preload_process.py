@@ -178,17 +178,19 @@ def test_what_the_last_process_wrote_arrives_after_its_end(
     lab: Lab, broker: RunningBroker, source: str, size: int
 ) -> None:
     before = accepted_by_kernel(lab)
-    with program(lab, broker, source.replace("{size}", str(size))) as server, peer(lab) as client:
-        got = bytearray()
-        while server.poll() is None:  # reads no more than the program needs to be through
-            got += client.recv(65536)
-        assert server.wait() == 0
-        got += until_end(client)
-        assert got == bytes(range(256)) * (size // 256)
-        assert accepted_by_kernel(lab) == before
-        [app] = broker.server.broker.apps.values()
-        broker.wait(lambda: bool(app.processes))  # the reaper has said hello: the peer has not closed
-        assert app.lingering
+    with program(lab, broker, source.replace("{size}", str(size))) as server:
+        with peer(lab) as client:
+            got = bytearray()
+            while server.poll() is None:  # reads no more than the program needs to be through
+                got += client.recv(65536)
+            assert server.wait() == 0
+            got += until_end(client)
+            assert got == bytes(range(256)) * (size // 256)
+            assert accepted_by_kernel(lab) == before
+            [app] = broker.server.broker.apps.values()
+            broker.wait(lambda: bool(app.processes))  # the reaper has said hello: the peer has not closed
+            assert app.lingering
+        broker.wait(lambda: not broker.server.broker.apps)  # TIME_WAIT lasts a minute, the reaper does not
 
 
 @pytest.mark.netns

@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * linger.c - bypass-linger: drives the stack of an application whose last process has ended, until its connections are
- * through (TIME_WAIT too), nobody needs it because a relative is there again, or a limit is over. The broker starts it as
+ * through, a relative is there again, or a limit is over. When only TIME_WAIT is left it stays for 3 s more, in which a
+ * peer that has missed the last acknowledgment repeats its FIN four times (RFC 6298: 0.2 s, doubled), and not for the
+ * whole minute: the interface may be wanted by the program that is started next. Without the broker it does not wait for
+ * that, and 10 s at most for the rest: nobody may be left who moves the packets. The broker starts it as
  * the application's user, with BYPASS_SOCKET and BYPASS_APP in its environment: it is a relative like any other.
  *
  *     bypass-linger [SECONDS]
@@ -15,6 +18,7 @@
 #include "preload.h"
 
 enum { LIMIT_S = 300, LOOK_NS = 20000000 };
+#define SECOND 1000000000ull
 
 static int usage(const char *why)
 {
@@ -22,20 +26,39 @@ static int usage(const char *why)
     return 2;
 }
 
+/* Lock held. How much longer there may be something to do. */
+static uint64_t patience_ns(void)
+{
+    if (!stack_used() || me.g->dead || me.g->relatives > 1) {
+        return 0;
+    }
+    if (me.broker_fd < 0) {
+        return stack_busy() ? 10 * SECOND : 0;
+    }
+    return stack_busy() ? UINT64_MAX : 3 * SECOND;
+}
+
 /* The helper thread drives; this one looks now and then whether there is anything left. */
 static int drive(uint64_t until_ns)
 {
+    uint64_t before = 0, since = 0; /* patience, and the time since when it is that */
+
     for (;;) {
-        bool used;
+        uint64_t patience, now;
 
         enter();
         turn();
-        used = stack_used() && !me.g->dead && me.g->relatives == 1;
+        patience = patience_ns();
         leave();
-        if (!used) {
+        now = clock_ns();
+        if (patience != before) {
+            before = patience;
+            since = now;
+        }
+        if (now - since >= patience) {
             return 0;
         }
-        if (clock_ns() >= until_ns) {
+        if (now >= until_ns) {
             return 1;
         }
         real.ppoll(NULL, 0, &(struct timespec){.tv_nsec = LOOK_NS}, NULL);
@@ -63,5 +86,5 @@ int main(int argc, char **argv)
     if (!attach()) {
         return 2; /* attach() has said why */
     }
-    return drive(clock_ns() + (uint64_t)limit * 1000000000u);
+    return drive(clock_ns() + (uint64_t)limit * SECOND);
 }
