@@ -165,7 +165,6 @@ def test_two_thousand_connections_ask_the_broker_a_few_times(
     used = {port - port % BLOCK for port in ports}
     assert len(set(ports)) > 1024, "so many are kept in TIME_WAIT, and their ports are not used again"
     assert len(used) < 8
-    assert live_blocks(broker) == used, "of the connections in TIME_WAIT, which somebody drives on"
 
 
 def test_datagram_sockets_use_blocks_too(
