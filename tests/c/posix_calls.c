@@ -168,7 +168,7 @@ CASE(connect_refused)
 
 CASE(send_before_connect)
 {
-    int fd = (int)MUST(socket(AF_INET, SOCK_STREAM, 0));
+    int fd = (int)MUST(socket(AF_INET, SOCK_STREAM, 0)), other[2];
     struct sockaddr_in a;
     socklen_t len = sizeof(a);
     char c = 0;
@@ -179,6 +179,7 @@ CASE(send_before_connect)
     a = name_of(fd);
     EQ(a.sin_port, 0);
     EQ(a.sin_addr.s_addr, 0);
+    tcp_pair(other); /* where it runs shows by these */
 }
 
 /* ---- Flags ---- */
