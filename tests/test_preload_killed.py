@@ -17,7 +17,7 @@ from broker_support import running
 from c_programs import run as run_tool
 
 from bypass import netns
-from bypass.broker.interface import DirectSite
+from bypass.broker.shared import site_of
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 
@@ -100,11 +100,13 @@ def active_opens(ns: str) -> int:
 
 
 @pytest.mark.netns
-def test_relatives_of_who_is_killed_go_on_on_an_interface(program: Path, lab: Lab) -> None:
+@pytest.mark.parametrize("mode", ["direct", "shared"])
+def test_relatives_of_who_is_killed_go_on_on_an_interface(program: Path, lab: Lab, mode: str) -> None:
+    policy = parse_policy(POLICY + f"mode: {mode}\n")
     seed = random.SystemRandom().getrandbits(16)
     with (
         kernel_echo(lab.client_ns),
-        running(lambda: DirectSite(parse_policy(POLICY)), lab.server_ns) as broker,
+        running(lambda: site_of(policy), lab.server_ns) as broker,
         netns.entered(lab.server_ns),
     ):
         before = active_opens(lab.server_ns)
