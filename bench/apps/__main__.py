@@ -49,7 +49,7 @@ def table(verdicts: list[Verdict]) -> Table:
 @click.command()
 @click.option("--only", type=click.Choice(sorted(APPS)), multiple=True, help="Only this one; several times.")
 @click.option(
-    "--on", "launchers", type=click.Choice(sorted(LAUNCHERS)), multiple=True, default=("kernel",),
+    "--on", "launchers", type=click.Choice(sorted(LAUNCHERS)), multiple=True, default=("kernel", "bypass", "shared"),
     show_default=True, help="What serves it; several times.",
 )  # fmt: skip
 @click.option("--scale", type=click.FloatRange(0.001, 100), default=1.0, show_default=True,
@@ -72,7 +72,7 @@ def main(only: tuple[str, ...], launchers: tuple[str, ...], scale: float, output
     for name in names:
         for launcher in launchers:
             verdict = run(APPS[name], LAUNCHERS[launcher], scale=scale)
-            if launcher == "bypass":
+            if launcher != "kernel":
                 verdict.problems += verdict.elsewhere
             verdicts.append(verdict)
             console.print(f"{name} on {launcher}: {verdict.seconds} s, {len(verdict.problems)} problems")

@@ -19,14 +19,16 @@ from typing import ClassVar, Self
 from bench.apps.place import USER, Place, environment
 from bench.apps.proof import snapshot
 from bench.mixed.leftovers import descendants
-from bench.programs import ROOT
+from bench.programs import ROOT, BenchError
 from bypass import netns
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, wait_for
 
-__all__ = ["LAUNCHERS", "BypassLauncher", "Grant", "KernelLauncher", "Launcher", "Running"]
+__all__ = ["LAUNCHERS", "BypassLauncher", "Grant", "KernelLauncher", "Launcher", "Running", "SharedLauncher"]
 
 END_S = 20.0
 SERVED_S = 5.0
+UP_S = 20.0
+BYPASS = (sys.executable, "-m", "bypass")
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,19 @@ class Launcher(ABC):
             files: how many descriptors it may have open; 0: as many as ever.
         """
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what start() needs, after the programs."""
+
+    def on_bypass(self) -> bool:
+        """The programs' connections have to be the stack's."""
+        return True
+
     @abstractmethod
     def wait_served(self, port: int) -> None:
         """Until new connections to a port that is open are served by what this launcher stands for."""
@@ -195,6 +210,9 @@ class KernelLauncher(Launcher):
         env = environment(self.place.folder) | dict(more_env or {})
         return self._popen([*self._prefix(files), *argv], env, USER)
 
+    def on_bypass(self) -> bool:
+        return False
+
     def wait_served(self, port: int) -> None:
         return
 
@@ -204,16 +222,17 @@ class BypassLauncher(Launcher):
 
     name = "bypass"
     title = "bypass"
+    mode: ClassVar[str] = "direct"
 
     def policy(self) -> Path:
         """The policy that grants what is asked for, to USER."""
         path = self.place.folder / "policy.yaml"
         rules = "".join(
-            f"  - {{name: grant-{i}, match: {grant.match()}, action: steer}}\n"
+            f"  - {{name: grant-{i}, match: {grant.match()}, action: steer, allow: {{user: {USER}}}}}\n"
             for i, grant in enumerate(self.grants)
         )
         sizes = ", ".join(f"{name}: {n}" for name, n in self.stack.items())
-        head = f"version: 1\ninterface: {SERVER_IFNAME}\nbackend: {{kind: afxdp, mode: auto}}\n"
+        head = f"version: 1\ninterface: {SERVER_IFNAME}\nmode: {self.mode}\nbackend: {{kind: afxdp, mode: auto}}\n"
         path.write_text(head + (f"stack: {{{sizes}}}\n" if sizes else "") + f"flows:\n{rules}")
         return path
 
@@ -230,9 +249,47 @@ class BypassLauncher(Launcher):
     def start(
         self, argv: Sequence[str], *, more_env: Mapping[str, str] | None = None, files: int = 0
     ) -> Running:
-        env = environment(self.place.folder) | {"PYTHONPATH": str(ROOT)} | dict(more_env or {})
-        run = [sys.executable, "-m", "bypass", "run", "-c", str(self.policy()), "--user", USER, "--"]
-        return self._popen([*self._prefix(files), *run, *argv], env, None)
+        run = [*BYPASS, "run", *self._broker(), "--user", USER, "--"]
+        return self._popen([*self._prefix(files), *run, *argv], self._environ() | dict(more_env or {}), None)
+
+    def _environ(self) -> dict[str, str]:
+        return environment(self.place.folder) | {"PYTHONPATH": str(ROOT)}
+
+    def _broker(self) -> list[str]:
+        """Options of `bypass run`."""
+        return ["-c", str(self.policy())]
 
 
-LAUNCHERS: dict[str, type[Launcher]] = {cls.name: cls for cls in (KernelLauncher, BypassLauncher)}
+class SharedLauncher(BypassLauncher):
+    """`bypass run` by a broker that runs already (`bypass up`), which shares the interface by bypass-fwd."""
+
+    name = "shared"
+    title = "bypass, shared"
+    mode = "shared"
+    _up: Running | None = None
+
+    def _broker(self) -> list[str]:
+        name = f"@bypass-apps-{os.getpid()}"
+        if self._up is None:
+            up = [*BYPASS, "up", "--foreground", "-c", str(self.policy()), "--socket", name]
+            self._up = self._popen([*self._prefix(0), *up], self._environ(), None)
+            wait_for(lambda: self._listens(name), UP_S, "the broker")
+        return ["--socket", name]
+
+    def _listens(self, name: str) -> bool:
+        if self._up is None or not self._up.alive():
+            raise BenchError(f"bypass up: {self._up.said() if self._up else 'it was not started'}")
+        listed = netns.run(self.place.lab.server_ns, Path("/proc/thread-self/net/unix").read_text)
+        return any(line.endswith(name) for line in listed.splitlines())
+
+    def close(self) -> None:
+        """BenchError: the broker did not end as it should."""
+        if self._up is not None:
+            self._up.end()
+            if self._up.problems:
+                raise BenchError(f"bypass up: {'; '.join(self._up.problems)}")
+
+
+LAUNCHERS: dict[str, type[Launcher]] = {
+    cls.name: cls for cls in (KernelLauncher, BypassLauncher, SharedLauncher)
+}

@@ -70,18 +70,25 @@ def run(cls: type[App], launcher_of: type[Launcher], *, scale: float = 1.0, queu
     began = time.monotonic()
     lab = Lab(f"{os.getpid()}-apps", queues=queues)
     with lab, place(lab, scale) as here:
-        app = cls(here, launcher_of(here, cls.grants, stack=cls.stack))
+        problems: list[str] = []
         try:
-            _use(app, lab, verdict)
+            with launcher_of(here, cls.grants, stack=cls.stack) as launcher:
+                app = cls(here, launcher)
+                problems = app.problems
+                objects = _use(app, lab, verdict)
+            verdict.problems += [
+                f"BPF {kind} {number} is left" for kind, number in sorted(still_there(objects))
+            ]
         except (BypassError, OSError) as e:
             verdict.problems.append(str(e))
-        verdict.problems += app.problems
+        verdict.problems += problems
         verdict.problems += _left(lab)
     verdict.seconds = round(time.monotonic() - began, 1)
     return verdict
 
 
-def _use(app: App, lab: Lab, verdict: Verdict) -> None:
+def _use(app: App, lab: Lab, verdict: Verdict) -> set[tuple[str, int]]:
+    """The BPF objects that there were meanwhile."""
     with app.session():
         before = snapshot(lab)
         verdict.figures = app.exercise()
@@ -91,7 +98,7 @@ def _use(app: App, lab: Lab, verdict: Verdict) -> None:
     verdict.proof, verdict.elsewhere = evidence.figures() | {"idle_cpu": idle}, evidence.problems()
     if idle > IDLE_CPU:
         verdict.problems.append(f"used {idle:.1%} of a core while nobody asked")
-    verdict.problems += [f"BPF {kind} {number} is left" for kind, number in sorted(still_there(objects))]
+    return objects
 
 
 def idle_cpu(lab: Lab) -> float:

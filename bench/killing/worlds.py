@@ -7,12 +7,12 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from bench.apps.app import ServerApp
-from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher
+from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher, SharedLauncher
 from bench.apps.nginx import PORT as NGINX_PORT
 from bench.apps.nginx import Nginx
 from bench.apps.place import Place
@@ -112,7 +112,7 @@ class _Program(World):
     launcher: ClassVar[type[Launcher]]
 
     def on_bypass(self) -> bool:
-        return self.launcher is BypassLauncher
+        return self.launcher is not KernelLauncher
 
     class Server(Alive):
         def __init__(self, app: ServerApp, comm: str) -> None:
@@ -131,13 +131,16 @@ class _Program(World):
 
     @contextmanager
     def running(self, here: Place) -> Iterator[Alive]:
-        app = self.app(here, self.launcher(here, self.app.grants, stack=self.app.stack))
+        launcher = self.launcher(here, self.app.grants, stack=self.app.stack)
+        app = self.app(here, launcher)
         app.server = app.launcher.start(app.argv(), files=app.files)
         try:
             here.wait_open(self.port, app.server.alive)
             yield self.Server(app, self.comm)
         finally:
             app.server.end(app.end_by, (*app.end_codes, -9, 137))
+            with suppress(BenchError):  # the broker is among those who are killed
+                launcher.close()
 
 
 def _plays(role: str, pid: int, name: str, comm: str) -> bool:
@@ -184,7 +187,7 @@ class KernelRedis(_Program):
 class BypassEcho(_Program):
     name = "echo"
     title = "a thread for each connection, by bypass run"
-    roles = ("application", "broker", "fwd")
+    roles = ("application",)
     port = RR_PORT
     request = b"PING"
     answer = b"PING"
@@ -196,17 +199,25 @@ class BypassEcho(_Program):
 class BypassNginx(KernelNginx):
     name = "nginx"
     title = "nginx with two workers, by bypass run"
-    roles = ("worker", "broker", "fwd")
+    roles = ("worker",)
     launcher = BypassLauncher
 
 
 class BypassRedis(KernelRedis):
     name = "redis"
     title = "redis-server, by bypass run"
-    roles = ("application", "broker", "fwd")
+    roles = ("application",)
     launcher = BypassLauncher
 
 
+class SharedRedis(KernelRedis):
+    name = "shared"
+    title = "redis-server, by bypass up in shared mode"
+    roles = ("application", "broker", "fwd")
+    launcher = SharedLauncher
+
+
 WORLDS: dict[str, type[World]] = {
-    cls.name: cls for cls in (Embedded, KernelNginx, KernelRedis, BypassEcho, BypassNginx, BypassRedis)
+    cls.name: cls
+    for cls in (Embedded, KernelNginx, KernelRedis, BypassEcho, BypassNginx, BypassRedis, SharedRedis)
 }

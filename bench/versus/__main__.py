@@ -146,7 +146,7 @@ def measure(plan: Plan, with_scaling: bool, with_profiles: bool, console: Consol
 @click.option("--only", type=click.Choice([w.name for w in WORKLOADS]), multiple=True,
               help="Only this request; several times.")  # fmt: skip
 @click.option(
-    "--on", "variants", type=click.Choice(list(VARIANTS)), multiple=True, default=("kernel", "again"),
+    "--on", "variants", type=click.Choice(list(VARIANTS)), multiple=True, default=("kernel", "again", "bypass"),
     show_default=True, help="Who serves; several times. `kernel` is what the others are compared with.",
 )  # fmt: skip
 @click.option("--scaling/--no-scaling", default=True, show_default=True,

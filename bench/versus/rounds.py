@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from bench.apps.app import ServerApp
-from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher
+from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher, SharedLauncher
 from bench.apps.place import Place, place
 from bench.apps.proof import Evidence, snapshot
 from bench.figures import ratios, spread
@@ -45,9 +45,14 @@ VARIANTS = {
         Variant("kernel", "kernel", KernelLauncher),
         Variant("again", "kernel, once more", KernelLauncher),
         Variant("bypass", "bypass", BypassLauncher),
+        Variant("shared", "bypass, shared", SharedLauncher),
     )
 }
-RATIOS = (("again:kernel", "again", "kernel"), ("bypass:kernel", "bypass", "kernel"))
+RATIOS = (
+    ("again:kernel", "again", "kernel"),
+    ("bypass:kernel", "bypass", "kernel"),
+    ("shared:kernel", "shared", "kernel"),
+)
 COMPARED = ("rate", "cpu_s", "p50_us", "p99_us")
 LOADS = ("saturation", "offered")
 KEYS = ("rate", "cpu_s", "cores_cpu_s", "p50_us", "p99_us", "served", "other_cpu_share")
@@ -143,13 +148,14 @@ def serving(
     """
     with ExitStack() as undo:
         here = undo.enter_context(place(lab))
-        launcher = variant.launcher(here, cls.grants, stack=cls.stack, core=SERVER_CORE if pin else None)
+        core = SERVER_CORE if pin else None
+        launcher = undo.enter_context(variant.launcher(here, cls.grants, stack=cls.stack, core=core))
         app = cls(here, launcher)
         with app.session():
             before = snapshot(lab)
             yield Serving(here, app, receivers, CLIENT_CORE if pin else None)
             evidence = Evidence(before, snapshot(lab))
-        elsewhere = evidence.problems() if variant.launcher is BypassLauncher else []
+        elsewhere = evidence.problems() if launcher.on_bypass() else []
         if wrong := [*app.problems, *elsewhere]:
             raise BenchError(f"{cls.name} on {variant.name}: {'; '.join(wrong)}")
 
