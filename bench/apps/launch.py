@@ -28,6 +28,7 @@ __all__ = ["LAUNCHERS", "BypassLauncher", "Grant", "KernelLauncher", "Launcher",
 END_S = 20.0
 SERVED_S = 5.0
 UP_S = 20.0
+ALONE_S = 20.0
 BYPASS = (sys.executable, "-m", "bypass")
 
 
@@ -249,14 +250,16 @@ class BypassLauncher(Launcher):
     def start(
         self, argv: Sequence[str], *, more_env: Mapping[str, str] | None = None, files: int = 0
     ) -> Running:
-        run = [*BYPASS, "run", *self._broker(), "--user", USER, "--"]
+        options = self._broker()
+        run = [*BYPASS, "run", *options, "--user", USER, "--"]
         return self._popen([*self._prefix(files), *run, *argv], self._environ() | dict(more_env or {}), None)
 
     def _environ(self) -> dict[str, str]:
         return environment(self.place.folder) | {"PYTHONPATH": str(ROOT)}
 
     def _broker(self) -> list[str]:
-        """Options of `bypass run`."""
+        """Options of `bypass run`. The broker of a program before has the interface until it has followed that."""
+        wait_for(lambda: not netns.processes(self.place.lab.server_ns), ALONE_S, "the broker before to end")
         return ["-c", str(self.policy())]
 
 
