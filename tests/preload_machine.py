@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -141,8 +143,12 @@ class World:
             ) from None
 
     def ask(self, n: int, command: str) -> str:
-        """The answer to one command. Those that change processes are done as a whole."""
+        """The answer to one command; @N in it is the port of descriptor N. What changes processes is done at once."""
         word = command.split()[0]
+        if "@" in command:
+            command = re.sub(
+                r"@(\d+)", lambda m: self.ask(n, f"getsockname {m[1]}").rpartition(":")[2], command
+            )
         if word == "fork":
             return self._fork(n, int(command.split()[1]))
         self.tell(n, command)
@@ -218,6 +224,18 @@ class Both:
         self.log[-1] += f"  # {answers[0]} / {answers[1]}"
         return answers
 
+    def drain(self, n: int, fd: int, most: Sequence[int] = (1 << 62, 1 << 62)) -> list[int]:
+        """Reads until nothing more comes, or so much came: how many bytes (on Linux, here)."""
+        self.log.append(f"{n} drain {fd}")
+        sums = [0, 0]
+        for i, world in enumerate((self.kernel, self.other)):
+            while sums[i] < most[i] and world.ask(n, f"poll {fd} {select.POLLIN} 2000").startswith("1 "):
+                got = world.ask(n, f"drain {fd}")
+                sums[i] += int(got.rpartition("=")[2])
+                if got.startswith("0 "):
+                    break  # the end of the stream
+        return sums
+
     def kill(self, n: int) -> None:
         self.log.append(f"{n} killed")
         for world in (self.kernel, self.other):
@@ -264,30 +282,41 @@ def both(program: Path, other: str = OTHER, **env: str) -> Both:
         raise
 
 
-def replay(lines: list[str]) -> int:
-    """The calls of a log, one after another; where the worlds differ, both answers. How many did."""
-    different = 0
-    with tempfile.TemporaryDirectory() as folder:
-        worlds = both(agent(Path(folder)))
-        try:
-            for line in lines:
-                n, _, command = line.partition("#")[0].strip().partition(" ")
-                if command == "killed":
-                    worlds.kill(int(n))
-                    continue
-                answers = [normal(w.ask(int(n), command)) for w in (worlds.kernel, worlds.other)]
-                same = answers[0] == answers[1]
-                different += not same
-                print(f"{n} {command}: {answers[0]}" + ("" if same else f"  DIFFERENT: {answers[1]}"))
-                try:
-                    worlds.rest()
-                except Different as e:
-                    different += 1
-                    print(str(e).partition("; before")[0])
-        finally:
-            worlds.close()
-    return different
+def replay(lines: list[str], program: Path) -> list[str]:
+    """The calls of a log, one after another; what differed. A line is "PROCESS COMMAND"; behind # stands nothing."""
+    found = []
+    worlds = both(program)
+    try:
+        for line in lines:
+            n, _, command = line.partition("#")[0].strip().partition(" ")
+            if command == "killed":
+                worlds.kill(int(n))
+                continue
+            if command.startswith("drain"):
+                worlds.drain(int(n), int(command.split()[1]))
+                continue
+            answers = [normal(w.ask(int(n), command)) for w in (worlds.kernel, worlds.other)]
+            print(f"{n} {command}: {answers[0]}")
+            if command.startswith("flood"):  # until there is no room: a buffer's size
+                continue
+            if answers[0] != answers[1]:
+                found.append(f"{n} {command}: {answers[0]!r} on Linux, {answers[1]!r} here")
+            try:
+                worlds.rest()
+            except Different as e:
+                found.append(f"{n} {command}: {str(e).partition('; before')[0]}")
+                break
+    except Stuck as e:
+        found.append(f"{n} {command}: {e}")
+    finally:
+        worlds.close()
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, replay([x for x in Path(sys.argv[1]).read_text().splitlines() if x.strip()])))
+    with tempfile.TemporaryDirectory() as folder:
+        found = replay(
+            [x for x in Path(sys.argv[1]).read_text().splitlines() if x.strip()], agent(Path(folder))
+        )
+    print("\n".join(["", "different:", *found] if found else ["no difference"]))
+    sys.exit(bool(found))
