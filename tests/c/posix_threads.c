@@ -158,6 +158,49 @@ CASE(a_reset_wakes_recv)
     EQ((intptr_t)finish(t), -ECONNRESET);
 }
 
+struct echo {
+    int in, done, polls;
+};
+
+/* Of each byte that comes it says so by an eventfd. */
+static void *hears_bytes(void *arg)
+{
+    struct echo *e = arg;
+    char c = 0;
+    while (c != 'q') {
+        struct pollfd p = {e->in, POLLIN, 0};
+        if (e->polls)
+            EQ(poll(&p, 1, -1), 1);
+        EQ(recv(e->in, &c, 1, 0), 1);
+        MUST(eventfd_write(e->done, 1));
+    }
+    return NULL;
+}
+
+/* The sleeper is woken each time, whether the byte comes before it sleeps, just then, or later. */
+static void sleeps_often(int polls)
+{
+    int fds[2];
+    tcp_pair(fds);
+    set_option(fds[0], IPPROTO_TCP, TCP_NODELAY, 1); /* each byte leaves at once */
+    struct echo e = {fds[1], (int)MUST(eventfd(0, 0)), polls};
+    pthread_t t = start(hears_bytes, &e);
+    for (int i = 0; i < 1500; i++) {
+        struct timespec pause = {0, i % 50 * 20000};
+        eventfd_t value;
+        nanosleep(&pause, NULL);
+        says(fds[0], i == 1499 ? "q" : "x");
+        struct pollfd p = {e.done, POLLIN, 0};
+        EQ(poll(&p, 1, 20000), 1); /* not lost: it would sleep for ever */
+        MUST(eventfd_read(e.done, &value));
+    }
+    finish(t);
+}
+
+CASE(recv_is_woken_each_time) { sleeps_often(0); }
+
+CASE(poll_is_woken_each_time) { sleeps_often(1); }
+
 /* ---- Several threads read, accept, write ---- */
 static void *reads_some(void *arg)
 {
