@@ -591,7 +591,7 @@ def run_machine(machine: type[Worlds], **how: Any) -> None:
 
 def test_every_call_is_as_on_linux(program: Path) -> None:
     Worlds.program = program
-    run_machine(Worlds, max_examples=examples(40), stateful_step_count=40)
+    run_machine(Worlds, max_examples=examples(25), stateful_step_count=25)
 
 
 def test_a_wrong_recv_is_found(program: Path, tmp_path: Path) -> None:
