@@ -131,8 +131,8 @@ def table(trials: list[dict[str, Any]]) -> Table:
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the moments.")
 @click.option("--within", type=click.FloatRange(1, 60_000), default=100, show_default=True,
               help="Milliseconds until the kernel has to have answered.")  # fmt: skip
-@click.option("--only", type=click.Choice(sorted(WORLDS)), multiple=True, default=("nginx", "shared"), show_default=True,
-              help="This server; several times.")  # fmt: skip
+@click.option("--only", type=click.Choice(sorted(WORLDS)), multiple=True, default=("nginx", "shared"),
+              show_default=True, help="This server; several times.")  # fmt: skip
 @click.option(
     "--role", "roles", type=click.Choice(sorted(OUTCOMES)), multiple=True, help="Only this one is killed."
 )
