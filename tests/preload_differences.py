@@ -46,6 +46,16 @@ def empty_vector(worlds: Both, n: int, words: Sequence[str]) -> bool:
     return words[0] in ("readv", "writev") and words[2] == "0" and seen(worlds, n, words).get("type") == "2"
 
 
+def message_of_nothing(worlds: Both, n: int, words: Sequence[str]) -> bool:
+    return words[0] == "sendmsg" and words[2] == "0"
+
+
+def datagrams_to_itself(worlds: Both, n: int, words: Sequence[str]) -> bool:
+    """One that is connected to itself takes no other datagram: the sender hears of that on Linux alone."""
+    it = seen(worlds, n, words)
+    return words[0] == "connect" and it.get("type") == "2" and it.get("name", "").endswith(f":{words[3]}")
+
+
 def listen_of_datagrams(worlds: Both, n: int, words: Sequence[str]) -> bool:
     return words[0] == "listen" and seen(worlds, n, words).get("type") == "2"
 
@@ -135,5 +145,12 @@ DIFFERENCES = {
         "1 0 0 1",
         "0 0 0",
         epoll_of_relatives,
+    ),
+    "a message without bytes": Difference(
+        "sendmsg() of no byte succeeds on a listener; EPIPE on Linux",
+        (STREAM, "listen 3 5", "sendmsg 3 0 0x4000 0"),
+        "-1 32 0",
+        "0 0 0",
+        message_of_nothing,
     ),
 }

@@ -26,7 +26,7 @@ from conftest import missing
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from preload_differences import DIFFERENCES
+from preload_differences import DIFFERENCES, datagrams_to_itself
 from preload_machine import ALONE, FDS, OTHER, PORTS, PROCESSES, Both, agent, both, normal
 from preloaded import environment
 from socket_machine import OPTIONS, TIMING
@@ -141,7 +141,8 @@ class Worlds(RuleBasedStateMachine):
         return int(self.it.ask(n, line).split()[0]) if self.may(n, line) else -1
 
     def may(self, n: int, line: str) -> bool:
-        return not any(d.avoids(self.it, n, line.split()) for d in DIFFERENCES.values())
+        known = [*(d.avoids for d in DIFFERENCES.values()), datagrams_to_itself]
+        return not any(avoids(self.it, n, line.split()) for avoids in known)
 
     def room(self, n: int, size: int) -> bool:
         """May so many bytes be sent still?"""
@@ -606,7 +607,7 @@ def test_a_wrong_recv_is_found(program: Path, tmp_path: Path) -> None:
         }
 
     Wrong.program = program
-    with pytest.raises(AssertionError, match=r"recv \d.* on Linux"):
+    with pytest.raises(AssertionError, match="on Linux"):
         run_machine(Wrong, max_examples=200, stateful_step_count=40, database=None, phases=[Phase.generate])
 
 
