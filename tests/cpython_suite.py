@@ -110,7 +110,7 @@ def play(
     inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", "env", *behind, *argv]
     results: Outcomes = {}
     for _ in range(STARTS):
-        ended = run([*ALONE, *inside], before, MODULE_LIMIT_S, cwd=folder)
+        ended = run([*ALONE, *inside], before, MODULE_LIMIT_S, cwd=folder, orphans=False)
         results, begun, done = outcomes_of(record)
         if begun is not None:
             how = "hang" if "Timeout (" in ended.err or ended.status is None else f"ended with {ended.status}"

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,9 +97,28 @@ class Ended:
     err: str
 
 
-def run(argv: Sequence[str | Path], env: Mapping[str, str], limit_s: float, cwd: Path | None = None) -> Ended:
-    """The program from start to end; with its children it is killed when the time is over."""
+GRACE_S = 2.0
+
+
+def _end_orphans(leader: int, over: threading.Event) -> None:
+    """Children that outlive the program hold its output open: they have a moment."""
+    os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+    if not over.wait(GRACE_S):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def run(
+    argv: Sequence[str | Path],
+    env: Mapping[str, str],
+    limit_s: float,
+    cwd: Path | None = None,
+    *,
+    orphans: bool = True,
+) -> Ended:
+    """The program from start to end; with its children it is killed when the time is over. orphans: they are waited
+    for; else they end a moment after it."""
     command = [str(a) for a in argv]
+    over = threading.Event()
     with subprocess.Popen(
         command,
         env=dict(env),
@@ -110,6 +130,8 @@ def run(argv: Sequence[str | Path], env: Mapping[str, str], limit_s: float, cwd:
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as program:
+        if not orphans:
+            threading.Thread(target=_end_orphans, args=(program.pid, over), daemon=True).start()
         try:
             out, err = program.communicate(timeout=limit_s)
             return Ended(program.returncode, out, err)
@@ -119,6 +141,7 @@ def run(argv: Sequence[str | Path], env: Mapping[str, str], limit_s: float, cwd:
             out, err = program.communicate()
             return Ended(None, out, err + where)
         finally:
+            over.set()
             if program.poll() is None:
                 os.killpg(program.pid, signal.SIGKILL)
 

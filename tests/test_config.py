@@ -17,7 +17,7 @@ from bypass.policy import load_policy, policy_schema
 from bypass.steering import Steering
 
 CONFIG = Path(__file__).parent.parent / "config"
-FILES = sorted(CONFIG.iterdir())
+FILES = sorted(CONFIG.glob("*.yaml"))
 
 
 def test_there_are_policies() -> None:
