@@ -21,7 +21,7 @@ from bypass.errors import GrantError
 from bypass.policy import Policy, Rule
 from bypass.rules import PortRange
 from bypass.stack_api import STREAM
-from bypass.steering import Steering
+from bypass.steering import BLOCK, Steering
 
 __all__ = ["ANY", "WHOLE_BLOCK", "Grants", "KernelView", "Key", "Live", "LiveEntries", "Permits", "shadow"]
 
@@ -203,6 +203,7 @@ class LiveEntries:
         self.steering = steering
         self.kernel = kernel
         self._live: dict[Key, Live] = {}
+        self._at: dict[tuple[int, int], dict[Key, int]] = {}  # by kind and port: keys, with owners
         self._draining: set[Key] = set()
         self._drain_ns = 0
 
@@ -221,16 +222,31 @@ class LiveEntries:
         return len(self._draining)
 
     def use(self, key: Key, owner: int = 0) -> Live:
-        """Makes it live, or counts one more user. OSError EADDRINUSE: another owner has it."""
+        """Makes it live, or counts one more user. OSError EADDRINUSE: as require() says."""
+        self.require(key, owner)
         live = self._live.get(key)
         if live is None:
             live = self._live[key] = self._add(key, owner)
+            self._at.setdefault((key[0], key[1][1]), {})[key] = owner
             if live.drain:
                 self._draining.add(key)
-        elif live.owner != owner:
-            raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: another application has it")
         live.users += 1
         return live
+
+    def require(self, key: Key, owner: int) -> None:
+        """OSError EADDRINUSE: it would take packets from another owner, in whose entry they are now.
+
+        A more specific entry goes before a wider one: without this, who holds a kernel socket of the same port (which
+        SO_REUSEADDR and SO_REUSEPORT permit) could take single connections of a listener, or of a block."""
+        kind, (_, port), _ = key
+        for at in {port, port - port % BLOCK}:
+            there = self._at.get((kind, at), {})
+            if set(there.values()) <= {owner}:
+                continue
+            if any(whose != owner and _takes(key, other) for other, whose in there.items()):
+                raise OSError(
+                    errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: another application has it"
+                )
 
     def unuse(self, key: Key) -> bool:
         """One user less. Whether there is none any more; the entry stays until remove()."""
@@ -241,6 +257,10 @@ class LiveEntries:
     def remove(self, key: Key) -> None:
         """Its packets are the kernel's from now on."""
         self.steering.remove_endpoint(self._live.pop(key).entry)
+        at = (key[0], key[1][1])
+        del self._at[at][key]
+        if not self._at[at]:
+            del self._at[at]
         self._draining.discard(key)
 
     def clear(self) -> None:
@@ -273,3 +293,15 @@ class LiveEntries:
                     live.drain = False
                     self._draining.discard(key)
         return len(self._draining)
+
+
+def _takes(key: Key, other: Key) -> bool:
+    """Whether there are packets that would be the one's and are, or might have been, the other's."""
+    (_, (host, port), remote), (_, (its_host, its_port), its_remote) = key, other
+    if host != its_host and ANY not in (host, its_host):
+        return False
+    if its_remote == WHOLE_BLOCK:
+        return remote != WHOLE_BLOCK or port == its_port
+    if remote == WHOLE_BLOCK or port != its_port:
+        return False  # a block gets what nothing else says
+    return remote == its_remote or remote is None or its_remote is None

@@ -245,8 +245,10 @@ def running(make_site: Callable[[], Site], ns: str = "") -> Iterator[RunningBrok
 class Child:
     """A client in a process of its own, as another user if one is given, which can be killed."""
 
+    script = str(Path(__file__))
+
     def __init__(self, name: str, uid: int = 0, ns: str = "") -> None:
-        argv = [sys.executable, str(Path(__file__)), name, str(uid), ns]
+        argv = [sys.executable, self.script, name, str(uid), ns]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.line() == {"ready": self.process.pid}
 
@@ -472,22 +474,22 @@ class Played:
         return {"grants": [m.text for m in self.client.told if m.type == Kind.GRANT]}
 
 
-def main() -> None:
+def main(player: type[Played] = Played) -> None:
     name, uid, ns = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     if ns:
         with netns.entered(ns):
-            play(name, uid)
+            play(player, name, uid)
             os._exit(0)  # there is no way back for a user without privileges
     else:
-        play(name, uid)
+        play(player, name, uid)
 
 
-def play(name: str, uid: int) -> None:
+def play(player: type[Played], name: str, uid: int) -> None:
     if uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    played = Played(name)
+    played = player(name)
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         what, args = json.loads(line)

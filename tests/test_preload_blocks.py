@@ -246,7 +246,7 @@ def test_a_block_that_nobody_uses_is_given_back(broker: RunningBroker, lab: Lab)
         assert program.stdout.readline() == b"b'x'\n"
         assert len(live_blocks(broker)) == 1
         wait_for(lambda: not live_blocks(broker), 20, "the block to be given back")
-        assert reserved(lab.server_ns) == ADMINS
+        wait_for(lambda: reserved(lab.server_ns) == ADMINS, 20, "the kernel to have its ports")
         assert program.poll() is None
         assert len(broker.server.broker.apps) == 1
         program.communicate(timeout=10)

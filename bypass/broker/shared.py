@@ -127,6 +127,7 @@ class SharedSite(InterfaceSite):
 
     # ---- live entries
     def use(self, key: Key, owner: int) -> None:
+        self.entries.require(key, owner)  # before bypass-fwd knows the lease: from then on its owner may send
         if key in self.entries:
             self.entries.use(key, owner)
             return

@@ -299,6 +299,7 @@ static int attach_now(void)
     if (!loop) {
         err = broker_hello(fds, APP_QUEUES + 1, &count);
         if (err < 0) {
+            broker_hide(false);
             return err;
         }
         for (int i = 0; i < count; i++) {
@@ -306,6 +307,7 @@ static int attach_now(void)
         }
     }
     err = map_memory(fds[0]);
+    broker_hide(err == 0 && me.app->device == APP_DEV_PORT);
     if (err == 0) {
         err = attach_memory(fds + 1, count - 1);
     }

@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -377,6 +378,40 @@ static void to_environment(const struct app_msg *m)
     setenv("BYPASS_APP", text, 1);
 }
 
+/* Other processes of this user could open the memory file in /proc/PID/fd, or take it by pidfd_getfd(2): ptrace(2),
+ * "Ptrace access mode checking", permits both while this process is dumpable. Where applications share an interface they
+ * must not. Children inherit it; exec ends it: BYPASS_DUMPABLE=0 tells the next program. 1 is the user's: leave it. */
+static bool hidden;
+
+static void hide(void)
+{
+    const char *keep = getenv("BYPASS_DUMPABLE");
+
+    if (!(keep && strcmp(keep, "1") == 0) && prctl(PR_GET_DUMPABLE) == 1) {
+        hidden = prctl(PR_SET_DUMPABLE, 0) == 0;
+    }
+}
+
+void broker_hide(bool shared)
+{
+    if (hidden && shared) {
+        setenv("BYPASS_DUMPABLE", "0", 1);
+    } else if (hidden) {
+        prctl(PR_SET_DUMPABLE, 1);
+        hidden = false;
+    }
+}
+
+/* A relative's token stands in its environment, in /proc/PID/environ: not only from the first socket on. */
+__attribute__((constructor(104))) static void hide_token(void)
+{
+    const char *dumpable = getenv("BYPASS_DUMPABLE");
+
+    if (broker_path && dumpable && strcmp(dumpable, "0") == 0) {
+        hide();
+    }
+}
+
 /* After hello come addresses and grants, which need the stack: they are heeded when it is there. */
 int broker_hello(int *fds, int max, int *count)
 {
@@ -384,6 +419,7 @@ int broker_hello(int *fds, int max, int *count)
     int err;
 
     *count = 0;
+    hide();
     from_environment(&m);
     err = hello(&m, fds, max, count);
     if (err < 0 && m.app && !me.reaper) { /* the relatives may have ended: a new application then */
@@ -395,7 +431,7 @@ int broker_hello(int *fds, int max, int *count)
     }
     if (err == 0 && *count < 1) {
         refused_by(&m, -EPROTO);
-        return -EPROTO;
+        err = -EPROTO;
     }
     if (err == 0) {
         me.refused[0] = 0;

@@ -274,6 +274,7 @@ void epoll_dup(int fd, int copy);                 /* without the lock: another d
 
 /* ---- broker.c */
 /* Says hello: new application or relative. 0: me.app.., descriptors; -errno with me.refused set. */
+void broker_hide(bool shared); /* whether others of this user may look into this process, once that is known */
 int broker_hello(int *fds, int max, int *count);
 int broker_ready(void);  /* then, with the stack there: addresses and grants */
 int broker_rejoin(void); /* after fork */
