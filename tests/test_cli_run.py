@@ -193,3 +193,30 @@ def passive_opens(text: str = "") -> int:
     text = text or Path("/proc/thread-self/net/snmp").read_text()
     names, values = (line.split() for line in text.splitlines() if line.startswith("Tcp:"))
     return int(values[names.index("PassiveOpens")])
+
+
+@pytest.mark.netns
+def test_one_program_after_the_other(lab: Lab, tmp_path: Path) -> None:
+    """The private broker of the first may still be about to let go of the interface."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
+    listens = f"import socket; socket.create_server(('{SERVER_IP}', 8080)); print('listens')"
+    with netns.entered(lab.server_ns):
+        for _ in range(3):
+            done = bypass_run("-c", str(policy), "--", "/usr/bin/python3", "-c", listens)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "listens\n", "")
+        wait_until(lambda: not private_brokers())
+    wait_until(lambda: not netns.processes(lab.server_ns))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root: becomes another user")
+def test_a_library_that_the_user_cannot_read(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    library = hidden / "libbypass-preload.so"
+    library.write_bytes(app.preload_library().read_bytes())
+    argv = ("--loopback", "--user", str(NOBODY), "--", "true")
+    done = bypass_run(*argv, env={"BYPASS_PRELOAD": str(library)})
+    assert done.returncode == 2
+    assert f"cannot read {library}" in done.stderr
+    wait_until(lambda: not private_brokers())

@@ -15,11 +15,14 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from bypass.broker.server import Server, listen
 from bypass.broker.site import Site
-from bypass.errors import BypassError
+from bypass.errors import BypassError, ForeignProgramError
+
+FREE_S = 5.0
 
 
 def start_private(make_site: Callable[[], Site], uid: int) -> str:
@@ -59,11 +62,27 @@ def start_private(make_site: Callable[[], Site], uid: int) -> str:
     return name
 
 
+def site_when_free(make_site: Callable[[], Site]) -> Site:
+    """What it serves. The private broker of a program that has just ended may need a moment to let go of it.
+
+    Raises:
+        BypassError: as make_site(); ForeignProgramError when somebody still has the interface after FREE_S.
+    """
+    until = time.monotonic() + FREE_S
+    while True:
+        try:
+            return make_site()
+        except ForeignProgramError as e:
+            if "xdp_steer" not in str(e) or time.monotonic() >= until:
+                raise
+            time.sleep(0.05)
+
+
 def serve(make_site: Callable[[], Site], name: str, uid: int, program: int, writer: int) -> None:
     """The broker's process."""
     quieten()
     try:
-        server = Server(make_site(), listen(name), trusted=frozenset((uid,)))
+        server = Server(site_when_free(make_site), listen(name), trusted=frozenset((uid,)))
     except BypassError as e:
         os.write(writer, str(e).encode())
         return

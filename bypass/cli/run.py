@@ -62,6 +62,11 @@ def run(
     environ = environment(library, name, procname)
     if user is not None:
         become(account)
+    if not os.access(library, os.R_OK):
+        # The loader would only say so, and start the program on the kernel.
+        raise BypassError(
+            f"user {account.pw_name} cannot read {library}: open the folders above it, or install it (`make install`)"
+        )
     try:
         os.execvpe(program[0], list(program), environ)
     except OSError as e:
