@@ -301,6 +301,9 @@ static int bind_looping(int fd, struct object *o)
             return err;
         }
         shadow_name(fd, o, &local);
+        if (o->type == BYPASS_STREAM) {
+            memset(local.addr.b + 12, 0, 4); /* only the port is chosen: a refused connection leaves no address */
+        }
     }
     return bypass_bind(&me.stack, o->sock, &local);
 }
