@@ -409,7 +409,12 @@ int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
         peer.addr = localhost; /* Linux: 0.0.0.0 is this host */
     }
     if (o->place == PLACE_STACK || o->listening) {
-        return bypass_connect(&me.stack, o->sock, &peer);
+        err = bypass_connect(&me.stack, o->sock, &peer);
+        if (o->listening && err == -EINPROGRESS) { /* a listener that was shut down: the shadow has no half of it now */
+            o->listening = 0;
+            place_on(o, fd, PLACE_STACK);
+        }
+        return err;
     }
     why = connect_reason(o, &peer);
     if (why == WHY_NOBODY && o->type == BYPASS_STREAM) {

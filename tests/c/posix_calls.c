@@ -475,6 +475,23 @@ CASE(bind_again_after_time_wait_needs_reuseaddr)
     MUST(listen(reuse, 3));
 }
 
+CASE(a_listener_that_was_shut_down_connects)
+{
+    struct sockaddr_in a = loopback(0), to;
+    int l = (int)MUST(socket(AF_INET, SOCK_STREAM, 0)), other = (int)MUST(socket(AF_INET, SOCK_STREAM, 0));
+    MUST(bind(other, (struct sockaddr *)&a, sizeof(a)));
+    MUST(listen(other, 3));
+    MUST(bind(l, (struct sockaddr *)&a, sizeof(a)));
+    MUST(listen(l, 3));
+    MUST(shutdown(l, SHUT_RD));
+    to = name_of(other);
+    MUST(connect(l, (struct sockaddr *)&to, sizeof(to)));
+    EQ(ready(l), POLLOUT);
+    int s = accept_one(other);
+    says(l, "hello");
+    hears(s, "hello");
+}
+
 CASE(bind_to_any_address)
 {
     struct sockaddr_in any = {.sin_family = AF_INET};
