@@ -291,36 +291,34 @@ static int spawn_ends(uint32_t place, int err, pid_t pid)
     return err;
 }
 
-EXPORT int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
-                       const posix_spawnattr_t *attr, char *const argv[], char *const env[])
-{
-    uint32_t place;
-    pid_t child = 0;
-    int err;
+typedef int spawn_call(pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *,
+                       char *const[], char *const[]);
 
-    real_load();
-    place = spawn_begins();
-    err = real.posix_spawn(&child, path, actions, attr, argv, ENVIRONMENT(env));
+static int spawn(spawn_call *call, pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions,
+                 const posix_spawnattr_t *attr, char *const argv[], char *const env[])
+{
+    uint32_t place = spawn_begins();
+    pid_t child = 0;
+    int err = call(&child, file, actions, attr, argv, ENVIRONMENT(env));
+
     if (err == 0 && pid) {
         *pid = child;
     }
     return spawn_ends(place, err, child);
 }
 
+EXPORT int posix_spawn(pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
+                       const posix_spawnattr_t *attr, char *const argv[], char *const env[])
+{
+    real_load();
+    return spawn(real.posix_spawn, pid, path, actions, attr, argv, env);
+}
+
 EXPORT int posix_spawnp(pid_t *pid, const char *file, const posix_spawn_file_actions_t *actions,
                         const posix_spawnattr_t *attr, char *const argv[], char *const env[])
 {
-    uint32_t place;
-    pid_t child = 0;
-    int err;
-
     real_load();
-    place = spawn_begins();
-    err = real.posix_spawnp(&child, file, actions, attr, argv, ENVIRONMENT(env));
-    if (err == 0 && pid) {
-        *pid = child;
-    }
-    return spawn_ends(place, err, child);
+    return spawn(real.posix_spawnp, pid, file, actions, attr, argv, env);
 }
 
 static void shell_starts(void)
