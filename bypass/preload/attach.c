@@ -383,7 +383,7 @@ bool attach(void)
 void attach_child(void)
 {
     me.forked = false;
-    fd_unhide(me.wake_fd); /* unbound: drive.c opened it to wake relatives */
+    fd_unhide(me.wake_fd); /* unbound: wake.c opened it to wake relatives */
     if (open_wakes() < 0) {
         refuse("a relative cannot be woken", errno);
     }

@@ -5,7 +5,9 @@
  *   calls_*.c     the functions that programs call: errno, cancellation, flags
  *   fds.c         descriptor -> object; dup, close
  *   place.c       whose a socket is: the stack's or the kernel's, and why
- *   drive.c       turns of the stack, sleeping, waking, the helper thread
+ *   lock.c        into the stack, and out of it
+ *   drive.c       a turn of the stack, and who is told of what it found; helper.c where nobody waits
+ *   park.c        how threads sleep and drive meanwhile; wake.c how they are woken, and relatives
  *   attach.c      this process' view of the application's memory; fork
  *   broker.c      the conversation with the broker
  *   group.c       what relatives share; real.c the C library's own functions
@@ -134,14 +136,12 @@ void device_sync(void);
 /* revive.c: the lock has been taken over from a relative that died with it. */
 void revive(void);
 
-/* ---- The lock */
+/* ---- lock.c */
 void enter(void);
 void leave(void);
 /* As enter(), but a child of fork() does not join the group for it: for close(), exec and exit. */
 void enter_quietly(void);
 void signals_deliver(void); /* signal.c: lets in what was put off; no lock held */
-/* The calling thread sleeps in park(), and is about to run a signal's handler. No lock held. */
-void unpark(void);
 
 /* ---- fds.c */
 /* Objects by descriptor. Lock taken when the result is not NULL, and the object is served by the stack (PLACE_STACK,
@@ -215,11 +215,20 @@ bool address_is_loopback(const struct bypass_addr *a);
 uint64_t clock_ns(void);
 /* Receives, runs timers, sends, tells who waits. Whether anything happened. */
 bool turn(void);
+/* When the stack, or the care for relatives, wants a turn at the latest. */
+uint64_t next_turn(void);
 /* A call has queued output: it leaves with the next turn, or now when there is much. */
 void sent(void);
 /* A call would block, and the program does not want to wait: a turn, unless there was one a moment ago. Whether it is
  * worth trying again. */
 bool retry(void);
+/* Whoever watches the device goes to sleep anew: there may be something to do earlier. */
+void drive_anew(void);
+
+/* ---- helper.c: makes sure that its thread runs (for the broker's messages, and while nobody waits). Lock held. */
+void helper_start(void);
+
+/* ---- park.c. Lock held. */
 /* Sleeps until one of these: an object became ready (sleeper.object, sleeper.epoll), a kernel descriptor of fds is (its
  * revents say), until_ns (UINT64_MAX: never). The lock is let go of meanwhile. Number of fds ready, -EINTR, -ETIMEDOUT. */
 int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask);
@@ -229,30 +238,37 @@ int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns
  * be no cancellation point. What it returns ends the sleep: > 0 something is ready, 0, -errno. Result as park()'s. */
 typedef int doze_call(void *arg, const struct timespec *ts, const sigset_t *mask);
 int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask);
-/* real.ppoll(), -errno; no cancellation point when *ts is 0: may be called with the lock held. */
-int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigset_t *mask);
-/* Eventfds to wake threads by. What was one is kept for the next who needs one: a late ring must not hit anything else. */
-int bell_open(void);
-void bell_close(int fd);
-void bells_child(void); /* after fork, in the child: the parent's are not ours */
-/* Rings a bell: when the lock is free, so that who wakes up does not wait for it. */
-void ring(int bell);
-/* Reads a bell, or one wake of a relative's. No cancellation point: a thread that has the lock must not be cancelled. */
-void drain(int fd);
+/* The calling thread sleeps in park(), and is about to run a signal's handler. No lock held. */
+void unpark(void);
 /* Waits until the object may have become ready for `events` (POLLIN, POLLOUT, ...). 0: try again; -EINTR; -EAGAIN: the
  * timeout (timeo_ns; 0 none, counted from *since, which is 0 at first) is over. Restarts after signals as SA_RESTART
  * says (signal(7)). */
 int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t *since);
-void wake(struct sleeper *s);
-/* Whoever watches the device goes to sleep anew: there may be something to do earlier. */
-void drive_anew(void);
-/* ... in each relative. */
-void wake_joined(void);
 /* From now on this process is told when the object becomes ready. */
 void object_wait(uint32_t object);
-socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc);
-/* Makes sure that the helper thread runs (for the broker's messages, and while nobody waits). */
-void helper_start(void);
+/* real.ppoll(), -errno; no cancellation point when *ts is 0: may be called with the lock held. */
+int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigset_t *mask);
+/* From now until then, into *ts; NULL: for ever. */
+struct timespec *time_left(uint64_t until_ns, struct timespec *ts);
+
+/* ---- wake.c. Lock held. */
+void wake(struct sleeper *s);
+/* Eventfds to wake threads by. What was one is kept for the next who needs one: a late ring must not hit anything else. */
+int bell_open(void);
+void bell_close(int fd);
+void bells_child(void);   /* after fork, in the child: the parent's are not ours */
+int thread_wake_fd(void); /* the calling thread's own */
+/* Rings a bell: when the lock is free, so that who wakes up does not wait for it. */
+void ring(int bell);
+/* Reads a bell, or one wake of a relative's. No cancellation point: a thread that has the lock must not be cancelled. */
+void drain(int fd);
+/* Wakes each relative: one that drives may have something to do earlier; */
+void wake_joined(void);
+void wake_relatives(void);                                  /* those that sleep and have something in their queues. */
+void wake_owed(void);                                       /* The lock has just become free: what this thread owes. */
+socklen_t wake_name(struct sockaddr_un *sa, uint32_t proc); /* of a relative's socket */
+
+/* ---- Readiness */
 /* Level readiness of an object as poll(2) bits, the stack's half. */
 short object_ready(const struct object *o);
 /* The stack's readiness as poll(2) tells it. */

@@ -4,7 +4,7 @@
  * library that were started with descriptors of the application's (a static one, one with another LD_PRELOAD). What they
  * have counts as theirs until /proc says that it is not; an object that nobody has ends.
  *
- * A relative that joined is there as long as the socket that wakes it (drive.c): that one is close-on-exec, and ends with
+ * A relative that joined is there as long as the socket that wakes it (wake.c): that one is close-on-exec, and ends with
  * the process. Of others the process number is looked at, with its start time, and for programs what they have open
  * (proc(5), /proc/PID/fd). A program whose descriptors may not be looked at keeps what it had until it ends. That is done
  * once a second; a parent notices its children's ends, and a child its parent's, at once (pidfd_open(2)).

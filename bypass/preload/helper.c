@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* helper.c - the thread that drives the stack where nobody waits; drive.c has the table. */
+#define _GNU_SOURCE
+#include <sys/eventfd.h>
+
+#include "preload.h"
+
+enum {
+    TICK_NS = 1000000,
+    QUIET_TICKS = 4, /* the helper goes to sleep after so many ticks without news */
+};
+
+static void helper_sleep(uint64_t until_ns, bool watch)
+{
+    struct pollfd fds[4] = {{.fd = me.helper.wake_fd, .events = POLLIN},
+                            {.fd = broker_fd(), .events = POLLIN},
+                            {.fd = watch ? me.dev_ep : -1, .events = POLLIN},
+                            {.fd = me.ends_ep, .events = POLLIN}};
+    struct timespec ts;
+
+    me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
+    leave();
+    real.ppoll(fds, 4, time_left(until_ns, &ts), NULL);
+    enter();
+    me.helper_deep = false;
+    if (fds[0].revents) {
+        drain(me.helper.wake_fd);
+    }
+    if (fds[1].revents) {
+        broker_read();
+    }
+    if (fds[2].revents) {
+        drain(me.wake_fd);
+    }
+    if (fds[3].revents) {
+        relatives_ended();
+        turn();
+    }
+}
+
+/* Nobody watches the device: gives the stack a turn, and watches if nothing else happens. */
+static void helper_drive(void)
+{
+    uint64_t now = clock_ns();
+
+    if (now - me.turn_ns < TICK_NS) {
+        helper_sleep(me.turn_ns + TICK_NS, false);
+        return;
+    }
+    if (turn()) {
+        helper_sleep(clock_ns() + TICK_NS, false);
+        return;
+    }
+    me.watcher = &me.helper;
+    me.g->procs[me.proc].parked++;
+    me.watch_until = next_turn();
+    helper_sleep(me.watch_until, true);
+    me.g->procs[me.proc].parked--;
+    if (me.watcher == &me.helper) {
+        me.watcher = NULL;
+        turn();
+    }
+}
+
+static void *helper(void *arg)
+{
+    uint64_t seen = 0;
+    int quiet = 0;
+
+    (void)arg;
+    enter();
+    while (me.helper_runs) {
+        if (next_turn() <= clock_ns() && clock_ns() - me.g->turn_ns >= TICK_NS) {
+            turn();
+        }
+        if (!me.watcher) {
+            quiet = 0;
+            helper_drive();
+        } else if (quiet++ < QUIET_TICKS || bypass_deadline(&me.stack) == 0) {
+            quiet = seen == me.turn_ns ? quiet : 0;
+            seen = me.turn_ns;
+            helper_sleep(clock_ns() + TICK_NS, false);
+        } else {
+            helper_sleep(UINT64_MAX, false);
+            quiet = 0;
+        }
+    }
+    leave();
+    return NULL;
+}
+
+void helper_start(void)
+{
+    sigset_t all, old;
+    pthread_attr_t attr;
+    pthread_t thread;
+
+    if (me.helper_runs) {
+        return;
+    }
+    relatives_open();
+    me.helper = (struct sleeper){.object = GROUP_NONE, .wake_fd = fd_hide(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))};
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are the program's threads' */
+    pthread_attr_init(&attr);
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attr, 256 * 1024);
+    me.helper_runs = true;
+    if (pthread_create(&thread, &attr, helper, NULL) != 0) { /* thread-local data of the program needs more than that */
+        pthread_attr_destroy(&attr);
+        pthread_attr_init(&attr);
+        pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+        me.helper_runs = pthread_create(&thread, &attr, helper, NULL) == 0;
+    }
+    pthread_attr_destroy(&attr);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}

@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * park.c - how threads sleep, and drive while they wait.
+ *
+ * The first sleeper of a process watches the device for all of them (me.watcher); when it leaves, another takes over. The
+ * others sleep until a turn (drive.c) finds something for them, and rings their bell (wake.c).
+ */
+#define _GNU_SOURCE
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "preload.h"
+
+enum {
+    SPIN_LOOK = 16, /* rounds of spin() */
+};
+
+static void sleeper_add(struct sleeper *s)
+{
+    s->woken = s->told = s->watching = s->spinning = false;
+    s->next = me.sleepers;
+    s->prev = &me.sleepers;
+    if (s->next) {
+        s->next->prev = &s->next;
+    }
+    me.sleepers = self.sleeper = s;
+    if (s->epoll) {
+        epoll_sleeper(s->epoll, 1);
+    }
+    me.g->procs[me.proc].parked++;
+    if (!me.watcher || me.watcher == &me.helper) {
+        me.watcher = s;
+        me.watch_until = 0; /* it is awake still */
+    }
+}
+
+/* Who watched leaves: another sleeper takes over. Members of an epoll set see the device anyway. */
+static void hand_over(void)
+{
+    for (struct sleeper *s = me.sleepers; s; s = s->next) {
+        if (!s->epoll && s != &me.helper) {
+            wake(s);
+            return;
+        }
+    }
+    if (me.helper_deep) {
+        me.helper_deep = false;
+        ring(me.helper.wake_fd);
+    }
+}
+
+static void sleeper_remove(struct sleeper *s)
+{
+    *s->prev = s->next;
+    if (s->next) {
+        s->next->prev = s->prev;
+    }
+    if (s->epoll) {
+        epoll_sleeper(s->epoll, -1);
+    }
+    me.g->procs[me.proc].parked--;
+    if (me.watcher == s) {
+        me.watcher = NULL;
+        hand_over();
+    }
+}
+
+struct timespec *time_left(uint64_t until_ns, struct timespec *ts)
+{
+    uint64_t now;
+
+    if (until_ns == UINT64_MAX) {
+        return NULL;
+    }
+    now = clock_ns();
+    until_ns = until_ns > now ? until_ns - now : 0;
+    *ts = (struct timespec){.tv_sec = (time_t)(until_ns / 1000000000u), .tv_nsec = (long)(until_ns % 1000000000u)};
+    return ts;
+}
+
+/* Spins: polls the device without sleeping, as long as policy says, and now and then what the sleep would have watched.
+ * > 0: something is ready there; 0. */
+static int spin(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns)
+{
+    const struct timespec now = {0};
+    uint64_t end = clock_ns() + me.app->spin_us * 1000ull;
+    int got = 0;
+
+    end = end < until_ns ? end : until_ns;
+    s->spinning = true;
+    for (unsigned round = 1; got == 0 && !s->woken && clock_ns() < end; round++) {
+        turn();
+        if (round % SPIN_LOOK == 0 && !s->woken) {
+            got = doze(arg, &now, NULL);
+        }
+        leave(); /* others want to work too */
+        enter();
+    }
+    s->spinning = false;
+    return got > 0 ? got : 0;
+}
+
+/* Awake, or unpark() was faster. */
+static void sleeper_done(struct sleeper *s)
+{
+    if (self.sleeper == s) {
+        self.sleeper = NULL;
+        sleeper_remove(s);
+    }
+    if (s->told) {
+        drain(s->wake_fd);
+    }
+}
+
+/* The thread stands in the list of sleepers no more: a handler is about to run, which may jump away. */
+void unpark(void)
+{
+    struct sleeper *s = self.sleeper;
+
+    enter();
+    self.sleeper = NULL;
+    sleeper_remove(s);
+    wake(s); /* it may be on its way to sleep */
+    leave();
+}
+
+static void cancelled(void *arg)
+{
+    (void)arg;
+    if (self.sleeper) {
+        unpark();
+    }
+}
+
+/* The lock is let go of. -EINTR also for a handler that ran shortly before or after the sleep; not for one that `mask` had
+ * kept until the time was over. */
+static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask, uint32_t handled)
+{
+    struct timespec ts;
+    volatile int got = -EINTR;
+
+    leave();
+    pthread_cleanup_push(cancelled, NULL);
+    if (self.handled == handled) {
+        got = doze(arg, time_left(until_ns, &ts), mask);
+    }
+    pthread_cleanup_pop(0);
+    enter();
+    return got <= 0 && self.handled != handled && clock_ns() < until_ns ? -EINTR : got;
+}
+
+int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask)
+{
+    uint32_t handled = self.handled;
+    uint64_t until = until_ns;
+    int got = 0;
+
+    if (unlikely(me.forked)) {
+        attach_child();
+    }
+    sleeper_add(s);
+    if (me.app->spin_us) {
+        got = spin(s, doze, arg, until_ns);
+    }
+    if (got == 0 && !s->woken) {
+        if (me.watcher == s) {
+            uint64_t due = next_turn();
+
+            s->watching = true;
+            until = due < until_ns ? due : until_ns;
+            me.watch_until = due;
+        }
+        got = asleep(doze, arg, until, mask, handled);
+    } else if (got == 0 && self.handled != handled) {
+        got = -EINTR;
+    }
+    sleeper_done(s);
+    return got == 0 && !s->woken && until_ns != UINT64_MAX && clock_ns() >= until_ns ? -ETIMEDOUT : got;
+}
+
+int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigset_t *mask)
+{
+    struct timespec left;
+    int got;
+
+    if (ts && ts->tv_sec == 0 && ts->tv_nsec == 0) {
+        left = *ts; /* the system call writes to it */
+        got = (int)real.syscall(SYS_ppoll, fds, n, &left, mask, _NSIG / 8);
+    } else {
+        got = real.ppoll(fds, (nfds_t)n, ts, mask);
+    }
+    return got < 0 ? -errno : got;
+}
+
+struct nap {
+    const struct sleeper *s;
+    struct pollfd *fds; /* the first two are ours */
+    int n;              /* the others */
+};
+
+static int nap(void *arg, const struct timespec *ts, const sigset_t *mask)
+{
+    struct nap *nap = arg;
+    int got;
+
+    nap->fds[0] = (struct pollfd){.fd = nap->s->wake_fd, .events = POLLIN};
+    nap->fds[1] = (struct pollfd){.fd = nap->s->watching ? me.dev_ep : -1, .events = POLLIN};
+    got = poll_kernel(nap->fds, nap->n + 2, ts, mask);
+    if (got > 0 && nap->fds[1].revents) {
+        drain(me.wake_fd);
+    }
+    return got <= 0 ? got : got - (nap->fds[0].revents != 0) - (nap->fds[1].revents != 0);
+}
+
+int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
+{
+    struct nap it = {.s = s, .fds = fds, .n = n};
+
+    s->wake_fd = thread_wake_fd();
+    return park_by(s, nap, &it, until_ns, mask);
+}
+
+int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
+{
+    struct pollfd all[n + 2];
+    int got;
+
+    if (n) {
+        memcpy(all + 2, fds, (size_t)n * sizeof *fds);
+    }
+    got = park_polling(s, all, n, until_ns, mask);
+    if (n) {
+        memcpy(fds, all + 2, (size_t)n * sizeof *fds);
+    }
+    return got;
+}
+
+void object_wait(uint32_t object)
+{
+    uint32_t hold = group_hold_get(me.g, object, me.proc);
+
+    if (hold != GROUP_NONE) {
+        group_hold(me.g, hold)->waits = 1;
+    }
+}
+
+int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t *since)
+{
+    uint32_t object = object_index(o);
+    struct sleeper s = {.object = object};
+    struct pollfd shadow = {.fd = self.orphan ? -1 : fd, .events = events};
+    uint64_t until = UINT64_MAX;
+    int got;
+
+    if (me.g->dead) {
+        return -ECONNRESET;
+    }
+    if (timeo_ns > 0) {
+        *since = *since ? *since : clock_ns();
+        until = *since + (uint64_t)timeo_ns;
+    }
+    me.turn_ns = clock_ns();
+    object_wait(object);
+    if (turn() || (object_ready(o) & events)) {
+        return 0; /* something happened: it may be what the caller waits for */
+    }
+    self.no_restart = false;
+    if (!self.orphan) {
+        group_call_begins(me.g, object, me.proc); /* as a call of the kernel has its file: */
+    }
+    got = park(&s, &shadow, o->place == PLACE_BOTH, until, NULL);
+    if (o->refs == 1) {
+        self.orphan = object + 1; /* ... another thread has closed the last descriptor; leave() ends it */
+    } else if (!self.orphan) {
+        group_call_ends(me.g, object, me.proc);
+    }
+    self.kernels = shadow.revents != 0;
+    if (got == -ETIMEDOUT) {
+        return -EAGAIN;
+    }
+    if (got < 0 && (got != -EINTR || self.no_restart || timeo_ns > 0)) {
+        return got;
+    }
+    turn();
+    return 0;
+}
