@@ -185,7 +185,7 @@ class DeviceDriver(Driver):
                 self.steering.set_socket(0, queue, fd)
             if new:
                 # A veth runs no XDP on queues that appear below an attached program, until one is attached anew.
-                self.steering.swap(self.steering.policy)
+                self.steering.attach_anew()
                 log.warning("%s has got queues, which are served from now on: %s", self.device.ifname, [*new])
         except BypassError as e:
             if str(e) != self._queue_trouble:

@@ -278,6 +278,15 @@ class LiveEntries:
         )
         return Live(entry, kind, local, owner, 0, drain)
 
+    def drain_listeners(self) -> None:
+        """From now on connections that the kernel has accepted meanwhile stay with it, as at the begin of an entry.
+        For a moment in which it saw packets of live entries."""
+        for key, live in self._live.items():
+            if key[0] == STREAM and key[2] is None and not live.drain:
+                self.steering.set_drain(live.entry, True)
+                live.drain = True
+                self._draining.add(key)
+
     def drain_due_ns(self) -> int | None:
         """When check_draining() has something to do."""
         return self._drain_ns if self._draining else None

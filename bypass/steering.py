@@ -112,21 +112,25 @@ class _Loaded:
     """The programs of one policy and the maps that go with it."""
 
     def __init__(self, policy: Policy, shared: dict[str, libbpf.Map], text: str | None) -> None:
-        programs = build.compile_programs(build.defines(policy.compiled), text)
+        self._programs = build.compile_programs(build.defines(policy.compiled), text)
         self.policy = policy
         self.maps: dict[str, libbpf.Map] = {}
         self.progs: dict[str, libbpf.Prog] = {}
         try:
             self.maps.update(policy_maps(policy.compiled))
-            fds = {name: m.fd for name, m in (shared | self.maps).items()}
-            for name, kind, attach in (
-                (build.XDP, libbpf.PROG_XDP, libbpf.ATTACH_XDP),
-                (build.GUARD, libbpf.PROG_SCHED_CLS, 0),
-            ):
-                self.progs[name] = _load(programs[name], kind, attach, fds)
+            for name in (build.XDP, build.GUARD):
+                self.progs[name] = self.load(name, shared)
         except BaseException:
             self.close()
             raise
+
+    def load(self, name: str, shared: dict[str, libbpf.Map]) -> libbpf.Prog:
+        """One of the programs, once more, on the same maps."""
+        kind, attach = (
+            (libbpf.PROG_XDP, libbpf.ATTACH_XDP) if name == build.XDP else (libbpf.PROG_SCHED_CLS, 0)
+        )
+        fds = {name: m.fd for name, m in (shared | self.maps).items()}
+        return _load(self._programs[name], kind, attach, fds)
 
     def counts(self) -> list[Count]:
         return list(counts_of(self.maps["rule_count"]))[: len(self.policy.flows)]
@@ -275,6 +279,27 @@ class Steering:
         self._before = {name: count for name, count in self._before.items() if name in kept}
         old.close()
         return [e for e in self._endpoints.values() if not any(_grants(new.policy, e))]
+
+    def attach_anew(self) -> None:
+        """Attaches the program once more, with nothing changed: a veth runs none on queues that it got below one.
+
+        Raises:
+            SteeringError, PrivilegeError: it is refused; what was attached goes on.
+        """
+        loaded = self._current()
+        try:
+            fresh = loaded.load(build.XDP, self._maps)
+        except OSError as e:
+            raise _explained(e, self.ifname) from e
+        try:
+            if build.XDP in self._links:
+                self._links[build.XDP].update(fresh)
+        except OSError as e:
+            fresh.close()
+            raise _explained(e, self.ifname) from e
+        old, loaded.progs[build.XDP] = loaded.progs[build.XDP], fresh
+        libbpf.wait_for_programs()
+        old.close()
 
     # ---- live endpoints ---------------------------------------------------------------------------------------
 

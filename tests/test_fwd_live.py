@@ -370,7 +370,7 @@ def test_queues_that_appear_later_are_served(lab: Lab, tmp_path: Path, program: 
             return QueuesAdded(4) in seen
 
         wait_for(told, 20, "the queues to be served")
-        live.steering.swap(live.steering.policy)
+        live.steering.attach_anew()
         for _ in range(64):
             live.echo_stream(0, 1 << 10)
         live.at_home(0)

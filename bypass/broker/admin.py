@@ -94,6 +94,7 @@ class Admin:
             "mode": site.mode,
             "interface": site.ifname,
             "queues": list(site.queues),
+            "trouble": site.trouble,
             "memory": app.memory.size,
             "lingering": app.lingering,
             "broker": os.getpid(),

@@ -7,10 +7,12 @@ What lives here: what direct and shared mode have in common, and AF_XDP sockets 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import struct
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address
@@ -25,7 +27,7 @@ from bypass.broker.site import Nobody, Site
 from bypass.broker.users import Access, User
 from bypass.doctor import choose_mode
 from bypass.errors import BypassError
-from bypass.fwd import ForwarderError, PortCut
+from bypass.fwd import ForwarderError, PortCut, QueuesAdded
 from bypass.grants import Grants, Key, LiveEntries
 from bypass.policy import Policy
 from bypass.rules import Rule
@@ -33,7 +35,11 @@ from bypass.status import Snapshot, StatusServer
 from bypass.steering import Steering
 from bypass.watch import KernelWatch
 
+log = logging.getLogger("bypass.broker")
+
 SOL_XDP, XDP_STATISTICS = 283, 7  # linux/if_xdp.h
+QUEUES_NS = 1_000_000_000
+"""How often the interface's queues are counted, while an application has it; netlink tells of most changes at once."""
 KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stats").fields)
 
 
@@ -64,6 +70,7 @@ class InterfaceSite(Site):
         self.policy_path = policy.path
         self.fds: dict[int, int] = {}  # AF_XDP sockets by queue, where they are known here
         self._link = 0
+        self._queues_ns = 0
         self.told = Nobody()
         with ExitStack() as undo:
             generic = choose_mode(self.ifname, policy.backend.mode)[0] == "skb"
@@ -160,6 +167,7 @@ class InterfaceSite(Site):
     def health(self) -> int:
         """The MTU or the MAC address has changed, or the link."""
         self._tell_link(0 if self.watch.watcher.interface.up else errno.ENETDOWN)
+        self._queues_ns = 0  # what changes queues takes the carrier away for a moment
         return 0
 
     def _tell_link(self, code: int) -> None:
@@ -184,19 +192,60 @@ class InterfaceSite(Site):
             for event in self.holder.forwarder.events():
                 if isinstance(event, PortCut):
                     self.told.cut(event.app, "broke the rules of its port")
+                elif isinstance(event, QueuesAdded):
+                    self._sockets_opened(event.queues)
         except ForwarderError as e:
             self.told.lost(str(e))
+
+    # ---- queues that the interface gets (ethtool -L); those with sockets cannot be taken from it
+    def _count_queues(self, now_ns: int) -> None:
+        """Has new ones served; else live TCP on them would be lost, or, on a veth, the kernel would see it."""
+        if not self._counting or now_ns < self._queues_ns:
+            return
+        self._queues_ns = now_ns + QUEUES_NS
+        try:
+            unserved = range(len(self.queues), interface_queues(self.ifname))
+            why = self._take_queues(unserved) if unserved else ""
+        except (BypassError, OSError) as e:
+            why = str(e)
+        if why and why != self.trouble:
+            log.error("%s: %s", self.ifname, why)
+        self.trouble = why
+
+    @property
+    def _counting(self) -> bool:
+        """A policy that names queues means those."""
+        return bool(self.queues) and self.policy.backend.queues is None and self._link != 2
+
+    @abstractmethod
+    def _take_queues(self, unserved: range) -> str:
+        """Serves them, now or by and by. What cannot be, in words; empty: nothing."""
+
+    def _sockets_opened(self, queues: int) -> None:
+        """bypass-fwd has so many of them now, and has put them into the map."""
+        return
+
+    def _serve(self, queues: range) -> None:
+        """All of these have sockets. BypassError."""
+        new = [*queues[len(self.queues) :]]
+        # A veth runs no XDP on queues that appear below an attached program, until one is attached anew: what began
+        # there in that moment is the kernel's, and stays with it.
+        self.entries.drain_listeners()
+        self.steering.attach_anew()
+        self.queues = tuple(queues)
+        log.warning("%s has got queues, which are served from now on: %s", self.ifname, new)
 
     def update(self, now_ns: int) -> None:
         before, code = self._link, self.watch.update()
         if (code == errno.ENXIO and before != 2) or (code == 0) != (self._link == 0):
             self._tell_link(code)
+        self._count_queues(now_ns)
         self.entries.check_draining(now_ns)
 
     def due_ns(self) -> int | None:
-        due = self.watch.due_ns()
-        drain = self.entries.drain_due_ns()
-        return min((t for t in (due, drain) if t is not None), default=None)
+        queues = self._queues_ns if self._counting else None
+        due = (self.watch.due_ns(), self.entries.drain_due_ns(), queues)
+        return min((t for t in due if t is not None), default=None)
 
     def close(self) -> None:
         with ExitStack() as end:
@@ -251,13 +300,20 @@ class DirectSite(InterfaceSite):
         header.mac = bytes(ffi.buffer(device.netdev.mac))
         header.ifname = self.ifname.encode()
 
+    def _take_queues(self, unserved: range) -> str:
+        shown = ", ".join(map(str, unserved))
+        return (
+            f"it has got queues, which its application does not serve before it is started anew: {shown}; live "
+            "connections stall there, and new ones are the kernel's"
+        )
+
     def close_device(self, owner: int) -> None:
         if owner == self._owner:
             for queue in self.queues:
                 self.steering.clear_socket(0, queue)
             self.holder.end(owner)
             self.fds, self._owner = {}, 0
-            self.queues = ()
+            self.queues, self.trouble = (), ""
 
 
 class _DeviceView:

@@ -29,6 +29,7 @@ BIND_WAIT_MS = 2000
 LEAST_BURST = 1 << 16  # bytes
 BURSTS_PER_SECOND = 50
 PORT_FRAMES = 8192
+FWD_TRIES = 3  # seconds
 
 
 class SharedSite(InterfaceSite):
@@ -41,6 +42,8 @@ class SharedSite(InterfaceSite):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
         self._ports: set[int] = set()
+        self._sockets = 0  # AF_XDP sockets that bypass-fwd has
+        self._asked = 0  # times that it was asked to serve new queues
         self.forwarder = self.holder.forwarder
         try:
             self._open_device()
@@ -64,7 +67,7 @@ class SharedSite(InterfaceSite):
             "bind_wait_ms": BIND_WAIT_MS,
         }
         self._about = self.forwarder.device_open(config, self.steering.sockets_fd)
-        self.queues = tuple(queues)
+        self.queues, self._sockets = tuple(queues), len(queues)
         self.device_mode = "zerocopy" if self._about["zerocopy"] else "copy"
         self.device_reason = "bypass-fwd has the interface"
 
@@ -146,6 +149,25 @@ class SharedSite(InterfaceSite):
             with suppress(FileNotFoundError, ForwarderError):
                 self.forwarder.entry(live.entry, 0)
                 self.forwarder.lease_del(live.owner, **_lease(key))
+
+    # ---- queues
+    def _take_queues(self, unserved: range) -> str:
+        if self._sockets > len(self.queues):
+            self._serve(range(self._sockets))
+            self._asked = 0
+            return ""
+        self._asked += 1
+        self.forwarder.look()
+        if self._asked < FWD_TRIES:
+            return ""
+        shown = ", ".join(map(str, unserved))
+        return (
+            f"bypass-fwd cannot serve queues {shown}, and has said why: packets of live TCP are dropped there"
+        )
+
+    def _sockets_opened(self, queues: int) -> None:
+        self._sockets = queues
+        self._queues_ns = 0
 
     # ---- what happens
     def addr_add(self, address: str, prefix_len: int) -> None:

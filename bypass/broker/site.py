@@ -71,6 +71,7 @@ class Site(ABC):
         flags: BYPASS_F_* of the stack.
         device: APP_DEV_*.
         cpus, numa: where applications run and their memory lies; None: as it comes.
+        trouble: what does not work at the moment, for the operator; empty: nothing.
         blocks: entries may be blocks of ports (bypass.grants.WHOLE_BLOCK).
         told: set by the broker.
     """
@@ -79,6 +80,7 @@ class Site(ABC):
     mode = ""
     flags = 0
     device = 0
+    trouble = ""
     blocks = False
     options: StackOptions = NO_OPTIONS
     congestion: str | None = None

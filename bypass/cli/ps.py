@@ -70,6 +70,8 @@ def ps(as_json: bool, name: str | None) -> None:
         ],
         right=("APP", "MEMORY", "CPU"),
     )
+    for trouble in dict.fromkeys(f"{a['interface']}: {a['trouble']}" for a in found if a["trouble"]):
+        click.echo(trouble)
 
 
 def leases_text(app: dict[str, Any], most: int = 4) -> str:

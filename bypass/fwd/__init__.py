@@ -83,7 +83,7 @@ class LinkState:
 @dataclass(frozen=True, slots=True)
 class QueuesAdded:
     """The interface has got queues, which have sockets now. A veth runs no XDP program on them until one is attached
-    anew (`Steering.swap()` with the same policy)."""
+    anew (`Steering.attach_anew()`)."""
 
     queues: int
 
@@ -493,6 +493,10 @@ class Forwarder:
     def spin(self, spin_us: int, cpu: int = -1) -> None:
         """How long it polls before it sleeps, and the CPU it runs on (-1: any)."""
         self._ask("SPIN", "struct fwd_spin", {"spin_us": spin_us, "cpu": cpu})
+
+    def look(self) -> None:
+        """It looks at the interface at once: link, MTU, queues. It does so every second unasked."""
+        self._ask("LOOK")
 
     # ---- Looking ---------------------------------------------------------------------------------------------------
     def stats(self) -> dict[str, int]:

@@ -106,6 +106,12 @@ static int on_spin(struct request *q)
     return failed(q, program_pin(m->cpu));
 }
 
+static int on_look(struct request *q)
+{
+    q->w->health_ns = 0;
+    return 0;
+}
+
 static int on_stats(struct request *q)
 {
     struct fwd_stats *a = q->answer;
@@ -165,6 +171,7 @@ static const struct handler {
     [FWD_ENTRY] = {on_entry, sizeof(struct fwd_entry), 0, false},
     [FWD_RATE] = {on_rate, sizeof(struct fwd_rate), 0, false},
     [FWD_SPIN] = {on_spin, sizeof(struct fwd_spin), 0, false},
+    [FWD_LOOK] = {on_look, sizeof(struct fwd_head), 0, false},
     [FWD_STATS] = {on_stats, sizeof(struct fwd_head), 0, true},
     [FWD_PORT_STATS] = {on_port_stats, sizeof(struct fwd_app), 0, true},
 };

@@ -70,6 +70,8 @@ enum fwd_type {
     FWD_LINK, /* fwd_link: the interface's */
     FWD_QUEUES, /* fwd_queues: the interface has got more, which have sockets now. A veth runs no XDP program on them until
                  * one is attached anew: the broker's to do */
+
+    FWD_LOOK, /* fwd_head: looks at the interface (link, MTU, queues) now, and not within a second */
 };
 
 /* Why a frame of an application was not sent. */
