@@ -9,9 +9,9 @@
 It holds what needs privilege; applications have none. No packet passes through it.
 
     protocol.py  messages, between bytes and Python        apps.py    applications, their processes, their leases
-    memory.py    an application's memory file              broker.py  what each message means
-    shadow.py    the kernel socket that holds a port       server.py  the socket, the one loop
-    blocks.py    blocks of ports, for who connects much
+    memory.py    an application's memory file              broker.py  which message is whose; state.py what parts share
+    shadow.py    the kernel socket that holds a port       arrivals.py, leasing.py, news.py, departures.py  its parts
+    blocks.py    blocks of ports, for who connects much    server.py  the socket, the one loop
     site.py      what the broker asks of an interface      admin.py   what tools ask; tools.py is their end
     interface.py an interface; direct mode                 private.py, daemon.py  how a broker begins and ends
     holder.py    what outlives the broker                  closer.py  closing what anybody passed

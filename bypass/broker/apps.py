@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applications, their processes and their leases, as data. What is done with them: broker.py.
+"""Applications, their processes and their leases, as data.
+What is done with them: arrivals.py, leasing.py, departures.py.
 
 App 1 --- n Process (one connection each)
  | 1 --- n Lease    (an address that is live, and the kernel socket that holds its port)

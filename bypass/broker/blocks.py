@@ -4,7 +4,7 @@
 What lives here: which block may be handed out, and that the kernel takes none of its ports meanwhile. A block has
 BLOCK ports, the first a multiple of BLOCK, of one protocol and local address; one entry of steering takes their
 packets, as far as the rules allow (bypass.steering). What does not live here: what is live (site.py), messages
-(broker.py).
+(leasing.py).
 
 The kernel chooses no port that net.ipv4.ip_local_reserved_ports names. The ports of a block are added to what is there
 and taken off again, and so that this outlives nobody, a file says what was added by whom: the next broker of the

@@ -2,7 +2,7 @@
 """Messages between applications and the broker: struct app_msg of bypass/app/app.h, as Python sees it.
 
 What lives here: bytes to objects and back, and sending and receiving with descriptors. What does not: what a message
-means (apps.py). Nothing is believed of a received message beyond its size; text ends at its first 0, whatever follows.
+means (broker.py). Of a received message nothing is believed but its size; text ends at its first 0, whatever follows.
 
 Source: unix(7), SCM_RIGHTS.
 """

@@ -201,7 +201,7 @@ class Server:
             timeout = left if timeout is None else min(left, timeout)
         return -1 if timeout is None else timeout
 
-    # ---- Loop of bypass.broker.broker
+    # ---- Loop of bypass.broker.state
     def watch(self, fd: int, call: Callable[[], None]) -> None:
         self._watched[fd] = call
         self._fresh.add(fd)
