@@ -105,7 +105,7 @@ bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5
 test-programs: setup programs ## Debian's programs, unmodified: do they work, who served? (~2 min; ARGS="--only redis")
 	@$(RUN) -m bench.apps $(ARGS)
 
-test-killing: setup programs ## SIGKILL at 100 random moments under load, and what peers saw and what is left (~5 min)
+test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)
 	@$(RUN) -m bench.killing $(ARGS)
 
 bench-programs: setup programs ## What they cost, kernel and bypass in turn (ROUNDS=5, ~5 min); leaves build/versus.json

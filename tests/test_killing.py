@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,11 +20,15 @@ from typing import Any
 import pytest
 from conftest import missing
 
-from bench.apps.place import lacking
+from bench.apps.place import Place, lacking
+from bench.killing import __main__ as killing
 from bench.killing import client
+from bench.killing.__main__ import Trial
+from bench.killing.busy import Busy, Spent
 from bench.killing.judge import OUTCOMES, Outcome, Seen, judge
-from bench.killing.residue import Residue
-from bench.killing.worlds import WORLDS
+from bench.killing.residue import Residue, Stay
+from bench.killing.worlds import WORLDS, Alive, World
+from bench.programs import BenchError
 from bypass import netns
 from bypass.lab import Lab
 
@@ -66,7 +71,7 @@ def test_a_kill_ends_as_it_has_to_and_leaves_nothing(name: str, role: str, tmp_p
     trials = json.loads(output.read_text())["trials"]
     assert len(trials) == 2
     for trial in trials:
-        assert trial["problems"] == []
+        assert trial["wrong"] + trial["late"] == []
         assert trial["new_ms"] >= 0
         assert trial["probes"]["served"] > 0
 
@@ -152,11 +157,127 @@ def test_who_goes_on_has_to_be_answered_all_the_time() -> None:
     assert judged("worker", [(1, "eof"), (4, "served")], kept(3, "eof")).problems == []
 
 
+def test_what_only_took_long_is_late_and_the_rest_is_wrong() -> None:
+    slow = judged("application", [(1, "silence"), (120, "refused"), (130, "unanswered")], kept(101))
+    assert (len(slow.late), slow.wrong) == (3, [])
+    bad = judged("application", [(1, "refused"), (5, "served"), (6, "silence")], kept(1, "eof"), kept())
+    assert (bad.late, len(bad.wrong)) == ([], 3)
+
+
 def test_a_load_that_was_not_served_before_the_kill_proves_nothing() -> None:
     found = {"probes": [(9.0, 9.1, "unanswered"), (10.0, 10.1, "served")], "kept": [], "ended": 10.15}
     assert judge(found, KILLED, Outcome("served", "go on"), 1).problems == [
         "before the kill: {'unanswered': 1}"
     ]
+
+
+# ---- One kill after the other ------------------------------------------------------------------------------------
+class Played(World):
+    """A world that counts its starts."""
+
+    roles = ("application", "broker")
+
+    starts = 0
+
+    @contextmanager
+    def running(self, here: Place) -> Iterator[Alive]:
+        self.starts += 1
+        yield PlayedAlive()
+
+
+class PlayedAlive(Alive):
+    def victim(self, role: str) -> int:
+        return 0
+
+    def family(self) -> dict[int, str]:
+        return {}
+
+    def mended(self, role: str) -> list[str] | None:
+        return ["a descriptor"] if role == "application" else None
+
+
+LATE = Seen(late=["late"])
+
+
+def played(
+    monkeypatch: pytest.MonkeyPatch, lab: Lab, *script: tuple[Seen, Spent], roles: str
+) -> tuple[list[Trial], Played]:
+    """What is told of kills of these roles (a or b)."""
+    comes = iter(script)
+
+    def kill(lab: Lab, world: World, here: Place, alive: Alive, it: Trial, within_s: float) -> None:
+        seen, it.spent = next(comes)
+        it.seen = Seen(list(seen.wrong), list(seen.late))
+
+    monkeypatch.setattr(killing, "kill", kill)
+    told: list[Trial] = []
+    world = Played()
+    names = {"a": "application", "b": "broker"}
+    killing.Series(lab, world, 0.1, told.append).run([(names[role], 0.0) for role in roles])
+    assert next(comes, None) is None
+    return told, world
+
+
+QUIET, BUSY = Spent(0.0, 0.0), Spent(0.9, 0.0)
+
+
+@pytest.mark.netns
+def test_a_world_is_started_anew_only_where_it_has_to_be(monkeypatch: pytest.MonkeyPatch, lab: Lab) -> None:
+    told, world = played(monkeypatch, lab, *[(Seen(), QUIET)] * 5, roles="aabab")
+    assert [it.role[0] for it in told] == list("aabab")
+    assert world.starts == 2
+    assert [it.seen.wrong for it in told] == [["left: a descriptor"]] * 2 + [[]] + [
+        ["left: a descriptor"]
+    ] + [[]]
+
+
+@pytest.mark.netns
+def test_who_is_late_on_a_busy_machine_is_tried_twice_more_and_who_is_wrong_is_not(
+    monkeypatch: pytest.MonkeyPatch, lab: Lab
+) -> None:
+    told, _ = played(monkeypatch, lab, (LATE, BUSY), (Seen(), BUSY), roles="b")
+    assert [(it.tries, it.excused()) for it in told] == [(0, True), (1, False)]
+    told, _ = played(monkeypatch, lab, *[(LATE, BUSY)] * 3, roles="b")
+    assert [(it.tries, it.excused()) for it in told] == [(0, True), (1, True), (2, False)]
+    told, _ = played(monkeypatch, lab, (LATE, QUIET), roles="b")
+    assert [it.excused() for it in told] == [False]
+    told, _ = played(monkeypatch, lab, (Seen(["wrong"], ["late"]), BUSY), roles="b")
+    assert [it.excused() for it in told] == [False]
+
+
+@pytest.mark.netns
+def test_a_kill_that_cannot_be_made_is_told_and_the_next_one_follows(
+    monkeypatch: pytest.MonkeyPatch, lab: Lab
+) -> None:
+    def kill(lab: Lab, world: World, here: Place, alive: Alive, it: Trial, within_s: float) -> None:
+        raise BenchError("the peers were not answered")
+
+    monkeypatch.setattr(killing, "kill", kill)
+    told: list[Trial] = []
+    world = Played()
+    killing.Series(lab, world, 0.1, told.append).run([("broker", 0.0), ("application", 0.0)])
+    assert [it.seen.wrong for it in told] == [["the peers were not answered"]] * 2
+    assert world.starts == 2
+
+
+@pytest.mark.netns
+def test_processor_time_of_others_and_of_the_lab_are_told_apart(lab: Lab) -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    own = subprocess.Popen(lab.command("server", spin))
+    others = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        time.sleep(0.3)
+        busy = Busy(lab)
+        time.sleep(0.5)
+        spent = busy.spent()
+    finally:
+        for process in (own, *others):
+            process.kill()
+            process.wait()
+    assert 0.3 < spent.others <= 1
+    assert spent.waited_ms > 20
+    assert spent.too_busy()
+    assert not QUIET.too_busy()
 
 
 # ---- The peers ---------------------------------------------------------------------------------------------------
@@ -279,3 +400,34 @@ def test_a_bpf_object_that_is_left_is_told(lab: Lab) -> None:
         left = residue.check(objects, 0, 0)
         assert any(text.startswith("attached: ") for text in left)
         assert any(text.startswith("BPF prog ") for text in left)
+
+
+@pytest.mark.netns
+def test_descriptors_and_processes_that_those_who_stay_have_more_than_before_are_told(lab: Lab) -> None:
+    grow = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: os.dup(0))\n"
+        "print('ready', flush=True)\n"
+        "while True: signal.pause()"
+    )
+    stays = subprocess.Popen(lab.command("server", [sys.executable, "-c", grow]), stdout=subprocess.PIPE)
+    other = None
+    try:
+        assert stays.stdout is not None
+        assert stays.stdout.readline() == b"ready\n"
+        stay = Stay(lab)
+        assert stay.check(0) == []
+        stays.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 20
+        while not (left := stay.check(0)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert left == [f"1 descriptors of process {stays.pid}"]
+        other = subprocess.Popen(lab.command("server", ["sleep", "1000"]))
+        while "1 processes sleep" not in (left := stay.check(0)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "1 processes sleep" in left
+    finally:
+        for process in (stays, other):
+            if process is not None:
+                process.kill()
+                process.communicate()

@@ -160,7 +160,7 @@ def test_a_policy_grants_what_a_program_listens_on_and_connects_to(tmp_path: Pat
 
 
 def test_launchers_are_known_by_name() -> None:
-    assert set(LAUNCHERS) == {"kernel", "bypass", "shared"}
+    assert set(LAUNCHERS) == {"kernel", "bypass", "shared", "up"}
 
 
 # ---- Verdicts of the clients -------------------------------------------------------------------------------------

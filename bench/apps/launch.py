@@ -21,9 +21,20 @@ from bench.apps.proof import snapshot
 from bench.mixed.leftovers import descendants
 from bench.programs import ROOT, BenchError
 from bypass import netns
+from bypass.broker.tools import ask
+from bypass.errors import BypassError
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, wait_for
 
-__all__ = ["LAUNCHERS", "BypassLauncher", "Grant", "KernelLauncher", "Launcher", "Running", "SharedLauncher"]
+__all__ = [
+    "LAUNCHERS",
+    "BypassLauncher",
+    "Grant",
+    "KernelLauncher",
+    "Launcher",
+    "Running",
+    "SharedLauncher",
+    "UpLauncher",
+]
 
 END_S = 20.0
 SERVED_S = 5.0
@@ -271,19 +282,27 @@ class SharedLauncher(BypassLauncher):
     mode = "shared"
     _up: Running | None = None
 
-    def _broker(self) -> list[str]:
+    def up(self) -> str:
+        """The broker runs; the name of its socket."""
         name = f"@bypass-apps-{os.getpid()}"
         if self._up is None:
             up = [*BYPASS, "up", "--foreground", "-c", str(self.policy()), "--socket", name]
             self._up = self._popen([*self._prefix(0), *up], self._environ(), None)
-            wait_for(lambda: self._listens(name), UP_S, "the broker")
-        return ["--socket", name]
+            wait_for(lambda: self._answers(name), UP_S, "the broker")
+        return name
 
-    def _listens(self, name: str) -> bool:
+    def _broker(self) -> list[str]:
+        return ["--socket", self.up()]
+
+    def _answers(self, name: str) -> bool:
+        """It listens before it can serve."""
         if self._up is None or not self._up.alive():
             raise BenchError(f"bypass up: {self._up.said() if self._up else 'it was not started'}")
-        listed = netns.run(self.place.lab.server_ns, Path("/proc/thread-self/net/unix").read_text)
-        return any(line.endswith(name) for line in listed.splitlines())
+        try:
+            netns.run(self.place.lab.server_ns, lambda: list(ask(name, {"do": "ps"})))
+        except BypassError:
+            return False
+        return True
 
     def close(self) -> None:
         """BenchError: the broker did not end as it should."""
@@ -293,6 +312,14 @@ class SharedLauncher(BypassLauncher):
                 raise BenchError(f"bypass up: {'; '.join(self._up.problems)}")
 
 
+class UpLauncher(SharedLauncher):
+    """The same for one application at a time."""
+
+    name = "up"
+    title = "bypass up"
+    mode = "direct"
+
+
 LAUNCHERS: dict[str, type[Launcher]] = {
-    cls.name: cls for cls in (KernelLauncher, BypassLauncher, SharedLauncher)
+    cls.name: cls for cls in (KernelLauncher, BypassLauncher, SharedLauncher, UpLauncher)
 }

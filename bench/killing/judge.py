@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 __all__ = ["OUTCOMES", "Outcome", "Seen", "judge"]
+
+PATIENCE = {"silence", "unanswered"}  # results that tell of time only: the client would not wait longer
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,18 @@ OUTCOMES = {
 
 @dataclass
 class Seen:
-    """The verdict on one kill. Milliseconds from the kill: until new connections had the result that they have to have;
-    until the last kept connection that ended did."""
+    """The verdict on one kill. `wrong`: what no lack of processor time explains; `late`: what was as it has to be, but
+    not in time. Milliseconds from the kill: until new connections had the result that they have to have; until the last
+    kept connection that ended did."""
 
-    problems: list[str]
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
     new_ms: float | None = None
     kept_ms: float | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        return self.wrong + self.late
 
 
 def judge(found: dict[str, Any], killed: float, outcome: Outcome, within_s: float) -> Seen:
@@ -54,10 +62,13 @@ def judge(found: dict[str, Any], killed: float, outcome: Outcome, within_s: floa
         killed: when, by its clock.
         within_s: how soon it has to have happened.
     """
-    seen = Seen([])
+    seen = Seen()
     early = [result for _, ended, result in found["probes"] if ended < killed]
     if not early or set(early) != {"served"}:
-        seen.problems.append(f"before the kill: {dict(Counter(early)) or 'nothing was asked'}")
+        too_slow = bool(early) and set(early) <= PATIENCE | {"served"}
+        (seen.late if too_slow else seen.wrong).append(
+            f"before the kill: {dict(Counter(early)) or 'nothing was asked'}"
+        )
     _new(found["probes"], killed, outcome, within_s, seen)
     _kept(found["kept"], killed, found["ended"], outcome, within_s, seen)
     return seen
@@ -70,14 +81,16 @@ def _new(
     good = next((i for i, (_, result) in enumerate(after) if result == outcome.new), None)
     if good is None:
         results = dict(Counter(result for _, result in after))
-        seen.problems.append(f"new connections were never {outcome.new}: {results or 'there were none'}")
+        seen.wrong.append(f"new connections were never {outcome.new}: {results or 'there were none'}")
         return
     seen.new_ms = round((after[good][0] - killed) * 1e3, 1)
     if after[good][0] - killed > within_s:
-        seen.problems.append(f"new connections were {outcome.new} only after {seen.new_ms:g} ms")
+        seen.late.append(f"new connections were {outcome.new} only after {seen.new_ms:g} ms")
     wrong = Counter(result for _, result in after[0 if outcome.at_once else good :] if result != outcome.new)
     if wrong:
-        seen.problems.append(f"new connections that have to be {outcome.new}: {dict(wrong)}")
+        (seen.late if set(wrong) <= PATIENCE else seen.wrong).append(
+            f"new connections that have to be {outcome.new}: {dict(wrong)}"
+        )
 
 
 def _kept(
@@ -91,15 +104,13 @@ def _kept(
         at, how = ended
         seen.kept_ms = max(seen.kept_ms or 0.0, round((at - killed) * 1e3, 1))
         if at < killed:
-            seen.problems.append(f"kept connection {number} ended before the kill: {how}")
+            seen.wrong.append(f"kept connection {number} ended before the kill: {how}")
         elif outcome.kept == "go on":
-            seen.problems.append(f"kept connection {number} ended: {how}")
+            seen.wrong.append(f"kept connection {number} ended: {how}")
         elif how not in outcome.how:
-            seen.problems.append(
-                f"kept connection {number} ended by {how}, not by {' or '.join(outcome.how)}"
-            )
+            seen.wrong.append(f"kept connection {number} ended by {how}, not by {' or '.join(outcome.how)}")
         elif at - killed > within_s:
-            seen.problems.append(f"kept connection {number} ended only after {(at - killed) * 1e3:.0f} ms")
+            seen.late.append(f"kept connection {number} ended only after {(at - killed) * 1e3:.0f} ms")
 
 
 def _went_on(
@@ -113,11 +124,11 @@ def _went_on(
 ) -> None:
     """A connection that did not end has to be answered, without a pause that is too long."""
     if outcome.kept == "end":
-        seen.problems.append(f"kept connection {number} did not end")
+        seen.wrong.append(f"kept connection {number} did not end")
         return
     times = [killed, *(t for t in answers if t >= killed), until]
     longest = max(later - earlier for earlier, later in pairwise(times))
     if len(times) == 2:
-        seen.problems.append(f"kept connection {number} neither ended nor was answered again")
+        seen.wrong.append(f"kept connection {number} neither ended nor was answered again")
     elif longest > within_s:
-        seen.problems.append(f"kept connection {number} was not answered for {longest * 1e3:.0f} ms")
+        seen.late.append(f"kept connection {number} was not answered for {longest * 1e3:.0f} ms")

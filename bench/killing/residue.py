@@ -4,16 +4,22 @@ interface, socket files, names of sockets, files of shared memory. (A memfd ends
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from bench.mixed.leftovers import still_there
 from bypass import netns
 from bypass.lab import SERVER_IFNAME, Lab
 
-__all__ = ["Residue"]
+__all__ = ["Residue", "Stay"]
 
+PORTS = Path("/run/bypass/ports")
+SO_NETNS_COOKIE = 71
 FOLDERS = (Path("/run/bypass"), Path("/dev/shm"), Path("/sys/fs/bpf"))
 
 
@@ -41,10 +47,19 @@ def _socket_names(lab: Lab) -> set[str]:
     return netns.run(lab.server_ns, read)
 
 
-def _files() -> set[str]:
-    return {
-        f"file: {path}" for folder in FOLDERS if folder.is_dir() for path in folder.rglob("*") if "bypass" in str(path)
-    }  # fmt: skip
+def _files(lab: Lab) -> set[str]:
+    """Those that speak of bypass; of the ports that brokers took from the kernel, of this namespace only."""
+    cookie = netns.run(lab.server_ns, _cookie)
+    found = {
+        path for folder in FOLDERS if folder.is_dir() for path in folder.rglob("*") if "bypass" in str(path)
+    }
+    return {f"file: {path}" for path in found if path.parent != PORTS or path.name.startswith(cookie)}
+
+
+def _cookie() -> str:
+    """Of this network namespace, as bypass.broker.blocks has it in file names."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)[::-1].hex()
 
 
 class Residue:
@@ -56,7 +71,7 @@ class Residue:
 
     def _now(self) -> set[str]:
         processes = {f"process: {name} ({pid})" for pid, name in netns.processes(self.lab.server_ns).items()}
-        return processes | _attached(self.lab) | _socket_names(self.lab) | _files()
+        return processes | _attached(self.lab) | _socket_names(self.lab) | _files(self.lab)
 
     def check(
         self, objects: set[tuple[str, int]], seconds: float = 3.0, objects_s: float = 10.0
@@ -69,3 +84,35 @@ class Residue:
         return sorted(left) + [
             f"BPF {kind} {number}" for kind, number in sorted(still_there(objects, objects_s))
         ]
+
+
+class Stay:
+    """What processes that stay in the server's namespace are, and how many descriptors each has: memory, BPF objects
+    and sockets of a killed one are descriptors in others. Other ones of a name may take the place of those that go."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.names, self.files = self._now()
+
+    def _now(self) -> tuple[Counter[str], dict[int, int]]:
+        there = netns.processes(self.lab.server_ns)
+        files = {}
+        for pid in there:
+            with suppress(FileNotFoundError):
+                files[pid] = len(os.listdir(f"/proc/{pid}/fd"))
+        return Counter(there.values()), files
+
+    def check(self, seconds: float = 3.0) -> list[str]:
+        """What is more than then, after this time at most."""
+        deadline = time.monotonic() + seconds
+        while (more := self._more()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return more
+
+    def _more(self) -> list[str]:
+        names, files = self._now()
+        found = [f"{n} processes {name}" for name, n in (names - self.names).items()]
+        for pid, n in files.items():
+            if n > self.files.get(pid, n):
+                found.append(f"{n - self.files[pid]} descriptors of process {pid}")
+        return found

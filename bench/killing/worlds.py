@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.apps.app import ServerApp
-from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher, SharedLauncher
+from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher, SharedLauncher, UpLauncher
 from bench.apps.nginx import PORT as NGINX_PORT
 from bench.apps.nginx import Nginx
 from bench.apps.place import Place
 from bench.apps.redis import PORT as REDIS_PORT
 from bench.apps.redis import Redis
+from bench.killing.residue import Stay
 from bench.mixed.leftovers import descendants
 from bench.programs import ROOT, BenchError
 from bench.versus.servers import BLOCKING, RR_PORT
 from bypass import netns
-from bypass.lab import SERVER_IFNAME, SERVER_IP
+from bypass.lab import SERVER_IFNAME, SERVER_IP, wait_for
 
 __all__ = ["WORLDS", "Alive", "World"]
 
 GET = b"GET /500.bin HTTP/1.1\r\nHost: test\r\n\r\n"
 HTTP_OK = b"HTTP/1.1 200"
+START_S = 20.0
 
 
 class Alive(ABC):
@@ -40,6 +42,14 @@ class Alive(ABC):
     @abstractmethod
     def family(self) -> dict[int, str]:
         """All its processes: pid -> name."""
+
+    def mended(self, role: str) -> list[str] | None:
+        """After the kill of a role: the same world serves again without a new start of all of it.
+
+        Returns:
+            What the killed process left in those that stay; None: it has to be started anew.
+        """
+        return None
 
 
 class World(ABC):
@@ -118,6 +128,17 @@ class _Program(World):
         def __init__(self, app: ServerApp, comm: str) -> None:
             self.app = app
             self.comm = comm
+            self.started = False
+
+        def start(self) -> None:
+            app = self.app
+            app.server = app.launcher.start(app.argv(), files=app.files)
+            self.started = True
+            app.place.wait_open(app.grants[0].port, app.server.alive)
+
+        def end(self) -> None:
+            if self.started:
+                self.app.server.end(self.app.end_by, (*self.app.end_codes, -9, 137))
 
         def family(self) -> dict[int, str]:
             everyone = netns.processes(self.app.place.lab.server_ns)  # a broker of its own is no descendant
@@ -132,13 +153,12 @@ class _Program(World):
     @contextmanager
     def running(self, here: Place) -> Iterator[Alive]:
         launcher = self.launcher(here, self.app.grants, stack=self.app.stack)
-        app = self.app(here, launcher)
-        app.server = app.launcher.start(app.argv(), files=app.files)
+        server = self.Server(self.app(here, launcher), self.comm)
         try:
-            here.wait_open(self.port, app.server.alive)
-            yield self.Server(app, self.comm)
+            server.start()
+            yield server
         finally:
-            app.server.end(app.end_by, (*app.end_codes, -9, 137))
+            server.end()
             with suppress(BenchError):  # the broker is among those who are killed
                 launcher.close()
 
@@ -210,14 +230,75 @@ class BypassRedis(KernelRedis):
     launcher = BypassLauncher
 
 
-class SharedRedis(KernelRedis):
+class _Up(_Program):
+    """A program by `bypass up`, which stays when the program is killed."""
+
+    class Server(_Program.Server):
+        _before: Stay | None = None  # without the program
+        _steady: Stay | None = None  # with it
+
+        def start(self) -> None:
+            launcher = self.app.launcher
+            assert isinstance(launcher, SharedLauncher)
+            launcher.up()
+            if self._before is None:
+                self._before = Stay(self.app.place.lab)
+            super().start()
+            if self.comm == "nginx":
+                self._wait_workers()
+
+        def _wait_workers(self) -> None:
+            assert isinstance(self.app, Nginx)
+            wanted = self.app.worker_processes
+            wait_for(lambda: len(self.app.server.pids("nginx")) == 1 + wanted, START_S, f"{wanted} workers")
+
+        def mended(self, role: str) -> list[str] | None:
+            if role == "application":
+                self.end()
+                left = self._before.check() if self._before else []
+                self.start()
+                return left
+            if role == "worker":
+                self._wait_workers()
+                if self._steady is None:
+                    self._steady = Stay(
+                        self.app.place.lab
+                    )  # the first that are new have what all others will have
+                return self._steady.check()
+            return None
+
+
+class DirectRedis(KernelRedis, _Up):
+    name = "direct"
+    title = "redis-server, by bypass up"
+    roles = ("application", "broker", "fwd")
+    launcher: ClassVar[type[Launcher]] = UpLauncher
+    Server = _Up.Server
+
+
+class DirectNginx(KernelNginx, _Up):
+    name = "direct-nginx"
+    title = "nginx with two workers, by bypass up"
+    launcher: ClassVar[type[Launcher]] = UpLauncher
+    Server = _Up.Server
+
+
+class SharedRedis(DirectRedis):
     name = "shared"
     title = "redis-server, by bypass up in shared mode"
-    roles = ("application", "broker", "fwd")
+    launcher = SharedLauncher
+
+
+class SharedNginx(DirectNginx):
+    name = "shared-nginx"
+    title = "nginx with two workers, by bypass up in shared mode"
     launcher = SharedLauncher
 
 
 WORLDS: dict[str, type[World]] = {
     cls.name: cls
-    for cls in (Embedded, KernelNginx, KernelRedis, BypassEcho, BypassNginx, BypassRedis, SharedRedis)
-}
+    for cls in (
+        Embedded, KernelNginx, KernelRedis, BypassEcho, BypassNginx, BypassRedis, DirectRedis, DirectNginx, SharedRedis,
+        SharedNginx,
+    )
+}  # fmt: skip
