@@ -39,6 +39,7 @@ SOCKET_CALLS = (
 RECEIVERS = ("napi_threaded_poll", "napi_threaded_poll_loop", "net_rx_action", "__napi_poll", "veth_poll")
 FREQUENCY_HZ = 4999
 TOP = 15
+END_S = 30
 
 missing = costs.missing
 
@@ -113,9 +114,18 @@ class Recording:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def stop(self) -> list[list[costs.Frame]]:
+    def _end(self) -> str:
+        """What it had to say."""
         self._perf.terminate()
-        _, err = self._perf.communicate(timeout=30)
+        try:
+            return self._perf.communicate(timeout=END_S)[1]
+        except subprocess.TimeoutExpired:
+            self._perf.kill()
+            self._perf.communicate()
+            raise BenchError(f"perf did not end within {END_S} s") from None
+
+    def stop(self) -> list[list[costs.Frame]]:
+        err = self._end()
         try:
             if not self._data.exists():
                 raise BenchError(f"perf cannot record here: {err.strip()}")

@@ -8,11 +8,13 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from bench import costs
 from bench.apps.app import ServerApp
 from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher, SharedLauncher
 from bench.apps.place import Place, place
@@ -223,14 +225,23 @@ def profiles(plan: Plan) -> dict[str, Any]:
         for variant, w in _profiled(plan):
             plan.step(f"profile: {VARIANTS[variant].title}: {w.title}")
             with serving(lab, w.server, VARIANTS[variant], receivers) as it:
-                answer = it.prepare(w)
-                recording = profile.record(server_tasks(it.here, receivers))
-                try:
-                    it.ask(w, plan, 0, answer)
-                finally:
-                    chains = recording.stop()
+                chains = _recorded(it, w, plan)
             result.setdefault(w.name, {})[variant] = profile.groups_of(chains, owner)
     return result
+
+
+def _recorded(it: Serving, w: Workload, plan: Plan) -> list[list[costs.Frame]]:
+    """Samples of the measured time, when a thread for a connection is there: perf may miss one that begins later."""
+    answer = it.prepare(w)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(it.ask, w, plan, 0, answer)
+        wait([asked], plan.warmup_ms / 1000)
+        recording = profile.record(server_tasks(it.here, it.receivers))
+        try:
+            asked.result()
+        finally:
+            chains = recording.stop()
+    return chains
 
 
 def _profiled(plan: Plan) -> list[tuple[str, Workload]]:

@@ -220,7 +220,6 @@ static int open_wakes(void)
         return -errno;
     }
     me.wake_fd = fd;
-    watch(fd, false);
     me.dev_ep = fd_hide(real.epoll_create1(EPOLL_CLOEXEC));
     for (int i = 0; i < me.watch_count; i++) {
         struct epoll_event ev = {.events = EPOLLIN | (me.watch_shared[i] ? EPOLLEXCLUSIVE : 0)};
@@ -229,6 +228,7 @@ static int open_wakes(void)
             return -errno;
         }
     }
+    watch(fd, false);
     return 0;
 }
 

@@ -72,6 +72,8 @@ static void after_in_child(void)
     me.forked = true;
     me.halted_by = NULL;
     me.sleepers = me.watcher = NULL;
+    me.lent = false;
+    self.fed_ns = 0;
     me.helper_runs = me.helper_deep = false;
     self.sleeper = NULL;
     /* The lock is the parent thread's, which lets go of it: this process only forgets that it had it. */

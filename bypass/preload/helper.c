@@ -6,21 +6,21 @@
 #include "preload.h"
 
 enum {
-    TICK_NS = 1000000,
     QUIET_TICKS = 4, /* the helper goes to sleep after so many ticks without news */
 };
 
 static void helper_sleep(uint64_t until_ns, bool watch)
 {
-    struct pollfd fds[4] = {{.fd = me.helper.wake_fd, .events = POLLIN},
-                            {.fd = broker_fd(), .events = POLLIN},
-                            {.fd = watch ? me.dev_ep : -1, .events = POLLIN},
-                            {.fd = me.ends_ep, .events = POLLIN}};
+    struct pollfd fds[] = {{.fd = me.helper.wake_fd, .events = POLLIN},
+                           {.fd = broker_fd(), .events = POLLIN},
+                           {.fd = watch ? me.wake_fd : -1, .events = POLLIN},
+                           {.fd = me.ends_ep, .events = POLLIN},
+                           {.fd = watch ? me.dev_ep : -1, .events = POLLIN}};
     struct timespec ts;
 
     me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
     leave();
-    real.ppoll(fds, 4, time_left(until_ns, &ts), NULL);
+    real.ppoll(fds, sizeof fds / sizeof *fds, time_left(until_ns, &ts), NULL);
     enter();
     me.helper_deep = false;
     if (fds[0].revents) {

@@ -2,8 +2,10 @@
 /*
  * park.c - how threads sleep, and drive while they wait.
  *
- * The first sleeper of a process watches the device for all of them (me.watcher); when it leaves, another takes over. The
- * others sleep until a turn (drive.c) finds something for them, and rings their bell (wake.c).
+ * One sleeper of a process watches the device for all of them (me.watcher). The others sleep until a turn (drive.c) finds
+ * something for them, and rings their bell (wake.c). When the watcher leaves, another sleeper is woken and takes over; but
+ * where threads are soon back (soon_back()), nobody is: the next of those that were woken for something watches when it
+ * sleeps again. A thread that waits in accept() then sees nothing of what comes for the others.
  */
 #define _GNU_SOURCE
 #include <string.h>
@@ -16,8 +18,24 @@ enum {
     SPIN_LOOK = 16, /* rounds of spin() */
 };
 
+/* Whether this thread had been woken for something; for how long it was awake then goes into the average. */
+static bool came_back(void)
+{
+    int64_t away;
+
+    if (!self.fed_ns) {
+        return false;
+    }
+    away = (int64_t)(clock_ns() - self.fed_ns);
+    me.away_ns += ((away < TICK_NS ? away : TICK_NS) - me.away_ns) / 8;
+    self.fed_ns = 0;
+    return true;
+}
+
 static void sleeper_add(struct sleeper *s)
 {
+    bool back = came_back();
+
     s->woken = s->told = s->watching = s->spinning = false;
     s->next = me.sleepers;
     s->prev = &me.sleepers;
@@ -29,16 +47,18 @@ static void sleeper_add(struct sleeper *s)
         epoll_sleeper(s->epoll, 1);
     }
     me.g->procs[me.proc].parked++;
-    if (!me.watcher || me.watcher == &me.helper) {
+    if ((!me.watcher || me.watcher == &me.helper) && (back || !me.lent)) {
         me.watcher = s;
+        me.lent = false;
         me.watch_until = 0; /* it is awake still */
     }
 }
 
 /* Who watched leaves: another sleeper takes over. Members of an epoll set see the device anyway. */
-static void hand_over(void)
+static void hand_over(bool fed)
 {
-    for (struct sleeper *s = me.sleepers; s; s = s->next) {
+    me.lent = fed && soon_back();
+    for (struct sleeper *s = soon_back() ? NULL : me.sleepers; s; s = s->next) {
         if (!s->epoll && s != &me.helper) {
             wake(s);
             return;
@@ -62,7 +82,7 @@ static void sleeper_remove(struct sleeper *s)
     me.g->procs[me.proc].parked--;
     if (me.watcher == s) {
         me.watcher = NULL;
-        hand_over();
+        hand_over(s->woken);
     }
 }
 
@@ -111,6 +131,7 @@ static void sleeper_done(struct sleeper *s)
     if (s->told) {
         drain(s->wake_fd);
     }
+    self.fed_ns = s->woken ? clock_ns() : 0;
 }
 
 /* The thread stands in the list of sleepers no more: a handler is about to run, which may jump away. */
@@ -193,9 +214,12 @@ int poll_kernel(struct pollfd *fds, int n, const struct timespec *ts, const sigs
     return got < 0 ? -errno : got;
 }
 
+/* A single device of a single process is asked itself: a set costs as much again (EPOLLEXCLUSIVE: among relatives). */
+static int device_fd(void) { return me.g->relatives <= 1 && me.watch_count == 2 ? me.watch_fds[0] : me.dev_ep; }
+
 struct nap {
     const struct sleeper *s;
-    struct pollfd *fds; /* the first two are ours */
+    struct pollfd *fds; /* the first PARKS are ours */
     int n;              /* the others */
 };
 
@@ -205,12 +229,16 @@ static int nap(void *arg, const struct timespec *ts, const sigset_t *mask)
     int got;
 
     nap->fds[0] = (struct pollfd){.fd = nap->s->wake_fd, .events = POLLIN};
-    nap->fds[1] = (struct pollfd){.fd = nap->s->watching ? me.dev_ep : -1, .events = POLLIN};
-    got = poll_kernel(nap->fds, nap->n + 2, ts, mask);
-    if (got > 0 && nap->fds[1].revents) {
+    nap->fds[1] = (struct pollfd){.fd = nap->s->watching ? device_fd() : -1, .events = POLLIN};
+    nap->fds[2] = (struct pollfd){.fd = nap->s->watching ? me.wake_fd : -1, .events = POLLIN};
+    got = poll_kernel(nap->fds, nap->n + PARKS, ts, mask);
+    if (got <= 0) {
+        return got;
+    }
+    if (nap->fds[2].revents) {
         drain(me.wake_fd);
     }
-    return got <= 0 ? got : got - (nap->fds[0].revents != 0) - (nap->fds[1].revents != 0);
+    return got - (nap->fds[0].revents != 0) - (nap->fds[1].revents != 0) - (nap->fds[2].revents != 0);
 }
 
 int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
@@ -223,15 +251,15 @@ int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns
 
 int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask)
 {
-    struct pollfd all[n + 2];
+    struct pollfd all[n + PARKS];
     int got;
 
     if (n) {
-        memcpy(all + 2, fds, (size_t)n * sizeof *fds);
+        memcpy(all + PARKS, fds, (size_t)n * sizeof *fds);
     }
     got = park_polling(s, all, n, until_ns, mask);
     if (n) {
-        memcpy(fds, all + 2, (size_t)n * sizeof *fds);
+        memcpy(fds, all + PARKS, (size_t)n * sizeof *fds);
     }
     return got;
 }

@@ -11,8 +11,8 @@
 #include "epoll.h"
 
 enum {
-    OURS = 2,    /* entries in front of the kernel's list: park_polling()'s */
-    SMALL = 128, /* lists up to here lie on the stack */
+    OURS = PARKS, /* entries in front of the kernel's list: park_polling()'s */
+    SMALL = 128,  /* lists up to here lie on the stack */
     READ_BITS = POLLIN | POLLRDNORM | POLLRDBAND,
     WRITE_BITS = POLLOUT | POLLWRNORM | POLLWRBAND,
     ALWAYS = POLLERR | POLLHUP | POLLNVAL,

@@ -39,6 +39,8 @@ enum {
     WATCH_FDS = APP_QUEUES + 2,
     WAKES = 8,
     RELATIVES_LOOK_NS = 1000000000, /* relatives that say nothing are looked after this often */
+    TICK_NS = 1000000,              /* of the helper */
+    SOON_NS = 100000,               /* threads that are awake for less than that are soon back */
     FLUSH_AT = 32, /* calls that queued output before it is handed to the device anyway: what one kick sends */
 };
 
@@ -76,11 +78,13 @@ struct me {       /* this process */
     struct port port;
     int mem_fd, broker_fd, wake_fd;
     int ends_ep;                  /* an epoll set of relatives that may end: proc.c */
-    int dev_ep;                   /* an epoll set of all that wakes the stack: device, relatives */
-    int watch_fds[WATCH_FDS];     /* its members */
+    int dev_ep;                   /* an epoll set of the device's descriptors */
+    int watch_fds[WATCH_FDS];     /* those, and wake_fd */
     bool watch_shared[WATCH_FDS]; /* ... that wake one relative only (EPOLLEXCLUSIVE) */
     int watch_count;
     struct sleeper *sleepers;
+    bool lent;               /* nobody watches: who was woken will, when it sleeps again */
+    int64_t away_ns;         /* how long threads are awake that were woken for something, on average */
     uint64_t watch_until;    /* ... and until when it sleeps at the latest */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
@@ -112,6 +116,7 @@ struct thread {              /* of the calling thread */
     uint32_t orphan;         /* an object that only the call under way has, plus one */
     bool kernels;            /* wait_for(): the kernel's half is ready */
     bool attaching;          /* in attach() */
+    uint64_t fed_ns;         /* when it was last woken for something, if it has not slept since */
     int wakes;               /* that it owes: whom it found something for while it has the lock */
     int owed[WAKES];         /* eventfds; relatives as -1 - their place */
     int wake_fd;             /* its eventfd plus one; 0: none yet */
@@ -232,7 +237,8 @@ void helper_start(void);
 /* Sleeps until one of these: an object became ready (sleeper.object, sleeper.epoll), a kernel descriptor of fds is (its
  * revents say), until_ns (UINT64_MAX: never). The lock is let go of meanwhile. Number of fds ready, -EINTR, -ETIMEDOUT. */
 int park(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask);
-/* The same without a copy: the first two of fds are park's, n counts those behind them. */
+/* The same without a copy: the first PARKS of fds are park's, n counts those behind them. */
+enum { PARKS = 3 };
 int park_polling(struct sleeper *s, struct pollfd *fds, int n, uint64_t until_ns, const sigset_t *mask);
 /* The same with another system call to sleep in. `doze` is called without the lock; or with it, when *ts is 0: then it must
  * be no cancellation point. What it returns ends the sleep: > 0 something is ready, 0, -errno. Result as park()'s. */
@@ -253,6 +259,8 @@ struct timespec *time_left(uint64_t until_ns, struct timespec *ts);
 
 /* ---- wake.c. Lock held. */
 void wake(struct sleeper *s);
+/* Threads that are woken for something sleep again before long. */
+bool soon_back(void);
 /* Eventfds to wake threads by. What was one is kept for the next who needs one: a late ring must not hit anything else. */
 int bell_open(void);
 void bell_close(int fd);

@@ -34,10 +34,14 @@ void ring(int bell)
     }
 }
 
+/* If nobody comes back the helper drives, at its next tick. */
+bool soon_back(void) { return me.helper_runs && me.away_ns < SOON_NS; }
+
 void wake(struct sleeper *s)
 {
     if (!s->woken) {
         s->woken = true;
+        me.lent |= !me.watcher && soon_back();
         s->told = !s->spinning;
         if (s->told) {
             ring(s->wake_fd);
