@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* calls_data.c - read(), write(), send(), recv() and their families, as programs call them. */
 #define _GNU_SOURCE
+#include <limits.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -17,6 +18,22 @@ static ssize_t take(struct object *o, int fd, const struct iovec *iov, int count
     return result_size(r);
 }
 
+/* readv(2) and writev(2) of no byte do nothing, on any file; recvmsg(2) and sendmsg(2) are another matter. */
+static bool nothing_to_do(const struct iovec *iov, int count)
+{
+    bool nothing = data_size(iov, count) == 0;
+
+    if (nothing) {
+        leave();
+    }
+    return nothing;
+}
+
+static ssize_t take_vector(struct object *o, int fd, const struct iovec *iov, int count, int flags)
+{
+    return nothing_to_do(iov, count) ? 0 : take(o, fd, iov, count, flags);
+}
+
 static ssize_t give(struct object *o, int fd, const struct iovec *iov, int count, int flags)
 {
     int type = o->type;
@@ -24,6 +41,11 @@ static ssize_t give(struct object *o, int fd, const struct iovec *iov, int count
 
     leave();
     return result_size(data_broken_pipe(r, flags, type));
+}
+
+static ssize_t give_vector(struct object *o, int fd, const struct iovec *iov, int count, int flags)
+{
+    return nothing_to_do(iov, count) ? 0 : give(o, fd, iov, count, flags);
 }
 
 /* ---- read(2), write(2) --------------------------------------------------------------------------------------------- */
@@ -58,7 +80,7 @@ EXPORT ssize_t readv(int fd, const struct iovec *iov, int count)
 
     real_load();
     o = fd_enter(fd);
-    return o ? take(o, fd, iov, count, 0) : real.readv(fd, iov, count);
+    return o ? take_vector(o, fd, iov, count, 0) : real.readv(fd, iov, count);
 }
 
 EXPORT ssize_t writev(int fd, const struct iovec *iov, int count)
@@ -67,7 +89,7 @@ EXPORT ssize_t writev(int fd, const struct iovec *iov, int count)
 
     real_load();
     o = fd_enter(fd);
-    return o ? give(o, fd, iov, count, 0) : real.writev(fd, iov, count);
+    return o ? give_vector(o, fd, iov, count, 0) : real.writev(fd, iov, count);
 }
 
 EXPORT ssize_t preadv2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
@@ -76,7 +98,7 @@ EXPORT ssize_t preadv2(int fd, const struct iovec *iov, int count, off_t offset,
 
     real_load();
     o = offset == -1 ? fd_enter(fd) : NULL; /* other offsets: ESPIPE, which the shadow says */
-    return o ? take(o, fd, iov, count, flags & RWF_NOWAIT_FLAG ? MSG_DONTWAIT : 0)
+    return o ? take_vector(o, fd, iov, count, flags & RWF_NOWAIT_FLAG ? MSG_DONTWAIT : 0)
              : real.preadv2(fd, iov, count, offset, flags);
 }
 
@@ -86,7 +108,7 @@ EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int count, off_t offset
 
     real_load();
     o = offset == -1 ? fd_enter(fd) : NULL;
-    return o ? give(o, fd, iov, count, flags & RWF_NOWAIT_FLAG ? MSG_DONTWAIT : 0)
+    return o ? give_vector(o, fd, iov, count, flags & RWF_NOWAIT_FLAG ? MSG_DONTWAIT : 0)
              : real.pwritev2(fd, iov, count, offset, flags);
 }
 
@@ -127,7 +149,8 @@ static int64_t receive_message(struct object *o, int fd, struct msghdr *h, int f
 {
     struct bypass_endpoint from = {0};
     int out = 0;
-    int64_t r = data_receive(o, fd, h->msg_iov, (int)h->msg_iovlen, flags, &from, &out);
+    int64_t r =
+        h->msg_iovlen > IOV_MAX ? -EMSGSIZE : data_receive(o, fd, h->msg_iov, (int)h->msg_iovlen, flags, &from, &out);
 
     if (r >= 0) {
         h->msg_controllen = 0;
@@ -233,6 +256,9 @@ static int64_t send_message(struct object *o, int fd, const struct iovec *iov, s
     struct bypass_endpoint to;
     int err = sa && o->type == BYPASS_DGRAM ? name_from(o, sa, len, &to) : 0;
 
+    if (count > IOV_MAX) {
+        return -EMSGSIZE;
+    }
     if (err == -EAFNOSUPPORT && o->place == PLACE_BOTH) { /* IPv6 of a socket that speaks both */
         struct msghdr h = {.msg_name = (void *)sa, .msg_namelen = len, .msg_iov = (void *)iov, .msg_iovlen = count};
         ssize_t n = real.sendmsg(fd, &h, flags);

@@ -12,7 +12,7 @@
 
 enum { DATAGRAM_MAX = 65536 };
 
-static int64_t size_of(const struct iovec *iov, int count)
+int64_t data_size(const struct iovec *iov, int count)
 {
     int64_t all = 0;
 
@@ -24,6 +24,20 @@ static int64_t size_of(const struct iovec *iov, int count)
             return -EINVAL;
         }
         all += (int64_t)iov[i].iov_len;
+    }
+    return all;
+}
+
+/* Their size; where that is 0 they become one. */
+static int64_t pieces(const struct iovec **iov, int *count)
+{
+    static uint8_t no_byte;
+    static const struct iovec nothing = {&no_byte, 0};
+    int64_t all = data_size(*iov, *count);
+
+    if (all == 0) {
+        *iov = &nothing;
+        *count = 1;
     }
     return all;
 }
@@ -201,7 +215,7 @@ static int64_t datagram_receive(struct object *o, int fd, const struct iovec *io
 int64_t data_receive(struct object *o, int fd, const struct iovec *iov, int count, int flags,
                      struct bypass_endpoint *from, int *out_flags)
 {
-    int64_t want = size_of(iov, count), n;
+    int64_t want = pieces(&iov, &count), n;
 
     if (want < 0) {
         return want;
@@ -356,7 +370,7 @@ static int64_t datagram_send(struct object *o, int fd, const struct iovec *iov, 
 int64_t data_send(struct object *o, int fd, const struct iovec *iov, int count, int flags,
                   const struct bypass_endpoint *to)
 {
-    int64_t want = size_of(iov, count);
+    int64_t want = pieces(&iov, &count);
 
     if (want < 0) {
         return want;

@@ -11,6 +11,8 @@ int64_t data_receive(struct object *o, int fd, const struct iovec *iov, int coun
                      struct bypass_endpoint *from, int *out_flags);
 int64_t data_send(struct object *o, int fd, const struct iovec *iov, int count, int flags,
                   const struct bypass_endpoint *to);
+/* Bytes of all pieces, or -EINVAL: too many. */
+int64_t data_size(const struct iovec *iov, int count);
 /* After leave(): SIGPIPE, where the call was a stream's and did not ask for none (send(2)). */
 int64_t data_broken_pipe(int64_t r, int flags, int type);
 

@@ -280,6 +280,24 @@ int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa, so
     return real.bind(fd, sa, len) < 0 ? -errno : 0;
 }
 
+/* A connection has its name, which its shadow need not have: EINVAL, unless the address is wrong anyway (bind(2)). Where
+ * it is over, and the stack talks to itself, it may have another name; on a network its lease is of the old one. */
+int place_rebind(struct object *o, const struct sockaddr *sa, socklen_t len)
+{
+    int probe = real.socket(o->family, SOCK_STREAM | SOCK_CLOEXEC, 0), err = 0;
+    struct bypass_endpoint local = {0}, wanted;
+
+    if (probe >= 0) {
+        err = real.bind(probe, sa, len) < 0 || shadow_name(probe, o, &wanted) < 0 ? -errno : 0;
+        real.close(probe);
+    }
+    if (err < 0 && err != -EADDRINUSE) {
+        return err;
+    }
+    bypass_local(&me.stack, o->sock, &local);
+    return local.port || !looping() ? -EINVAL : err < 0 ? err : bypass_bind(&me.stack, o->sock, &wanted);
+}
+
 /* ---- connect() ----------------------------------------------------------------------------------------------- */
 
 /* Where the stack talks to itself the shadow reserves a port as the stack's connection takes it. */
@@ -399,15 +417,30 @@ static int connect_datagrams(int fd, struct object *o, const struct bypass_endpo
     return err;
 }
 
+static int connect_stream(int fd, struct object *o, const struct bypass_endpoint *to)
+{
+    int err = bypass_connect(&me.stack, o->sock, to);
+
+    if (err == 0 || err == -EINPROGRESS) {
+        place_on(o, fd, PLACE_STACK);
+    }
+    return err;
+}
+
+static void this_host(struct bypass_endpoint *to)
+{
+    if (looping() && is_any(&to->addr)) {
+        to->addr = localhost; /* Linux: 0.0.0.0 is this host */
+    }
+}
+
 int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
 {
     struct bypass_endpoint peer = *to;
     enum reason why;
     int err;
 
-    if (looping() && is_any(&peer.addr)) {
-        peer.addr = localhost; /* Linux: 0.0.0.0 is this host */
-    }
+    this_host(&peer);
     if (o->place == PLACE_STACK || o->listening) {
         err = bypass_connect(&me.stack, o->sock, &peer);
         if (o->listening && err == -EINPROGRESS) { /* a listener that was shut down: the shadow has no half of it now */
@@ -435,14 +468,17 @@ int place_connect(int fd, struct object *o, const struct bypass_endpoint *to)
     if (err != 0) {
         return err;
     }
-    if (o->type == BYPASS_DGRAM) {
-        return connect_datagrams(fd, o, &peer);
-    }
-    err = bypass_connect(&me.stack, o->sock, &peer);
-    if (err == 0 || err == -EINPROGRESS) {
-        place_on(o, fd, PLACE_STACK);
-    }
-    return err;
+    return o->type == BYPASS_DGRAM ? connect_datagrams(fd, o, &peer) : connect_stream(fd, o, &peer);
+}
+
+int place_refused(int fd, struct object *o, const struct bypass_endpoint *to)
+{
+    struct bypass_endpoint peer = *to;
+    int err;
+
+    this_host(&peer);
+    err = prepare_connect(fd, o, &peer);
+    return err != 0 ? err : connect_stream(fd, o, &peer);
 }
 
 /* Where the stack talks to itself a port is taken as by bind(); on a network such datagrams are the kernel's. */

@@ -204,12 +204,15 @@ enum {
     PLACE_TRY, /* the kernel is asked; if it refuses, nothing is decided */
 };
 int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa,
-                   socklen_t len);                                     /* port 0; the shadow only */
-int place_free(struct object *o, const struct bypass_endpoint *local); /* before */
-int place_bound(int fd, struct object *o);                             /* after the shadow is bound */
-int place_listen(int fd, struct object *o, int backlog);               /* before the shadow listens */
-void place_unlisten(struct object *o);                                 /* the shadow does not listen */
+                   socklen_t len);                                            /* port 0; the shadow only */
+int place_free(struct object *o, const struct bypass_endpoint *local);        /* before */
+int place_bound(int fd, struct object *o);                                    /* after the shadow is bound */
+int place_rebind(struct object *o, const struct sockaddr *sa, socklen_t len); /* a connection, or one that was */
+int place_listen(int fd, struct object *o, int backlog);                      /* before the shadow listens */
+void place_unlisten(struct object *o);                                        /* the shadow does not listen */
 int place_connect(int fd, struct object *o, const struct bypass_endpoint *to);
+/* PLACE_TRY, and the kernel has refused it: so does the stack. -EINPROGRESS, or what prevents it. */
+int place_refused(int fd, struct object *o, const struct bypass_endpoint *to);
 /* Whether datagrams of o to this peer leave by the stack. */
 bool place_sends(const struct object *o, const struct bypass_endpoint *to);
 /* A datagram socket sends to a peer before bind() and connect(). */

@@ -2,6 +2,7 @@
 /* socket.c - socket(), bind(), listen(), accept(), connect(), shutdown(), names, close(), as programs call them. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <netinet/tcp.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -189,9 +190,13 @@ EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
     if (!o) {
         return real.bind(fd, sa, len);
     }
-    r = o->place == PLACE_UNDECIDED && name_from(o, sa, len, &local) == 0 ? place_free(o, &local) : 0;
-    r = r == 0 ? bind_shadow(fd, o, sa, len) : r;
-    r = r == 0 && o->place == PLACE_UNDECIDED ? place_bound(fd, o) : r;
+    if (o->place == PLACE_STACK) {
+        r = place_rebind(o, sa, len);
+    } else {
+        r = o->place == PLACE_UNDECIDED && !o->bound && name_from(o, sa, len, &local) == 0 ? place_free(o, &local) : 0;
+        r = r == 0 ? bind_shadow(fd, o, sa, len) : r;
+        r = r == 0 && o->place == PLACE_UNDECIDED ? place_bound(fd, o) : r;
+    }
     leave();
     return result(r == PLACE_REAL ? 0 : r);
 }
@@ -210,7 +215,7 @@ EXPORT int listen(int fd, int backlog)
         r = bypass_listen(&me.stack, o->sock, backlog);
     } else {
         /* The stack's half first: between the two the kernel would take connections that are the stack's. */
-        r = o->place == PLACE_KERNEL ? PLACE_REAL : place_listen(fd, o, backlog);
+        r = o->place == PLACE_KERNEL || o->type != BYPASS_STREAM ? PLACE_REAL : place_listen(fd, o, backlog);
         if (r >= 0 && real.listen(fd, backlog) < 0) {
             r = -errno;
             place_unlisten(o);
@@ -339,16 +344,35 @@ static int disconnect(struct object *o, int fd, const struct sockaddr *sa, sockl
     return o->type == BYPASS_STREAM ? bypass_disconnect(&me.stack, o->sock) : bypass_connect(&me.stack, o->sock, &none);
 }
 
-/* Nobody listens there on the stack: who does on the kernel, if anybody, has the connection. */
+/* A connect() of the shadow that has not waited was refused already: on a loopback the answer is there at once. */
+static bool refused_at_once(int fd)
+{
+    struct tcp_info info = {.tcpi_state = TCP_SYN_SENT};
+    socklen_t len = sizeof info;
+    int err = 0;
+
+    return real.getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) == 0 && info.tcpi_state == TCP_CLOSE &&
+           real.getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &(socklen_t){sizeof err}) == 0 && err == ECONNREFUSED;
+}
+
+/* Nobody listens there on the stack: who does on the kernel, if anybody, has the connection. Where nobody does there
+ * either, the stack refuses it as the kernel has: the next attempt may find somebody on the stack. */
 static int connect_kernel(int fd, const struct sockaddr *sa, socklen_t len)
 {
     int r = real.connect(fd, sa, len), err = errno;
     struct object *o = r == 0 || err == EINPROGRESS || err == EINTR ? fd_enter_any(fd) : NULL;
+    struct bypass_endpoint to;
 
-    if (o) {
-        if (o->place == PLACE_UNDECIDED) {
+    if (o && o->place == PLACE_UNDECIDED) {
+        if (r < 0 && err == EINPROGRESS && refused_at_once(fd) && name_from(o, sa, len, &to) == 0) {
+            real.connect(fd, &(struct sockaddr){.sa_family = AF_UNSPEC}, sizeof(struct sockaddr));
+            err = -place_refused(fd, o, &to);
+            turn();
+        } else {
             place_kernel(fd, o, WHY_NOBODY, NULL);
         }
+    }
+    if (o) {
         leave();
     }
     errno = err;
