@@ -59,6 +59,11 @@ class View:
         self.become(self.dev)
         return None
 
+    def take_queue(self, fds: list[int], of: int) -> int:
+        """Serves one more; its index, or -errno."""
+        with self.using():
+            return int(lib.afxdp_take_queue(self.dev, fds[0], of, ffi.new("struct afxdp_error *")))
+
     def become(self, dev: Any) -> None:
         self.dev = dev
         self.nd = lib.afxdp_netdev(dev)

@@ -286,6 +286,36 @@ def test_a_view_of_some_queues_meets_what_one_of_all_queues_left(
     assert opener.audit() == AT_REST
 
 
+@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)
+def test_queues_that_are_added_later_are_served_by_each_view_that_takes_them(
+    opener: Opener, relative: Callable[..., Relative], lab: Lab
+) -> None:
+    """The first of them, here without a privilege, makes the queue's books."""
+    one, error, added = relative(), ffi.new("struct afxdp_error *"), []
+    with ExitStack() as stack:
+        with netns.entered(lab.server_ns):
+            for number in (2, 3):
+                added.append(int(lib.afxdp_more_socket(opener.config, number, opener.fds[0], error)))
+                assert added[-1] >= 0, os.strerror(error.err)
+                stack.callback(os.close, added[-1])
+            assert lib.afxdp_more_socket(opener.config, 3, opener.fds[0], error) == -errno.EBUSY
+            assert lib.afxdp_more_socket(opener.config, 9, opener.fds[0], error) == -errno.EINVAL
+        assert one.call("take_queue", 4, fds=[opener.fds[1]]) == -errno.EXDEV, "the socket of another queue"
+        assert one.call("take_queue", 4, fds=added[:1]) == 2
+        assert opener.take_queue([added[1]], 4) == -errno.EXDEV, "queue 2 has a socket already"
+        assert opener.take_queue([os.dup(added[0])], 4) == 2
+        late = relative()
+        late.call("detach")
+        assert late.call("attach", OFFSET, fds=[*opener.fds, *added]) is None, "nobody has taken queue 3 yet"
+        for view in (one, late):
+            view.call("take_queue", 4, fds=[added[1]])
+        assert opener.take_queue([os.dup(added[1])], 4) == 3
+        assert [view.call("about")["queues"] for view in (one, late)] == [4, 4]
+        audit = opener.audit()
+        assert audit["rx"] == 2 * 256 + 2 * 128, "the first two come down to their share in use"
+        assert opener.take_queue([os.dup(added[1])], 65) == -errno.ENOSPC
+
+
 # ---- Refusing -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("what", "refusal"),
@@ -293,7 +323,8 @@ def test_a_view_of_some_queues_meets_what_one_of_all_queues_left(
         (lambda o: {"fds": o.fds, "offset": OFFSET + 64}, (errno.EINVAL, CONFIG)),
         (lambda o: {"fds": o.fds, "offset": OFFSET, "flags": 1}, (errno.EINVAL, CONFIG)),
         (lambda o: {"fds": [], "offset": OFFSET}, (errno.EINVAL, CONFIG)),
-        (lambda o: {"fds": [*o.fds, o.fds[0]], "offset": OFFSET}, (errno.EINVAL, CONFIG)),
+        (lambda o: {"fds": o.fds * 33, "offset": OFFSET}, (errno.EINVAL, CONFIG)),
+        (lambda o: {"fds": [*o.fds, o.fds[0]], "offset": OFFSET}, (errno.EXDEV, SOCKET)),
         (lambda o: {"fds": o.fds, "offset": OFFSET, "size": 100}, (errno.EINVAL, CONFIG)),
         (lambda o: {"fds": o.fds, "offset": OFFSET, "size": o.size - 1}, (errno.EBADMSG, STATE)),
         (lambda o: {"fds": o.fds, "offset": 0}, (errno.EBADMSG, STATE)),

@@ -5,11 +5,14 @@ is lost."""
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,15 +20,18 @@ from pathlib import Path
 import pytest
 from afxdp_support import set_queues
 from broker_support import RunningBroker, running
+from click.testing import CliRunner
 from preloaded import CLEAN, LIBRARY
 
 from bypass import netns
 from bypass.broker.interface import InterfaceSite
 from bypass.broker.shared import site_of
+from bypass.broker.tools import ask
+from bypass.cli.ps import ps
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab, wait_for
 from bypass.policy import parse_policy
 
-pytestmark = [pytest.mark.netns, pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)]
+pytestmark = [pytest.mark.netns, pytest.mark.parametrize("lab", [{"queues": 8}], indirect=True)]
 
 PORT = 8080
 CONNECTIONS = 32
@@ -33,7 +39,7 @@ POLICY = f"""
 version: 1
 interface: {SERVER_IFNAME}
 mode: MODE
-backend: {{kind: afxdp, mode: copy, ring_size: 256, frames: 8192}}
+backend: {{kind: afxdp, mode: copy, SIZES}}
 flows:
   - name: echo
     match: {{proto: tcp, local: {SERVER_IP}, local_port: {PORT}}}
@@ -54,11 +60,33 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture(params=["shared"])
-def broker(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
+PREFORK = f"""
+import os, socket, sys, threading
+listener = socket.create_server(("0.0.0.0", {PORT}), backlog=128)
+waits, wakes = os.pipe()
+def echo(sock):
+    while data := sock.recv(65536):
+        sock.sendall(data)
+    sock.close()
+def serve():
+    while True:
+        threading.Thread(target=echo, args=(listener.accept()[0],)).start()
+for _ in range(3):
+    if os.fork() == 0:
+        os.read(waits, 1)
+        serve()
+threading.Thread(target=serve).start()
+print("serving", flush=True)
+sys.stdin.readline()
+os.write(wakes, bytes(3))
+"""
+
+
+@contextmanager
+def broker_of(lab: Lab, mode: str, sizes: str = "ring_size: 256, frames: 8192") -> Iterator[RunningBroker]:
     """It begins with one queue. The test's thread is in the server's namespace."""
     set_queues(lab, 1)
-    policy = POLICY.replace("MODE", request.param)
+    policy = POLICY.replace("MODE", mode).replace("SIZES", sizes)
     with (
         netns.entered(lab.server_ns),
         running(lambda: site_of(parse_policy(policy)), lab.server_ns) as it,
@@ -66,19 +94,26 @@ def broker(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
         yield it
 
 
+@pytest.fixture(params=["shared", "direct"])
+def broker(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
+    with broker_of(lab, request.param) as it:
+        yield it
+
+
 @contextmanager
-def echo_server(broker: RunningBroker) -> Iterator[subprocess.Popen[str]]:
+def echo_server(broker: RunningBroker, text: str = ECHO) -> Iterator[subprocess.Popen[str]]:
     """An unmodified program, on the stack and on the kernel's port."""
     env = CLEAN | {"LD_PRELOAD": str(LIBRARY), "BYPASS_SOCKET": broker.name}
+    argv, pipe = [sys.executable, "-c", text], subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", ECHO], env=env, stdout=subprocess.PIPE, text=True
+        argv, env=env, stdin=pipe, stdout=pipe, text=True, start_new_session=True
     ) as program:
         try:
             assert program.stdout
             assert program.stdout.readline() == "serving\n"
             yield program
         finally:
-            program.kill()
+            os.killpg(program.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -197,3 +232,41 @@ def test_queues_with_sockets_are_not_taken_away(
             assert fewer.returncode != 0
             assert "AF_XDP" in fewer.stderr
             echoes(socks, b"as before")
+
+
+def test_relatives_that_wake_up_later_serve_the_new_queues_too(
+    broker: RunningBroker, lab: Lab, connect: Callable[[], socket.socket]
+) -> None:
+    """Children of fork() that have touched no socket until then have not heard of the queues."""
+    with echo_server(broker, PREFORK) as program:
+        early = [connect() for _ in range(4)]
+        set_queues(lab, 4)
+        wait_for(lambda: len(broker.site.queues) == 4, 20, "the queues to be served")
+        echoes(early + [connect() for _ in range(CONNECTIONS)], b"the first one alone")
+        assert program.stdin
+        print(file=program.stdin, flush=True)
+        app = next(iter(broker.server.broker.apps.values()))
+        accepted, late = kernel_accepted(), early
+        for _ in range(4):
+            late = late + [connect() for _ in range(CONNECTIONS)]
+            echoes(late, b"with all of its children")
+        wait_for(lambda: len(app.processes) > 1, 20, "a child to do something")
+        assert kernel_accepted() == accepted
+
+
+@pytest.mark.parametrize("mode", ["shared", "direct"])
+def test_queues_that_cannot_be_served_are_told(
+    lab: Lab, mode: str, connect: Callable[[], socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "bypass.broker")
+    with broker_of(lab, mode, "ring_size: 64, frames: 128") as broker, echo_server(broker):
+        echoes([connect()], b"before")
+        set_queues(lab, 8)
+        wait_for(lambda: bool(broker.site.trouble), 20, "the trouble to be noticed")
+        (told,) = ask(broker.name, {"do": "ps"})[:-1]
+        assert told["trouble"] == broker.site.trouble
+        assert "queue" in told["trouble"]
+        shown = CliRunner().invoke(ps, ["--socket", broker.name])
+        assert broker.site.trouble in shown.output.splitlines()
+        time.sleep(2.5)  # it tries again every second
+        assert [r.message for r in caplog.records] == [broker.site.trouble], "once"

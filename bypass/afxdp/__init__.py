@@ -431,6 +431,34 @@ class AfxdpDevice:
             self.fds[number] = int(lib.afxdp_fd(self._live(), index))
         return {number: self.fds[number] for number in self.queue_numbers[before:]}
 
+    def more_socket(self, number: int, of: int, first: int) -> int:
+        """A socket of a queue that the interface has got since it was handed over, where all were asked for. Those who
+        use the device take it (`afxdp_take_queue()` of afxdp.h).
+
+        Args:
+            of: how many queues there are going to be.
+            first: the socket of the first queue.
+
+        Returns:
+            The socket, bound, which is the caller's.
+
+        Raises:
+            DeviceError: it cannot be opened, is busy, or the device has too few frames for so many.
+        """
+        wanted = ffi.new("struct afxdp_config *", self._config[0])
+        if of <= lib.AFXDP_MAX_QUEUES:
+            wanted.queue_count, wanted.queues = of, list(range(of))
+        if of > lib.AFXDP_MAX_QUEUES or not lib.afxdp_mem_size(wanted):
+            raise DeviceError(
+                f"{self.ifname} has got a queue {number}, for which {wanted.frames} frames are too few, or it is one "
+                f"more than {lib.AFXDP_MAX_QUEUES}: its packets cannot be taken. Start the program anew"
+            )
+        error = ffi.new("struct afxdp_error *")
+        fd = int(lib.afxdp_more_socket(self._config, number, first, error))
+        if fd < 0:
+            raise self._explain(error)
+        return fd
+
     # ---- Looking -----------------------------------------------------------------------------------------------
     def statistics(self) -> dict[int, dict[str, int]]:
         """Counters since opening, by queue number: ours (`struct afxdp_counters`), then the kernel's six of

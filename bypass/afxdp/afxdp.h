@@ -86,7 +86,7 @@ BYPASS_API void afxdp_mem_unmap(void *mem, size_t size, int fd);
 BYPASS_API struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error);
 /* A view of the device that another process has opened in the same memory, mapped here (shared, page-aligned; size: what
  * is there, at least the device's). fds: its AF_XDP sockets (dup, SCM_RIGHTS), in the order of the queues' indices; with
- * fewer than there are the view serves only those. Needs no capability. The view owns the descriptors from now on.
+ * fewer than there are the view serves only those; more are of queues that nobody has taken yet (afxdp_take_queue()). Needs no capability. The view owns the descriptors from now on.
  * The memory's say is checked before it is believed: sizes, offsets, ring positions, the sockets' identity. flags: 0.
  * The embedder's lock is held. NULL: *error says why (AFXDP_STEP_STATE with EBADMSG: no device, or a damaged one; EXDEV:
  * a descriptor is not that queue's socket), and the descriptors are the caller's still. */
@@ -109,6 +109,14 @@ BYPASS_API void afxdp_detach(struct afxdp *dev);
  * *error says why, and the device goes on as before. -ENOSPC: more than AFXDP_MAX_QUEUES, or too few frames; -EPERM: an
  * attached view. Other views do not serve the queue. */
 BYPASS_API int afxdp_add_queue(struct afxdp *dev, uint16_t number, uint32_t of, struct afxdp_error *error);
+/* The same for a device that is not opened here, whose memory nobody here has to believe: only the socket, for
+ * afxdp_take_queue() of those who use it. cfg: as it was opened; with: the socket of its first queue. Does not wait where
+ * the queue is busy. The descriptor, or -errno: *error says why. */
+BYPASS_API int afxdp_more_socket(const struct afxdp_config *cfg, uint16_t number, int with, struct afxdp_error *error);
+/* This view serves one more queue, the next one, by the socket that afxdp_more_socket() has made; `of` as above. Each view
+ * does so, in any order. Its index; the view owns fd from now on. Or -errno, *error says why, and fd is the caller's:
+ * -ENOSPC as above, -EXDEV: another view has another socket for it. */
+BYPASS_API int afxdp_take_queue(struct afxdp *dev, int fd, uint32_t of, struct afxdp_error *error);
 /* Waits up to wait_ms for transmissions to complete, then detaches in any case. For the device's last view; afterwards
  * mem may be unmapped. Returns the number of frames that the kernel had not completed. */
 BYPASS_API int afxdp_close(struct afxdp *dev, int wait_ms);

@@ -66,18 +66,23 @@ static int attach_all(struct afxdp *d, void *mem, size_t size, const int *fds, u
     if (view_memory(d, mem, size, error) < 0) {
         return -1;
     }
-    if (nfds < 1 || nfds > d->cfg.queue_count) {
+    if (nfds < 1 || nfds > AFXDP_MAX_QUEUES) {
         return refuse(error, EINVAL, AFXDP_STEP_CONFIG, -1);
     }
-    d->cfg.queue_count = nfds;
-    d->nd.queues = (uint16_t)nfds;
+    d->cfg.queue_count = nfds < d->cfg.queue_count ? nfds : d->cfg.queue_count;
+    d->nd.queues = (uint16_t)d->cfg.queue_count;
     interface_attach(d, fds[0]);
     d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (d->epoll_fd < 0) {
         return fail(error, AFXDP_STEP_POLL, -1, 0);
     }
-    for (uint32_t qi = 0; qi < nfds; qi++) {
+    for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         if (view_queue(d, qi, fds[qi], error) < 0) {
+            return -1;
+        }
+    }
+    for (uint32_t qi = d->nd.queues; qi < nfds; qi++) {
+        if (afxdp_take_queue(d, fds[qi], nfds, error) < 0) {
             return -1;
         }
     }

@@ -131,6 +131,12 @@ int fail(struct afxdp_error *error, int step, int queue, int option); /* notes e
 struct afxdp *view_new(const struct afxdp_config *cfg);               /* with no descriptor; NULL: no memory */
 int rings_map(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error); /* of q->fd; 0 or -1 */
 int queue_watch(struct afxdp *d, uint32_t qi, struct afxdp_error *error);                  /* 0 or -1 */
+/* Rings of the socket q->fd, not mapped, and its options. 0 or -1. */
+int queue_prepare(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error);
+/* To its queue; but for the first, with the UMEM of the first. A busy one is tried until then. 0 or -1. */
+int queue_bind(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, uint64_t deadline_ns,
+               struct afxdp_error *error);
+void queue_release(struct queue *q); /* unmaps its rings, closes q->fd if there is one */
 uint64_t socket_cookie(int fd);
 
 /* interface.c */

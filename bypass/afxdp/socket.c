@@ -143,7 +143,7 @@ static int make_rings(struct queue *q, const struct afxdp_config *cfg, struct af
             return fail(error, AFXDP_STEP_RING, q->number, 0);
         }
     }
-    return rings_map(q, cfg, error);
+    return 0;
 }
 
 /* ---- Options ----------------------------------------------------------------------------------------------- */
@@ -212,8 +212,13 @@ static int register_umem(struct afxdp *d, const struct afxdp_config *cfg, struct
     return 0;
 }
 
-static int bind_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, uint64_t deadline_ns,
-                      struct afxdp_error *error)
+int queue_prepare(struct queue *q, const struct afxdp_config *cfg, struct afxdp_error *error)
+{
+    return make_rings(q, cfg, error) < 0 || set_options(q, cfg, error) < 0 ? -1 : 0;
+}
+
+int queue_bind(struct afxdp *d, uint32_t qi, const struct afxdp_config *cfg, uint64_t deadline_ns,
+               struct afxdp_error *error)
 {
     static const uint16_t mode_flags[] = {[AFXDP_AUTO] = 0, [AFXDP_COPY] = XDP_COPY, [AFXDP_ZEROCOPY] = XDP_ZEROCOPY};
     struct queue *q = &d->queue[qi];
@@ -258,7 +263,7 @@ static int open_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *c
     if (qi == 0 && register_umem(d, cfg, error) < 0) {
         return -1;
     }
-    if (make_rings(q, cfg, error) < 0 || set_options(q, cfg, error) < 0) {
+    if (queue_prepare(q, cfg, error) < 0 || rings_map(q, cfg, error) < 0) {
         return -1;
     }
     fill_refill(d, qi);
@@ -266,10 +271,10 @@ static int open_queue(struct afxdp *d, uint32_t qi, const struct afxdp_config *c
         return -1;
     }
     d->st->cookie[qi] = socket_cookie(q->fd);
-    return bind_queue(d, qi, cfg, deadline_ns, error); /* last: from here on frames may be the kernel's */
+    return queue_bind(d, qi, cfg, deadline_ns, error); /* last: from here on frames may be the kernel's */
 }
 
-static void release_queue(struct queue *q)
+void queue_release(struct queue *q)
 {
     for (int i = 0; i < 4; i++) { /* a mapping keeps the socket of a closed descriptor alive */
         if (q->map[i].at) {
@@ -292,7 +297,7 @@ void afxdp_detach(struct afxdp *d)
         }
     }
     for (uint32_t qi = AFXDP_MAX_QUEUES; qi-- > 0;) {
-        release_queue(&d->queue[qi]);
+        queue_release(&d->queue[qi]);
     }
     free(d);
 }
@@ -393,7 +398,7 @@ int afxdp_add_queue(struct afxdp *d, uint16_t number, uint32_t of, struct afxdp_
     d->st->queue[qi] = (struct queue_state){0};
     if (open_added(d, qi, &cfg, error) < 0) {
         fill_undo(d, qi);
-        release_queue(&d->queue[qi]);
+        queue_release(&d->queue[qi]);
         d->st->fill_target = before;
         return -error->err;
     }

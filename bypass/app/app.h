@@ -18,7 +18,7 @@
 
 enum {
     APP_MAGIC = 0x50504142, /* "BAPP" */
-    APP_ABI = 2,            /* changes with any struct of this header, and of preload/group.h */
+    APP_ABI = 3,            /* changes with any struct of this header, and of preload/group.h */
     APP_HEADER_SIZE = 4096,
     APP_NAME = 32,   /* bytes of a name, with its 0 */
     APP_QUEUES = 64, /* AF_XDP sockets of an application at most */
@@ -109,6 +109,10 @@ enum app_msg_type {
      * do something. Until then the application lasts as long as that process, too. */
     APP_FORK = 15,
     APP_DRAIN = 14, /* the broker wants to end: no new leases; flags 1: at once */
+    /* Direct mode: the interface has got a queue, of number `index`; there are going to be `flags` of them. One
+     * descriptor: its AF_XDP socket, for afxdp_take_queue(). Soon after, the queue's packets come there. It may be told
+     * again. Who says hello later gets the socket with the others, in their order, also before any relative has taken it. */
+    APP_QUEUE = 16,
 };
 
 struct app_msg {

@@ -84,12 +84,12 @@ class Process:
         """Queues an answer to a tool."""
         self._out.append((data, ()))
 
-    def tell(self, message: Message) -> None:
+    def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Queues what it has not asked for."""
         if len(self._out) >= MAX_WAITING:
             self.lagging = True
         elif not self.lagging:
-            self._out.append((message.pack(), ()))
+            self._out.append((message.pack(), fds))
 
     def flush(self) -> bool:
         """Sends what can be sent. Whether nothing waits. OSError: the peer is gone."""

@@ -115,6 +115,9 @@ class Broker:
     def link(self, state: int, interface: Interface) -> None:
         self._news.link(state, interface)
 
+    def queue(self, owner: int, number: int, of: int, fd: int) -> None:
+        self._news.queue(self.apps[owner], number, of, fd)
+
     def cut(self, owner: int, why: str) -> None:
         app = self.apps.get(owner)
         if app is not None:

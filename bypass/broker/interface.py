@@ -43,6 +43,10 @@ QUEUES_NS = 1_000_000_000
 KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stats").fields)
 
 
+TAKE_NS = 20_000_000
+"""What an application has to give frames to a new queue, before packets come there."""
+
+
 class InterfaceSite(Site):
     """What direct and shared mode have in common.
 
@@ -209,7 +213,7 @@ class InterfaceSite(Site):
         except (BypassError, OSError) as e:
             why = str(e)
         if why and why != self.trouble:
-            log.error("%s: %s", self.ifname, why)
+            log.error("%s", why)
         self.trouble = why
 
     @property
@@ -265,6 +269,7 @@ class DirectSite(InterfaceSite):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
         self._owner = 0
+        self._device: AfxdpDevice | None = None  # handed over
 
     # ---- devices
     def busy(self) -> bool:
@@ -291,7 +296,7 @@ class DirectSite(InterfaceSite):
             device.close()
         for queue, fd in fds.items():
             self.steering.set_socket(0, queue, fd)
-        self.fds, self._owner = fds, owner
+        self.fds, self._owner, self._device = fds, owner, device
         self.holder.begin(owner)
         return list(fds.values())
 
@@ -301,18 +306,24 @@ class DirectSite(InterfaceSite):
         header.ifname = self.ifname.encode()
 
     def _take_queues(self, unserved: range) -> str:
-        shown = ", ".join(map(str, unserved))
-        return (
-            f"it has got queues, which its application does not serve before it is started anew: {shown}; live "
-            "connections stall there, and new ones are the kernel's"
-        )
+        assert self._device is not None  # somebody has queues
+        if len(self.fds) > len(self.queues):
+            for queue in range(len(self.queues), len(self.fds)):
+                self.steering.set_socket(0, queue, self.fds[queue])
+            self._serve(range(len(self.fds)))
+            return self.trouble  # of those that are still to come
+        self._queues_ns = time.monotonic_ns() + TAKE_NS
+        for number in unserved:
+            self.fds[number] = self._device.more_socket(number, unserved.stop, self.fds[0])
+            self.told.queue(self._owner, number, unserved.stop, self.fds[number])
+        return ""
 
     def close_device(self, owner: int) -> None:
         if owner == self._owner:
             for queue in self.queues:
                 self.steering.clear_socket(0, queue)
             self.holder.end(owner)
-            self.fds, self._owner = {}, 0
+            self.fds, self._owner, self._device = {}, 0, None
             self.queues, self.trouble = (), ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+from bypass._core import lib
 from bypass.broker.apps import App, Process
 from bypass.broker.protocol import Kind, Message
 from bypass.broker.state import Refused, State, app_of, plain
@@ -58,6 +59,10 @@ class News:
         if process.app is not None:
             process.tell(Message(Kind.NEXTHOP, flags=NEXTHOP_FORGET))
             self._all(process)
+            if self._state.site.device == lib.APP_DEV_AFXDP:
+                fds = process.app.fds
+                for number, fd in enumerate(fds):
+                    process.tell(_queue(number, len(fds)), (fd,))
             self._state.loop.changed(process)
 
     def _all(self, process: Process) -> None:
@@ -117,6 +122,17 @@ class News:
     def link(self, state: int, interface: Interface) -> None:
         mac = interface.mac[:6].ljust(6, b"\0")
         self.everybody(Message(Kind.LINK, flags=state, mtu=interface.mtu & 0xFFFF, mac=mac))
+
+    def queue(self, app: App, number: int, of: int, fd: int) -> None:
+        """It has one more, of so many that there are going to be; the socket is the application's from now on."""
+        app.fds.append(fd)
+        for process in app.processes:
+            process.tell(_queue(number, of), (fd,))
+            self._state.loop.changed(process)
+
+
+def _queue(number: int, of: int) -> Message:
+    return Message(Kind.QUEUE, index=number, flags=of)
 
 
 def _address(kind: Kind, address: str, prefix_len: int) -> Message:

@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     LINGER = lib.APP_LINGER
     FORK = lib.APP_FORK
     DRAIN = lib.APP_DRAIN
+    QUEUE = lib.APP_QUEUE
 
 
 @dataclass(slots=True)

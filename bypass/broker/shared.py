@@ -162,7 +162,8 @@ class SharedSite(InterfaceSite):
             return ""
         shown = ", ".join(map(str, unserved))
         return (
-            f"bypass-fwd cannot serve queues {shown}, and has said why: packets of live TCP are dropped there"
+            f"{self.ifname} has got queues, and bypass-fwd cannot serve {shown}, which it has told: live TCP is not "
+            "served there"
         )
 
     def _sockets_opened(self, queues: int) -> None:

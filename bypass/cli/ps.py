@@ -70,7 +70,7 @@ def ps(as_json: bool, name: str | None) -> None:
         ],
         right=("APP", "MEMORY", "CPU"),
     )
-    for trouble in dict.fromkeys(f"{a['interface']}: {a['trouble']}" for a in found if a["trouble"]):
+    for trouble in dict.fromkeys(a["trouble"] for a in found if a["trouble"]):
         click.echo(trouble)
 
 

@@ -165,6 +165,41 @@ static int attach_device(const int *fds, int count)
     }
 }
 
+/* What wakes this process stays the last: fork.c. */
+static void watch_more(int fd)
+{
+    struct epoll_event ev = {.events = EPOLLIN | EPOLLEXCLUSIVE};
+    int wake = me.watch_fds[me.watch_count - 1];
+
+    if (me.watch_count < WATCH_FDS) {
+        me.watch_fds[me.watch_count - 1] = fd;
+        me.watch_shared[me.watch_count - 1] = true;
+        watch(wake, false);
+        real.epoll_ctl(me.dev_ep, EPOLL_CTL_ADD, fd, &ev);
+        epoll_watch(fd);
+    }
+}
+
+void device_queue(int fd, uint32_t n, uint32_t of)
+{
+    struct afxdp_error error;
+
+    if (me.app->device != APP_DEV_AFXDP || !me.afxdp || n != me.dev->queues) {
+        real.close(fd); /* it was told before */
+        return;
+    }
+    fd = fd_hide(fd);
+    if (fd < 0) {
+        return;
+    }
+    if (afxdp_take_queue(me.afxdp, fd, of, &error) < 0) {
+        dprintf(2, "bypass: queue %u of %s cannot be served: %s\n", n, me.app->ifname, strerror(error.err));
+        fd_unhide(fd);
+        return;
+    }
+    watch_more(fd);
+}
+
 void device_sync(void)
 {
     if (!me.dev) {

@@ -16,11 +16,12 @@
 
 #include "preload.h"
 
-enum { GRANTS = 256, ANSWER_MS = 5000, HELLO_MS = 20000 };
+enum { GRANTS = 256, ANSWER_MS = 5000, HELLO_MS = 20000, FDS = APP_QUEUES + 3 };
 
 static struct app_msg grants[GRANTS], incoming[GRANTS]; /* in force; being told */
 static uint32_t grant_count, incoming_count;
 static uint32_t next_seq;
+static int heard[FDS], heard_count; /* descriptors of the message that was heard last */
 static char *broker_path;
 
 /* Before main(): programs may clear their environment (nginx does), and their children call the broker later. */
@@ -87,12 +88,46 @@ static void lost(void)
     me.broker_fd = -1;
 }
 
-/* One message: 1, 0: none within `ms`, -errno: the broker is gone. */
-static int hear(struct app_msg *m, int *fds, int max, int *count, int ms)
+static void heard_take(const struct cmsghdr *c)
+{
+    int got = c->cmsg_type == SCM_RIGHTS ? (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
+
+    for (int i = 0; i < got; i++) {
+        int fd;
+
+        memcpy(&fd, CMSG_DATA(c) + (size_t)i * sizeof fd, sizeof fd);
+        if (heard_count < FDS) {
+            heard[heard_count++] = fd;
+        } else {
+            real.close(fd);
+        }
+    }
+}
+
+static void heard_close(void)
+{
+    while (heard_count > 0) {
+        real.close(heard[--heard_count]);
+    }
+}
+
+/* To who wants them: all, or none where there are more than it can have. */
+static void heard_give(int *fds, int max, int *count)
+{
+    if (max > 0 && heard_count <= max) {
+        memcpy(fds, heard, (size_t)heard_count * sizeof *fds);
+        *count = heard_count;
+        heard_count = 0;
+    }
+    heard_close();
+}
+
+/* One message, whose descriptors are in heard[]: 1, 0: none within `ms`, -errno: the broker is gone. */
+static int hear(struct app_msg *m, int ms)
 {
     union {
         struct cmsghdr head;
-        char room[CMSG_SPACE((APP_QUEUES + 3) * sizeof(int))];
+        char room[CMSG_SPACE(FDS * sizeof(int))];
     } control;
     struct iovec iov = {.iov_base = m, .iov_len = sizeof *m};
     struct msghdr h = {
@@ -107,22 +142,12 @@ static int hear(struct app_msg *m, int *fds, int max, int *count, int ms)
     if (n < 0) {
         return errno == EAGAIN || errno == EINTR ? 0 : -errno;
     }
-    if (n != sizeof *m) {
-        return -ECONNRESET;
-    }
     for (struct cmsghdr *c = CMSG_FIRSTHDR(&h); c; c = CMSG_NXTHDR(&h, c)) {
-        int got = c->cmsg_type == SCM_RIGHTS ? (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
-
-        for (int i = 0; i < got; i++) {
-            int fd;
-
-            memcpy(&fd, CMSG_DATA(c) + (size_t)i * sizeof fd, sizeof fd);
-            if (fds && *count < max) {
-                fds[(*count)++] = fd;
-            } else {
-                real.close(fd);
-            }
-        }
+        heard_take(c);
+    }
+    if (n != sizeof *m) {
+        heard_close();
+        return -ECONNRESET;
     }
     m->text[sizeof m->text - 1] = 0;
     return 1;
@@ -197,9 +222,28 @@ static void address_del(const struct bypass_addr *addr)
     }
 }
 
+/* heard[skip..] are the device's sockets, from queue n on. */
+static void queues(int skip, uint32_t n, uint32_t of)
+{
+    for (int i = 0; i < heard_count; i++) {
+        if (i < skip) {
+            real.close(heard[i]);
+        } else {
+            device_queue(heard[i], n++, of);
+        }
+    }
+    heard_count = 0;
+}
+
 static void heed(const struct app_msg *m)
 {
     switch (m->type) {
+    case APP_HELLO: /* the answer to broker_rejoin(): memory, which is here already, and sockets, of which some may be new */
+        queues(1, 0, (uint32_t)(heard_count - 1));
+        break;
+    case APP_QUEUE:
+        queues(0, m->index, m->flags);
+        break;
     case APP_GRANT:
         take_grant(m);
         break;
@@ -223,6 +267,7 @@ static void heed(const struct app_msg *m)
     default: /* APP_LINK: the stack's timers know what to do; others: of a newer broker */
         break;
     }
+    heard_close();
 }
 
 int broker_fd(void) { return me.broker_fd; }
@@ -239,7 +284,7 @@ void broker_read(void)
     struct app_msg m;
     int got;
 
-    while (me.broker_fd >= 0 && (got = hear(&m, NULL, 0, NULL, 0)) != 0) {
+    while (me.broker_fd >= 0 && (got = hear(&m, 0)) != 0) {
         if (got < 0) {
             lost();
             return;
@@ -257,11 +302,12 @@ static int ask(struct app_msg *m, int fd, int *fds, int max, int *count, int ms)
     int err = me.broker_fd < 0 ? -ENOTCONN : say(m, fd);
 
     while (err == 0) {
-        int got = hear(m, fds, max, count, 100);
+        int got = hear(m, 100);
 
         if (got < 0) {
             err = got;
         } else if (got && m->seq == seq && m->type == type) {
+            heard_give(fds, max, count);
             return -(int)m->error;
         } else if (got) {
             heed(m);
@@ -447,7 +493,7 @@ int broker_ready(void)
     struct app_msg m;
 
     while (me.broker_fd >= 0 && clock_ns() < until) {
-        int got = hear(&m, NULL, 0, NULL, 100);
+        int got = hear(&m, 100);
 
         if (got < 0) {
             lost();

@@ -268,6 +268,17 @@ static int outer_fill(struct epoll *e)
     return err;
 }
 
+void epoll_watch(int fd)
+{
+    for (uint32_t n = 0; n < sets_top; n++) {
+        struct epoll *e = sets[n];
+
+        if (e && e->outer >= 0) {
+            outer_add(e, fd, EPOLLIN | EPOLLEXCLUSIVE, OUTER_DEVICE);
+        }
+    }
+}
+
 int epoll_outer(struct epoll *e)
 {
     int err;

@@ -137,6 +137,8 @@ extern pthread_mutex_t attaching; /* attach() is at work */
 
 /* Lock just taken: what relatives did to the device meanwhile. */
 void device_sync(void);
+/* The interface has got a queue, of number n, and there are going to be `of`: fd is its socket. */
+void device_queue(int fd, uint32_t n, uint32_t of);
 
 /* revive.c: the lock has been taken over from a relative that died with it. */
 void revive(void);
@@ -294,6 +296,7 @@ void epoll_ready(uint32_t object, uint32_t bits);
 /* A descriptor of it is about to be closed; me.local[].fds counts those that are left. */
 void epoll_forget(uint32_t object, int fd);
 void epoll_sleeper(struct epoll *set, int count); /* a thread more, or less, sleeps in a set */
+void epoll_watch(int fd);                         /* one more socket of the device */
 void epoll_child(void);                           /* after fork, in the child */
 void epoll_placed(uint32_t object, int fd);       /* it is decided whose it is: members of sets change sides */
 void epoll_close(int fd);                         /* without the lock: a set's descriptor is about to be closed */
