@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from broker_support import STREAM, BrokerError, Child, RunningBroker, running
@@ -156,6 +157,37 @@ def test_the_rate_of_a_user_is_told_and_the_memory_is_its_own(broker: RunningBro
         assert files[0] != files[1]
         assert [broker.server.broker.apps[n].memory.header.device for n in numbers] == [lib.APP_DEV_PORT] * 2
         assert broker.server.broker.site.quota(broker.server.broker.apps[numbers[0]].user).rate == 1 << 20
+
+
+def test_another_policy_changes_rates_and_spinning_of_what_runs(
+    broker: RunningBroker, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwarder, told = broker.site.forwarder, []
+
+    def noted(name: str) -> Callable[..., None]:
+        tell = getattr(forwarder, name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            tell(*args, **kwargs)  # bypass-fwd takes it
+            told.append((name, args, kwargs))
+
+        return call
+
+    with Child(broker.name, ALICE, lab.server_ns) as alice, Child(broker.name, BOB, lab.server_ns) as bob:
+        numbers = [child.do("hello")["app"] for child in (alice, bob)]
+        for name in ("rate", "spin"):
+            monkeypatch.setattr(forwarder, name, noted(name))
+        slower = POLICY.replace("rate: 1M", "rate: 8M").replace(
+            "flows:", "stack: {spin_us: 7, batch: 9}\nflows:"
+        )
+        assert broker.inside(lambda: broker.server.broker.swap(parse_policy(slower))) == 0
+        headers = [broker.server.broker.apps[n].memory.header for n in numbers]
+        assert [(h.spin_us, h.batch) for h in headers] == [(7, 9)] * 2
+        free = parse_policy(POLICY.replace(", quota: {rate: 1M}", ""))
+        assert broker.inside(lambda: broker.server.broker.swap(free)) == 0
+    rates = [(args[0], kwargs["bytes_"]) for name, args, kwargs in told if name == "rate"]
+    assert rates == [(numbers[0], 8 << 20), (numbers[1], 0), (numbers[0], 0), (numbers[1], 0)]
+    assert [args[0] for name, args, _ in told if name == "spin"] == [7, lib.FWD_SPIN_US]
 
 
 def test_without_bypass_fwd_the_kernel_has_everything(lab: Lab) -> None:

@@ -218,6 +218,11 @@ def test_reload_grants_anew_and_takes_what_is_granted_no_more(broker: str, polic
             done = bypass("reload", "--socket", broker)
             assert (done.returncode, message in done.stderr) == (2, True), done.stderr
         assert client.good(Message(Kind.RELEASE, lease=second)).lease == second, "nothing of that was applied"
+        assert client.header().spin_us == 0
+        policy.write_text(POLICY + "stack: {spin_us: 30, batch: 64}\n")
+        good("reload", "--socket", broker)
+        header = client.header()
+        assert (header.spin_us, header.batch) == (30, 64), "the running program's memory says so"
 
 
 def test_down_tells_what_dies(broker: str, lab: Lab) -> None:

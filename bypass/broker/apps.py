@@ -21,7 +21,9 @@ from bypass.broker.shadow import Shadow
 from bypass.broker.users import User
 from bypass.core import Address
 from bypass.grants import Key
+from bypass.profiles import StackOptions
 
+BATCH = 256
 MAX_WAITING = 4096
 """Messages that wait for a process to read them. Of more it gets none, and later all there is to know anew."""
 PAUSE_WAITING = 64
@@ -144,6 +146,11 @@ class App:
         self.asked.move_to_end(destination)
         while len(self.asked) > limit:
             self.asked.popitem(last=False)
+
+    def tune(self, options: StackOptions) -> None:
+        """What its processes look at whenever they use it: may be said at any time."""
+        self.memory.set("spin_us", options.spin_us or 0)
+        self.memory.set("batch", options.batch or BATCH)
 
     def who(self) -> str:
         pids = ", ".join(str(p.pid) for p in self.processes)

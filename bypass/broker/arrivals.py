@@ -22,7 +22,6 @@ from bypass.broker.departures import Departures
 from bypass.broker.memory import AppMemory
 from bypass.broker.news import News
 from bypass.broker.protocol import ABI, Message
-from bypass.broker.site import BATCH
 from bypass.broker.state import Refused, State, code_of, words_of
 from bypass.errors import BypassError, QueueBusyError
 from bypass.profiles import StackOptions
@@ -163,10 +162,9 @@ class Arrivals:
         h.app = app.number
         h.token = app.token
         h.name = app.name.encode()[: lib.APP_NAME - 1].decode(errors="ignore").encode()
-        h.spin_us = site.options.spin_us or 0
-        h.batch = site.options.batch or BATCH
         h.congestion = (site.congestion or "").encode()
         app.memory.publish()
+        app.tune(site.options)
 
     # ---- time
     def due_ns(self) -> list[int]:

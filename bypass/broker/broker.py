@@ -135,7 +135,8 @@ class Broker:
         self._news.everybody(Message(Kind.DRAIN, flags=int(at_once)))
 
     def swap(self, policy: Policy) -> int:
-        """Puts another policy in force. What it grants no more is the kernel's, and its application is told.
+        """Puts another policy in force. What it grants no more is the kernel's, and its application is told; what
+        running applications can still take up, they do.
 
         Returns:
             How many leases were lost.
@@ -146,6 +147,8 @@ class Broker:
         self.site.swap(policy)
         lost = 0
         for app in self.apps.values():
+            app.tune(self.site.options)
+            self.site.limit(app.number, self.site.quota(app.user))
             lost += self._leasing.revoke_ungranted(app)
             self._news.grants_changed(app)
         return lost

@@ -99,14 +99,24 @@ class SharedSite(InterfaceSite):
             item = self.holder.begin(owner)
             self.forwarder.port_add(owner, memory.fd, int(header.dev_off), config, doorbells, item=item)
             if quota.rate is not None:
-                burst = max(quota.rate // BURSTS_PER_SECOND, LEAST_BURST)
-                self.forwarder.rate(owner, bytes_=quota.rate, bytes_burst=burst)
+                self.limit(owner, quota)
         except BaseException:
             doorbells.close()
             self.close_device(owner)
             raise
         os.close(doorbells.fwd)
         return [doorbells.to_fwd, doorbells.app]
+
+    def limit(self, owner: int, quota: Quota) -> None:
+        rate = quota.rate or 0  # 0: as fast as it likes
+        burst = max(rate // BURSTS_PER_SECOND, LEAST_BURST) if rate else 0
+        with suppress(FileNotFoundError):  # it was cut
+            self.forwarder.rate(owner, bytes_=rate, bytes_burst=burst)
+
+    def swap(self, policy: Policy) -> None:
+        super().swap(policy)
+        spin_us = policy.stack.spin_us
+        self.forwarder.spin(int(lib.FWD_SPIN_US) if spin_us is None else spin_us)
 
     def _port_config(self, quota: Quota) -> Any:
         ring = self.policy.backend.ring_size

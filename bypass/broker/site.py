@@ -34,7 +34,6 @@ LOOP_FRAMES = 16384  # as the preload library has it, which makes the device onc
 LOOP_CONNS = 8192
 LOOP_ADDRESS = "127.0.0.1"
 LOOP_PREFIX = 8
-BATCH = 256
 
 
 class Told(Protocol):
@@ -117,6 +116,10 @@ class Site(ABC):
     def quota(self, user: User) -> Quota:
         """What an application of a user may have."""
         return NO_QUOTA
+
+    def limit(self, owner: int, quota: Quota) -> None:
+        """An application that runs has this quota from now on: what of it can still be changed."""
+        return
 
     def busy(self) -> bool:
         """No more application can be had now."""

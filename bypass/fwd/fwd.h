@@ -32,6 +32,7 @@ enum {
     FWD_MAPS = 8,            /* maps of a watch */
     FWD_LIST_MAX = 256,      /* items of one answer */
     FWD_TEXT = 192,
+    FWD_SPIN_US = 50, /* how long it polls before it sleeps, if nobody says */
 };
 
 enum fwd_type {

@@ -27,7 +27,7 @@
 
 #include "program.h"
 
-enum { BROKER_FD = 3, SPIN_US = 50, EVENTS_A_LOOK = 16, LOOK_ROUNDS = 8, CAPABILITY_BPF = 39 };
+enum { BROKER_FD = 3, EVENTS_A_LOOK = 16, LOOK_ROUNDS = 8, CAPABILITY_BPF = 39 };
 
 static struct program program; /* half a megabyte */
 
@@ -321,7 +321,7 @@ static struct options options_of(int argc, char **argv)
                                         {"hold", no_argument, NULL, 'H'},
                                         {"help", no_argument, NULL, 'h'},
                                         {0}};
-    struct options o = {.fd = BROKER_FD, .cpu = -1, .spin_us = SPIN_US};
+    struct options o = {.fd = BROKER_FD, .cpu = -1, .spin_us = FWD_SPIN_US};
     int c;
 
     while ((c = getopt_long(argc, argv, "", all, NULL)) >= 0) {
