@@ -124,7 +124,7 @@ def read(ifname: str, *, around: bool = True) -> Nic:
             name=ifname,
             index=index,
             kind=kind,
-            driver=_driver(ifname),
+            driver=driver_of(ifname),
             mac=link.get("address") or "",
             mtu=link.get("mtu"),
             state=(link.get("operstate") or "unknown").lower(),
@@ -142,7 +142,7 @@ def read(ifname: str, *, around: bool = True) -> Nic:
 
 
 # ---- Driver, queues, offloads --------------------------------------------------------------------------------------
-def _driver(ifname: str) -> str:
+def driver_of(ifname: str) -> str:
     """What ethtool calls the driver; "" where there is none (loopback)."""
     info = ctypes.create_string_buffer(196)  # struct ethtool_drvinfo
     struct.pack_into("=I", info, 0, ETHTOOL_GDRVINFO)

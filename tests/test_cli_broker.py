@@ -183,7 +183,8 @@ def test_explain_names_rule_application_and_queue(broker: str, lab: Lab) -> None
         text = good("explain", "--socket", broker, SERVER_IFNAME, flow + "8080")
         assert f"live         tcp {SERVER_IP}:8080" in text
         assert f"process {child.process.pid}" in text
-        assert "one of 0 1" in text
+        assert "queue        one of 0 1: a veth has no hash" in text
+        assert "socket       the application's own on each of them, all steered alike" in text
     assert "pass" in good("explain", "--socket", broker, SERVER_IFNAME, flow + "8081")
     assert "none: the kernel has it" in good("explain", "--socket", broker, SERVER_IFNAME, flow + "22")
     for args in ((SERVER_IFNAME, "tcp nonsense"), ("eth7", flow + "22"), (SERVER_IFNAME, flow + "99999")):

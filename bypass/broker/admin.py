@@ -208,7 +208,13 @@ class Admin:
                 "user": user_name(app.user.uid),
             }
             answer["pids"] = [p.pid for p in app.processes]
-        answer["queues"] = list(site.queues)
+        queue = site.arrival(proto, local, remote)
+        answer |= {
+            "queues": list(site.queues),
+            "queue": queue.number,
+            "queue_why": queue.why,
+            "mode": site.mode,
+        }
         self._say(process, answer)
 
     def _owner(self, kind: int, local: tuple[str, int], remote: tuple[str, int]) -> tuple[App, Key] | None:

@@ -29,7 +29,10 @@ from bypass.doctor import choose_mode
 from bypass.errors import BypassError
 from bypass.fwd import ForwarderError, PortCut, QueuesAdded
 from bypass.grants import Grants, Key, LiveEntries
+from bypass.nic import driver_of
 from bypass.policy import Policy
+from bypass.rss import Queue, queue_of
+from bypass.rss import read as read_rss
 from bypass.rules import Rule
 from bypass.status import Snapshot, StatusServer
 from bypass.steering import Steering
@@ -122,6 +125,15 @@ class InterfaceSite(Site):
         self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]
     ) -> Rule | None:
         return self.policy.compiled.decide(proto, local[0], local[1], remote[0], remote[1])
+
+    def arrival(self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]) -> Queue:
+        if interface_queues(self.ifname) == 1:
+            return Queue(0, "the only one")
+        if driver_of(self.ifname) == "veth":
+            return Queue(
+                None, "a veth has no hash: packets arrive on the queue of the number that the peer sends by"
+            )
+        return queue_of(read_rss(self.ifname), proto, remote, local)
 
     def quota(self, user: User) -> Quota:
         return self.access.quota(user)

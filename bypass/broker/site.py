@@ -28,6 +28,7 @@ from bypass.grants import Grants, Key
 from bypass.netlink import Interface
 from bypass.policy import Policy, Rule
 from bypass.profiles import NO_OPTIONS, StackOptions
+from bypass.rss import Queue
 from bypass.rules import PortRange
 
 LOOP_FRAMES = 16384  # as the preload library has it, which makes the device once more
@@ -108,6 +109,10 @@ class Site(ABC):
     ) -> Rule | None:
         """The rule that decides about a packet of this flow."""
         return None
+
+    def arrival(self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]) -> Queue:
+        """The queue of the interface on which packets of this flow arrive."""
+        return Queue(None, "there is no interface")
 
     @abstractmethod
     def grants(self, user: User) -> Grants:

@@ -18,6 +18,11 @@ FLOW = re.compile(
     r"(?P<local>[0-9.]+):(?P<local_port>[0-9]{1,5})"
 )
 
+SOCKETS = {
+    "direct": "the application's own",
+    "shared": "bypass-fwd's, which passes it on to the application,",
+}
+
 
 @click.command()
 @click.argument("interface", metavar="IFACE")
@@ -27,7 +32,8 @@ FLOW = re.compile(
 def explain(interface: str, flow: tuple[str, ...], as_json: bool, name: str | None) -> None:
     """Say what happens to received packets of FLOW on IFACE: which rule, which application, which queue.
 
-    FLOW is `PROTO REMOTE:PORT > LOCAL:PORT`, as the packets go: from the peer to this host.
+    FLOW is `PROTO REMOTE:PORT > LOCAL:PORT`, as the packets go: from the peer to this host. The queue is computed where
+    the device tells how it hashes (`ethtool -x`); else it is said what is known.
 
     \b
     Examples:
@@ -80,10 +86,23 @@ def words(answer: dict[str, Any], flow: str) -> str:
             )
         else:
             lines.append("  application  none has a socket for it: the kernel has it")
-    queues = answer["queues"]
-    if len(queues) == 1:
-        lines.append(f"  queue        {queues[0]}, the only one")
-    elif queues:
-        shown = " ".join(map(str, queues))
-        lines.append(f"  queue        one of {shown}: the interface's hash decides (`ethtool -x`)")
+    lines += queue_lines(answer)
     return "\n".join(lines)
+
+
+def queue_lines(answer: dict[str, Any]) -> list[str]:
+    """On which queue it arrives, as far as the device tells, and whose socket is there."""
+    queue, served = answer["queue"], answer["queues"]
+    if queue is not None:
+        lines = [f"  queue        {queue}: {answer['queue_why']}"]
+    elif served:
+        lines = [f"  queue        one of {' '.join(map(str, served))}: {answer['queue_why']}"]
+    else:
+        return [f"  queue        not known: {answer['queue_why']}"]
+    if "app" not in answer or answer["action"] != "steer":
+        return lines
+    if queue is not None and queue not in served:
+        return [*lines, "  socket       none on that queue: TCP is dropped, the rest is the kernel's"]
+    whose = SOCKETS.get(answer["mode"])
+    which = "on that queue" if queue is not None else "on each of them, all steered alike"
+    return [*lines, f"  socket       {whose} {which}"] if whose else lines
