@@ -20,7 +20,7 @@ from afxdp_support import link, set_queues
 from fwd_live import App, AppMemory, application
 
 from bypass import netns
-from bypass.fwd import Died, Forwarder, LinkState, QueuesAdded
+from bypass.fwd import Died, Forwarder, Lease, LinkState, QueuesAdded
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab, wait_for
 from bypass.policy import parse_policy
 from bypass.steer_maps import endpoint_key
@@ -83,7 +83,7 @@ class Live:
 
     def lease(self, number: int) -> None:
         for proto in (6, 17):
-            self.f.lease_add(number + 1, proto, SERVER_IP, PORT + number)
+            self.f.lease_add(Lease(number + 1, proto, SERVER_IP, PORT + number))
 
     def start(self, number: int, mode: str = "echo") -> App:
         self.add(number)

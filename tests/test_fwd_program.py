@@ -26,7 +26,7 @@ from fwd_live import AppMemory
 
 from bypass import fwd, libbpf
 from bypass.errors import BypassError
-from bypass.fwd import Forwarder, ForwarderError
+from bypass.fwd import Forwarder, ForwarderError, Lease
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -143,6 +143,15 @@ def test_it_ends_with_its_broker_when_nobody_else_could_come() -> None:
     f = Forwarder.start()
     f.close()  # waits
     assert gone(f.pid)
+
+
+def test_one_that_was_killed_is_waited_for() -> None:
+    f = Forwarder.start(hold=True)
+    os.kill(f.pid, signal.SIGKILL)
+    with pytest.raises(ForwarderError, match="has ended"):
+        f.quit()
+    assert not Path(f"/proc/{f.pid}").exists()
+    f.close()
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -438,26 +447,26 @@ def test_ports_come_and_go(forwarder: Forwarder, memory: Callable[..., AppMemory
     with pytest.raises(FileExistsError):
         app.add_to(forwarder, 1)
     forwarder.locals(["192.0.2.10/24"])
-    forwarder.lease_add(1, 6, "192.0.2.10", 80)
+    forwarder.lease_add(Lease(1, 6, "192.0.2.10", 80))
     with pytest.raises(FileExistsError):
-        forwarder.lease_add(1, 6, "192.0.2.10", 80)
-    forwarder.lease_add(1, 6, "", 0x8000, block=True)
+        forwarder.lease_add(Lease(1, 6, "192.0.2.10", 80))
+    forwarder.lease_add(Lease(1, 6, "", 0x8000, block=True))
     forwarder.entry(5, 1)
     forwarder.rate(1, bytes_=1000, bytes_burst=2000)
     forwarder.spin(0)
     stats = forwarder.port_stats(1)
     assert (stats["app"], stats["leases"], stats["cut"], stats["refused"]) == (1, 2, 0, {})
     assert forwarder.stats()["ports"] == 1
-    forwarder.lease_del(1, 6, "192.0.2.10", 80)
+    forwarder.lease_del(Lease(1, 6, "192.0.2.10", 80))
     with pytest.raises(FileNotFoundError):
-        forwarder.lease_del(1, 6, "192.0.2.10", 80)
+        forwarder.lease_del(Lease(1, 6, "192.0.2.10", 80))
     forwarder.port_del(1)
     for ask in (
         lambda: forwarder.port_del(1),
         lambda: forwarder.port_stats(1),
         lambda: forwarder.entry(5, 1),
         lambda: forwarder.rate(1),
-        lambda: forwarder.lease_add(1, 6, "", 80),
+        lambda: forwarder.lease_add(Lease(1, 6, "", 80)),
     ):
         with pytest.raises(FileNotFoundError):
             ask()
@@ -488,7 +497,7 @@ def test_a_port_goes_with_the_processes_of_its_item(
     forwarder.put("app/1")
     memory().add_to(forwarder, 1, item="app/1")
     memory().add_to(forwarder, 2, item="")
-    forwarder.lease_add(1, 17, "", 53)
+    forwarder.lease_add(Lease(1, 17, "", 53))
     forwarder.watch("app/1", [fd])
     os.close(fd)
     process.kill()
@@ -496,7 +505,7 @@ def test_a_port_goes_with_the_processes_of_its_item(
     assert select.select([forwarder], [], [], 20)[0]
     assert forwarder.events() == [fwd.Died("app/1")]
     assert (forwarder.stats()["ports"], forwarder.stats()["leases"]) == (1, 0)
-    forwarder.lease_add(2, 17, "", 53)
+    forwarder.lease_add(Lease(2, 17, "", 53))
 
 
 def test_an_end_in_order_tells_applications(forwarder: Forwarder, memory: Callable[..., AppMemory]) -> None:

@@ -21,7 +21,7 @@ from bypass.broker.interface import DirectSite, InterfaceSite
 from bypass.broker.memory import AppMemory
 from bypass.broker.site import Site
 from bypass.errors import BypassError, DeviceError
-from bypass.fwd import Doorbells, ForwarderError
+from bypass.fwd import Doorbells, ForwarderError, Lease
 from bypass.grants import ANY, WHOLE_BLOCK, Key, protocol_of
 from bypass.policy import Policy
 
@@ -144,12 +144,12 @@ class SharedSite(InterfaceSite):
         if key in self.entries:
             self.entries.use(key, owner)
             return
-        self.forwarder.lease_add(owner, **_lease(key))
+        self.forwarder.lease_add(_lease(owner, key))
         try:
             super().use(key, owner)
             self.forwarder.entry(self.entries[key].entry, owner)
         except BaseException:
-            self.forwarder.lease_del(owner, **_lease(key))
+            self.forwarder.lease_del(_lease(owner, key))
             raise
 
     def unuse(self, key: Key) -> None:
@@ -158,7 +158,7 @@ class SharedSite(InterfaceSite):
         if key not in self.entries:
             with suppress(FileNotFoundError, ForwarderError):
                 self.forwarder.entry(live.entry, 0)
-                self.forwarder.lease_del(live.owner, **_lease(key))
+                self.forwarder.lease_del(_lease(live.owner, key))
 
     # ---- queues
     def _take_queues(self, unserved: range) -> str:
@@ -202,18 +202,11 @@ class SharedSite(InterfaceSite):
             self._holder_events()
 
 
-def _lease(key: Key) -> dict[str, Any]:
-    """Arguments of lease_add()."""
+def _lease(owner: int, key: Key) -> Lease:
     kind, (host, port), remote = key
     block = remote == WHOLE_BLOCK
     peer = ("", 0) if block or remote is None else remote
-    return {
-        "proto": protocol_of(kind),
-        "local": "" if host == ANY else host,
-        "port": port,
-        "peer": peer,
-        "block": block,
-    }
+    return Lease(owner, protocol_of(kind), "" if host == ANY else host, port, peer, block)
 
 
 def site_of(policy: Policy) -> Site:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from array import array
 from collections import deque
@@ -33,6 +34,7 @@ __all__ = [
     "Forwarder",
     "ForwarderError",
     "Item",
+    "Lease",
     "LinkState",
     "Listed",
     "PortCut",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _ROOM = 131072  # bytes of the largest message
+_DEATH_S = 2.0  # of a process that has closed its sockets
 _FDS_ROOM = socket.CMSG_SPACE(lib.FWD_FDS * 4)
 _TYPES: dict[str, int] = {
     name.removeprefix("FWD_"): number
@@ -57,6 +60,24 @@ LINK_STATES = ("up", "down", "gone")
 
 class ForwarderError(BypassError):
     """bypass-fwd cannot be started, or has ended."""
+
+
+class Lease(NamedTuple):
+    """Where an application may send from.
+
+    Attributes:
+        proto: 6 or 17.
+        local: "": any address of the host.
+        peer: of a connected one, which comes before those without.
+        block: 256 ports from `port` on.
+    """
+
+    app: int
+    proto: int
+    local: str
+    port: int
+    peer: tuple[str, int] = ("", 0)
+    block: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,37 +467,12 @@ class Forwarder:
     def port_del(self, app: int) -> None:
         self._ask("PORT_DEL", "struct fwd_app", {"app": app})
 
-    def lease_add(
-        self,
-        app: int,
-        proto: int,
-        local: str,
-        port: int,
-        peer: tuple[str, int] = ("", 0),
-        *,
-        block: bool = False,
-    ) -> None:
-        """From now on this application may send from there, and nobody else.
+    def lease_add(self, lease: Lease) -> None:
+        """From now on its application may send from there, and nobody else."""
+        self._ask("LEASE_ADD", "struct fwd_lease", _lease(lease))
 
-        Args:
-            proto: 6 or 17.
-            local: "": any address of the host.
-            peer: of a connected one, which comes before those without.
-            block: 256 ports from `port` on.
-        """
-        self._ask("LEASE_ADD", "struct fwd_lease", _lease(app, proto, local, port, peer, block))
-
-    def lease_del(
-        self,
-        app: int,
-        proto: int,
-        local: str,
-        port: int,
-        peer: tuple[str, int] = ("", 0),
-        *,
-        block: bool = False,
-    ) -> None:
-        self._ask("LEASE_DEL", "struct fwd_lease", _lease(app, proto, local, port, peer, block))
+    def lease_del(self, lease: Lease) -> None:
+        self._ask("LEASE_DEL", "struct fwd_lease", _lease(lease))
 
     def entry(self, entry: int, app: int) -> None:
         """Frames whose verdict names this live entry are that application's; app 0: nobody's."""
@@ -511,10 +507,30 @@ class Forwarder:
 
     # ---- The end ---------------------------------------------------------------------------------------------------
     def quit(self) -> None:
-        """Ends bypass-fwd: everything that only it holds closes and detaches. Waits until it has."""
-        self._ask("QUIT")
+        """Ends bypass-fwd: everything that only it holds closes and detaches. Waits until it has.
+
+        Raises:
+            ForwarderError: it has ended already.
+        """
+        try:
+            self._ask("QUIT")
+        except ForwarderError:
+            self._reap()
+            raise
         self._goes_on = False
         self.close()
+
+    def _reap(self) -> None:
+        """Waits for a child that has ended by itself: a killed one closes its sockets a moment before it is dead."""
+        if self._child:
+            pidfd = os.pidfd_open(self._child)
+            try:
+                dead, _, _ = select.select([pidfd], [], [], _DEATH_S)
+            finally:
+                os.close(pidfd)
+            if dead:
+                os.waitpid(self._child, 0)
+                self._child = 0
 
     def close(self) -> None:
         """Ends the connection; bypass-fwd goes on if it listens, else it ends, and is waited for if we started it."""
@@ -539,13 +555,13 @@ def _name(name: str) -> bytes:
     return raw
 
 
-def _lease(app: int, proto: int, local: str, port: int, peer: tuple[str, int], block: bool) -> dict[str, Any]:
+def _lease(lease: Lease) -> dict[str, Any]:
     return {
-        "app": app,
-        "proto": proto,
-        "flags": lib.FWD_LEASE_BLOCK if block else 0,
-        "local": {"addr": {"b": address(local)}, "port": port},
-        "remote": {"addr": {"b": address(peer[0])}, "port": peer[1]},
+        "app": lease.app,
+        "proto": lease.proto,
+        "flags": lib.FWD_LEASE_BLOCK if lease.block else 0,
+        "local": {"addr": {"b": address(lease.local)}, "port": lease.port},
+        "remote": {"addr": {"b": address(lease.peer[0])}, "port": lease.peer[1]},
     }
 
 
