@@ -4,39 +4,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import cffi
+from c_library import ROOT, Library, Netdev, compiled
 
-ROOT = Path(__file__).resolve().parent.parent
-INCLUDES = ["-I", str(ROOT / "bypass/include"), "-I", str(ROOT / "bypass")]
-CC = ["gcc", "-std=c11", "-g", "-Wall", "-Wextra", "-Werror", *INCLUDES]
 DEBUG = ["-DBYPASS_DEBUG", "-DAFXDP_VIOLATION=afxdp_fake_violation"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(folder: Path, name: str, *flags: str) -> tuple[cffi.FFI, Any]:
+def build(folder: Path, name: str, *flags: str) -> Library:
     """Compiles the device and tests/c/NAME.c into `folder`. (ffi, lib) of both."""
-    header = ROOT / f"tests/c/{name}.h"
-    sources = [*sorted(map(str, (ROOT / "bypass/afxdp").glob("*.c"))), str(header.with_suffix(".c"))]
-    so = folder / f"{name}.so"
-    sanitize = SANITIZE if "san" in os.environ.get("BYPASS_BUILD", "") else []
-    subprocess.run([*CC, "-O1", "-shared", "-fPIC", *flags, *sanitize, *sources, "-o", str(so)], check=True)
-    text = subprocess.run(
-        ["gcc", "-E", "-P", "-DBYPASS_CDEF", *INCLUDES, str(header)],
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE,
-    ).stdout
-    ffi = cffi.FFI()
-    ffi.cdef(text)
-    return ffi, ffi.dlopen(str(so))
+    sources = [*sorted((ROOT / "bypass/afxdp").glob("*.c")), ROOT / f"tests/c/{name}.c"]
+    return compiled(folder / f"{name}.so", sources, [f"{name}.h"], flags)
 
 
-class FakeDevice:
+class FakeDevice(Netdev):
     """The device's operations with Python lists, and the fake kernel's."""
 
     def __init__(self, ffi: cffi.FFI, lib: Any, first: int = 0, **config: Any) -> None:
@@ -50,45 +33,6 @@ class FakeDevice:
 
     def close(self) -> None:
         self.lib.fake_close(self.dev)
-
-    def _list(self, op: Any, n: int) -> list[int]:
-        out = self.ffi.new("bypass_pkt[]", max(n, 1))
-        got = op(self.nd, out, n)
-        if got < 0:
-            raise OSError(-got, os.strerror(-got))
-        return list(out[0:got])
-
-    def alloc(self, n: int) -> list[int]:
-        return self._list(self.nd.ops.alloc, n)
-
-    def rx_burst(self, n: int) -> list[int]:
-        return self._list(self.nd.ops.rx_burst, n)
-
-    def reap(self, n: int) -> list[int]:
-        return self._list(self.nd.ops.reap, n)
-
-    def free(self, pkts: list[int]) -> None:
-        self.nd.ops.free(self.nd, self.ffi.new("bypass_pkt[]", pkts or [0]), len(pkts))
-
-    def tx_burst(self, pkts: list[int]) -> int:
-        """Number taken, or -errno."""
-        return int(self.nd.ops.tx_burst(self.nd, self.ffi.new("bypass_pkt[]", pkts or [0]), len(pkts)))
-
-    def kick(self) -> int:
-        return int(self.nd.ops.kick(self.nd))
-
-    def meta(self, pkt: int) -> Any:
-        at = self.ffi.cast("char *", self.nd.meta) + pkt * self.nd.meta_stride
-        return self.ffi.cast("struct bypass_pkt_meta *", at)
-
-    def data(self, pkt: int) -> bytes:
-        m = self.meta(pkt)
-        return bytes(self.ffi.buffer(self.nd.mem + pkt * self.nd.stride + m.off, m.len))
-
-    def write(self, pkt: int, data: bytes, queue: int = 0) -> None:
-        m = self.meta(pkt)
-        m.len, m.queue = len(data), queue
-        self.ffi.memmove(self.nd.mem + pkt * self.nd.stride + m.off, data, len(data))
 
     def kernel_tx(self, queue: int, n: int) -> list[int]:
         """First bytes of what the kernel took off the tx ring, in order."""

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs in C that tests build around the stack: with the sanitizers, or as released and under callgrind."""
+"""Programs in C that tests build around the stack: with the sanitizers, or as released and under callgrind. What lies
+in build/ is made by one worker of pytest-xdist at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,7 +21,8 @@ VARIANTS = {
     "san": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "release": ["-O2"],
 }
-ENV = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "MAKEFLAGS", "MAKELEVEL", "SAN")}
+OF_THIS_RUN = ("LD_PRELOAD", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "SAN", "BYPASS_DEBUG")
+ENV = {k: v for k, v in os.environ.items() if k not in OF_THIS_RUN}
 
 
 def run(*command: str | Path) -> str:
@@ -32,11 +35,19 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def make(*args: str) -> str:
+    """What make said. None of the other workers reads what is still being written: they wait, and find it made."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build/.tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return run("make", "--no-print-directory", *args)
+
+
 @lru_cache
 def stack_objects(variant: str) -> tuple[str, ...]:
     """The stack's objects of that build, made where they are not there."""
     objects = [f"build/{variant}/{s.relative_to(ROOT).with_suffix('.o')}" for s in SOURCES]
-    run("make", "-s", *(["SAN=1"] if variant == "san" else []), *objects)
+    make(*(["SAN=1"] if variant == "san" else []), *objects)
     return tuple(objects)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from c_library import Library
 from support import FUZZ
 
 from bypass import netns, probe
@@ -64,6 +65,22 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """
     with Lab(lab_name(), **getattr(request, "param", {})) as it:
         yield it
+
+
+@pytest.fixture(scope="session")
+def fwd_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Shared mode in C."""
+    import fwd_support
+
+    return fwd_support.build(tmp_path_factory.mktemp("fwd"))
+
+
+@pytest.fixture(scope="session")
+def bench_programs() -> None:
+    """The benchmarks' C programs are there; the stack itself was built before the tests."""
+    from c_programs import make
+
+    make("-f", "bench/build.mk")
 
 
 _labs = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bypass._core import ffi, lib
-from c_programs import CFLAGS, ENV, INCLUDE, VARIANTS, run, stack_objects
+from c_programs import CFLAGS, ENV, INCLUDE, VARIANTS, make, run, stack_objects
 
 from bypass import netns
 from bypass.fwd import Doorbells, Forwarder
@@ -56,7 +56,7 @@ def application(folder: Path) -> Path:
     out = folder / "fwd_app"
     objects = stack_objects("release")
     more = ["build/release/bypass/fwd/port.o", "build/release/bypass/host.o"]
-    run("make", "-s", *more)
+    make(*more)
     source = ["-Ibypass", "tests/c/fwd_app.c"]
     run("gcc", *CFLAGS, *VARIANTS["release"], *INCLUDE, *source, *objects, *more, "-o", out)
     return out

@@ -7,18 +7,14 @@ import ipaddress
 import os
 import socket
 import struct
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import cffi
 from afxdp_support import sum16
+from c_library import ROOT, Library, Netdev, compiled
 
-ROOT = Path(__file__).resolve().parent.parent
-INCLUDES = [f"-I{ROOT / d}" for d in ("bypass/include", "bypass", "tests/c")]
-CC = ["gcc", "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DBYPASS_DEBUG", *INCLUDES]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SOURCES = (
     *(f"bypass/fwd/{name}.c" for name in ("port", "peer", "lease", "check", "forward")),
     "tests/c/fwd_words.c",
@@ -28,27 +24,24 @@ PAGE = 4096
 STACK, DEV, RX = 1, 2, 4
 
 
+_built: list[Library] = []
+
+
 @lru_cache
-def build(folder: Path) -> tuple[cffi.FFI, Any]:
-    """(ffi, lib) of SOURCES, with the debug checks."""
-    so = folder / "fwd.so"
-    sanitize = SANITIZE if "san" in os.environ.get("BYPASS_BUILD", "") else []
-    sources = [str(ROOT / s) for s in SOURCES]
-    subprocess.run([*CC, "-shared", "-fPIC", *sanitize, *sources, "-o", str(so)], check=True)
-    headers = "".join(f'#include "{s[:-1]}h"\n' for s in SOURCES if s.startswith("tests/"))
-    text = subprocess.run(
-        ["gcc", "-E", "-P", "-DBYPASS_CDEF", *INCLUDES, "-x", "c", "-"],
-        input=headers.replace("tests/c/", ""),
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE,
-    ).stdout
-    ffi = cffi.FFI()
-    ffi.cdef(text)
-    return ffi, ffi.dlopen(str(so))
+def build(folder: Path) -> Library:
+    """(ffi, lib) of SOURCES, with the debug checks. Tests have it as the fixture `fwd_library`."""
+    sources = [ROOT / s for s in SOURCES]
+    headers = [s.with_suffix(".h").name for s in sources if s.parent.name == "c"]
+    _built.append(compiled(folder / "fwd.so", sources, headers, ["-DBYPASS_DEBUG"]))
+    return _built[-1]
 
 
-class Port:
+def built() -> Library:
+    """The same where no fixture can come: a state machine of hypothesis."""
+    return _built[-1]
+
+
+class Port(Netdev):
     """A port in ordinary memory with both halves; doorbells are a pair of sockets and an eventfd."""
 
     def __init__(self, ffi: cffi.FFI, lib: Any, first: int = 0, **config: Any) -> None:
@@ -75,45 +68,7 @@ class Port:
         self.fwd_end.close()
         os.close(self.eventfd)
 
-    # ---- The application's half
-    def _list(self, op: Any, n: int) -> list[int]:
-        out = self.ffi.new("bypass_pkt[]", max(n, 1))
-        got = op(self.nd, out, n)
-        if got < 0:
-            raise OSError(-got, os.strerror(-got))
-        return list(out[0:got])
-
-    def alloc(self, n: int) -> list[int]:
-        return self._list(self.nd.ops.alloc, n)
-
-    def rx_burst(self, n: int = 64) -> list[int]:
-        return self._list(self.nd.ops.rx_burst, n)
-
-    def reap(self, n: int = 64) -> list[int]:
-        return self._list(self.nd.ops.reap, n)
-
-    def free(self, pkts: list[int]) -> None:
-        self.nd.ops.free(self.nd, self.ffi.new("bypass_pkt[]", pkts or [0]), len(pkts))
-
-    def tx_burst(self, pkts: list[int]) -> int:
-        """Number taken, or -errno."""
-        return int(self.nd.ops.tx_burst(self.nd, self.ffi.new("bypass_pkt[]", pkts or [0]), len(pkts)))
-
-    def kick(self) -> int:
-        return int(self.nd.ops.kick(self.nd))
-
-    def meta(self, pkt: int) -> Any:
-        return self.nd.meta[pkt]
-
-    def data(self, pkt: int) -> bytes:
-        m = self.meta(pkt)
-        return bytes(self.ffi.buffer(self.nd.mem + pkt * self.nd.stride + m.off, m.len))
-
-    def write(self, pkt: int, data: bytes, queue: int = 0) -> None:
-        m = self.meta(pkt)
-        m.len, m.queue = len(data), queue
-        self.ffi.memmove(self.nd.mem + pkt * self.nd.stride + m.off, data, len(data))
-
+    # ---- The application's half, as of every device and
     def send(self, data: bytes) -> None:
         """One frame, posted and let go of."""
         [p] = self.alloc(1)

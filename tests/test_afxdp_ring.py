@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from afxdp_fake import CC, ROOT
+from c_library import GCC, ROOT
 from support import examples
 
 BARRIERS = re.findall(
@@ -26,7 +26,7 @@ def stress(
     (include / "ring.h").write_text(ring_h or (ROOT / "bypass/afxdp/ring.h").read_text())
     program = folder / "stress"
     subprocess.run(
-        [*CC[:-4], *flags, "-I", str(folder), str(source), "-lpthread", "-o", str(program)], check=True
+        [*GCC, *flags, "-I", str(folder), str(source), "-lpthread", "-o", str(program)], check=True
     )
     return subprocess.run([program, str(count)], capture_output=True, text=True, env={})
 

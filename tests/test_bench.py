@@ -23,16 +23,7 @@ SPREAD = {"median", "min", "max"}
 CEILING_ONE = 2100
 CEILING_BATCH = 1870
 
-pytestmark = pytest.mark.bench
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    """The C programs; the stack itself was built before the tests."""
-    done = subprocess.run(
-        ["make", "-s", "-f", "bench/build.mk"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("bench_programs")]
 
 
 def bench(tmp_path: Path, *options: str) -> dict[str, Any]:

@@ -4,24 +4,12 @@ of `python -m bench.defence`."""
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 from conftest import missing
 
 from bench import defence, instructions
 
-pytestmark = pytest.mark.bench
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        ["make", "-s", "-f", "bench/build.mk"], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("bench_programs")]
 
 
 def test_a_flood_of_syns_does_not_make_requests_dearer_nor_keep_new_clients_out() -> None:

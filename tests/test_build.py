@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from c_programs import ROOT, make
 
-ROOT = Path(__file__).resolve().parent.parent
 SAN = "san" in os.environ.get("BYPASS_BUILD", "")
 LIB = ROOT / ("build/san" if SAN else "build") / "libbypass.so"
 
@@ -21,20 +21,6 @@ LIB = ROOT / ("build/san" if SAN else "build") / "libbypass.so"
 def only(wanted: bool) -> Callable[[Callable[..., None]], Callable[..., None] | None]:
     """A test of one variant of the build: in the others it does not exist, rather than being skipped."""
     return lambda test: test if wanted else None
-
-
-def make(*args: str, **env: str) -> str:
-    """make's output. The variant of the running tests does not leak in through the environment."""
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "SAN", "LD_PRELOAD")
-    }
-    done = subprocess.run(
-        ["make", "-C", ROOT, "--no-print-directory", *args], env=clean | env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def declared() -> set[str]:
@@ -212,7 +198,7 @@ def test_requirements_are_pinned_and_no_line_is_twice() -> None:
 @only(not SAN)
 def test_what_is_installed_can_be_linked_against(tmp_path: Path) -> None:
     """Both libraries by pkg-config; the second serves a program that was linked with it as if it were preloaded."""
-    make("install", DESTDIR=str(tmp_path), PREFIX="/opt/bypass")
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/bypass")
     root = tmp_path / "opt/bypass"
     assert {p.name for p in (root / "lib/bypass").iterdir()} == {"bypass-fwd", "bypass-linger"}
     env = os.environ | {

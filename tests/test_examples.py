@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from peer import client_socket
+from support import INTERRUPTIBLE
 
 from bypass.demo import main
 from bypass.lab import SERVER_IP, Lab
@@ -26,7 +27,7 @@ EXAMPLES = ROOT / "examples"
 @contextlib.contextmanager
 def running(lab: Lab, name: str, *args: str) -> Iterator[subprocess.Popen[str]]:
     """An example in the lab's server, past its first line; ended as by Ctrl-C."""
-    argv = lab.command("server", [sys.executable, str(EXAMPLES / name), *args])
+    argv = lab.command("server", [*INTERRUPTIBLE, sys.executable, str(EXAMPLES / name), *args])
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     try:

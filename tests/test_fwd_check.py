@@ -8,10 +8,10 @@ import errno
 import random
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from afxdp_support import sum16
+from c_library import Library
 from fwd_support import (
     HOST,
     HOST2,
@@ -20,7 +20,6 @@ from fwd_support import (
     TCP,
     UDP,
     World,
-    build,
     eth,
     ip,
     tcp,
@@ -30,21 +29,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import examples
 
-_built: Any = None
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    global _built
-    if _built is None:
-        _built = build(tmp_path_factory.mktemp("fwd"))
-    return _built
-
 
 @pytest.fixture
-def world(built: Any) -> Iterator[World]:
+def world(fwd_library: Library) -> Iterator[World]:
     """Application 1 has UDP 5000 and TCP 80 of HOST; application 2 has UDP 6000 of any address."""
-    w = World(*built)
+    w = World(*fwd_library)
     w.add(1)
     w.add(2)
     assert w.lease(1, UDP, HOST, 5000) == 0
@@ -151,8 +140,8 @@ def test_everything_else_is_refused_and_counted(world: World, name: str) -> None
     assert world.refusals(2) == {}
 
 
-def test_every_reason_is_tried_by_a_test(built: Any) -> None:
-    ffi, _ = built
+def test_every_reason_is_tried_by_a_test(fwd_library: Library) -> None:
+    ffi, _ = fwd_library
     names = {n.removeprefix("FWD_REFUSED_").lower() for n in ffi.typeof("enum fwd_refusal").elements.values()}
     assert names - {"fwd_ok", "fwd_refusals"} == {why for why, _ in BAD.values()} | {"offload"}
 
@@ -341,10 +330,10 @@ def test_without_a_verdict_the_headers_name_the_owner(world: World, packet: byte
 
 @given(data=st.binary(max_size=200), cut=st.sampled_from(sorted(GOOD)), at=st.integers(0, 60))
 @settings(max_examples=examples(300))
-def test_no_bytes_pass_with_a_foreign_source(built: Any, data: bytes, cut: str, at: int) -> None:
+def test_no_bytes_pass_with_a_foreign_source(fwd_library: Library, data: bytes, cut: str, at: int) -> None:
     """Mutations of good frames: what passes has the interface's address, a local address, and a leased port or an
     error's form."""
-    w = World(*built)
+    w = World(*fwd_library)
     try:
         w.add(1)
         assert w.lease(1, UDP, HOST, 5000) == 0

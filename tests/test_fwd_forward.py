@@ -7,10 +7,10 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from fwd_support import HOST, PEER, UDP, World, build, eth, ip, udp
+from c_library import Library
+from fwd_support import HOST, PEER, UDP, World, eth, ip, udp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import examples
@@ -18,21 +18,11 @@ from support import examples
 SECOND = 1_000_000_000
 FOREVER = 2**64 - 1
 
-_built: Any = None
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    global _built
-    if _built is None:
-        _built = build(tmp_path_factory.mktemp("fwd"))
-    return _built
-
 
 @pytest.fixture
-def world(built: Any) -> Iterator[World]:
+def world(fwd_library: Library) -> Iterator[World]:
     """Applications 1 to 3 with UDP ports 5001 to 5003."""
-    w = World(*built)
+    w = World(*fwd_library)
     for app in (1, 2, 3):
         w.add(app)
         assert w.lease(app, UDP, HOST, 5000 + app) == 0
@@ -149,9 +139,9 @@ def test_descriptors_without_sense_are_counted_against_its_rate(world: World) ->
 )
 @settings(max_examples=examples(40))
 def test_bytes_over_any_time_stay_below_rate_and_burst(
-    built: Any, rate: int, burst: int, size: int, step: int
+    fwd_library: Library, rate: int, burst: int, size: int, step: int
 ) -> None:
-    w = World(*built)
+    w = World(*fwd_library)
     try:
         w.add(1)
         assert w.lease(1, UDP, HOST, 5001) == 0
@@ -280,8 +270,8 @@ def test_a_link_that_is_down_is_told_to_all_and_lets_it_sleep(world: World) -> N
 
 
 # ---- Ports -------------------------------------------------------------------------------------------------------
-def test_as_many_ports_as_it_has(built: Any) -> None:
-    w = World(*built)
+def test_as_many_ports_as_it_has(fwd_library: Library) -> None:
+    w = World(*fwd_library)
     for app in range(1, 257):
         w.add(app, frames=64, rx_ring=16, tx_ring=16)
         assert w.lease(app, UDP, HOST, 5000 + app) == 0
@@ -320,8 +310,8 @@ def test_a_port_that_goes_takes_everything_of_it_along(world: World) -> None:
     assert world.ports[9].receive() == []
 
 
-def test_no_frames_to_copy_to_is_no_loss(built: Any) -> None:
-    w = World(*built, frames=64)
+def test_no_frames_to_copy_to_is_no_loss(fwd_library: Library) -> None:
+    w = World(*fwd_library, frames=64)
     w.add(1)
     assert w.lease(1, UDP, HOST, 5001) == 0
     w.lib.world_tx_limit(w.world, 40)

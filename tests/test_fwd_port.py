@@ -12,10 +12,10 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import pytest
-from fwd_support import DEV, Port, build
+from c_library import Library
+from fwd_support import DEV, Port, built
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,20 +25,10 @@ FRAMES, RING = 64, 16
 NEAR_WRAP = st.sampled_from([0, 2**32 - 16, 2**32 - 32, 2**31 - 16])
 SOME = st.integers(0, 12)
 
-_built: Any = None
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    global _built
-    if _built is None:
-        _built = build(tmp_path_factory.mktemp("fwd"))
-    return _built
-
 
 @pytest.fixture
-def port(built: Any) -> Iterator[Port]:
-    p = Port(*built)
+def port(fwd_library: Library) -> Iterator[Port]:
+    p = Port(*fwd_library)
     yield p
     p.close()
 
@@ -48,7 +38,7 @@ class Frames(RuleBasedStateMachine):
 
     @initialize(first=NEAR_WRAP)
     def open(self, first: int) -> None:
-        self.p = Port(*_built, first=first, frames=FRAMES, rx_ring=RING, tx_ring=RING)
+        self.p = Port(*built(), first=first, frames=FRAMES, rx_ring=RING, tx_ring=RING)
         self.held: set[int] = set()
         self.sending: set[int] = set()
         self.rx: deque[tuple[bytes, int, int]] = deque()
@@ -188,7 +178,7 @@ class TestFrames(Frames.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(max_examples=examples(100), stateful_step_count=60)
 
     @pytest.fixture(autouse=True)
-    def device(self, built: Any) -> None:
+    def device(self, fwd_library: Library) -> None:
         """The device is compiled before the first example."""
 
 
@@ -215,8 +205,8 @@ def test_the_audit_notices_when_the_books_are_wrong(port: Port, how: int) -> Non
         {"queues": 0},
     ],
 )
-def test_a_configuration_without_sense_is_refused_by_all(built: Any, wrong: dict[str, int]) -> None:
-    ffi, lib = built
+def test_a_configuration_without_sense_is_refused_by_all(fwd_library: Library, wrong: dict[str, int]) -> None:
+    ffi, lib = fwd_library
     good = {"frames": 64, "rx_ring": 16, "tx_ring": 16, "mtu": 1500, "queues": 1}
     cfg = ffi.new("struct port_config *", good)
     size = lib.port_mem_size(cfg)
@@ -230,8 +220,8 @@ def test_a_configuration_without_sense_is_refused_by_all(built: Any, wrong: dict
     assert lib.peer_attach(ffi.new("struct peer *"), mem, size, bad, -1) == -errno.EINVAL
 
 
-def test_attaching_to_what_is_no_port_fails(built: Any) -> None:
-    ffi, lib = built
+def test_attaching_to_what_is_no_port_fails(fwd_library: Library) -> None:
+    ffi, lib = fwd_library
     raw = ffi.new("uint8_t[]", 12288)
     mem = ffi.cast("void *", (int(ffi.cast("uintptr_t", raw)) + 4095) & -4096)
     assert lib.port_attach(ffi.new("struct port *"), mem, 4096, -1, -1) == -errno.EINVAL

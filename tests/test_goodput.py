@@ -32,16 +32,7 @@ CLEAN = Condition(
     seconds=4,
 )
 
-pytestmark = pytest.mark.bench
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    """The C program; the stack itself was built before the tests."""
-    done = subprocess.run(
-        ["make", "-s", "-f", "bench/build.mk"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("bench_programs")]
 
 
 @functools.cache

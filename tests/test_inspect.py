@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from bypass._core import ffi, lib
-from c_programs import CFLAGS, ROOT, VARIANTS, run
+from c_programs import CFLAGS, ROOT, VARIANTS, make, run
 from support import FUZZ
 
 ROUNDS = 10_000 * FUZZ
@@ -23,7 +23,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/c/inspect_damaged.c with the sanitizers."""
     out = tmp_path_factory.mktemp("inspect") / "inspect_damaged"
     objects = [f"build/san/{s.relative_to(ROOT).with_suffix('.o')}" for s in SOURCES]
-    run("make", "-s", "SAN=1", *objects)
+    make("SAN=1", *objects)
     include = ("-Ibypass", "-Ibypass/include")
     run("gcc", *CFLAGS, *VARIANTS["san"], *include, "tests/c/inspect_damaged.c", *objects, "-o", out)
     return out

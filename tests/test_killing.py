@@ -34,15 +34,7 @@ from bypass.lab import Lab
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.bench
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    done = subprocess.run(
-        ["make", "-s", "-f", "bench/build.mk"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("bench_programs")]
 
 
 # ---- Live --------------------------------------------------------------------------------------------------------

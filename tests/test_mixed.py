@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,7 @@ def test_iperf3_client_and_server_of_ours_agree(parallel: int, reverse: bool) ->
         server = iperf3.Server()
         listener, port = await listening(server)
         async with listener:
+            began = time.monotonic()
             result = await iperf3.run_client(
                 asyncio.open_connection,
                 HOST,
@@ -191,7 +193,8 @@ def test_iperf3_client_and_server_of_ours_agree(parallel: int, reverse: bool) ->
             )
             assert 0 < result.received <= result.sent
             assert result.streams == parallel
-            assert result.sent <= parallel * (20_000_000 // 8 * 1.5 + (1 << 17)), "the rate is a bound"
+            took = time.monotonic() - began  # more than a second on a busy machine
+            assert result.sent <= parallel * (20_000_000 // 8 * took + (1 << 17)), "the rate is a bound"
             while not server.done:
                 await asyncio.sleep(0.01)
             assert server.results is not None

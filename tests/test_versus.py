@@ -27,15 +27,7 @@ from bench.versus.servers import MEMCACHED, NGINX, RR, WORKLOADS, threaded
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 
-pytestmark = pytest.mark.bench
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    done = subprocess.run(
-        ["make", "-s", "-f", "bench/build.mk"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("bench_programs")]
 
 
 def is_spread(value: dict[str, float]) -> bool:
