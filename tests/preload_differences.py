@@ -40,10 +40,6 @@ def epoll_of_relatives(worlds: Both, n: int, words: Sequence[str]) -> bool:
     return words[0] == "epoll_ctl" and len(worlds.tables) > 1
 
 
-def exec_with_epoll(worlds: Both, n: int, words: Sequence[str]) -> bool:
-    return words[0] == "exec" and any(" epoll_ctl " in line for line in worlds.log)
-
-
 DIFFERENCES = {
     "bind() of a connection that is over": Difference(
         "EINVAL; on Linux it gets another name, and can do nothing with it before connect() to AF_UNSPEC",
@@ -51,13 +47,6 @@ DIFFERENCES = {
         "0 0 0",
         "-1 22 0",
         bind_of_ended,
-    ),
-    "a set of epoll after exec": Difference(
-        "forgets its sockets of the stack; on Linux they are in it still",
-        (*PAIR, "epoll_create 0", "epoll_ctl 6 1 4 1", "exec", "epoll_ctl 6 1 4 1"),
-        "-1 17 0",
-        "0 0 0",
-        exec_with_epoll,
     ),
     "a socket that a relative adds to a set": Difference(
         "makes the set readable in the process that added it only; on Linux the set is one",

@@ -511,18 +511,18 @@ class Worlds(RuleBasedStateMachine):
         self.it.ask(n, f"go 0 {call.format(a)}")
         if wake != "timeout":
             assert self.it.ask(n, f"end 0 {ASLEEP_MS}") == "asleep", self.it.before()
-        self.wake(n, a, b, wake, seed)
+        self.wake(n, a, b, wake, seed, 10_000 if call.startswith("poll") else ASLEEP_MS)
         self.it.ask(n, "end 0 10000")
         if wake == "timeout":
             self.ask(n, "timeout", a, 0)
         if a in self.it.tables[n]:
             self.ask(n, "fcntl", a, fcntl.F_SETFL, RDWR_NONBLOCK)
 
-    def wake(self, n: int, a: int, b: int, wake: str, seed: int) -> None:
+    def wake(self, n: int, a: int, b: int, wake: str, seed: int, restarts_ms: int) -> None:
         if wake in ("signal", "restart"):
             self.it.ask(n, f"kick 0 {int(signal.SIGUSR1)}")
-        if wake == "restart":  # poll() is never restarted
-            self.it.ask(n, f"end 0 {ASLEEP_MS}")
+        if wake == "restart":  # poll() is never restarted, and has to end
+            self.it.ask(n, f"end 0 {restarts_ms}")
         if wake in ("data", "restart"):
             self.ask(n, "send", b, 3, 0, seed)
         if wake == "end":

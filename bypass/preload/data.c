@@ -161,9 +161,9 @@ static int64_t datagram_take(struct object *o, const struct iovec *iov, int coun
     return datagram_scatter(o, iov, count, how, from);
 }
 
-/* The kernel's half. */
-static int64_t datagram_take_real(struct object *o, int fd, const struct iovec *iov, int count, int flags,
-                                  struct bypass_endpoint *from)
+/* The kernel's half: of datagrams; of a listener, which has nothing to read, what that is called. */
+static int64_t take_real(struct object *o, int fd, const struct iovec *iov, int count, int flags,
+                         struct bypass_endpoint *from)
 {
     struct sockaddr_storage sa;
     struct msghdr h = {
@@ -190,7 +190,7 @@ static int64_t datagram_receive(struct object *o, int fd, const struct iovec *io
         int waited;
 
         if (r == -EAGAIN && o->place == PLACE_BOTH) {
-            r = datagram_take_real(o, fd, iov, count, flags, from);
+            r = take_real(o, fd, iov, count, flags, from);
         }
         if (r != -EAGAIN) {
             return r;
@@ -227,7 +227,8 @@ int64_t data_receive(struct object *o, int fd, const struct iovec *iov, int coun
         return -EAGAIN; /* nothing is ever there */
     }
     if (o->type == BYPASS_STREAM) {
-        n = stream_receive(o, fd, iov, count, want, flags);
+        n = unlikely(o->listening) ? take_real(o, fd, iov, count, flags, NULL)
+                                   : stream_receive(o, fd, iov, count, want, flags);
         if (out_flags) {
             *out_flags = flags & MSG_OOB && n > 0 ? MSG_OOB : 0;
         }

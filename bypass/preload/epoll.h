@@ -16,6 +16,7 @@
  *   epoll.c       sets and items, which side they are on, who is woken
  *   epoll_ctl.c   epoll_create(), epoll_ctl()
  *   epoll_wait.c  what is ready; epoll_wait() and its family
+ *   epoll_exec.c  sets that the next program of the process has, too
  *
  * Everything with the group's lock held, unless it says otherwise; atomic fields are read without it.
  */
@@ -105,6 +106,9 @@ void epoll_renew(struct epoll *e);
 /* events[0..n) came from the program's set: the one that tells of the outer set is taken out, where there is one. What is
  * left of n. */
 int epoll_unkick(struct epoll *e, struct epoll_event *events, int n);
+
+/* ---- epoll_ctl.c: whether the descriptor is a set, as the kernel sees it */
+bool epoll_is(int fd);
 
 /* ---- epoll_wait.c */
 uint32_t item_ready(struct item *i);

@@ -31,6 +31,13 @@ static int real_ctl(int epfd, int op, int fd, struct epoll_event *ev)
     return real.epoll_ctl(epfd, op, fd, ev) < 0 ? -errno : 0;
 }
 
+bool epoll_is(int fd)
+{
+    struct epoll_event none = {0};
+
+    return real_ctl(fd, EPOLL_CTL_MOD, fd, &none) != -EBADF && real_ctl(fd, EPOLL_CTL_DEL, me.dev_ep, NULL) == -ENOENT;
+}
+
 /* A set that was made where nobody noticed: by a system call, or inherited. */
 static struct epoll *adopt(int epfd, int *err)
 {

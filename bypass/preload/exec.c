@@ -54,17 +54,17 @@ static size_t entries(char *const list[])
     return n;
 }
 
-/* What `to`, with room for two more, has to be; `app` and `must` are the texts that may be added. */
-static char *const *extend(char *const env[], char **to, char *app, char *must)
+/* What `to`, with room for three more, has to be; the others are texts that may be added. */
+static char *const *extend(char *const env[], char **to, char *app, char *must, char *sets)
 {
-    size_t n = entries(env), at = n;
+    char *const more[] = {app, must, sets};
+    size_t at = entries(env);
 
-    memcpy(to, env, n * sizeof *to);
-    if (app) {
-        to[at++] = app;
-    }
-    if (must) {
-        to[at++] = must;
+    memcpy(to, env, at * sizeof *to);
+    for (size_t i = 0; i < sizeof more / sizeof *more; i++) {
+        if (more[i]) {
+            to[at++] = more[i];
+        }
     }
     to[at] = NULL;
     return to;
@@ -80,14 +80,17 @@ static const char *missing_app(char *const env[])
 /* Somebody has to drive what the old program leaves, and there is nobody else: the new one joins at once. */
 static bool must_join(void) { return me.attached > 0 && me.g->relatives == 1 && stack_used(); }
 
+static int sets_file = -1; /* epoll_save() */
+static char sets_text[32];
+
 #define ENVIRONMENT(env)                                                                                               \
     ({                                                                                                                 \
         const char *app_ = missing_app(env);                                                                           \
         char *const *env_ = env;                                                                                       \
-        bool must_ = must_join();                                                                                      \
-        if (app_ || must_) {                                                                                           \
-            char **to_ = alloca((entries(env_) + 3) * sizeof *to_);                                                    \
-            env_ = extend(env_, to_, (char *)app_, must_ ? (char *)"BYPASS_JOIN=1" : NULL);                            \
+        bool must_ = must_join(), sets_ = sets_file >= 0;                                                              \
+        if (app_ || must_ || sets_) {                                                                                  \
+            char **to_ = alloca((entries(env_) + 4) * sizeof *to_);                                                    \
+            env_ = extend(env_, to_, (char *)app_, must_ ? (char *)"BYPASS_JOIN=1" : NULL, sets_ ? sets_text : NULL);  \
         }                                                                                                              \
         env_;                                                                                                          \
     })
@@ -145,6 +148,8 @@ static void exec_begins(void)
     me.halted_by = &self;
     note_inodes();
     turn(); /* what was written leaves */
+    sets_file = epoll_save();
+    snprintf(sets_text, sizeof sets_text, "BYPASS_SETS=%d", sets_file);
     become_foreign(me.proc);
     if (only_holder()) {
         wake_joined(); /* their next look may be far away */
@@ -171,6 +176,8 @@ static int exec_failed(void)
         }
         me.halted_by = NULL;
         announced = false;
+        fd_unhide(sets_file);
+        sets_file = -1;
         leave();
     }
     errno = saved;
@@ -392,12 +399,24 @@ static bool take_over(int fd)
     return false;
 }
 
+/* Of the program that was here before: what became ready for it meanwhile has not been told. */
+static void take_place(uint32_t place)
+{
+    for (uint32_t object, mask; (object = group_take(me.g, place, &mask)) != GROUP_NONE;) {
+        epoll_ready(object, poll_bits(mask));
+    }
+    relative_gone(place);
+}
+
 void adopt_sockets(void)
 {
     any_socket(take_over);
-    for (uint32_t i = 0; i < me.g->procs_top; i++) { /* of the program that was here before */
+    if (sets_file >= 0) {
+        epoll_restore(sets_file);
+    }
+    for (uint32_t i = 0; i < me.g->procs_top; i++) {
         if (i != me.proc && me.g->procs[i].pid == me.pid && me.g->procs[i].state == PROC_FOREIGN) {
-            relative_gone(i);
+            take_place(i);
         }
     }
 }
@@ -439,15 +458,34 @@ static bool inherited(int fd)
 
 void note_inherited(void) { any_socket(inherited); }
 
+/* The file with its sets, if it was handed one. */
+static int sets_given(void)
+{
+    const char *text = getenv("BYPASS_SETS");
+    int fd = text ? number(text) : -1;
+    char path[32], target[32] = "";
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return fd >= 0 && readlink(path, target, sizeof target - 1) > 0 && strncmp(target, "/memfd:bypass-sets", 18) == 0
+               ? fd
+               : -1;
+}
+
 void exec_arrived(void)
 {
     bool must = getenv("BYPASS_JOIN") != NULL;
 
+    sets_file = sets_given();
+    unsetenv("BYPASS_SETS");
     unsetenv("BYPASS_JOIN");
     if (getenv("BYPASS_APP") && preload_wanted() && (must || any_socket(is_internet))) {
         attach();
         for (int fd = 0; fd < 3; fd++) {
             stream_standard(fd);
         }
+    }
+    if (sets_file >= 0) {
+        real.close(sets_file);
+        sets_file = -1;
     }
 }

@@ -301,6 +301,8 @@ void epoll_child(void);                           /* after fork, in the child */
 void epoll_placed(uint32_t object, int fd);       /* it is decided whose it is: members of sets change sides */
 void epoll_close(int fd);                         /* without the lock: a set's descriptor is about to be closed */
 void epoll_dup(int fd, int copy);                 /* without the lock: another descriptor of the same set */
+int epoll_save(void);                             /* epoll_exec.c: a file for the next program; -1: nothing to keep */
+void epoll_restore(int file);                     /* ... in which it has its sets again */
 
 /* ---- broker.c */
 /* Says hello: new application or relative. 0: me.app.., descriptors; -errno with me.refused set. */

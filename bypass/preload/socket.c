@@ -340,8 +340,13 @@ static int disconnect(struct object *o, int fd, const struct sockaddr *sa, sockl
 {
     static const struct bypass_endpoint none = {.addr = {{[10] = 0xff, [11] = 0xff}}};
 
+    int r;
+
     real.connect(fd, sa, len);
-    return o->type == BYPASS_STREAM ? bypass_disconnect(&me.stack, o->sock) : bypass_connect(&me.stack, o->sock, &none);
+    r = o->type == BYPASS_STREAM ? bypass_disconnect(&me.stack, o->sock) : bypass_connect(&me.stack, o->sock, &none);
+    group_notify(me.g, object_index(o), BYPASS_EVERYTHING);
+    turn(); /* as shutdown() */
+    return r;
 }
 
 /* A connect() of the shadow that has not waited was refused already: on a loopback the answer is there at once. */
@@ -436,7 +441,7 @@ EXPORT int shutdown(int fd, int how)
         real.shutdown(fd, how);
     }
     group_notify(me.g, object_index(o), BYPASS_IN | BYPASS_OUT | BYPASS_RDHUP | BYPASS_HUP);
-    sent();
+    turn(); /* who sleeps in a call on it wakes up, although the stack may have nothing to do */
     leave();
     return result(r);
 }

@@ -128,6 +128,21 @@ CASE(listen_of_datagrams_changes_nothing)
     MUST(bind(fresh, (struct sockaddr *)&a, sizeof(a)));
 }
 
+CASE(nothing_is_read_from_a_listener)
+{
+    int l = listener(1);
+    char c;
+    FAILS(ENOTCONN, recv(l, &c, 1, 0));
+    FAILS(ENOTCONN, read(l, &c, 1));
+    FAILS(EPIPE, send(l, &c, 1, MSG_NOSIGNAL));
+    MUST(shutdown(l, SHUT_RDWR));
+    FAILS(ENOTCONN, recv(l, &c, 1, 0));
+    FAILS(ENOTCONN, shutdown(l, SHUT_RDWR)); /* but that is what it is: */
+    EQ(recv(l, &c, 1, 0), 0);
+    EQ(read(l, &c, 1), 0);
+    FAILS(EPIPE, send(l, &c, 1, MSG_NOSIGNAL));
+}
+
 /* ---- Nobody there, and then somebody ---- */
 CASE(refused_without_waiting_and_tried_again)
 {

@@ -85,6 +85,19 @@ CASE(shutdown_wakes_recv)
     EQ((intptr_t)finish(t), 0);
 }
 
+/* Long after all that the connection had to do of its own accord. */
+CASE(shutdown_wakes_recv_of_an_idle_connection)
+{
+    int fds[2];
+    tcp_pair(fds);
+    says(fds[1], "x");
+    hears(fds[0], "x");
+    pthread_t t = start(recv_result, &fds[0]);
+    nap_ms(1500);
+    MUST(shutdown(fds[0], SHUT_RD));
+    EQ((intptr_t)finish(t), 0);
+}
+
 CASE(shutdown_wakes_accept)
 {
     int l = listener(4);
