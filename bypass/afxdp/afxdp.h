@@ -86,7 +86,8 @@ BYPASS_API void afxdp_mem_unmap(void *mem, size_t size, int fd);
 BYPASS_API struct afxdp *afxdp_open(const struct afxdp_config *cfg, void *mem, size_t size, struct afxdp_error *error);
 /* A view of the device that another process has opened in the same memory, mapped here (shared, page-aligned; size: what
  * is there, at least the device's). fds: its AF_XDP sockets (dup, SCM_RIGHTS), in the order of the queues' indices; with
- * fewer than there are the view serves only those; more are of queues that nobody has taken yet (afxdp_take_queue()). Needs no capability. The view owns the descriptors from now on.
+ * fewer than there are the view serves only those; more are of queues that nobody has taken yet (afxdp_take_queue()).
+ * Needs no capability. The view owns the descriptors from now on.
  * The memory's say is checked before it is believed: sizes, offsets, ring positions, the sockets' identity. flags: 0.
  * The embedder's lock is held. NULL: *error says why (AFXDP_STEP_STATE with EBADMSG: no device, or a damaged one; EXDEV:
  * a descriptor is not that queue's socket), and the descriptors are the caller's still. */

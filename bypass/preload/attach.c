@@ -177,6 +177,7 @@ static void watch_more(int fd)
         watch(wake, false);
         real.epoll_ctl(me.dev_ep, EPOLL_CTL_ADD, fd, &ev);
         epoll_watch(fd);
+        drive_anew(); /* who watches a single descriptor (park.c) has to watch this one too */
     }
 }
 
