@@ -75,7 +75,15 @@ class SteeringError(BypassError):
 
 
 class ForeignProgramError(SteeringError):
-    """Somebody else's XDP program is on the interface. bypass never replaces one."""
+    """Another XDP program is on the interface. bypass never replaces one.
+
+    Attributes:
+        ours: it is another program's of bypass, which may be about to end.
+    """
+
+    def __init__(self, text: str, ours: bool = False) -> None:
+        super().__init__(text)
+        self.ours = ours
 
 
 class DeviceError(BypassError):

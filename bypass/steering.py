@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple, Self
 from bypass import libbpf
 from bypass.bpf import build
 from bypass.errors import BypassError, ForeignProgramError, GrantError, PrivilegeError, SteeringError
+from bypass.nic import OUR_PROGRAMS
 from bypass.policy import Policy, require_visible_vlans
 from bypass.rules import TCP, UDP
 from bypass.steer_maps import (
@@ -609,9 +610,13 @@ def _refuse_foreign(ifname: str, ifindex: int) -> None:
     whose = f"held by process {whose}" if whose else "held by no process: attached by netlink"
     kind = "xdpgeneric" if there.mode == "skb" else "xdp"
     undo = "end that process" if there.pids else f"`ip link set dev {ifname} {kind} off`"
+    ours = there.name.startswith(OUR_PROGRAMS)
+    if ours and there.pids:
+        undo = "`bypass down` or end what `bypass ps` shows (what a killed broker leaves ends with its applications)"
     raise ForeignProgramError(
         f"{ifname} has an XDP program already: id {there.prog_id}, name {there.name}, {there.mode} mode, {whose}; "
-        f"bypass does not replace it. {undo} to remove it"
+        f"bypass does not replace it. {undo} to remove it",
+        ours,
     )
 
 

@@ -23,8 +23,12 @@ import pytest
 from broker_support import STREAM, Child, Client
 
 from bypass import libbpf, netns
+from bypass.broker import private
+from bypass.broker.private import site_when_free
 from bypass.broker.protocol import Kind, Message
+from bypass.broker.site import LoopSite
 from bypass.broker.tools import ask
+from bypass.errors import ForeignProgramError
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +145,60 @@ def test_what_cannot_be_started_says_why_and_leaves_nothing(
     assert (wrong.returncode, "80800 is not a port" in wrong.stderr) == (2, True)
     assert not os.path.exists(other)
     assert "Traceback" not in again.stderr + second.stderr + missing.stderr + wrong.stderr
+
+
+def test_a_broker_waits_for_one_that_ends_and_not_for_a_foreign_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: list[bool] = []
+
+    def site_after(times: int, ours: bool) -> LoopSite:
+        tries.append(ours)
+        if len(tries) <= times:
+            raise ForeignProgramError("has an XDP program already", ours)
+        return LoopSite()
+
+    site_when_free(lambda: site_after(3, True)).close()
+    assert len(tries) == 4
+    tries.clear()
+    with pytest.raises(ForeignProgramError):
+        site_when_free(lambda: site_after(3, False))
+    assert len(tries) == 1
+    tries.clear()
+    monkeypatch.setattr(private, "FREE_S", 0.2)
+    with pytest.raises(ForeignProgramError):
+        site_when_free(lambda: site_after(1000, True))
+    assert len(tries) > 1
+
+
+def test_a_broker_that_is_started_while_the_one_before_ends_comes_up(
+    broker: str, policy: Path, folder: Path
+) -> None:
+    name = str(folder / "next.sock")
+    up = subprocess.Popen(
+        [*BYPASS, "up", "-c", str(policy), "--socket", name], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until(lambda: os.path.exists(name))  # it listens: the interface is next, which is not free
+        good("down", "--socket", broker)
+        said, _ = up.communicate(timeout=20)
+        assert (up.returncode, "serves" in said) == (0, True)
+    finally:
+        up.kill()
+        bypass("down", "--socket", name)
+
+
+def test_a_broker_that_ends_instead_of_answering_is_one_line(tmp_path: Path) -> None:
+    name = str(tmp_path / "ends.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(name)
+        listener.listen()
+        asked = subprocess.Popen([*BYPASS, "ps", "--socket", name], stderr=subprocess.PIPE, text=True)
+        ended, _ = listener.accept()
+        select.select([ended], [], [], 20)
+        ended.close()  # with the question unread: it sees a reset
+        _, said = asked.communicate(timeout=20)
+    assert (asked.returncode, said) == (2, f"bypass: the broker at {name} has ended\n")
 
 
 def test_ps_shows_who_has_what_and_users_their_own_only(broker: str, lab: Lab) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bypass.broker.private import site_when_free
 from bypass.broker.server import Server, listen
 from bypass.broker.site import Site
 from bypass.errors import BypassError
@@ -71,7 +72,7 @@ def serve(make_site: Callable[[], Site], name: str, ready: Callable[[], None]) -
     passed = passed_socket(environ)
     sock = passed if passed is not None else listen(name)
     try:
-        site = make_site()
+        site = site_when_free(make_site)
     except BaseException:
         sock.close()
         if passed is None and not name.startswith("@"):

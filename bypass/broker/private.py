@@ -63,7 +63,8 @@ def start_private(make_site: Callable[[], Site], uid: int) -> str:
 
 
 def site_when_free(make_site: Callable[[], Site]) -> Site:
-    """What it serves. The private broker of a program that has just ended may need a moment to let go of it.
+    """What it serves. Who had it before, as the private broker of a program that has just ended, may need a moment to
+    let go of it.
 
     Raises:
         BypassError: as make_site(); ForeignProgramError when somebody still has the interface after FREE_S.
@@ -73,7 +74,7 @@ def site_when_free(make_site: Callable[[], Site]) -> Site:
         try:
             return make_site()
         except ForeignProgramError as e:
-            if "xdp_steer" not in str(e) or time.monotonic() >= until:
+            if not e.ours or time.monotonic() >= until:
                 raise
             time.sleep(0.05)
 

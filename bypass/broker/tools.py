@@ -8,6 +8,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,14 @@ class Asking:
         Raises:
             BypassError: the broker refuses, has ended, or says nothing for so many seconds (None: for ever).
         """
-        self._sock.send(json.dumps(question).encode())
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has ended
+            self._sock.send(json.dumps(question).encode())
         while True:
             if not select.select([self._sock], [], [], wait_s)[0]:
                 raise BypassError(f"the broker at {self.name} does not answer")
-            data = self._sock.recv(MAX_BYTES)
+            data = b""
+            with suppress(ConnectionResetError):  # without having read the question
+                data = self._sock.recv(MAX_BYTES)
             if not data:
                 raise BypassError(f"the broker at {self.name} has ended")
             record: dict[str, Any] = json.loads(data)
