@@ -103,6 +103,13 @@ static int inherited_loop(void)
     return fd;
 }
 
+/* Programs that are started by this one find there whose relatives they are; exec.c adds it to other environments. */
+void app_to_environment(const char *text)
+{
+    snprintf(me.app_text, sizeof me.app_text, "BYPASS_APP=%s", text);
+    setenv("BYPASS_APP", text, 1);
+}
+
 static int open_loop(void)
 {
     char text[32];
@@ -115,7 +122,7 @@ static int open_loop(void)
         fd = fd_hide(fd);
         real.fcntl(fd, F_SETFD, 0); /* programs that are started by this one are relatives */
         snprintf(text, sizeof text, "fd:%d:%d", fd, (int)getpid());
-        setenv("BYPASS_APP", text, 1);
+        app_to_environment(text);
     }
     return fd;
 }

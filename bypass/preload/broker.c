@@ -421,7 +421,7 @@ static void to_environment(const struct app_msg *m)
     for (int i = 0; i < APP_TOKEN; i++) {
         at += snprintf(text + at, sizeof text - (size_t)at, "%02x", m->token[i]);
     }
-    setenv("BYPASS_APP", text, 1);
+    app_to_environment(text);
 }
 
 /* Other processes of this user could open the memory file in /proc/PID/fd, or take it by pidfd_getfd(2): ptrace(2),

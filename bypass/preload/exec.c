@@ -74,7 +74,7 @@ static const char *missing_app(char *const env[])
 {
     bool ours = lookup(env, "BYPASS_SOCKET") || lookup(env, "BYPASS_LOOPBACK");
 
-    return me.attached > 0 && ours && !lookup(env, "BYPASS_APP") ? lookup(environ, "BYPASS_APP") : NULL;
+    return me.attached > 0 && ours && !lookup(env, "BYPASS_APP") ? me.app_text : NULL;
 }
 
 /* Somebody has to drive what the old program leaves, and there is nobody else: the new one joins at once. */
@@ -421,7 +421,7 @@ void adopt_sockets(void)
     }
 }
 
-static bool is_internet(int fd)
+bool is_internet(int fd)
 {
     int domain = 0;
     socklen_t len = sizeof domain;
@@ -478,7 +478,8 @@ void exec_arrived(void)
     sets_file = sets_given();
     unsetenv("BYPASS_SETS");
     unsetenv("BYPASS_JOIN");
-    if (getenv("BYPASS_APP") && preload_wanted() && (must || any_socket(is_internet))) {
+    me.relative = getenv("BYPASS_APP") && preload_wanted();
+    if (me.relative && (must || any_socket(is_internet))) {
         attach();
         for (int fd = 0; fd < 3; fd++) {
             stream_standard(fd);

@@ -8,7 +8,8 @@
  * the sender ends before the message is lost, the socket lasts until the application ends.
  *
  * Only relatives can use what they get. A process that makes a pair of Unix sockets and then forks becomes an application
- * before that (fork.c), so that its children are relatives; others that are older than the first Internet socket are not.
+ * before that (fork.c), so that its children are relatives, and the programs that these become; others that are older than
+ * the first Internet socket are not.
  * pidfd_getfd(2) is not known here.
  */
 #define _GNU_SOURCE
@@ -137,8 +138,28 @@ static void came(int fd)
     }
 }
 
+static __thread bool internet_came;
+
+static void look(int fd) { internet_came |= is_internet(fd); }
+
+/* A program that a relative started joins with the first Internet socket that it is given. */
+static void join_by(const struct msghdr *h)
+{
+    int saved = errno;
+
+    internet_came = false;
+    if (me.attached == 0 && me.relative && h->msg_control && h->msg_controllen) {
+        each_right(h, look);
+    }
+    if (internet_came) {
+        attach();
+    }
+    errno = saved;
+}
+
 void pass_received(struct msghdr *h)
 {
+    join_by(h);
     if (has_rights(h)) {
         each_right(h, fd_fresh);
         with_lock(h, came);

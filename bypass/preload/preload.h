@@ -90,6 +90,8 @@ struct me {       /* this process */
     struct sleeper helper;
     bool helper_runs, helper_deep;
     bool may_pass;            /* it made a pair of Unix sockets: descriptors may be passed to children */
+    bool relative;            /* it was started by a relative, attached or not */
+    char app_text[64];        /* BYPASS_APP, as "NAME=value", once attached */
     bool reaper;              /* this is bypass-linger, which drives what others left */
     _Atomic bool gone;        /* goodbye() was called */
     bool cancels;             /* pthread_cancel() has been called */
@@ -356,6 +358,8 @@ void fork_prepare(void); /* once */
 void exit_prepare(void);
 /* A program has just started: it joins the application if it was started with sockets of it. */
 void exec_arrived(void);
+void app_to_environment(const char *text);
+bool is_internet(int fd);
 /* Lock held. This process has just joined a group that was there: it takes what it was started with. */
 void adopt_sockets(void);
 /* Lock held. Internet sockets that are no object's have been opened where this library was not: they are the kernel's,

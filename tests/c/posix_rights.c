@@ -2,6 +2,9 @@
 /* Descriptors that are passed on in messages of Unix sockets (SCM_RIGHTS), between relatives. Frame: posix.h. */
 #include "posix.h"
 
+extern char **environ;
+static char *first_environment[256]; /* as the program was started, before there was a socket */
+
 static void give(int over, const int *fds, size_t n)
 {
     union {
@@ -80,6 +83,50 @@ CASE(descriptors_passed_to_a_child)
     hears_end(fds[1]);
 }
 
+/* As node's cluster: the environment is a copy from before the fork, and the C library's is replaced before exec. */
+CASE(descriptors_passed_to_a_program_that_was_started_before)
+{
+    int u[2], got;
+    char number[12];
+    MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, u));
+    pid_t child = (pid_t)MUST(fork());
+    if (child == 0) {
+        environ = first_environment;
+        snprintf(number, sizeof(number), "%d", u[1]);
+        execv(posix_self, (char *[]){posix_self, "--take", number, NULL});
+        _exit(1);
+    }
+    int l = listener(4);
+    struct sockaddr_in a = name_of(l);
+    give(u[0], &l, 1);
+    ask(a);
+    for (int i = 0; i < 2; i++) {
+        int fd = connect_to(a);
+        got = accept_one(l);
+        give(u[0], &got, 1);
+        MUST(close(got));
+        says(fd, "question\n");
+        hears(fd, "hello question\n");
+        hears_end(fd);
+        MUST(close(fd));
+    }
+    reap(child);
+}
+
+/* That program: a listener and two connections come. */
+static int taker(int over)
+{
+    int fd;
+    EQ(take(over, &fd, 1, 0), 1);
+    worker(fd, 1);
+    for (int i = 0; i < 2; i++) {
+        EQ(take(over, &fd, 1, 0), 1);
+        serve(fd);
+        MUST(close(fd));
+    }
+    return 0;
+}
+
 CASE(descriptors_passed_from_a_child)
 {
     int u[2], got[1];
@@ -124,4 +171,11 @@ CASE(an_unread_message_keeps_a_connection)
     hears_end(fds[1]);
 }
 
-int main(int argc, char **argv) { return posix_main(argc, argv); }
+int main(int argc, char **argv)
+{
+    for (size_t i = 0; environ[i] && i + 1 < sizeof(first_environment) / sizeof(*first_environment); i++)
+        first_environment[i] = strdup(environ[i]);
+    if (argc == 3 && strcmp(argv[1], "--take") == 0)
+        return taker(atoi(argv[2]));
+    return posix_main(argc, argv);
+}
