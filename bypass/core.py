@@ -420,10 +420,6 @@ class CoreStack:
         """The pending errno, which is cleared; 0: none."""
         return check(lib.bypass_error(self.c, sock))
 
-    def ack(self, sock: int) -> int:
-        """A delayed acknowledgment leaves now: 1; 0: there is none, or something is unread."""
-        return check(lib.bypass_ack(self.c, sock))
-
     def at_mark(self, sock: int) -> bool:
         """What is read next is the urgent byte, or lies behind it (SIOCATMARK)."""
         return bool(check(lib.bypass_at_mark(self.c, sock)))

@@ -8,7 +8,7 @@
         t.peer(". 1:1 ack 1")
         conn = t.accept()
         t.peer("P. 1:101 ack 1")
-        t.at(0.040, ". 1:1 ack 101")
+        t.at(0.005, ". 1:1 ack 101")
 
 A segment is its flags (S F R P and . for ACK), `first:next` in its sender's numbering, and, where they matter, `ack`,
 `win` (as on the wire) and options. Numbers are relative: 0 is the SYN, 1 the first byte. Both sides' first sequence

@@ -58,7 +58,7 @@ def test_data_with_the_ack_that_brings_the_cookie_is_taken() -> None:
         t.peer("P. 1:101 ack 1")
         t.accept()
         assert t.read() == stream(1, 101)
-        t.at(0.040, ". 1:1 ack 101")
+        t.at(0.005, ". 1:1 ack 101")
 
 
 def test_a_lost_ack_of_the_handshake_is_made_good_by_the_first_data() -> None:

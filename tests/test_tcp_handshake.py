@@ -139,7 +139,7 @@ def test_data_behind_the_handshake_is_taken_with_the_third_segment() -> None:
         t.peer("P. 1:11 ack 1")
         t.accept()
         assert t.read() == stream(1, 11)
-        t.at(0.040, ". 1:1 ack 11")
+        t.at(0.005, ". 1:1 ack 11")
 
 
 def test_data_in_a_syn_is_left_to_be_sent_again() -> None:

@@ -364,6 +364,42 @@ MUTANTS = {
         "if (true)\n        return c->probes",
         "timers::test_a_user_timeout_decides_about_keepalive_in_place_of_the_number_of_probes",
     ),
+    "what is read is not acknowledged": Mutant(
+        "tcp_rcv.c",
+        "if (unlikely(c->feat & TX_LISTENS) && (c->flags & TF_ACK_LATER) && c->rcv_queued == 0)",
+        "if (false)",
+        "ack::test_what_a_listener_reads_is_acknowledged_when_it_is_read",
+    ),
+    "a read that leaves something is acknowledged": Mutant(
+        "tcp_rcv.c",
+        "(c->flags & TF_ACK_LATER) && c->rcv_queued == 0)\n        ack_alone",
+        "(c->flags & TF_ACK_LATER))\n        ack_alone",
+        "ack::test_nothing_leaves_before_all_is_read",
+    ),
+    "who has listened listens for good": Mutant(
+        "tcp_rcv.c",
+        "    c->feat &= ~(uint32_t)(TX_ACK_ALONE | TX_ACKS_ALONE);\n",
+        "    if (c->feat & TX_LISTENS)\n        return;\n",
+        "ack::test_a_late_answer_costs_one_acknowledgment_and_the_next_request_none",
+    ),
+    "an answer ends listening, whatever was before": Mutant(
+        "tcp_rcv.c",
+        "bool pieces = (c->feat & TX_LISTENS) && (c->feat & TX_ACKS_ALONE);",
+        "bool pieces = false;",
+        "ack::test_pieces_and_then_an_answer_do_not_wait_each_time",
+    ),
+    "the first delay is long": Mutant(
+        "tcp_timer.c",
+        "if (unlikely(!(c->feat & (TX_ANSWERS | TX_LISTENS))))",
+        "if (false)",
+        "ack::test_small_writes_in_one_direction_wait_once_and_briefly",
+    ),
+    "each delay is short": Mutant(
+        "tcp_timer.c",
+        "if (unlikely(!(c->feat & (TX_ANSWERS | TX_LISTENS))))",
+        "if (true)",
+        "ack::test_an_answer_may_take_its_time_once_answers_have_come",
+    ),
     "the urgent byte stays in the stream": Mutant(
         "tcp_urg.c",
         "    tcp_rcv_skip(s, c, 1);\n    mark_passed(c, k);\n    return n;",

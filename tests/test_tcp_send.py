@@ -438,7 +438,7 @@ def test_a_next_hop_that_never_comes_is_the_reason_of_the_time_out() -> None:
 
 def test_a_segment_that_acknowledges_carries_the_delayed_ack() -> None:
     with Talk() as t:
-        t.established()
+        t.established(TCP_QUICKACK=0)
         t.peer("P. 1:101 ack 1")
         t.silence(0.01)
         t.write(50)

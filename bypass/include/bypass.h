@@ -397,9 +397,6 @@ BYPASS_API int bypass_send_zc(struct bypass_stack *s, bypass_sock sock, struct b
 
 /* 1: what is read next is the urgent byte, or lies behind it (SIOCATMARK). 0, -EBADF, -EINVAL (not a TCP connection). */
 BYPASS_API int bypass_at_mark(struct bypass_stack *s, bypass_sock sock);
-/* For one who has read all that came and waits for more: an acknowledgment that is delayed, for an answer to carry it,
- * leaves now, for there will be none. The peer may hold back more until it comes (RFC 1122 4.2.3.4). 1: there was one, 0. */
-BYPASS_API int bypass_ack(struct bypass_stack *s, bypass_sock sock);
 /* TCP: ends what there is, with a reset, and the socket is fresh, as connect() to AF_UNSPEC does on Linux. */
 BYPASS_API int bypass_disconnect(struct bypass_stack *s, bypass_sock sock);
 BYPASS_API int bypass_shutdown(struct bypass_stack *s, bypass_sock sock, int how);

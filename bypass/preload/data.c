@@ -118,7 +118,6 @@ static int64_t stream_receive(struct object *o, int fd, const struct iovec *iov,
             tried = true;
             continue;
         }
-        bypass_ack(&me.stack, o->sock);
         waited = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
         if (waited < 0) {
             return got ? got : waited;

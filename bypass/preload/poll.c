@@ -143,19 +143,6 @@ static int look_there(struct polled *p, int ready)
     return got < 0 ? got : ready;
 }
 
-/* It will sleep until one connection brings more: whether an acknowledgment that was delayed has to leave before. */
-static bool waits_for_one(const struct polled *p)
-{
-    const struct object *o = p->object == GROUP_NONE ? NULL : group_object(me.g, p->object);
-
-    for (nfds_t i = 0; o && i < p->n; i++) {
-        if (p->fds[i].fd >= 0 && fd_object(p->fds[i].fd) == p->object && (p->fds[i].events & POLLIN)) {
-            return bypass_ack(&me.stack, o->sock) > 0;
-        }
-    }
-    return false;
-}
-
 /* Lock held. Number of fds ready; -errno. */
 static int wait_many(struct polled *p, uint64_t until_ns, const sigset_t *mask)
 {
@@ -172,9 +159,6 @@ static int wait_many(struct polled *p, uint64_t until_ns, const sigset_t *mask)
         ready = look_there(p, look_here(p));
         if (ready != 0 || until_ns == 0) {
             return ready;
-        }
-        if (waits_for_one(p)) {
-            continue;
         }
         got = park_polling(&s, p->kernel, p->kernels, until_ns, mask);
         if (got == -ETIMEDOUT) {

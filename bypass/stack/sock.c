@@ -416,18 +416,6 @@ int bypass_at_mark(struct bypass_stack *s, bypass_sock h)
     return k->type == SOCK_TCP ? tcp_urg_at_mark(s, conn_at(s, k->idx)) : -EINVAL;
 }
 
-int bypass_ack(struct bypass_stack *s, bypass_sock h)
-{
-    const struct sock *k = sock_get(s, h);
-    if (!k)
-        return -EBADF;
-    struct tcp_conn *c = k->type == SOCK_TCP ? conn_at(s, k->idx) : NULL;
-    if (!c || (c->flags & TF_DEAD) || !(c->flags & TF_ACK_LATER) || c->rcv_queued > 0)
-        return 0;
-    tcp_send_ack(s, c);
-    return 1;
-}
-
 int64_t bypass_sendto(struct bypass_stack *s, bypass_sock h, const void *buf, size_t n, int flags,
                       const struct bypass_endpoint *to)
 {

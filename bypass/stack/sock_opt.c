@@ -111,20 +111,16 @@ static void notsent_changed(const struct owner *o)
 /* ---- Values that are not simply stored ------------------------------------------------------------------ */
 static int set_quickack(const struct owner *o, int64_t v)
 {
-    if (!o->c) {
-        o->opt->bits = (uint16_t)(v ? o->opt->bits & ~OPT_SLOWACK : o->opt->bits | OPT_SLOWACK);
+    *o->feat = (*o->feat & ~(uint32_t)(TX_ANSWERS | TX_LISTENS)) | (v ? TX_LISTENS : TX_ANSWERS);
+    if (!o->c)
         return 0;
-    }
     o->c->quick_acks = v ? QUICK_ACKS : 0;
     if (v && (o->c->flags & TF_ACK_LATER))
         tcp_send_ack(o->s, o->c);
     return 0;
 }
 
-static int64_t get_quickack(const struct owner *o)
-{
-    return o->c ? o->c->quick_acks > 0 : !(o->opt->bits & OPT_SLOWACK);
-}
+static int64_t get_quickack(const struct owner *o) { return !(*o->feat & TX_ANSWERS); }
 
 /* tcp(7): zero means no limit; a live connection keeps the segments that it has. */
 static int set_maxseg(const struct owner *o, int64_t v)
@@ -261,7 +257,8 @@ void tcp_options_default(struct tcp_endpoint *ep, const struct bypass_config *cf
 }
 
 enum { INHERITED_FLAGS = TF_NODELAY | TF_CORK | TF_KEEPALIVE };
-enum { INHERITED_FEAT = TX_SNDBUF_SET | TX_RCVBUF_SET | TX_RCVLOWAT | TX_NOTSENT | TX_KEEP_FRAMES };
+enum { KEPT_FEAT = TX_SNDBUF_SET | TX_RCVBUF_SET | TX_RCVLOWAT | TX_NOTSENT | TX_KEEP_FRAMES };
+enum { INHERITED_FEAT = KEPT_FEAT | TX_ANSWERS | TX_LISTENS }; /* what a connection learned ends with it */
 
 void tcp_options_inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tcp_endpoint *ep)
 {
@@ -278,7 +275,7 @@ void tcp_options_inherit(struct tcp_conn *c, struct tcp_cold *k, const struct tc
 void tcp_options_return(struct tcp_endpoint *ep, const struct tcp_conn *c, const struct tcp_cold *k)
 {
     ep->flags = c->flags & INHERITED_FLAGS;
-    ep->feat = c->feat & INHERITED_FEAT;
+    ep->feat = c->feat & KEPT_FEAT;
     ep->sndbuf = c->sndbuf;
     ep->rcvbuf = c->rcvbuf;
     ep->cc = c->cc;

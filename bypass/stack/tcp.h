@@ -96,8 +96,11 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_KEEP_FRAMES = 1 << 21, /* no copy break (sock_zc.c) */
        TX_PMTU_SEARCH = 1 << 22, /* packetization-layer discovery is at work */
        TX_FO_DEFER = 1 << 23,    /* the SYN waits for the first write */
-       TX_ONEWAY = 1 << 25,      /* an ACK waited in vain for data to go with: the peer talks, this side listens */
        TX_FO_FIN = 1 << 24,      /* the program has closed a TX_FO_PENDING connection */
+       TX_ANSWERS = 1 << 25,     /* data carries ACKs: they may wait for it (tcp_rcv.c: who talks) */
+       TX_LISTENS = 1 << 26,     /* an ACK has waited in vain for data: what is read is acknowledged */
+       TX_ACK_ALONE = 1 << 27,   /* ... one ACK has left without data since data left last */
+       TX_ACKS_ALONE = 1 << 28,  /* ... several have */
 };
 
 enum {           /* conn.rtx_kind: what rtx_at stands for */
@@ -248,8 +251,7 @@ enum { /* tcp_options.bits */
        OPT_REUSEPORT = 1 << 1,
        OPT_OOBINLINE = 1 << 2,
        OPT_BROADCAST = 1 << 3, /* means nothing to TCP; kept as Linux keeps it */
-       OPT_SLOWACK = 1 << 4,   /* TCP_QUICKACK was switched off */
-       OPT_FASTOPEN_CONNECT = 1 << 5,
+       OPT_FASTOPEN_CONNECT = 1 << 4,
 };
 struct tcp_options {
     uint8_t ttl, tos;     /* first: in the cache line of tcp_cold that each segment needs */
@@ -882,6 +884,14 @@ static inline bool tcp_readable(const struct bypass_stack *s, const struct tcp_c
     return c->rcv_queued > 0;
 }
 void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c); /* something was read */
+void tcp_ack_due(struct bypass_stack *s, struct tcp_conn *c);           /* the delay of an ACK has passed */
+void tcp_ack_carried(struct tcp_conn *c);
+static inline void tcp_data_out(struct tcp_conn *c) /* data leaves, and with it what is to be acknowledged */
+{
+    uint32_t known = c->feat & (TX_ANSWERS | TX_LISTENS);
+    if (unlikely(known != TX_ANSWERS && (known || (c->flags & TF_ACK_LATER))))
+        tcp_ack_carried(c);
+}
 int64_t tcp_recv(struct bypass_stack *s, struct tcp_conn *c, void *buf, size_t n, int flags);
 void tcp_rcv_after_read(struct bypass_stack *s, struct tcp_conn *c, bool bulk); /* bulk: much had been queued */
 /* The first item leaves the queue; it stays charged. */
@@ -979,6 +989,7 @@ enum {
     RTO_INIT_US = 1000000,     /* RFC 6298 2.1 */
     RTO_FALLBACK_US = 3000000, /* RFC 6298 5.7: after a SYN that was repeated */
     DELACK_MS = 40,
+    DELACK_FIRST_MS = 5, /* ... as long as nobody knows whether data will go with it */
     TIME_WAIT_S = 60,
     FIN_WAIT_S = 60,
     SYN_RETRIES = 6,

@@ -168,7 +168,7 @@ struct tcp_conn *conn_new(struct bypass_stack *s, const struct tcp_endpoint *ep,
     c->rcvq_head = c->rcvq_tail = c->ooo = NO_INDEX;
     c->sndq_head = c->sndq_next = c->sndq_tail = BYPASS_PKT_NONE;
     c->rto_us = RTO_INIT_US;
-    c->quick_acks = QUICK_ACKS;
+    c->quick_acks = c->feat & TX_ANSWERS ? 0 : QUICK_ACKS;
     c->syn_mss = TCP_DEFAULT_MSS;
     c->rcv_wscale = tcp_tune_wscale(s, c->rcvbuf, c->feat);
     k->last_in = now_ns(s);

@@ -322,8 +322,8 @@ static inline void enqueue(struct bypass_stack *s, struct tcp_conn *c, struct tc
     c->snd_queued = n;
     c->snd_nxt = seq_add(c->snd_nxt, n);
     c->last_ack_sent = c->rcv_nxt;
+    tcp_data_out(c);
     c->flags &= ~(uint32_t)(TF_ACK_NOW | TF_ACK_LATER | TF_ACK_BATCH | TF_MORE | TF_PUSH_ALL);
-    c->feat &= ~(uint32_t)TX_ONEWAY;
     c->ack_at = 0;
     k->unacked_since = now_ns(s);
     k->segs_out++;

@@ -122,7 +122,7 @@ static void conn_header(struct bypass_stack *s, struct tcp_conn *c, struct heade
     conn_cold(s, c)->segs_out++;
     c->last_ack_sent = c->rcv_nxt;
     if (payload > 0)
-        c->feat &= ~(uint32_t)TX_ONEWAY;
+        tcp_data_out(c);
     c->flags &= ~answered;
     c->ack_at = 0;
 }

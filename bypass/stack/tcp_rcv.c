@@ -144,6 +144,40 @@ static void ack_data(struct bypass_stack *s, struct tcp_conn *c, uint32_t len, b
     }
 }
 
+/* Who talks. RFC 1122 4.2.3.2 delays an ACK in the hope of data to go with it, and a peer with Nagle's algorithm (4.2.3.4)
+ * waits for that ACK before it sends the next small piece. What a connection is for is learned from what happens:
+ *
+ *                  data leaves with an ACK             the delay passes without data
+ *   nothing yet    TX_ANSWERS                          TX_LISTENS
+ *   TX_ANSWERS     stays                               TX_LISTENS
+ *   TX_LISTENS     TX_ANSWERS; stays when several      stays; so do ACKs of what was read
+ *                  ACKs had left alone before
+ *
+ * The delay is short as long as nothing is known, so that neither who answers sends more ACKs than answers, nor who only
+ * listens makes the peer wait; who listens acknowledges when the program has read all. Several ACKs before an answer mean
+ * that the peer went on after the first: it writes in pieces, and would wait again with each answer. Linux leaves its
+ * "pingpong" mode in the same way, and enters it with each answer. */
+static void ack_alone(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->feat |= c->feat & TX_ACK_ALONE ? TX_ACKS_ALONE : TX_ACK_ALONE;
+    tcp_send_ack(s, c);
+}
+
+void tcp_ack_due(struct bypass_stack *s, struct tcp_conn *c)
+{
+    c->flags &= ~(uint32_t)TF_ACK_LATER;
+    c->feat = (c->feat & ~(uint32_t)TX_ANSWERS) | TX_LISTENS;
+    ack_alone(s, c);
+}
+
+void tcp_ack_carried(struct tcp_conn *c)
+{
+    bool pieces = (c->feat & TX_LISTENS) && (c->feat & TX_ACKS_ALONE);
+    c->feat &= ~(uint32_t)(TX_ACK_ALONE | TX_ACKS_ALONE);
+    if (!pieces && (c->feat & TX_LISTENS || c->flags & TF_ACK_LATER))
+        c->feat = (c->feat & ~(uint32_t)TX_LISTENS) | TX_ANSWERS;
+}
+
 static void fin_in(struct bypass_stack *s, struct tcp_conn *c)
 {
     c->rcv_nxt = seq_add(c->rcv_nxt, 1);
@@ -371,12 +405,10 @@ static int64_t nothing_to_read(struct tcp_conn *c, struct tcp_cold *k)
     return (c->flags & TF_RCV_SHUT) || conn_over(c) ? 0 : -EAGAIN;
 }
 
-/* RFC 1122 4.2.3.2 delays an ACK in the hope of data to go with it. Where that hope has failed, what has been read is
- * acknowledged: a peer with Nagle's algorithm waits for it with each small piece. */
 static inline void ack_read(struct bypass_stack *s, struct tcp_conn *c)
 {
-    if (unlikely(c->feat & TX_ONEWAY) && (c->flags & TF_ACK_LATER) && c->rcv_queued == 0)
-        tcp_send_ack(s, c);
+    if (unlikely(c->feat & TX_LISTENS) && (c->flags & TF_ACK_LATER) && c->rcv_queued == 0)
+        ack_alone(s, c);
 }
 
 /* All that is there is in one chunk, and goes: the usual request. */

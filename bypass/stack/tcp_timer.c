@@ -95,8 +95,11 @@ void tcp_ack_delayed(struct bypass_stack *s, struct tcp_conn *c)
 {
     if (c->flags & TF_ACK_LATER)
         return;
+    uint32_t ms = core(s)->cfg.delack_ms;
+    if (unlikely(!(c->feat & (TX_ANSWERS | TX_LISTENS))))
+        ms = min_u32(ms, DELACK_FIRST_MS);
     c->flags |= TF_ACK_LATER;
-    c->ack_at = now_ns(s) + core(s)->cfg.delack_ms * MSEC_NS;
+    c->ack_at = now_ns(s) + ms * MSEC_NS;
     if (!wheel_covers(&c->timer, c->ack_at))
         tcp_timer_update(s, c);
 }
@@ -283,9 +286,7 @@ static void conn_due(struct bypass_stack *s, uint32_t i)
     const uint32_t gen = cold_at(s, i)->gen;
     if (c->ack_at && c->ack_at <= now_ns(s)) {
         c->ack_at = 0;
-        c->flags &= ~(uint32_t)TF_ACK_LATER;
-        c->feat |= TX_ONEWAY;
-        tcp_send_ack(s, c);
+        tcp_ack_due(s, c);
     }
     if (unlikely(c->feat & TX_PACE_WAIT))
         tcp_pace_due(s, c);
