@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from bypass._core import ffi, lib
 from bypass.core import address_text
@@ -55,7 +55,16 @@ Place = Literal["undecided", "stack", "kernel", "both"]
 
 
 class Model(BaseModel):
+    """Read by people, on terminals: whoever tells it, text is printable."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="after")
+    def _printable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{name} is not printable")
+        return self
 
 
 class Socket(Model):
@@ -341,6 +350,12 @@ def _read(memory: Memory) -> tuple[bytes, str]:
     return data, error or ("reading it failed" if code else "")
 
 
+def _user_of(pid: int) -> int:
+    """Its effective user; /proc/PID itself is root's where it is not dumpable. OSError: it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[2]) for line in lines if line.startswith("Uid:"))
+
+
 def look(memory: Memory) -> Application:
     """Reads one application. OSError: its processes have ended."""
     data, error = _read(memory)
@@ -358,8 +373,8 @@ def look(memory: Memory) -> Application:
         if not told.error:
             raise
     pids = [pid for pid in (told.summary.pids if told.summary else []) if pid in memory.holders]
-    with suppress(OSError):
-        told.uid = Path(f"/proc/{(pids or memory.holders)[0]}").stat().st_uid
+    with suppress(OSError, IndexError):
+        told.uid = _user_of((pids or memory.holders)[0])
     tables: dict[str, dict[str, list[str]]] = {}
     for socket in told.sockets:
         if socket.pid in pids and socket.place in ("kernel", "undecided"):

@@ -18,6 +18,7 @@ from typing import Any
 
 from bypass.broker.apps import App, Process
 from bypass.broker.broker import Broker
+from bypass.broker.looks import Looks
 from bypass.errors import BypassError
 from bypass.grants import ANY, WHOLE_BLOCK, Key
 from bypass.policy import Policy, load_policy
@@ -37,6 +38,7 @@ class Admin:
         changed: called with a process that has something to read.
         stop: ends the broker.
         later: later(work, done) runs work() in a thread, and then done() in the loop.
+        looks: who reads applications' memory.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Admin:
         changed: Callable[[Process], None],
         stop: Callable[[], None],
         later: Callable[[Callable[[], None], Callable[[], None]], None],
+        looks: Looks,
     ) -> None:
+        self._looks = looks
         self._broker = broker
         self._changed = changed
         self._stop = stop
@@ -110,6 +114,20 @@ class Admin:
                 for lease in list(app.leases.values())[:MAX_LEASES]
             ],
         }
+
+    # ---- conns
+    def _conns(self, process: Process, asked: dict[str, Any]) -> None:
+        """Sockets of the applications that are the asking user's, or for the trusted all: told through a pipe, which
+        comes with the answer (look.py)."""
+        if set(asked) != {"do"}:
+            raise BypassError("`conns` takes nothing else")
+        user = process.user
+        apps = [a for a in self._broker.apps.values() if user.trusted or a.user.uid == user.uid]
+        record = json.dumps({"end": True, "apps": len(apps)}).encode()
+        if process.closed:
+            return
+        process.say(record, self._looks.begin(user.uid, apps) if apps else -1)
+        self._changed(process)
 
     # ---- down
     def _down(self, process: Process, asked: dict[str, Any]) -> None:
@@ -252,6 +270,7 @@ def user_name(uid: int) -> str:
 Action = Callable[[Admin, Process, dict[str, Any]], None]
 ACTIONS: dict[str, Action] = {
     "ps": Admin._ps,
+    "conns": Admin._conns,
     "down": Admin._down,
     "reload": Admin._reload,
     "explain": Admin._explain,

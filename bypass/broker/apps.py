@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bypass.broker import protocol
@@ -66,6 +67,7 @@ class Process:
         self.lagging = False
         self.closed = False
         self._out: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._ours: set[int] = set()  # descriptors to close when they are sent
 
     def __repr__(self) -> str:
         return f"<process {self.pid}>"
@@ -82,9 +84,11 @@ class Process:
         """Queues an answer. There are never more than it has asked for: see `paused`."""
         self._out.append((message.pack(), fds))
 
-    def say(self, data: bytes) -> None:
-        """Queues an answer to a tool."""
-        self._out.append((data, ()))
+    def say(self, data: bytes, fd: int = -1) -> None:
+        """Queues an answer to a tool; fd: goes with it, and is closed then."""
+        self._out.append((data, (fd,) if fd >= 0 else ()))
+        if fd >= 0:
+            self._ours.add(fd)
 
     def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Queues what it has not asked for."""
@@ -100,11 +104,18 @@ class Process:
             if not protocol.send(self.sock, data, fds):
                 return False
             self._out.popleft()
+            self._sent(fds)
         return True
+
+    def _sent(self, fds: Iterable[int]) -> None:
+        for fd in self._ours.intersection(fds):
+            self._ours.discard(fd)
+            os.close(fd)
 
     def close(self) -> None:
         self.closed = True
         self._out.clear()
+        self._sent(set(self._ours))
         self.sock.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)

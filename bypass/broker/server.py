@@ -28,6 +28,7 @@ from bypass.broker.admin import Admin
 from bypass.broker.apps import Process
 from bypass.broker.broker import Broker
 from bypass.broker.closer import Closer
+from bypass.broker.looks import Looks
 from bypass.broker.protocol import Message
 from bypass.broker.site import Site
 from bypass.broker.users import peer_of, pidfd_of
@@ -108,7 +109,8 @@ class Server:
         self._closer = Closer()
         self._threads: dict[threading.Thread, int] = {}  # with what tells their end
         self.broker = Broker(site, self, protocol.name_of(sock), time.monotonic_ns)
-        self.admin = Admin(self.broker, self.changed, self.stop, self._later)
+        self._looks = Looks(self)
+        self.admin = Admin(self.broker, self.changed, self.stop, self._later, self._looks)
         sock.setblocking(False)
         self.watch(self._wake, lambda: None)
         self.watch(sock.fileno(), self._accept)
@@ -129,6 +131,7 @@ class Server:
             return
         for thread in list(self._threads):
             self._joined(thread)
+        self._looks.close()
         self.broker.close()
         self._flush()
         for process in list(self._processes.values()):

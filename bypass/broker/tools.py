@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import time
@@ -12,11 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bypass.broker import look
 from bypass.broker.protocol import MAX_BYTES, socket_address, socket_name
 from bypass.errors import BypassError
+from bypass.observe import Application
 
 PRIVATE = "@bypass/run/"
 ANSWER_S = 30.0
+LOOK_S = look.TIME_S + 5.0
+LOOK_BYTES = 1 << 28
 
 
 def brokers(name: str | None = None) -> list[str]:
@@ -77,6 +84,27 @@ class Asking:
             if record.get("end"):
                 return
 
+    def conns(self) -> list[Application]:
+        """The applications that the broker lets this user see.
+
+        Raises:
+            BypassError: the broker refuses, does not know the question, or tells nonsense.
+        """
+        self._sock.send(json.dumps({"do": "conns"}).encode())
+        if not select.select([self._sock], [], [], ANSWER_S)[0]:
+            raise BypassError(f"the broker at {self.name} does not answer")
+        data, fds, _, _ = socket.recv_fds(self._sock, MAX_BYTES, 1)
+        try:
+            answer = Answer.model_validate_json(data)
+            if answer.error:
+                raise BypassError(answer.error)
+            return _applications(fds[0], answer.apps) if fds else []
+        except ValidationError as e:
+            raise BypassError(f"the broker at {self.name} tells nonsense: {e.errors()[0]['msg']}") from e
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     def wait_for_end(self, seconds: float = ANSWER_S) -> None:
         """Until the broker has closed the connection, which is the last thing that it does."""
         end = time.monotonic() + seconds
@@ -87,6 +115,35 @@ class Asking:
             except ConnectionResetError:
                 return
         raise BypassError(f"the broker at {self.name} has not ended within {seconds:.0f} seconds")
+
+
+class Answer(BaseModel):
+    """To `conns`; what else it means comes through the pipe that is passed with it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    end: bool = False
+    apps: int = 0
+    error: str = ""
+
+
+def _applications(pipe: int, count: int) -> list[Application]:
+    """What bypass.broker.look tells. BypassError, ValidationError: it is not that."""
+    end, data = time.monotonic() + LOOK_S, bytearray()
+    while part := _read(pipe, end):
+        data += part
+        if len(data) > LOOK_BYTES:
+            raise BypassError("the broker tells of more than any application holds")
+    lines = data.splitlines()
+    if not lines or lines.pop() != look.END.encode() or len(lines) != count:
+        raise BypassError("the broker's reader has ended early: try again")
+    return [Application.model_validate_json(line) for line in lines]
+
+
+def _read(pipe: int, end: float) -> bytes:
+    if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+        raise BypassError(f"the broker's reader has not ended within {LOOK_S:.0f} seconds")
+    return os.read(pipe, 1 << 20)
 
 
 def ask(name: str, question: dict[str, Any], wait_s: float | None = ANSWER_S) -> list[dict[str, Any]]:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pwd
 from contextlib import suppress
 
 import click
 
+from bypass.broker.tools import Asking, brokers
 from bypass.cli.table import print_table
 from bypass.errors import BypassError
 from bypass.observe import Application, Socket, look, memories
@@ -72,11 +74,31 @@ def conns(app: str, as_json: bool, limit: int) -> None:
 
 
 def applications() -> list[Application]:
-    found = []
+    """Of all that this user may see. Who is not root asks the brokers too: programs are not dumpable in shared mode, so
+    that not even their own user can look into them."""
+    found = [] if os.geteuid() == 0 else told_by_brokers()
+    known = {pid for application in found for pid in application.holders}
     for memory in memories():
+        if known.intersection(memory.holders):
+            continue
         # It ended meanwhile: then proc(5) says EACCES, too.
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             found.append(look(memory))
+    return found
+
+
+def told_by_brokers() -> list[Application]:
+    found = []
+    for name in brokers():
+        asking = None
+        try:
+            asking = Asking(name)
+            found += asking.conns()
+        except BypassError as e:
+            click.echo(f"bypass: {e}", err=True)
+        finally:
+            if asking:
+                asking.close()
     return found
 
 
