@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from preload_machine import Both
 
 STREAM = "socket 2 2049 0"  # AF_INET, SOCK_STREAM | SOCK_NONBLOCK
+CLOSED = "7"
 PAIR = (STREAM, "listen 3 5", STREAM, "connect 4 0 @3", "accept4 3 2048")  # 3 listens, 4 and 5 are connected
 
 
@@ -36,6 +37,10 @@ def bind_of_ended(worlds: Both, n: int, words: Sequence[str]) -> bool:
     return words[0] == "bind" and bool(ended)
 
 
+def shutdown_of_closed(worlds: Both, n: int, words: Sequence[str]) -> bool:
+    return words[0] == "shutdown" and seen(worlds, n, words).get("state") == CLOSED
+
+
 def epoll_of_relatives(worlds: Both, n: int, words: Sequence[str]) -> bool:
     return words[0] == "epoll_ctl" and len(worlds.tables) > 1
 
@@ -47,6 +52,23 @@ DIFFERENCES = {
         "0 0 0",
         "-1 22 0",
         bind_of_ended,
+    ),
+    "shutdown() of a closed connection": Difference(
+        "ENOTCONN, and that is all; on Linux it is shut down all the same",
+        (
+            *PAIR,
+            "close 3",
+            "linger 5 1 0",
+            "close 5",
+            "poll 4 1 200",
+            "recv 4 1 0",
+            "connect 4 0 5001",
+            "shutdown 4 0",
+            "poll 4 0x2000 0",
+        ),
+        "1 0 0 2010",
+        "1 0 0 10",
+        shutdown_of_closed,
     ),
     "a socket that a relative adds to a set": Difference(
         "makes the set readable in the process that added it only; on Linux the set is one",

@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +103,8 @@ GRACE_S = 2.0
 
 def _end_orphans(leader: int, over: threading.Event) -> None:
     """Children that outlive the program hold its output open: they have a moment."""
-    os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+    with suppress(ChildProcessError):  # it was waited for already: then all of its output had come
+        os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
     if not over.wait(GRACE_S):
         os.killpg(leader, signal.SIGKILL)
 

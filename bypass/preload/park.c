@@ -154,9 +154,10 @@ static void cancelled(void *arg)
     }
 }
 
-/* The lock is let go of. -EINTR also for a handler that ran shortly before or after the sleep; not for one that `mask` had
- * kept until the time was over. */
-static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask, uint32_t handled)
+/* The lock is let go of, until due_ns at the latest. -EINTR also for a handler that ran shortly before or after the sleep,
+ * but before until_ns. */
+static int asleep(doze_call *doze, void *arg, uint64_t due_ns, uint64_t until_ns, const sigset_t *mask,
+                  uint32_t handled)
 {
     struct timespec ts;
     volatile int got = -EINTR;
@@ -164,7 +165,7 @@ static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t 
     leave();
     pthread_cleanup_push(cancelled, NULL);
     if (self.handled == handled) {
-        got = doze(arg, time_left(until_ns, &ts), mask);
+        got = doze(arg, time_left(due_ns, &ts), mask);
     }
     pthread_cleanup_pop(0);
     enter();
@@ -174,7 +175,7 @@ static int asleep(doze_call *doze, void *arg, uint64_t until_ns, const sigset_t 
 int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, const sigset_t *mask)
 {
     uint32_t handled = self.handled;
-    uint64_t until = until_ns;
+    uint64_t due_ns = until_ns;
     int got = 0;
 
     if (unlikely(me.forked)) {
@@ -189,10 +190,11 @@ int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, co
             uint64_t due = next_turn();
 
             s->watching = true;
-            until = due < until_ns ? due : until_ns;
+            due_ns = due < until_ns ? due : until_ns;
             me.watch_until = due;
         }
-        got = asleep(doze, arg, until, mask, handled);
+        /* A handler that `mask` had kept until then is no reason to end. */
+        got = asleep(doze, arg, due_ns, mask ? due_ns : until_ns, mask, handled);
     } else if (got == 0 && self.handled != handled) {
         got = -EINTR;
     }
