@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bypass conns` of users whose programs are not dumpable: the broker has their memory read, and tells nobody of others."""
+"""`bypass conns` of users whose programs are not dumpable: the broker has their memory read, and tells nobody of
+others."""
 
 from __future__ import annotations
 
