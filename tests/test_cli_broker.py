@@ -284,6 +284,71 @@ def test_reload_grants_anew_and_takes_what_is_granted_no_more(broker: str, polic
         assert (header.spin_us, header.batch) == (30, 64), "the running program's memory says so"
 
 
+ACCEPTS = f"""
+import selectors, socket, sys
+s = socket.create_server(("{SERVER_IP}", 8080))
+chosen = selectors.DefaultSelector()
+if sys.argv[1] == "epoll":
+    s.setblocking(False)
+    chosen.register(s, selectors.EVENT_READ)
+print("ready", flush=True)
+while True:
+    if sys.argv[1] == "epoll":
+        chosen.select()
+    c, _ = s.accept()
+    c.sendall(b"hello")
+    c.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["blocking", "epoll"])
+def test_a_listener_that_is_granted_no_more_goes_on_by_the_kernel(
+    how: str, broker: str, policy: Path, lab: Lab
+) -> None:
+    def greeted() -> int:
+        """Connections that the kernel took for one of the client's."""
+        before = passive_opens()
+        with netns.entered(lab.client_ns), socket.create_connection((SERVER_IP, 8080), 10) as c:
+            assert c.recv(10) == b"hello"
+        return passive_opens() - before
+
+    run = [
+        *BYPASS,
+        "run",
+        "--socket",
+        broker,
+        "--user",
+        "nobody",
+        "--",
+        "/usr/bin/python3",
+        "-c",
+        ACCEPTS,
+        how,
+    ]
+    program = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        assert greeted() == 0
+        policy.write_text(POLICY.replace("8080", "8088"))
+        assert "1 leases are granted no more" in good("reload", "--socket", broker)
+        wait_until(lambda: greeted() == 1)
+        assert [greeted() for _ in range(3)] == [1, 1, 1]
+        assert program.poll() is None
+    finally:
+        program.kill()
+        program.communicate()
+
+
+def passive_opens() -> int:
+    names, values = (
+        line.split()
+        for line in Path("/proc/thread-self/net/snmp").read_text().splitlines()
+        if line.startswith("Tcp:")
+    )
+    return int(values[names.index("PassiveOpens")])
+
+
 def test_down_tells_what_dies(broker: str, lab: Lab) -> None:
     with Client(broker) as client, socket.socket() as sock:
         client.hello()

@@ -154,6 +154,20 @@ static int hear(struct app_msg *m, int ms)
 }
 
 /* ---- What it says of its own accord ------------------------------------------------------------------------- */
+/* What has become the kernel's is that for this process' descriptors and epoll sets, too. (All relatives are told.) */
+static void settle(uint32_t i, struct object *o)
+{
+    for (int fd = 0; fd < me.fd_top; fd++) {
+        if (fd_object(fd) == i) {
+            char why[sizeof o->why];
+
+            memcpy(why, o->why, sizeof why);
+            place_kernel(fd, o, WHY_NOT_GRANTED, why);
+            return;
+        }
+    }
+}
+
 static void revoked(uint32_t lease)
 {
     block_revoked(lease);
@@ -168,6 +182,10 @@ static void revoked(uint32_t lease)
             o->place = o->listening || o->type == BYPASS_DGRAM ? PLACE_KERNEL : PLACE_STACK;
             o->reason = WHY_NOT_GRANTED;
             group_notify(me.g, i, BYPASS_EVERYTHING);
+        }
+        if (o->refs && o->place == PLACE_KERNEL && o->reason == WHY_NOT_GRANTED && me.local[i].fds &&
+            (me.local[i].items || o->shadow_nonblock)) {
+            settle(i, o);
         }
     }
 }

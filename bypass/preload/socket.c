@@ -304,6 +304,10 @@ EXPORT int accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
             break;
         }
         r = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
+        if (o->place == PLACE_KERNEL) { /* the policy grants it no more */
+            leave();
+            return accept4(fd, sa, len, flags);
+        }
         if (r < 0) {
             break;
         }
