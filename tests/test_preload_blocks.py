@@ -4,6 +4,7 @@ kernel takes no port of a block, and has all of them back afterwards, whoever di
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from c_programs import run as run_tool
 from bypass import netns
 from bypass.broker import blocks
 from bypass.broker.broker import Broker
+from bypass.broker.leasing import LEASE_AHEAD
 from bypass.broker.protocol import Kind, Message
 from bypass.broker.shared import site_of
 from bypass.grants import Grants
@@ -34,6 +36,7 @@ from bypass.steering import BLOCK
 
 pytestmark = pytest.mark.netns
 
+AHEAD = -1
 PORT = 7000
 NOBODY = 65534
 ADMINS = "30000-30010,45000"
@@ -64,10 +67,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stream(socketserver.BaseRequestHandler):
+    served = 0
+    one_more = threading.Condition()
+
     def handle(self) -> None:
         with suppress(ConnectionError):
             while data := self.request.recv(4096):
                 self.request.sendall(data)
+        with self.one_more:
+            Stream.served += 1
+            self.one_more.notify_all()
 
 
 class Datagrams(socketserver.BaseRequestHandler):
@@ -110,12 +119,12 @@ def reserved(ns: str) -> str:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counter[int]:
-    """Requests that the broker gets, by type."""
+    """Requests that the broker gets, by type; AHEAD: for a block before it is needed."""
     counts: Counter[int] = Counter()
     handle = Broker.message
 
     def message(self: Broker, process: object, m: Message, fds: list[int]) -> None:
-        counts[m.type] += 1
+        counts[AHEAD if m.type == Kind.LEASE and m.flags & LEASE_AHEAD else m.type] += 1
         handle(self, process, m, fds)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Broker, "message", message)
@@ -167,6 +176,33 @@ def test_two_thousand_connections_ask_the_broker_a_few_times(
     assert len(used) < 8
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+def test_nobody_waits_for_the_next_block(
+    broker: RunningBroker,
+    lab: Lab,
+    program: Path,
+    asked: Counter[int],
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+) -> None:
+    """The broker does nothing until more connections have come and gone: the last block has ports for them."""
+    went_on: list[bool] = []
+    take = blocks.Blocks.lease
+
+    def lease(self: blocks.Blocks, *args: object, another: bool) -> object:
+        if another:
+            with Stream.one_more:
+                enough = Stream.served + 64
+                went_on.append(Stream.one_more.wait_for(lambda: Stream.served >= enough, 20))
+        return take(self, *args, another=another)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blocks.Blocks, "lease", lease)
+    assert len(connect(broker, lab, program, 1000, processes)) == 1001
+    assert len(went_on) >= 3
+    assert all(went_on)
+    assert asked[AHEAD] == len(went_on), "each was asked for ahead"
+
+
 def test_datagram_sockets_use_blocks_too(
     broker: RunningBroker, lab: Lab, program: Path, asked: Counter[int]
 ) -> None:
@@ -195,6 +231,11 @@ def test_the_kernel_takes_no_port_of_a_block_and_one_that_is_bound_by_name_is_pa
         other = client.good(wanted, (taken.fileno(),))
         assert other.lease != block.lease
         assert live_blocks(broker) == {first, other.local[1]}
+        wanted.flags = 7
+        third = client.good(wanted)
+        assert live_blocks(broker) == {first, other.local[1], third.local[1]}
+        client.good(Message(Kind.RELEASE, lease=third.lease))
+        assert client.ask(wanted, (taken.fileno(),))[0].error == errno.EBADF
         ports = set()
         for _ in range(400):
             s = stack.enter_context(socket.socket())
@@ -220,6 +261,8 @@ def test_a_block_holds_no_port_of_a_socket(broker: RunningBroker, lab: Lab) -> N
         lease = client.good(wanted, (sock.fileno(),))
         assert lease.flags == 0
         assert sock.getsockname() == lease.local
+        wanted.flags = 7
+        assert client.ask(wanted)[0].error == errno.EDQUOT
     assert reserved(lab.server_ns) == ADMINS
 
 

@@ -84,7 +84,8 @@ enum app_msg_type {
      * flags 1, of a connect without a local port: a block of ports would do. If the answer has flags 1 the lease is for
      * all ports from local.port to last_port of local.addr, to any peer that grants allow; the descriptor is not bound,
      * nor kept. No other socket has such a port at that moment, and the kernel chooses none; who binds by name may.
-     * With flags 2 besides, the blocks that the application has are in use: another one; without, it may be one of them. */
+     * With flags 2 besides, the blocks that the application has are in use: another one; without, it may be the last of them.
+     * With flags 4 besides nothing but a block will do, and no descriptor comes with it: they will soon be in use. */
     APP_LEASE = 3,
     /* Ends a lease: its packets are the kernel's, its port is free. Only when the stack has no connection on it. */
     APP_RELEASE = 4,

@@ -156,8 +156,8 @@ class Blocks:
     def lease(
         self, app: App, kind: int, host: str, remote: Address, site: Site, *, another: bool
     ) -> Lease | None:
-        """A block from which an application may reach a peer: one that it has, unless it wants another one. None: it
-        cannot have any.
+        """A block from which an application may reach a peer: the last that it had, unless it wants another one. None:
+        it cannot have any.
 
         Raises:
             OSError: the peer is not reached at all.
@@ -166,7 +166,7 @@ class Blocks:
         grants = site.grants(app.user)
         mine = [lease for lease in app.leases.values() if lease.last_port]
         if not another:
-            for lease in mine:
+            for lease in reversed(mine):
                 if lease.kind == kind and lease.local[0] == host and still_granted(grants, lease):
                     return lease
         if len(mine) >= MAX_BLOCKS:

@@ -19,7 +19,7 @@ from bypass.core import Address
 from bypass.grants import ANY, Key
 from bypass.stack_api import DGRAM, STREAM
 
-LEASE_BLOCK, LEASE_ANOTHER = 1, 2
+LEASE_BLOCK, LEASE_ANOTHER, LEASE_AHEAD = 1, 2, 4
 
 
 class Leasing:
@@ -40,6 +40,8 @@ class Leasing:
                 return m.answer(
                     lease=block.number, local=block.local, last_port=block.last_port, flags=LEASE_BLOCK
                 )
+        if m.flags & LEASE_AHEAD:
+            raise Refused(errno.EDQUOT, "there is no block of ports to be had")
         shadow = Shadow(fds[0], m.kind)
         fds.clear()  # it is the shadow's now
         try:
@@ -54,8 +56,9 @@ class Leasing:
         """Refused: whatever it asks for."""
         if self._state.draining:
             raise Refused(errno.ESHUTDOWN, "the broker is about to end")
-        if len(fds) != 1:
-            raise Refused(errno.EBADF, f"a lease comes with one descriptor, not {len(fds)}")
+        wanted = 0 if m.flags & LEASE_AHEAD else 1
+        if len(fds) != wanted:
+            raise Refused(errno.EBADF, f"such a lease comes with {wanted} descriptors, not {len(fds)}")
         if m.kind not in (STREAM, DGRAM):
             raise Refused(errno.EPROTONOSUPPORT, f"kind {m.kind} is neither stream nor datagram")
         if len(app.leases) >= app.limit:

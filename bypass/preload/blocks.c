@@ -7,6 +7,8 @@
  * A port is free when the stack has nothing on it, TIME_WAIT included (RFC 9293 3.4.2): the packets of a block are the
  * stack's, whichever socket of the kernel's may have the port. It is chosen at random (RFC 6056), as the block was.
  *
+ * Before the last ports are taken another block is asked for, and nobody waits for the answer.
+ *
  * Which block fits is a question of the route: the broker says from which address a peer is reached, and that is believed
  * for a while.
  */
@@ -22,8 +24,11 @@ enum {
     CONFLICTS = 8,
     WANT_BLOCK = 1, /* flags of APP_LEASE */
     WANT_ANOTHER = 2,
+    LOOKED = 4, /* ports passed over in vain: the block may be nearly full */
+    LOW = 128,  /* ports left in the last block: with fewer another one is asked for */
 };
-static const uint64_t ROUTE_NS = 10000000000u, UNUSED_NS = 10000000000u;
+static const uint64_t ROUTE_NS = 10000000000u, UNUSED_NS = 10000000000u, PATIENCE_NS = 1000000000u,
+                      REFUSED_NS = 10000000000u;
 
 static bool same(const struct bypass_addr *a, const struct bypass_addr *b) { return memcmp(a, b, sizeof *a) == 0; }
 
@@ -49,6 +54,49 @@ static int bind_shadow(int fd, const struct object *o, const struct bypass_endpo
     return real.bind(fd, (struct sockaddr *)&sa, len) < 0 ? -errno : 0;
 }
 
+static bool port_used(const struct block *b, uint32_t port)
+{
+    return bypass_port_users(&me.stack, b->type, NULL, (uint16_t)port) != 0;
+}
+
+static bool is_last(const struct block *b)
+{
+    for (const struct block *o = b + 1; o < me.g->blocks + BLOCKS; o++) {
+        if (o->lease && o->type == b->type && same(&o->local, &b->local)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* One of its ports was just taken, after `looked` others that were not free. The relatives ask one at a time. */
+static void ask_ahead(const struct block *b, uint32_t looked, const struct bypass_endpoint *to)
+{
+    uint64_t now = clock_ns();
+    uint32_t left = 0;
+
+    if (looked < LOOKED || now < me.g->blocks_ask_ns || !is_last(b)) {
+        return;
+    }
+    for (uint32_t port = b->first; port <= b->last; port++) {
+        left += !port_used(b, port);
+    }
+    if (left < LOW) {
+        me.g->blocks_ask_ns = now + PATIENCE_NS;
+        broker_block_ahead(b->type, to);
+    }
+}
+
+void block_came(const struct app_msg *m, int type, const struct bypass_addr *to)
+{
+    bool good = m->error == 0 && (m->flags & WANT_BLOCK);
+
+    me.g->blocks_ask_ns = good ? 0 : clock_ns() + REFUSED_NS;
+    if (good) {
+        block_add(m, type, to);
+    }
+}
+
 /* 0; -ENOENT: none is free; -EACCES: what is free is not granted for this peer. */
 static int bind_in(struct block *b, int fd, const struct object *o, const struct bypass_endpoint *to,
                    struct bypass_endpoint *local)
@@ -61,7 +109,7 @@ static int bind_in(struct block *b, int fd, const struct object *o, const struct
         struct bypass_endpoint at = {.addr = b->local, .port = (uint16_t)(b->first + (start + i) % count)};
         int err;
 
-        if (bypass_port_users(&me.stack, b->type, NULL, at.port) != 0) {
+        if (port_used(b, at.port)) {
             continue;
         }
         if (!granted(b->type, &at, to)) {
@@ -71,6 +119,7 @@ static int bind_in(struct block *b, int fd, const struct object *o, const struct
         if (err == 0) {
             b->used_ns = clock_ns();
             *local = at;
+            ask_ahead(b, i, to);
         }
         if (err != -EADDRINUSE) {
             return err;
@@ -100,6 +149,10 @@ int block_bind(int fd, const struct object *o, const struct bypass_endpoint *to,
             }
             *flags = WANT_BLOCK | WANT_ANOTHER;
         }
+    }
+    if ((*flags & WANT_ANOTHER) && clock_ns() < me.g->blocks_ask_ns) {
+        me.g->blocks_ask_ns = 0;
+        *flags = WANT_BLOCK; /* what a relative has asked for: it may have ended since */
     }
     return -ENOENT;
 }
@@ -158,7 +211,7 @@ void block_add(const struct app_msg *m, int type, const struct bypass_addr *to)
 static bool in_use(const struct block *b)
 {
     for (uint32_t port = b->first; port <= b->last; port++) {
-        if (bypass_port_users(&me.stack, b->type, NULL, (uint16_t)port) != 0) {
+        if (port_used(b, port)) {
             return true;
         }
     }
@@ -178,7 +231,7 @@ void blocks_check(uint64_t now)
             continue;
         }
         if (now >= b->used_ns + UNUSED_NS && !in_use(b)) {
-            broker_release(b->lease);
+            broker_release_soon(b->lease);
             b->lease = 0;
             continue;
         }

@@ -16,11 +16,14 @@
 
 #include "preload.h"
 
-enum { GRANTS = 256, ANSWER_MS = 5000, HELLO_MS = 20000, FDS = APP_QUEUES + 3 };
+enum { ANSWER_MS = 5000, HELLO_MS = 20000, FDS = APP_QUEUES + 3 };
 
-static struct app_msg grants[GRANTS], incoming[GRANTS]; /* in force; being told */
-static uint32_t grant_count, incoming_count;
 static uint32_t next_seq;
+static struct {
+    uint32_t seq; /* 0: no such question */
+    int type;
+    struct bypass_addr to;
+} ahead;                            /* the question for a block that will be needed */
 static int heard[FDS], heard_count; /* descriptors of the message that was heard last */
 static char *broker_path;
 
@@ -86,6 +89,7 @@ static void lost(void)
 {
     fd_unhide(me.broker_fd);
     me.broker_fd = -1;
+    ahead.seq = 0;
 }
 
 static void heard_take(const struct cmsghdr *c)
@@ -190,18 +194,6 @@ static void revoked(uint32_t lease)
     }
 }
 
-static void take_grant(const struct app_msg *m)
-{
-    incoming_count = m->index == 0 ? 0 : incoming_count;
-    if (incoming_count < GRANTS && !(m->flags & 2)) {
-        incoming[incoming_count++] = *m;
-    }
-    if (m->flags & 3) {
-        memcpy(grants, incoming, incoming_count * sizeof *grants);
-        grant_count = incoming_count;
-    }
-}
-
 static void next_hop(const struct app_msg *m)
 {
     static const struct bypass_addr any;
@@ -263,7 +255,13 @@ static void heed(const struct app_msg *m)
         queues(0, m->index, m->flags);
         break;
     case APP_GRANT:
-        take_grant(m);
+        grant_take(m);
+        break;
+    case APP_LEASE:
+        if (ahead.seq && m->seq == ahead.seq) {
+            ahead.seq = 0;
+            block_came(m, ahead.type, &ahead.to);
+        }
         break;
     case APP_RESOLVE: /* the answer to broker_resolve(); EINPROGRESS: it is told later */
         if (m->error == 0) {
@@ -354,6 +352,46 @@ void broker_release(uint32_t lease)
     if (lease && me.broker_fd >= 0) {
         ask(&m, -1, NULL, 0, NULL, ANSWER_MS);
     }
+}
+
+void broker_release_soon(uint32_t lease)
+{
+    struct app_msg m = {.type = APP_RELEASE, .app = me.app->app, .lease = lease, .seq = ++next_seq};
+
+    if (lease && me.broker_fd >= 0) {
+        say(&m, -1);
+    }
+}
+
+void broker_block_ahead(int type, const struct bypass_endpoint *to)
+{
+    struct app_msg m = {.type = APP_LEASE, .app = me.app->app, .kind = (uint32_t)type, .remote = *to, .flags = 7};
+
+    m.seq = ++next_seq;
+    if (!ahead.seq && me.broker_fd >= 0 && say(&m, -1) == 0) {
+        ahead.seq = m.seq;
+        ahead.type = type;
+        ahead.to = to->addr;
+    }
+}
+
+bool broker_block_await(void)
+{
+    uint64_t until = clock_ns() + ANSWER_MS * 1000000ull;
+    bool asked = ahead.seq != 0;
+    struct app_msg m;
+
+    while (ahead.seq && clock_ns() < until) {
+        int got = hear(&m, 100);
+
+        if (got < 0) {
+            lost();
+        } else if (got) {
+            heed(&m);
+        }
+    }
+    ahead.seq = 0;
+    return asked;
 }
 
 void broker_resolve(const struct bypass_addr *dst)
@@ -568,35 +606,4 @@ int broker_linger(void)
     struct app_msg m = {.type = APP_LINGER, .app = me.app->app};
 
     return me.broker_fd < 0 ? -ENOTCONN : ask(&m, -1, NULL, 0, NULL, ANSWER_MS);
-}
-
-/* ---- Grants ------------------------------------------------------------------------------------------------------ */
-static bool in_prefix(const struct bypass_addr *a, const struct bypass_addr *net, int bits)
-{
-    int whole = bits / 8, rest = bits % 8;
-
-    return memcmp(a->b, net->b, (size_t)whole) == 0 && (rest == 0 || (a->b[whole] ^ net->b[whole]) >> (8 - rest) == 0);
-}
-
-bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote)
-{
-    static const struct bypass_addr any = {{[10] = 0xff, [11] = 0xff}};
-
-    if (me.app->device == APP_DEV_LOOP) {
-        return !remote || address_is_loopback(&remote->addr);
-    }
-    for (uint32_t i = 0; i < grant_count; i++) {
-        const struct app_msg *g = &grants[i];
-        bool port = !local->port || !g->local.port || (local->port >= g->local.port && local->port <= g->last_port);
-        bool from =
-            memcmp(&local->addr, &any, sizeof any) == 0 || in_prefix(&local->addr, &g->local.addr, g->prefix_len);
-        bool rport =
-            !remote || !g->remote.port || (remote->port >= g->remote.port && remote->port <= g->last_remote_port);
-        bool to = !remote || in_prefix(&remote->addr, &g->remote.addr, g->remote_prefix_len);
-
-        if ((g->kind == 0 || g->kind == (uint32_t)kind) && port && from && rport && to) {
-            return true;
-        }
-    }
-    return false;
 }

@@ -155,6 +155,7 @@ struct group {
     uint32_t leaving_count, pad;
     struct leaving leaving[4096];
     uint64_t blocks_due_ns; /* when blocks have to be looked at; UINT64_MAX: never */
+    uint64_t blocks_ask_ns; /* until then nobody asks for one ahead */
     struct block blocks[64];
     struct route routes[256];
     struct proc procs[GROUP_PROCS];

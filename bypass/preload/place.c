@@ -357,12 +357,16 @@ static int lease_unbound(int fd, struct object *o, struct bypass_endpoint *local
 {
     uint32_t flags;
 
-    for (int tries = 0; tries < 3; tries++) { /* a block that we have; one that others have taken up; a new one */
+    for (int tries = 0; tries < 4;
+         tries++) { /* a block that we have; one asked for; one that others took up; a new one */
         struct app_msg m = {.kind = o->type, .local = *local, .remote = *to};
         int err = block_bind(fd, o, to, local, &flags);
 
         if (err != -ENOENT) {
             return err == 0 ? 0 : lease(fd, o, local, to);
+        }
+        if (broker_block_await()) {
+            continue;
         }
         m.flags = flags;
         err = broker_lease(&m, fd);

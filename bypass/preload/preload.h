@@ -315,11 +315,16 @@ int broker_rejoin(void); /* after fork */
 /* Lock held throughout: one question, one answer. -errno of the answer. */
 int broker_lease(struct app_msg *m, int fd);
 void broker_release(uint32_t lease);
+void broker_release_soon(uint32_t lease); /* nobody waits for its end */
+/* A question for a block that is not needed yet: the answer is block_came()'s, whoever of this process hears it. */
+void broker_block_ahead(int type, const struct bypass_endpoint *to);
+bool broker_block_await(void); /* waits for that answer; whether there was a question */
 /* blocks.c: binds the shadow to a port of a block from which the peer is reached. 0 and *local; -ENOENT: there is none,
  * ask for a lease with `flags` (app.h); -EACCES: it is not granted from a block; other -errno are the call's. */
 int block_bind(int fd, const struct object *o, const struct bypass_endpoint *to, struct bypass_endpoint *local,
                uint32_t *flags);
 void block_add(const struct app_msg *m, int type, const struct bypass_addr *to); /* the answer to that, a block */
+void block_came(const struct app_msg *m, int type, const struct bypass_addr *to);
 bool block_has(int type, const struct bypass_endpoint *local);
 void blocks_check(uint64_t now); /* gives back those that nobody uses */
 void block_revoked(uint32_t lease);
@@ -332,6 +337,7 @@ int address_add(const struct bypass_addr *addr, int prefix_len);
 int broker_fd(void);    /* readable: broker_read() has work; -1 none */
 void broker_read(void); /* what the broker says of its own accord */
 bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote);
+void grant_take(const struct app_msg *m); /* grants.c */
 void broker_announce_exec(void);
 void broker_tell_fork(void); /* in the child, on its parent's connection; without the lock */
 int broker_linger(void);
