@@ -45,6 +45,10 @@ def epoll_of_relatives(worlds: Both, n: int, words: Sequence[str]) -> bool:
     return words[0] == "epoll_ctl" and len(worlds.tables) > 1
 
 
+def exec_with_messages(worlds: Both, n: int, words: Sequence[str]) -> bool:
+    return words[0] == "exec" and any(" sendfd " in line for line in worlds.log)
+
+
 DIFFERENCES = {
     "bind() of a connection that is over": Difference(
         "EINVAL; on Linux it gets another name, and can do nothing with it before connect() to AF_UNSPEC",
@@ -69,6 +73,13 @@ DIFFERENCES = {
         "1 0 0 2010",
         "1 0 0 10",
         shutdown_of_closed,
+    ),
+    "a message with a descriptor, and exec": Difference(
+        "holds the socket that it carries when it is lost after its sender became another program; Linux lets go of it",
+        (*PAIR, "unixpair 1", "sendfd 6 5", "exec", "close_range 5 7 0", "poll 4 0x2000 1000"),
+        "1 0 0 2000",
+        "0 0 0",
+        exec_with_messages,
     ),
     "a socket that a relative adds to a set": Difference(
         "makes the set readable in the process that added it only; on Linux the set is one",

@@ -232,12 +232,12 @@ static int64_t connection_to_pipe(int out, int in, size_t count, unsigned flags)
     r = data_receive(o, in, &iov, 1, MSG_PEEK, NULL, NULL); /* SPLICE_F_NONBLOCK is about the pipe (splice(2)) */
     leave();
     r = r > 0 ? into_pipe(out, buf, (size_t)r) : r;
-    if (r <= 0) {
+    if (r < 0) {
         return r;
     }
     o = fd_enter(in);
     if (o) {
-        iov.iov_len = (size_t)r;
+        iov.iov_len = (size_t)r; /* 0: the end, or a datagram without a byte, which is taken as well */
         (void)data_receive(o, in, &iov, 1, MSG_DONTWAIT, NULL, NULL);
         leave();
     }

@@ -281,6 +281,23 @@ CASE(splice_says_what_is_wrong)
     FAILS(EPIPE, splice(l, NULL, p[1], NULL, 1, 0)); /* nobody reads the pipe */
 }
 
+CASE(splice_takes_datagrams)
+{
+    int udp[2], p[2];
+    char got[8];
+    udp_pair(udp);
+    MUST(pipe2(p, O_NONBLOCK));
+    EQ(send(udp[0], "", 0, 0), 0);
+    EQ(send(udp[0], "hello", 5, 0), 5);
+    EQ(send(udp[0], "x", 1, 0), 1);
+    wait_ready(udp[1], POLLIN);
+    EQ(splice(udp[1], NULL, p[1], NULL, 8, 0), 0);
+    EQ(splice(udp[1], NULL, p[1], NULL, 3, 0), 3); /* the rest of it is gone */
+    EQ(splice(udp[1], NULL, p[1], NULL, 8, 0), 1);
+    EQ(read(p[0], got, sizeof(got)), 4);
+    CHECK(memcmp(got, "helx", 4) == 0);
+}
+
 static void *writes_later(void *arg)
 {
     nap_ms(50);
