@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from broker_support import running
 
 from bypass import app, netns
 from bypass.broker.site import LoopSite
-from bypass.cli.run import environment
+from bypass.cli.run import beyond_reach, environment
 from bypass.errors import BypassError
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 
@@ -134,6 +135,43 @@ def test_what_cannot_be_is_said_once_with_exit_code_2(args: list[str], message: 
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root: a file of another user")
+def test_a_program_that_the_library_cannot_reach_is_told(tmp_path: Path) -> None:
+    plain, static, setuid, go = (tmp_path / name for name in ("plain", "static", "setuid", "go"))
+    source = tmp_path / "it.c"
+    source.write_text('#include <stdio.h>\nint main(void) { puts("it runs"); return 7; }\n')
+    subprocess.run(["gcc", "-o", plain, source], check=True)
+    subprocess.run(["gcc", "-static", "-o", static, source], check=True)
+    shutil.copy(plain, setuid)
+    os.chown(setuid, NOBODY, NOBODY)
+    setuid.chmod(0o4755)
+    tmp_path.chmod(0o755)
+    go.write_bytes(plain.read_bytes() + b"\xff Go buildinf:\x08\x02")
+    go.chmod(0o755)
+    for path, why in (
+        (plain, ""),
+        (static, "is linked statically"),
+        (setuid, "becomes another user"),
+        (go, "is written in Go"),
+    ):
+        done = bypass_run("--loopback", "--", str(path))
+        assert (done.returncode, done.stdout) == (7, "it runs\n")
+        if why:
+            assert done.stderr.startswith(f"bypass: {path} ")
+            assert why in done.stderr
+            assert done.stderr.endswith(": all its sockets are the kernel's\n")
+            assert done.stderr.count("\n") == 1
+        else:
+            assert done.stderr == ""
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
+    assert (bypass_run("--loopback", "--", str(script)).stderr, beyond_reach("no-such-program", {})) == (
+        "",
+        "",
+    )
 
 
 def test_a_running_broker_is_used() -> None:

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import pwd
+import shutil
 import socket
+import stat
+import struct
+from collections.abc import Mapping
 
 import click
 
@@ -67,6 +72,8 @@ def run(
         raise BypassError(
             f"user {account.pw_name} cannot read {library}: open the folders above it, or install it (`make install`)"
         )
+    if reason := beyond_reach(program[0], environ):
+        click.echo(f"bypass: {program[0]} {reason}: all its sockets are the kernel's", err=True)
     try:
         os.execvpe(program[0], list(program), environ)
     except OSError as e:
@@ -108,6 +115,45 @@ def environment(library: os.PathLike[str], name: str, procname: str | None) -> d
     if procname is not None:
         environ["BYPASS_PROCNAME"] = procname
     return environ
+
+
+ELF_HEAD = struct.Struct("<4sBBB9xHHIQQQIHHHHHH")  # elf(5): of 64-bit little-endian files
+PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
+PT_INTERP = 3
+GO_MARK = b"\xff Go buildinf:"  # cmd/go: debug/buildinfo finds it the same way
+
+
+def beyond_reach(program: str, environ: Mapping[str, str]) -> str:
+    """Why the library will have no effect in a program that can be read; empty: it may have, or nothing is known."""
+    path = shutil.which(program, path=environ.get("PATH"))
+    if path is None:
+        return ""
+    try:
+        with open(path, "rb") as f:
+            about = os.fstat(f.fileno())
+            head = f.read(ELF_HEAD.size)
+            if len(head) < ELF_HEAD.size or not head.startswith(b"\x7fELF\x02\x01"):
+                return ""  # a script, or for another machine
+            _, _, _, _, _, _, _, _, at, _, _, _, size, count, *_ = ELF_HEAD.unpack(head)
+            f.seek(at)
+            table = f.read(size * count)
+            f.seek(0)
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                go = text.find(GO_MARK) >= 0
+    except (OSError, ValueError):
+        return ""
+    kinds = {
+        PROGRAM_HEADER.unpack_from(table, i * size)[0] for i in range(count) if size >= PROGRAM_HEADER.size
+    }
+    if go:
+        return "is written in Go, whose programs make their system calls without the C library"
+    if PT_INTERP not in kinds:
+        return "is linked statically, without the C library that bypass takes calls from"
+    if (about.st_mode & stat.S_ISUID and about.st_uid != os.geteuid()) or (
+        about.st_mode & stat.S_ISGID and about.st_gid != os.getegid()
+    ):
+        return "becomes another user or group, for which the loader takes no libraries from the environment"
+    return ""
 
 
 def answers(name: str) -> bool:
