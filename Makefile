@@ -15,6 +15,8 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc)
 endif
 Q := $(if $(V),,@)# V=1 shows the commands
+# Compiled Python is kept, whatever the environment says: tests start hundreds of interpreters.
+unexport PYTHONDONTWRITEBYTECODE
 
 CC := gcc
 CFLAGS_release := -O3 -g
@@ -54,6 +56,8 @@ RUN_release := $(CURDIR)/$(PY)
 RUN_debug := BYPASS_BUILD=$(CURDIR)/$(OUT)/py $(CURDIR)/$(PY)
 RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
+# Many tests wait most of their time: one worker more than there are cores. JOBS=0: one test after the other, in one process.
+JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
 .PHONY: help setup build install demo programs test test-oracle test-cpython test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
@@ -62,7 +66,8 @@ help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
 		printf '  make %-14s %s\n' "$$t" "$$d"; done
 	@echo
-	@echo '  Variables: ARGS="..." for pytest or the benchmark, BYPASS_DEBUG=1 (asserts), SAN=1 (sanitizers), V=1 (commands).'
+	@echo '  Variables: ARGS="..." for pytest or the benchmark, JOBS=0 (tests one after the other), BYPASS_DEBUG=1 (asserts),'
+	@echo '  SAN=1 (sanitizers), V=1 (commands).'
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
@@ -86,7 +91,7 @@ programs: setup ## Debian's programs that tests and benchmarks run, unpacked bel
 	@scripts/programs
 
 test: setup programs ## The whole test suite (ARGS="-k tcp" for a part of it)
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-oracle: setup ## The TCP scripts against this machine's kernel, compared with the registered differences (root)
 	@$(RUN) tests/oracle.py $(ARGS)

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bypass._core import ffi, lib
+from support import WAIT_S
 
 from bypass import netns
 from bypass.broker import protocol
@@ -35,7 +36,6 @@ from bypass.core import Address, CoreStack
 STREAM: int = lib.BYPASS_STREAM
 DGRAM: int = lib.BYPASS_DGRAM
 ME = "127.0.0.1"
-WAIT_S = 10
 
 
 class BrokerError(Exception):

@@ -25,6 +25,10 @@ if "BYPASS_PYTHON" in os.environ:  # the sanitizers' build: their runtime is for
     os.environ.pop("LD_PRELOAD", None)
     sys.executable = os.environ["BYPASS_PYTHON"]
 
+os.environ.pop(
+    "COLUMNS", None
+)  # of the terminal, or of pytest-xdist's workers: tables that are piped are whole
+
 hypothesis.settings.register_profile(
     "bypass",
     deadline=None,  # tests never judge by time

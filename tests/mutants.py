@@ -3,27 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import pytest
+from c_programs import ENV, ROOT, make
 
-ROOT = Path(__file__).resolve().parent.parent
 STACK = ROOT / "bypass/stack"
 OUT = ROOT / "build/release"
-ENV = {
-    k: v
-    for k, v in os.environ.items()
-    if k not in ("LD_PRELOAD", "MAKEFLAGS", "MAKELEVEL", "SAN", "BYPASS_DEBUG")
-}
 
 
 @dataclass(frozen=True)
@@ -43,8 +33,7 @@ def run(*command: str | Path, **env: str) -> CompletedProcess[str]:
 @lru_cache
 def objects() -> list[Path]:
     """The extension's, freshly built; what was compiled of sources that are gone is not among them."""
-    done = run("make", "-s", "build")
-    assert done.returncode == 0, done.stderr
+    make("build")
     names = (OUT / "_core.objects").read_text().split()
     return [ROOT / name for name in names]
 
@@ -65,33 +54,8 @@ def build(m: Mutant, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@contextmanager
-def all_at_once(
-    request: pytest.FixtureRequest,
-    factory: pytest.TempPathFactory,
-    mutants: Mapping[str, Mutant],
-    play: Callable[[Mutant, Path], CompletedProcess[str]],
-) -> Iterator[Callable[[str], CompletedProcess[str]]]:
-    """What came of each mutant, by name. Those that this run tests are built and played beside the tests that wait for
-    them, one on each core."""
-    wanted = [
-        str(item.callspec.params["name"])
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.module is request.module and hasattr(item, "callspec")
-    ]
-    folder = factory.mktemp("mutants")
-    objects()
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        jobs = {n: pool.submit(play, mutants[n], folder / str(i)) for i, n in enumerate(wanted)}
-        yield lambda name: jobs[name].result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def by_its_test(m: Mutant, folder: Path) -> CompletedProcess[str]:
-    """Runs the test that a mutant names, `topic::test` for tests/test_tcp_topic.py, with the mutant."""
-    folder.mkdir()
+    """Runs the test that a mutant names, `topic::test` for tests/test_tcp_topic.py, with the mutant built in folder."""
     build(m, folder)
     topic, _, test = m.test.partition("::")
     quick = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from support import WAIT_S
+
 from bypass import netns
 from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, SERVER_IP, Lab
 
@@ -97,14 +99,14 @@ def curl(lab: Lab, *args: str, timeout_s: int = 120) -> subprocess.CompletedProc
 def client_socket(lab: Lab, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A kernel socket of the client's namespace."""
     made = netns.run(lab.client_ns, socket.socket, socket.AF_INET, kind)
-    made.settimeout(10)
+    made.settimeout(WAIT_S)
     return made
 
 
 def server_socket(lab: Lab, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A kernel socket of the server's namespace."""
     made = netns.run(lab.server_ns, socket.socket, socket.AF_INET, kind)
-    made.settimeout(10)
+    made.settimeout(WAIT_S)
     return made
 
 

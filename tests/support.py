@@ -9,6 +9,9 @@ FUZZ = int(os.environ.get("BYPASS_FUZZ", "1"))
 """How many times the usual number of examples is asked for (`make fuzz` sets it)."""
 
 
+WAIT_S = 60
+"""How long a test waits for what takes milliseconds: it may take seconds where all cores are busy."""
+
 INTERRUPTIBLE = ("env", "--default-signal=INT")
 """In front of a command that a test ends as by Ctrl-C: a shell that runs the tests in the background lets them, and so
 their children, ignore the signal."""

@@ -11,6 +11,7 @@ import pytest
 from afxdp_support import link
 from broker_support import STREAM, BrokerError, Child, Client, RunningBroker, running
 from pyroute2 import IPRoute
+from support import WAIT_S
 
 from bypass import netns
 from bypass.broker.interface import DirectSite
@@ -55,7 +56,7 @@ def peer(lab: Lab) -> socket.socket:
     """A kernel socket of the client's."""
     with netns.entered(lab.client_ns):
         sock = socket.socket()
-    sock.settimeout(10)
+    sock.settimeout(WAIT_S)
     return sock
 
 

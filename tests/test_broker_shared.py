@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from broker_support import STREAM, BrokerError, Child, RunningBroker, running
 from bypass._core import lib
+from support import WAIT_S
 
 from bypass import libbpf, netns
 from bypass.broker.protocol import Kind
@@ -63,7 +64,7 @@ def live(broker: RunningBroker) -> list[str]:
 def echo(lab: Lab, port: int, data: bytes) -> None:
     """A kernel client sends and gets the same back."""
     with netns.entered(lab.client_ns):
-        client = socket.create_connection((SERVER_IP, port), 10)
+        client = socket.create_connection((SERVER_IP, port), WAIT_S)
     with client:
         client.sendall(data)
         assert client.recv(len(data), socket.MSG_WAITALL) == data
@@ -73,7 +74,7 @@ def refusal(lab: Lab, port: int) -> int:
     with netns.entered(lab.client_ns):
         sock = socket.socket()
     with sock:
-        sock.settimeout(10)
+        sock.settimeout(WAIT_S)
         return sock.connect_ex((SERVER_IP, port))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from broker_support import STREAM, Child, Client
+from support import WAIT_S
 
 from bypass import libbpf, netns
 from bypass.broker import private
@@ -414,7 +415,7 @@ def test_a_killed_broker_disturbs_nobody(mode: str, policy: Path, folder: Path, 
         assert app.line() == {"serving": [SERVER_IP, 8080]}
         for n in range(3):
             with netns.entered(lab.client_ns):
-                client = socket.create_connection((SERVER_IP, 8080), 10)
+                client = socket.create_connection((SERVER_IP, 8080), WAIT_S)
             with client:
                 client.sendall(b"before")
                 assert client.recv(6, socket.MSG_WAITALL) == b"before"
@@ -448,7 +449,7 @@ def test_a_killed_bypass_fwd_leaves_all_to_the_kernel(
         wait_until(lambda: not os.path.exists(name))
         wait_until(lambda: list(others(lab)) == [app.process.pid])
         with netns.entered(lab.client_ns):
-            socket.create_connection((SERVER_IP, 8080), 10).close()  # its kernel socket listens still
+            socket.create_connection((SERVER_IP, 8080), WAIT_S).close()  # its kernel socket listens still
 
 
 def others(lab: Lab) -> dict[int, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from broker_support import running
+from support import WAIT_S
 
 from bypass import app, netns
 from bypass.broker.site import LoopSite
@@ -216,7 +217,10 @@ def test_a_server_of_an_unprivileged_user_serves_the_network(lab: Lab, tmp_path:
             assert process.stdout.readline() == f"{process.pid} {NOBODY} echo\n"
             opened = Path("/proc/thread-self/net/snmp").read_text()
             for _ in range(3):
-                with netns.entered(lab.client_ns), socket.create_connection((SERVER_IP, 8080), 10) as client:
+                with (
+                    netns.entered(lab.client_ns),
+                    socket.create_connection((SERVER_IP, 8080), WAIT_S) as client,
+                ):
                     client.sendall(b"hello")
                     assert client.recv(5, socket.MSG_WAITALL) == b"hello"
             assert passive_opens() == passive_opens(opened), "the kernel has accepted none of them"
@@ -224,7 +228,7 @@ def test_a_server_of_an_unprivileged_user_serves_the_network(lab: Lab, tmp_path:
         wait_until(lambda: not private_brokers())
     wait_until(lambda: not netns.processes(lab.server_ns))
     with netns.entered(lab.client_ns), pytest.raises(ConnectionRefusedError):
-        socket.create_connection((SERVER_IP, 8080), 10)
+        socket.create_connection((SERVER_IP, 8080), WAIT_S)
 
 
 def passive_opens(text: str = "") -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from broker_support import RunningBroker, running
 from preloaded import CLEAN, LIBRARY, SURFACES, run
+from support import WAIT_S
 from test_posix import CASES, LIMIT_S, built
 
 from bypass import netns
@@ -157,7 +158,7 @@ def is_relative(pid: int, broker: RunningBroker) -> bool:
 
 def peer(lab: Lab) -> socket.socket:
     with netns.entered(lab.client_ns):
-        return socket.create_connection((SERVER_IP, PORT), 10)
+        return socket.create_connection((SERVER_IP, PORT), WAIT_S)
 
 
 def accepted_by_kernel(lab: Lab) -> int:

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from subprocess import CompletedProcess
+from pathlib import Path
 
 import pytest
-from mutants import Mutant, all_at_once, assert_noticed, by_its_test
-
-Played = Callable[[str], CompletedProcess[str]]
+from mutants import Mutant, assert_noticed, by_its_test
 
 MUTANTS = {
     "what the peer has is sent again after a timeout": Mutant(
@@ -232,13 +229,6 @@ MUTANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    with all_at_once(request, tmp_path_factory, MUTANTS, by_its_test) as verdict_of:
-        yield verdict_of
-
-
-@pytest.mark.timeout(600)  # a test may wait for those before it
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name: str, played: Played) -> None:
-    assert_noticed(played(name))
+def test_a_mutant_is_noticed(name: str, tmp_path: Path) -> None:
+    assert_noticed(by_its_test(MUTANTS[name], tmp_path))

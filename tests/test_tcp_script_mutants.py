@@ -8,13 +8,12 @@ it. A mutant whose line is gone is a failure: mend the list. docs/scripts.md has
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import oracle
 import pytest
-from mutants import Mutant, all_at_once, build, run
+from mutants import Mutant, build, run
 
 MUTANTS: dict[str, dict[str, Mutant]] = {
     "handshake": {
@@ -626,28 +625,19 @@ TOPICS = (
     "handshake", "options", "windows", "RTO", "fast recovery", "SACK", "RACK-TLP", "ECN", "PAWS", "zero window",
     "close", "reset", "blind attacks", "PMTU", "keepalive", "simultaneous open", "SYN cookies", "Fast Open",
 )  # fmt: skip
-Played = Callable[[str], "CompletedProcess[str]"]
 
 
 def play(m: Mutant, folder: Path) -> CompletedProcess[str]:
-    folder.mkdir()
     build(m, folder)
     script = oracle.SCRIPTS / f"{m.test}.pkt"
     return run(sys.executable, "tests/oracle.py", "--ours", "--strict", script, BYPASS_BUILD=str(folder))
 
 
-@pytest.fixture(scope="module")
-def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    with all_at_once(request, tmp_path_factory, BY_NAME, play) as verdict_of:
-        yield verdict_of
-
-
-@pytest.mark.timeout(600)  # a test may wait for those before it
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_mutant_is_noticed(name: str, played: Played) -> None:
+def test_a_mutant_is_noticed(name: str, tmp_path: Path) -> None:
     m = BY_NAME[name]
     assert m.test not in oracle.pending(), f"{m.test} is pending: it notices nothing yet"
-    done = played(name)
+    done = play(m, tmp_path)
     assert done.returncode == 1, f"nothing was noticed:\n{done.stdout}{done.stderr}"
     assert done.stdout.startswith(f"{m.test} "), done.stdout + done.stderr
 
