@@ -233,6 +233,23 @@ class LiveEntries:
         live.users += 1
         return live
 
+    def go_on(self, key: Key, owner: int) -> Live | None:
+        """One more user of an entry that somebody else has made live, in `steering.left`; None: there is none."""
+        live = self._live.get(key)
+        if live is None:
+            kind, (host, port), remote = key
+            block = remote == WHOLE_BLOCK
+            peer = None if block or remote is None else remote
+            entry = self.steering.find(protocol_of(kind), host, port, peer, block=block)
+            if entry is None:
+                return None
+            live = self._live[key] = Live(entry, kind, (host, port), owner, 0, self.steering.draining(entry))
+            self._at.setdefault((kind, port), {})[key] = owner
+            if live.drain:
+                self._draining.add(key)
+        live.users += 1
+        return live
+
     def require(self, key: Key, owner: int) -> None:
         """OSError EADDRINUSE: it would take packets from another owner, in whose entry they are now.
 

@@ -18,7 +18,7 @@ import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_XSKMAP = 1, 2, 6, 17  # enum bpf_map_type
 PROG_SCHED_CLS, PROG_XDP = 3, 6  # enum bpf_prog_type
@@ -138,11 +138,16 @@ class Map(_Owned):
         name: at most 15 characters, as `bpftool map` shows it.
         key_size, value_size: bytes.
         entries: capacity.
+        fd: of a map of this kind that there is already; the map's from here on. -1: it is made.
     """
 
-    def __init__(self, kind: int, name: str, key_size: int, value_size: int, entries: int) -> None:
-        args = (kind, name.encode()[:15], key_size, value_size, entries)
-        super().__init__(_check(_lib().bpf_map_create(*args, None), f"creating map {name}"))
+    def __init__(
+        self, kind: int, name: str, key_size: int, value_size: int, entries: int, fd: int = -1
+    ) -> None:
+        if fd < 0:
+            args = (kind, name.encode()[:15], key_size, value_size, entries)
+            fd = _check(_lib().bpf_map_create(*args, None), f"creating map {name}")
+        super().__init__(fd)
         self.name, self.key_size, self.value_size, self.entries = name, key_size, value_size, entries
         self.per_cpu = kind == MAP_PERCPU_ARRAY
         self._room = -(-value_size // 8) * 8 * possible_cpus() if self.per_cpu else value_size
@@ -290,11 +295,20 @@ class Link(_Owned):
     def __init__(self, prog: Prog, ifindex: int, attach_type: int, flags: int = 0) -> None:
         opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts), flags=flags)
         args = (prog.fd, ifindex, attach_type, ctypes.byref(opts))
-        low = _check(_lib().bpf_link_create(*args), f"attaching {prog.name}")
+        self._keep(_check(_lib().bpf_link_create(*args), f"attaching {prog.name}"))
+
+    def _keep(self, low: int) -> None:
         try:
             super().__init__(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _last_fd()))
         finally:
             os.close(low)
+
+    @classmethod
+    def of(cls, fd: int) -> Self:
+        """A link that somebody made; the descriptor is the link's from here on."""
+        link = cls.__new__(cls)
+        link._keep(fd)
+        return link
 
     def update(self, prog: Prog) -> None:
         """Exchanges the program. Every packet meets the old one or the new one."""

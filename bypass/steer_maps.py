@@ -7,9 +7,10 @@ calls (`libbpf.py`).
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ COUNT = struct.Struct("=2Q")
 _PORT, U32, ZERO = struct.Struct(">H"), struct.Struct("=I"), bytes(4)
 _ACTIONS = {"steer": 0, "pass": 1, "drop": 2}
 _DRAIN = 1
+NONE: Mapping[str, int] = {}
 _EXACT, _LOCAL, _ANY, _BLOCK = 1, 2, 4, 8  # KIND_* of bpf/steer.h
 _KEY_BLOCK = 1 << 8  # KEY_BLOCK
 
@@ -111,17 +113,46 @@ def endpoint_kind(e: Endpoint) -> int:
     return _EXACT if e.raddr else _BLOCK if e.block else _LOCAL if e.laddr else _ANY
 
 
-def interface_maps(owners: int) -> Iterator[libbpf.Map]:
+def endpoint_of(key: bytes, value: bytes) -> Endpoint:
+    """The opposite."""
+    local, remote, lport, rport, rest = _ENDPOINT_KEY.unpack(key)
+    entry, owner, flags, _ = _ENDPOINT.unpack(value)
+    return Endpoint(
+        entry,
+        rest & 0xFF,
+        ipaddress.IPv4Address(local) if local != ZERO else None,
+        _PORT.unpack(lport)[0],
+        ipaddress.IPv4Address(remote) if remote != ZERO else None,
+        _PORT.unpack(rport)[0] if remote != ZERO else None,
+        owner,
+        bool(flags & _DRAIN),
+        bool(rest & _KEY_BLOCK),
+    )
+
+
+def _interface_maps(owners: int) -> Iterator[tuple[int, str, int, int, int]]:
+    """Kind, name, sizes of key and value, entries."""
     room = 2 * MAX_LOCALS  # new ones are added before old ones go
-    yield libbpf.Map(libbpf.MAP_HASH, "endpoints", _ENDPOINT_KEY.size, _ENDPOINT.size, MAX_ENTRIES)
-    yield libbpf.Map(libbpf.MAP_ARRAY, "config", 4, CONFIG.size, 1)
-    yield libbpf.Map(libbpf.MAP_HASH, "locals4", 4, 1, room)
-    yield libbpf.Map(libbpf.MAP_HASH, "locals6", 16, 1, room)
-    yield libbpf.Map(libbpf.MAP_HASH, "groups", 8, 1, room)
-    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "entry_count", 4, COUNT.size, MAX_ENTRIES)
-    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "reason_count", 4, COUNT.size, len(REASONS))
-    yield libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "guard_count", 4, COUNT.size, len(GUARD_KINDS))
-    yield libbpf.Map(libbpf.MAP_XSKMAP, "xsks", 4, 4, owners * MAX_QUEUES)
+    yield (libbpf.MAP_HASH, "endpoints", _ENDPOINT_KEY.size, _ENDPOINT.size, MAX_ENTRIES)
+    yield (libbpf.MAP_ARRAY, "config", 4, CONFIG.size, 1)
+    yield (libbpf.MAP_HASH, "locals4", 4, 1, room)
+    yield (libbpf.MAP_HASH, "locals6", 16, 1, room)
+    yield (libbpf.MAP_HASH, "groups", 8, 1, room)
+    yield (libbpf.MAP_PERCPU_ARRAY, "entry_count", 4, COUNT.size, MAX_ENTRIES)
+    yield (libbpf.MAP_PERCPU_ARRAY, "reason_count", 4, COUNT.size, len(REASONS))
+    yield (libbpf.MAP_PERCPU_ARRAY, "guard_count", 4, COUNT.size, len(GUARD_KINDS))
+    yield (libbpf.MAP_XSKMAP, "xsks", 4, 4, owners * MAX_QUEUES)
+
+
+def interface_maps(owners: int, fds: Mapping[str, int] = NONE) -> Iterator[libbpf.Map]:
+    """The maps of an interface; fds: those that there are already, by name."""
+    for kind, name, key_size, value_size, entries in _interface_maps(owners):
+        yield libbpf.Map(kind, name, key_size, value_size, entries, fds.get(name, -1))
+
+
+def layout() -> str:
+    """Changes with anything that is in the maps of an interface."""
+    return hashlib.sha256(repr((list(_interface_maps(1)), REASONS)).encode()).hexdigest()[:16]
 
 
 def policy_maps(policy: CompiledRules) -> Iterator[tuple[str, libbpf.Map]]:

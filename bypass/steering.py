@@ -44,6 +44,7 @@ from bypass.steer_maps import (
     MAX_ENTRIES,
     MAX_LOCALS,
     MAX_QUEUES,
+    NONE,
     REASONS,
     U32,
     ZERO,
@@ -53,6 +54,7 @@ from bypass.steer_maps import (
     counts_of,
     endpoint_key,
     endpoint_kind,
+    endpoint_of,
     endpoint_value,
     interface_maps,
     policy_maps,
@@ -66,6 +68,7 @@ __all__ = [
     "MAX_LOCALS",
     "MAX_QUEUES",
     "REASONS",
+    "Attached",
     "Count",
     "Endpoint",
     "Guard",
@@ -89,6 +92,16 @@ class Guard:
 
     active: bool
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Programs and maps that another process left on an interface. Descriptors, by name."""
+
+    mode: Mode
+    guard: Guard
+    maps: dict[str, int]
+    links: dict[str, int]
 
 
 class Verdict(NamedTuple):
@@ -155,6 +168,8 @@ class Steering:
         mode: `native` (in the driver), `skb` (generic, slower, every driver), `auto`: native, else skb.
         attach: False only loads the programs, for `test_run`.
         text: the programs' source in place of the installed one.
+        left: what is attached already, with the same number of owners, to go on with: live endpoints stay live, and the
+            policy is exchanged as by swap(). Its descriptors are the steering's from here on.
 
     Attributes:
         guard: whether the kernel's own resets of live flows are kept from the wire (kernel 6.6 and later).
@@ -177,6 +192,7 @@ class Steering:
         mode: Mode = "native",
         attach: bool = True,
         text: str | None = None,
+        left: Attached | None = None,
     ) -> None:
         if not 1 <= queues <= MAX_QUEUES:
             raise SteeringError(
@@ -196,21 +212,40 @@ class Steering:
         self._by_kind: Counter[int] = Counter()
         self._told = b""
         self._before: dict[str, Count] = {}  # counts of rules under policies that were swapped out
-        if attach:
+        if attach and left is None:
             _refuse_foreign(ifname, self.ifindex)
+        if attach:
             require_visible_vlans(policy, ifname)
         try:
-            for m in interface_maps(owners):
+            for m in interface_maps(owners, left.maps if left else NONE):
                 self._maps[m.name] = m
+            if left:
+                self._go_on(left)
             self._loaded = _Loaded(policy, self._maps, text)
             self.set_mac(_mac_of(ifname))
-            if attach:
+            if left:
+                for name, link in self._links.items():
+                    link.update(self._loaded.progs[name])
+            elif attach:
                 self._attach(mode)
         except BaseException as e:
             self.close()
             if isinstance(e, OSError) and not isinstance(e, BypassError):
                 raise _explained(e, ifname) from e
             raise
+
+    def _go_on(self, left: Attached) -> None:
+        """With links, and with endpoints that are live."""
+        self._links = {name: libbpf.Link.of(fd) for name, fd in left.links.items()}
+        self.mode, self.guard = left.mode, left.guard
+        endpoints = self._maps["endpoints"]
+        for key in list(endpoints.keys()):
+            value = endpoints.get(key)
+            if value is not None:  # else bypass-fwd has just deleted it
+                endpoint = endpoint_of(key, value)
+                self._endpoints[endpoint.entry] = endpoint
+                self._by_kind[endpoint_kind(endpoint)] += 1
+        self._free = deque(n for n in range(MAX_ENTRIES) if n not in self._endpoints)
 
     def __enter__(self) -> Self:
         return self
@@ -402,9 +437,27 @@ class Steering:
             raise SteeringError(f"{self.ifname}, queue {queue}: descriptor {fd} is no AF_XDP socket") from e
 
     @property
-    def link_fds(self) -> list[int]:
+    def link_fds(self) -> dict[str, int]:
         """What keeps the programs attached, for somebody trusted who keeps them so when this process is gone."""
-        return [link.fd for link in self._links.values()]
+        return {name: link.fd for name, link in self._links.items()}
+
+    @property
+    def map_fds(self) -> dict[str, int]:
+        """The maps of the interface, for a successor's `left`."""
+        return {name: m.fd for name, m in self._maps.items()}
+
+    def find(
+        self, proto: int, laddr: str, lport: int, peer: tuple[str, int] | None, *, block: bool
+    ) -> int | None:
+        """The number of a live entry; None: there is none."""
+        remote, rport = (None, None) if peer is None else (_ipv4(peer[0]), peer[1])
+        wanted = endpoint_key(Endpoint(0, proto, _ipv4(laddr), lport, remote, rport, 0, False, block))
+        value = self._map("endpoints").get(wanted)
+        return None if value is None else endpoint_of(wanted, value).entry
+
+    def draining(self, entry: int) -> bool:
+        """As set_drain() says. KeyError: no such entry."""
+        return self._endpoints[entry].drain
 
     @property
     def endpoints_fd(self) -> int:

@@ -65,7 +65,8 @@ BYPASS_API int app_valid(const struct app_header *h, size_t size);
  * On a Unix socket of type SOCK_SEQPACKET (BYPASS_SOCKET, default /run/bypass/broker.sock; a leading @ means the abstract
  * namespace): one struct app_msg each way, with descriptors by SCM_RIGHTS where said. Every request has one answer of the
  * same type and seq, in any order; messages with seq 0 are the broker's own accord. A process has one connection; its
- * end is the process' end, unless APP_EXEC announced another program. The broker knows who asks by SO_PEERCRED.
+ * end is the process' end, unless APP_EXEC announced another program. When the broker has ended without APP_DRAIN it was
+ * killed: another one may come at the same name, to whom each process says hello as a relative again. The broker knows who asks by SO_PEERCRED.
  * Addresses as in bypass.h; numbers in host order.
  */
 enum app_msg_type {
@@ -114,6 +115,9 @@ enum app_msg_type {
      * descriptor: its AF_XDP socket, for afxdp_take_queue(). Soon after, the queue's packets come there. It may be told
      * again. Who says hello later gets the socket with the others, in their order, also before any relative has taken it. */
     APP_QUEUE = 16,
+    /* A broker that was started after another one was killed has taken the application over: a lease that it has. Who
+     * does not know it has given it back, or asked for it, while there was no broker, and releases it. */
+    APP_LEASED = 17,
 };
 
 struct app_msg {

@@ -133,6 +133,7 @@ class App:
         children: processes that belong to it and have not said hello yet, with what tells their end.
         lingering: its processes have ended, and a reaper drives its stack until all is done.
         asked: destinations whose next hop it uses, latest last.
+        restored: it was taken over from a killed broker, and none of its processes has said hello since.
     """
 
     number: int
@@ -150,6 +151,7 @@ class App:
     ends_ns: int = 0
     pidfd: int = -1
     lingering: bool = False
+    restored: bool = False
 
     def ask(self, destination: str, limit: int) -> None:
         """Notes that it wants to hear of a next hop."""
@@ -164,5 +166,5 @@ class App:
         self.memory.set("batch", options.batch or BATCH)
 
     def who(self) -> str:
-        pids = ", ".join(str(p.pid) for p in self.processes)
+        pids = ", ".join(map(str, [p.pid for p in self.processes] or self.children))
         return f"application {self.number} ({self.name or 'unnamed'}{', process ' + pids if pids else ''})"

@@ -66,6 +66,16 @@ class Arrivals:
         else:
             self._new(process, m)
 
+    def go_on(self, apps: list[App]) -> None:
+        """With those of a killed broker, whose processes are yet to say hello."""
+        for app in apps:
+            self._state.apps[app.number] = app
+            self._last_app = max(self._last_app, app.number)
+            app.tune(self._state.site.options)
+            self._state.site.limit(app.number, self._state.site.quota(app.user))
+            log.warning("%s is taken over, with %d leases", app.who(), len(app.leases))
+            self._departures.go_on(app)
+
     def gone(self, process: Process) -> None:
         """It waits no more."""
         self._hellos = [h for h in self._hellos if h.process is not process]
@@ -133,6 +143,7 @@ class Arrivals:
             app = App(number, secrets.token_bytes(lib.APP_TOKEN), process.user, m.name, memory, 0, fds)
             app.limit = int(config.max_socks) + int(config.max_conns)
             self._fill_header(app)
+            site.keep(app)
         except BaseException:
             memory.close()
             raise

@@ -22,6 +22,7 @@ import logging
 import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -83,13 +84,23 @@ def _start_of(pid: int) -> str:
 
 
 class Reserved:
-    """Blocks that the kernel takes no ports of, in the network namespace of the calling thread. Raises OSError."""
+    """Blocks that the kernel takes no ports of, in the network namespace of the calling thread. Raises OSError.
 
-    def __init__(self, records: Path | None = None) -> None:
+    Args:
+        records: the folder of the notes.
+        keeper: the process with whose end they are free at the latest; None: this one.
+        left: blocks that a killed broker had from the same keeper, to go on with.
+    """
+
+    def __init__(
+        self, records: Path | None = None, keeper: int | None = None, left: Iterable[int] = ()
+    ) -> None:
         self._folder = RECORDS if records is None else records
-        self._mine: set[int] = set()  # first ports
+        self._mine: set[int] = set(left)  # first ports
         self._netns = _netns()
-        self._file = self._folder / f"{self._netns}-{os.getpid()}-{id(self):x}"
+        self._pid = os.getpid() if keeper is None else keeper
+        whose = f"{self._pid}-{id(self):x}" if keeper is None else f"{keeper}"
+        self._file = self._folder / f"{self._netns}-{whose}"
         self._clean()
 
     def ports(self) -> set[int]:
@@ -114,7 +125,7 @@ class Reserved:
             return
         self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         new = self._file.with_suffix(".new")
-        about = {"pid": os.getpid(), "started": _start_of(os.getpid()), "blocks": sorted(self._mine)}
+        about = {"pid": self._pid, "started": _start_of(self._pid), "blocks": sorted(self._mine)}
         new.write_text(json.dumps(about))
         new.rename(self._file)
 
@@ -130,11 +141,15 @@ class Reserved:
             except (ValueError, KeyError, TypeError) as e:
                 log.warning("%s is damaged (%s): it is not heeded; see %s", path, e, RESERVED)
                 continue
-            if not alive:
+            if path == self._file:
+                left |= blocks - self._mine  # of the broker before us
+            elif not alive:
                 dead.append(path)
-                left |= blocks
-        if left:
-            RESERVED.write_text(_format(self.ports().difference(*map(_ports, left))))
+                left |= blocks - self._mine
+        if left or self._mine:
+            self._note()
+            ports = self.ports().difference(*map(_ports, left)).union(*map(_ports, self._mine))
+            RESERVED.write_text(_format(ports))
         for path in dead:
             path.unlink(missing_ok=True)
 
@@ -149,9 +164,13 @@ def _ports(first: int) -> set[int]:
 class Blocks:
     """Blocks of one broker."""
 
-    def __init__(self, records: Path | None = None) -> None:
-        self._reserved = Reserved(records)
-        self._users: dict[int, int] = {}  # of a block's first port: protocols and addresses
+    def __init__(
+        self, records: Path | None = None, *, keeper: int | None = None, left: Iterable[Lease] = ()
+    ) -> None:
+        self._users = Counter(
+            lease.local[1] for lease in left
+        )  # of a block's first port: protocols and addresses
+        self._reserved = Reserved(records, keeper, self._users)
 
     def lease(
         self, app: App, kind: int, host: str, remote: Address, site: Site, *, another: bool
@@ -171,22 +190,24 @@ class Blocks:
                     return lease
         if len(mine) >= MAX_BLOCKS:
             return None
-        key: Key | None = None
+        new: Lease | None = None
         try:
             first = self.take(kind, host, grants, remote)
             if first is None:
                 return None
-            key = (kind, (host, first), WHOLE_BLOCK)
+            key: Key = (kind, (host, first), WHOLE_BLOCK)
+            app.last_lease += 1
+            new = Lease(app.last_lease, kind, (host, first), None, key, None, first + BLOCK - 1)
+            site.leased(app, new)
             site.use(key, app.number)
         except (BypassError, OSError) as e:
             log.warning("no block of ports for %s: %s", app.who(), e)
-            if key is not None:
-                self.give(key[1][1])
+            if new is not None:
+                site.released(app, new)
+                self.give(new.local[1])
             return None
-        app.last_lease += 1
-        lease = Lease(app.last_lease, kind, (host, first), None, key, None, first + BLOCK - 1)
-        app.leases[lease.number] = lease
-        return lease
+        app.leases[new.number] = new
+        return new
 
     def take(self, kind: int, host: str, grants: Grants, remote: Address) -> int | None:
         """A block's first port, reserved; None: there is none for this user and peer. OSError."""

@@ -40,9 +40,13 @@ class Broker:
         loop: who sends, and watches descriptors.
         name: of the broker's socket, for those whom it starts.
         clock: nanoseconds, as time.monotonic_ns.
+
+    Attributes:
+        failure: why it had to end by itself; empty: it had not.
     """
 
     def __init__(self, site: Site, loop: Loop, name: str, clock: Callable[[], int]) -> None:
+        self.failure = ""
         self._state = State(site, loop, name, clock)
         self._news = News(self._state)
         self._leasing = Leasing(self._state, self._news)
@@ -58,6 +62,7 @@ class Broker:
             Kind.LINGER: self._departures.linger,
         }
         site.told = self
+        self._arrivals.go_on(site.left)
 
     @property
     def site(self) -> Site:
@@ -117,6 +122,7 @@ class Broker:
 
     def queue(self, owner: int, number: int, of: int, fd: int) -> None:
         self._news.queue(self.apps[owner], number, of, fd)
+        self.site.keep(self.apps[owner])
 
     def cut(self, owner: int, why: str) -> None:
         app = self.apps.get(owner)
@@ -125,7 +131,8 @@ class Broker:
             self._departures.end(app, dead=False)
 
     def lost(self, why: str) -> None:
-        log.error("%s: %s; the kernel has all of its flows", self.site.ifname, why)
+        self.failure = f"{self.site.ifname}: {why}; the kernel has all of its flows"
+        log.error("%s", self.failure)
         self._state.loop.stop()
 
     # ---- the operator's wishes

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bypass.broker.private import site_when_free
+from bypass.broker.protocol import name_of
 from bypass.broker.server import Server, listen
 from bypass.broker.site import Site
 from bypass.errors import BypassError
@@ -62,17 +63,22 @@ def monotonic_usec() -> str:
     return f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
 
 
-def serve(make_site: Callable[[], Site], name: str, ready: Callable[[], None]) -> None:
+def serve(make_site: Callable[[str], Site], name: str, ready: Callable[[], None]) -> None:
     """Runs a broker until SIGTERM, SIGINT or `bypass down`.
 
+    Args:
+        make_site: makes what it serves, by the name of its socket.
+        name: where it listens, unless a socket was passed.
+        ready: called when it serves.
+
     Raises:
-        BypassError: it cannot begin.
+        BypassError: it cannot begin, or had to end by itself.
     """
     environ = dict(os.environ)
     passed = passed_socket(environ)
     sock = passed if passed is not None else listen(name)
     try:
-        site = site_when_free(make_site)
+        site = site_when_free(lambda: make_site(name_of(sock)))
     except BaseException:
         sock.close()
         if passed is None and not name.startswith("@"):
@@ -101,9 +107,12 @@ def serve(make_site: Callable[[], Site], name: str, ready: Callable[[], None]) -
         ready()
         server.run()
         notify(environ, "STOPPING=1")
+        failure = server.broker.failure
+    if failure:
+        raise BypassError(failure)  # for systemd's Restart=on-failure
 
 
-def in_background(make_site: Callable[[], Site], name: str) -> int:
+def in_background(make_site: Callable[[str], Site], name: str) -> int:
     """Starts a broker that outlives the caller. Its process number; it is ready.
 
     Raises:
@@ -130,10 +139,14 @@ def in_background(make_site: Callable[[], Site], name: str) -> int:
     return int(said)
 
 
-def _background(make_site: Callable[[], Site], name: str, writer: int) -> None:
+def _background(make_site: Callable[[str], Site], name: str, writer: int) -> None:
+    waits = True  # who started us
+
     def ready() -> None:
+        nonlocal waits
         os.write(writer, str(os.getpid()).encode())
         os.close(writer)
+        waits = False
 
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -146,7 +159,8 @@ def _background(make_site: Callable[[], Site], name: str, writer: int) -> None:
     try:
         serve(make_site, name, ready)
     except BypassError as e:
-        os.write(writer, str(e).encode())
+        if waits:  # else it is logged
+            os.write(writer, str(e).encode())
 
 
 def to_syslog() -> None:

@@ -54,6 +54,7 @@ class Departures:
             raise Refused(errno.EALREADY, "a reaper is at work")
         self._watch_child(app, start_reaper(app, self._state.name))
         app.lingering = True
+        self._state.site.keep(app)
         log.info("%s: a reaper drives its stack until its connections have ended", app.who())
         return m.answer()
 
@@ -64,6 +65,13 @@ class Departures:
             app.children[pid] = os.pidfd_open(pid)
             self._state.site.joined(app.number, app.children[pid])
             self._state.loop.watch(app.children[pid], lambda: self._child_ended(app, pid))
+
+    def go_on(self, app: App) -> None:
+        """With the processes of an application that was taken over, all of which are as children."""
+        for pid, pidfd in list(app.children.items()):
+            self._state.loop.watch(pidfd, lambda pid=pid: self._child_ended(app, pid))  # type: ignore[misc]
+        if not app.children:
+            self.end(app)
 
     def _forget_child(self, app: App, pid: int) -> None:
         pidfd = app.children.pop(pid, -1)
@@ -127,7 +135,7 @@ class Departures:
         for fd in app.fds:
             os.close(fd)
         for lease in app.leases.values():
-            self._leasing.give_back(lease)
+            self._leasing.give_back(app, lease)
         app.leases.clear()
         app.memory.close()
         self._not_waiting(app)

@@ -21,9 +21,11 @@ from typing import Any
 from bypass._core import ffi, lib
 from bypass.access import Quota
 from bypass.afxdp import AfxdpDevice, interface_queues
+from bypass.broker.apps import App, Lease
 from bypass.broker.holder import Holder
 from bypass.broker.memory import AppMemory
 from bypass.broker.site import Nobody, Site
+from bypass.broker.takeover import Left
 from bypass.broker.users import Access, User
 from bypass.doctor import choose_mode
 from bypass.errors import BypassError
@@ -41,6 +43,8 @@ from bypass.watch import KernelWatch
 log = logging.getLogger("bypass.broker")
 
 SOL_XDP, XDP_STATISTICS = 283, 7  # linux/if_xdp.h
+FIXED = ("interface", "mode", "backend")
+"""What of a policy cannot change under a running broker, nor under a successor."""
 QUEUES_NS = 1_000_000_000
 """How often the interface's queues are counted, while an application has it; netlink tells of most changes at once."""
 KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stats").fields)
@@ -55,6 +59,11 @@ class InterfaceSite(Site):
 
     bypass-fwd holds what outlives the broker (holder.py). When it is killed the broker ends: all is the kernel's again.
 
+    Args:
+        policy: in force from now on.
+        name: of the broker's socket, where a successor will listen; empty: there is none, the broker is private.
+        left: what a killed broker has left on the interface, to go on with.
+
     Raises:
         PrivilegeError, DeviceError, SteeringError, ForeignProgramError, PolicyError: as their parts.
     """
@@ -65,7 +74,7 @@ class InterfaceSite(Site):
     device: int = lib.APP_DEV_AFXDP
     blocks = True
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
         super().__init__()
         self.policy = policy
         self.access = Access(policy)
@@ -80,12 +89,13 @@ class InterfaceSite(Site):
         self._queues_ns = 0
         self.told = Nobody()
         with ExitStack() as undo:
-            generic = choose_mode(self.ifname, policy.backend.mode)[0] == "skb"
+            generic = left is None and choose_mode(self.ifname, policy.backend.mode)[0] == "skb"
             self.steering = Steering(
                 policy,
                 self.ifname,
                 queues=interface_queues(self.ifname),
                 mode="skb" if generic else "native",
+                left=left.attached if left else None,
             )
             undo.callback(self.steering.close)
             self.watch = KernelWatch(self.ifname, self, self.steering, self)
@@ -94,7 +104,11 @@ class InterfaceSite(Site):
             view = _DeviceView(self)
             self.status = StatusServer(self.ifname, Snapshot(self.steering, view, name="broker"))
             undo.callback(self.status.close)
-            self.holder = Holder(self.steering, policy.stack.spin_us)
+            about: dict[str, Any] = {"socket": name, "device": left.about.get("device") if left else None}
+            about |= {"policy": {key: repr(getattr(policy, key)) for key in FIXED}}
+            self.holder = Holder(
+                self.steering, policy.stack.spin_us, about if name else None, left.forwarder if left else None
+            )
             undo.pop_all()
 
     def grants(self, user: User) -> Grants:
@@ -102,12 +116,8 @@ class InterfaceSite(Site):
 
     def prepare(self, policy: Policy) -> None:
         old = self.policy
-        for what, before, after in (
-            ("interface", old.interface, policy.interface),
-            ("mode", old.mode, policy.mode),
-            ("backend", old.backend, policy.backend),
-        ):
-            if before != after:
+        for what in FIXED:
+            if getattr(old, what) != getattr(policy, what):
                 raise BypassError(
                     f"{policy.path}: {what} is not what it was, which takes a new start: `bypass down --drain`, "
                     f"`bypass up -c {policy.path}`"
@@ -161,6 +171,51 @@ class InterfaceSite(Site):
 
     def joined(self, owner: int, pidfd: int) -> None:
         self.holder.joined(owner, pidfd)
+
+    # ---- what a successor goes on with
+    def keep(self, app: App) -> None:
+        device = {
+            "queues": self.queues,
+            "sockets": list(self.fds),
+            "mode": self.device_mode,
+            "reason": self.device_reason,
+        }
+        self.holder.keep(app, device)
+
+    def leased(self, app: App, lease: Lease) -> None:
+        self.holder.leased(app.number, lease)
+
+    def released(self, app: App, lease: Lease) -> None:
+        self.holder.released(app.number, lease.number)
+
+    def keeper(self) -> int:
+        return self.holder.forwarder.pid
+
+    def _go_on(self, left: Left) -> None:
+        """With the applications of a killed broker. What was being leased when it was killed no program knows."""
+        for app, _ in left.apps:
+            entries: dict[int, None] = {}
+            for lease in list(app.leases.values()):
+                live = self.entries.go_on(lease.key, app.number)
+                if live is None:
+                    self._never_live(app, lease)
+                    continue
+                entries[live.entry] = None
+                self._is_live(app, lease, live.entry)
+            self.holder.go_on(app.number, list(entries))
+        known = {live.entry for live in self.entries}
+        for entry in [entry for entry in self.steering.entries() if entry not in known]:
+            self.steering.remove_endpoint(entry)
+        self.left = [app for app, _ in left.apps]
+
+    def _never_live(self, app: App, lease: Lease) -> None:
+        del app.leases[lease.number]
+        self.released(app, lease)
+        if lease.shadow is not None:
+            lease.shadow.sock.close()
+
+    def _is_live(self, app: App, lease: Lease, entry: int) -> None:
+        return
 
     def source_for(self, destination: str) -> str:
         return self.watch.source_for(destination)
@@ -278,10 +333,19 @@ class DirectSite(InterfaceSite):
     mode = "direct"
     device: int = lib.APP_DEV_AFXDP
 
-    def __init__(self, policy: Policy) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
+        super().__init__(policy, name, left)
         self._owner = 0
         self._device: AfxdpDevice | None = None  # handed over
+        if left:
+            self._go_on(left)
+
+    def _go_on(self, left: Left) -> None:
+        super()._go_on(left)
+        for app, device in left.apps:
+            self._owner, self.queues = app.number, tuple(device["queues"])
+            self.fds = dict(zip(device["sockets"], app.fds, strict=True))
+            self.device_mode, self.device_reason = device["mode"], device["reason"]
 
     # ---- devices
     def busy(self) -> bool:
@@ -318,12 +382,16 @@ class DirectSite(InterfaceSite):
         header.ifname = self.ifname.encode()
 
     def _take_queues(self, unserved: range) -> str:
-        assert self._device is not None  # somebody has queues
         if len(self.fds) > len(self.queues):
             for queue in range(len(self.queues), len(self.fds)):
                 self.steering.set_socket(0, queue, self.fds[queue])
             self._serve(range(len(self.fds)))
             return self.trouble  # of those that are still to come
+        if self._device is None:
+            return (
+                f"{self.ifname} has got queues, and its application was taken over from a broker that was killed: live "
+                "connections stall there, and new ones are the kernel's, before it is started anew"
+            )
         self._queues_ns = time.monotonic_ns() + TAKE_NS
         for number in unserved:
             self.fds[number] = self._device.more_socket(number, unserved.stop, self.fds[0])

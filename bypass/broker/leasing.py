@@ -28,7 +28,8 @@ class Leasing:
     def __init__(self, state: State, news: News) -> None:
         self._state = state
         self._news = news
-        self._blocks = Blocks() if state.site.blocks else None
+        left = [lease for app in state.site.left for lease in app.leases.values() if lease.shadow is None]
+        self._blocks = Blocks(keeper=state.site.keeper(), left=left) if state.site.blocks else None
 
     def lease(self, process: Process, m: Message, fds: list[int]) -> Message:
         """APP_LEASE."""
@@ -77,9 +78,15 @@ class Leasing:
         key: Key = (m.kind, local, remote)
         if remote is not None and any(lease.key == (m.kind, local, None) for lease in app.leases.values()):
             key = (m.kind, local, None)  # every peer's packets come already
-        site.use(key, app.number)
         app.last_lease += 1
-        return Lease(app.last_lease, m.kind, local, remote, key, shadow)
+        lease = Lease(app.last_lease, m.kind, local, remote, key, shadow)
+        site.leased(app, lease)
+        try:
+            site.use(key, app.number)
+        except BaseException:
+            site.released(app, lease)
+            raise
+        return lease
 
     def _local(self, app: App, m: Message, shadow: Shadow, remote: Address | None) -> Address:
         """The address that is granted, which the shadow holds."""
@@ -112,11 +119,12 @@ class Leasing:
         if lease is None:
             raise Refused(errno.ENOENT, f"the application has no lease {m.lease}")
         self._state.site.unuse(lease.key)
-        self.give_back(lease)
+        self.give_back(app, lease)
         return m.answer(lease=m.lease)
 
-    def give_back(self, lease: Lease) -> None:
+    def give_back(self, app: App, lease: Lease) -> None:
         """Its port is free, or its ports are."""
+        self._state.site.released(app, lease)
         if lease.shadow is not None:
             lease.shadow.close()
         elif self._blocks is not None:
@@ -129,6 +137,6 @@ class Leasing:
         for lease in lost:
             del app.leases[lease.number]
             self._state.site.unuse(lease.key)
-            self.give_back(lease)
+            self.give_back(app, lease)
             self._news.tell(iter(app.processes), Message(Kind.REVOKED, lease=lease.number, app=app.number))
         return len(lost)

@@ -14,7 +14,7 @@ import fcntl
 import mmap
 import os
 import platform
-from typing import Any
+from typing import Any, Self
 
 from bypass._core import ffi, lib
 from bypass.errors import BypassError
@@ -88,6 +88,17 @@ class AppMemory:
         self._page: mmap.mmap | None = None
         self._whole: mmap.mmap | None = None
         self._view: Any = None
+
+    @classmethod
+    def of(cls, name: str, fd: int) -> Self:
+        """One that another broker has made; the descriptor is the memory's from here on. Its header is not read."""
+        memory = cls.__new__(cls)
+        memory.name, memory.limit, memory.numa, memory.fd = name, None, None, fd
+        memory.size = os.fstat(fd).st_size
+        memory.header = ffi.new("struct app_header *")
+        memory._page = mmap.mmap(fd, HEADER)
+        memory._whole = memory._view = None
+        return memory
 
     def layout(self, dev_size: int) -> int:
         """Bytes of the file with a device of this size.

@@ -49,6 +49,12 @@ class News:
     # ---- all there is to know
     def begin(self, process: Process) -> None:
         """It has just joined."""
+        app = app_of(process)
+        if app.restored:  # what it was not told meanwhile; what it has given back meanwhile
+            app.restored = False
+            process.tell(Message(Kind.NEXTHOP, flags=NEXTHOP_FORGET))
+            for number in app.leases:
+                process.answer(Message(Kind.LEASED, app=app.number, lease=number))
         self._all(process)
         process.tell(Message(Kind.READY))
         self._state.loop.changed(process)

@@ -53,6 +53,7 @@ class Kind(enum.IntEnum):
     FORK = lib.APP_FORK
     DRAIN = lib.APP_DRAIN
     QUEUE = lib.APP_QUEUE
+    LEASED = lib.APP_LEASED
 
 
 @dataclass(slots=True)

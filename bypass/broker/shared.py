@@ -17,11 +17,14 @@ from typing import Any
 from bypass._core import ffi, lib
 from bypass.access import Quota
 from bypass.afxdp import MODES, interface_queues
+from bypass.broker.apps import App, Lease
 from bypass.broker.interface import DirectSite, InterfaceSite
 from bypass.broker.memory import AppMemory
 from bypass.broker.site import Site
+from bypass.broker.takeover import Left, find_left
 from bypass.errors import BypassError, DeviceError
-from bypass.fwd import Doorbells, ForwarderError, Lease
+from bypass.fwd import Doorbells, ForwarderError
+from bypass.fwd import Lease as FwdLease
 from bypass.grants import ANY, WHOLE_BLOCK, Key, protocol_of
 from bypass.policy import Policy
 
@@ -39,12 +42,15 @@ class SharedSite(InterfaceSite):
     device: int = lib.APP_DEV_PORT
     _about: Mapping[str, Any] = {}
 
-    def __init__(self, policy: Policy) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
+        super().__init__(policy, name, left)
         self._ports: set[int] = set()
         self._sockets = 0  # AF_XDP sockets that bypass-fwd has
         self._asked = 0  # times that it was asked to serve new queues
         self.forwarder = self.holder.forwarder
+        if left:
+            self._go_on(left)
+            return
         try:
             self._open_device()
             self._tell_locals()
@@ -66,10 +72,33 @@ class SharedSite(InterfaceSite):
             "frame_size": b.frame_size,
             "bind_wait_ms": BIND_WAIT_MS,
         }
-        self._about = self.forwarder.device_open(config, self.steering.sockets_fd)
-        self.queues, self._sockets = tuple(queues), len(queues)
-        self.device_mode = "zerocopy" if self._about["zerocopy"] else "copy"
+        about = self.forwarder.device_open(config, self.steering.sockets_fd)
+        self.holder.tell(device=about | {"mac": about["mac"].hex(), "numbers": list(queues)})
+        self._opened(about, tuple(queues))
+        self._sockets = len(queues)
+
+    def _opened(self, about: Mapping[str, Any], queues: tuple[int, ...]) -> None:
+        self._about, self.queues = about, queues
+        self.device_mode = "zerocopy" if about["zerocopy"] else "copy"
         self.device_reason = "bypass-fwd has the interface"
+
+    def _go_on(self, left: Left) -> None:
+        about = left.about["device"]
+        self._opened(about | {"mac": bytes.fromhex(about["mac"])}, tuple(about["numbers"]))
+        self._sockets = max(self.forwarder.queues, len(self.queues))
+        self._ports = {app.number for app, _ in left.apps}
+        super()._go_on(left)
+        self._tell_locals()
+
+    def _is_live(self, app: App, lease: Lease, entry: int) -> None:
+        with suppress(FileExistsError):
+            self.forwarder.lease_add(_lease(app.number, lease.key))
+        self.forwarder.entry(entry, app.number)
+
+    def _never_live(self, app: App, lease: Lease) -> None:
+        super()._never_live(app, lease)
+        with suppress(FileNotFoundError):
+            self.forwarder.lease_del(_lease(app.number, lease.key))
 
     def _tell_locals(self) -> None:
         self.forwarder.locals(f"{host}/{bits}" for host, bits in self.addresses.items())
@@ -176,6 +205,11 @@ class SharedSite(InterfaceSite):
             "served there"
         )
 
+    def _serve(self, queues: range) -> None:
+        super()._serve(queues)
+        about = dict(self._about)
+        self.holder.tell(device=about | {"mac": about["mac"].hex(), "numbers": list(queues)})
+
     def _sockets_opened(self, queues: int) -> None:
         self._sockets = queues
         self._queues_ns = 0
@@ -202,13 +236,22 @@ class SharedSite(InterfaceSite):
             self._holder_events()
 
 
-def _lease(owner: int, key: Key) -> Lease:
+def _lease(owner: int, key: Key) -> FwdLease:
     kind, (host, port), remote = key
     block = remote == WHOLE_BLOCK
     peer = ("", 0) if block or remote is None else remote
-    return Lease(owner, protocol_of(kind), "" if host == ANY else host, port, peer, block)
+    return FwdLease(owner, protocol_of(kind), "" if host == ANY else host, port, peer, block)
 
 
-def site_of(policy: Policy) -> Site:
-    """The site that a policy asks for."""
-    return SharedSite(policy) if policy.mode == "shared" else DirectSite(policy)
+def site_of(policy: Policy, name: str = "") -> Site:
+    """The site that a policy asks for.
+
+    Args:
+        policy: in force from now on.
+        name: of the broker's socket; what a broker that was killed there has left is taken over. Empty: a private one.
+
+    Raises:
+        BypassError: as InterfaceSite; or what is left cannot be taken over.
+    """
+    left = find_left(policy, name) if name else None
+    return (SharedSite if policy.mode == "shared" else DirectSite)(policy, name, left)

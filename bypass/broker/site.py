@@ -20,6 +20,7 @@ from typing import Protocol
 
 from bypass._core import lib
 from bypass.access import NO_QUOTA, Quota
+from bypass.broker.apps import App, Lease
 from bypass.broker.memory import AppMemory
 from bypass.broker.users import User
 from bypass.core import Address
@@ -77,6 +78,7 @@ class Site(ABC):
         trouble: what does not work at the moment, for the operator; empty: nothing.
         blocks: entries may be blocks of ports (bypass.grants.WHOLE_BLOCK).
         told: set by the broker.
+        left: applications of a killed broker, to go on with.
     """
 
     ifname = ""
@@ -95,6 +97,7 @@ class Site(ABC):
         self.addresses: dict[str, int] = {}
         self.queues: tuple[int, ...] = ()
         self.policy_path = ""
+        self.left: list[App] = []
 
     def prepare(self, policy: Policy) -> None:
         """Does the slow part of swap(), in any thread. BypassError: it cannot be."""
@@ -148,6 +151,23 @@ class Site(ABC):
     def joined(self, owner: int, pidfd: int) -> None:
         """One more process belongs to an application."""
         return
+
+    # ---- what a successor has to know of a broker that was killed
+    def keep(self, app: App) -> None:
+        """Has it outlive this broker. Again when it has changed."""
+        return
+
+    def leased(self, app: App, lease: Lease) -> None:
+        """Before it is used."""
+        return
+
+    def released(self, app: App, lease: Lease) -> None:
+        """It is used no more."""
+        return
+
+    def keeper(self) -> int:
+        """The process that what is live ends with at the latest."""
+        return os.getpid()
 
     @abstractmethod
     def use(self, key: Key, owner: int) -> None:

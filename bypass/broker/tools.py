@@ -30,14 +30,17 @@ def brokers(name: str | None = None) -> list[str]:
     """The sockets of the brokers that can be asked: of this name, or the usual one and every private one."""
     if name is not None:
         return [name]
-    listening = {
+    there, usual = listening(), socket_name()
+    return ([usual] if usual in there else []) + sorted(n for n in there if n.startswith(PRIVATE))
+
+
+def listening() -> set[str]:
+    """Names of Unix sockets of this network namespace that somebody listens at; anybody may."""
+    return {
         line.rpartition(" ")[2]
         for line in Path("/proc/thread-self/net/unix").read_text().splitlines()
         if " 00010000 " in line  # __SO_ACCEPTCON: it listens
     }
-    usual = socket_name()
-    there = [usual] if usual in listening else []
-    return there + sorted(n for n in listening if n.startswith(PRIVATE))
 
 
 class Asking:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import click
 
 from bypass.broker.protocol import socket_name
-from bypass.broker.tools import Asking
+from bypass.broker.tools import Asking, ask
 from bypass.errors import BypassError, PrivilegeError
 
 SOCKET = click.option(
@@ -17,6 +18,10 @@ SOCKET = click.option(
     metavar="SOCKET",
     help="The broker's socket; @NAME is an abstract one. Default: BYPASS_SOCKET, else /run/bypass/broker.sock.",
 )
+
+
+LIVE = ("ESTAB", "SYN-SENT", "SYN-RECV", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT", "CLOSING", "LAST-ACK")
+"""States of connections that an end of the broker costs somebody."""
 
 
 @click.command()
@@ -47,8 +52,8 @@ def up(policy: str | None, foreground: bool, name: str | None) -> None:
         raise PrivilegeError("a broker needs root (CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK)")
     name = name or socket_name()
 
-    def make() -> Site:
-        return site_of(loaded)
+    def make(socket: str) -> Site:
+        return site_of(loaded, socket)
 
     if foreground:
         daemon.to_stderr()
@@ -64,7 +69,7 @@ def up(policy: str | None, foreground: bool, name: str | None) -> None:
 def down(drain: bool, name: str | None) -> None:
     """End a broker. The kernel has all flows of its interface again.
 
-    At once: connections on the stack die, and their number of leases is told. With --drain programs give back what
+    At once: connections on the stack die, and it is told how many, and leases. With --drain programs give back what
     they do not use, their new connections are the kernel's, and the broker ends with the last one. Interrupted, it goes
     on draining.
 
@@ -73,24 +78,50 @@ def down(drain: bool, name: str | None) -> None:
       bypass down --drain
       bypass down --socket @test
     """
-    asking = Asking(name or socket_name())
+    name = name or socket_name()
+    had = _connections(name)
+    asking = Asking(name)
     try:
         record: dict[str, int] = {}
         for record in asking.ask({"do": "down", "drain": drain}, None if drain else 30.0):
             if drain and not record.get("end"):
-                click.echo(f"waiting: {_count(record, 'leases')} of {_count(record, 'apps')} are in use")
+                live = _with(", with {}", _connections(name))
+                click.echo(f"waiting: {_leases(record)}{live} are in use")
         asking.wait_for_end()
     finally:
         asking.close()
     if not drain and record.get("leases"):
-        click.echo(f"the broker has ended; {_count(record, 'leases')} of {_count(record, 'apps')} died")
+        click.echo(f"the broker has ended; {_leases(record)} died{_with(', with {}', had)}")
+    elif drain and had:
+        click.echo(f"the broker has ended; {_count(had, 'connection')} came to an end before")
     else:
         click.echo("the broker has ended; nothing was in use")
 
 
-def _count(record: dict[str, int], what: str) -> str:
-    singular = {"leases": "lease", "apps": "application"}[what]
-    n = record[what]
+def _connections(name: str) -> int:
+    """TCP connections that its applications have on the stack now, read from their memory as `bypass conns` does it."""
+    from bypass.observe import look, memories
+
+    brokers: set[int] = set()
+    with suppress(BypassError):  # it has just ended, or there is none
+        brokers = {record["broker"] for record in ask(name, {"do": "ps"}) if "broker" in record}
+    count = 0
+    for memory in memories() if brokers else []:
+        if not brokers.isdisjoint(memory.holders):
+            with suppress(OSError):  # it has ended meanwhile
+                count += sum(s.proto == "tcp" and s.state in LIVE for s in look(memory).sockets)
+    return count
+
+
+def _leases(record: dict[str, int]) -> str:
+    return f"{_count(record['leases'], 'lease')} of {_count(record['apps'], 'application')}"
+
+
+def _with(text: str, connections: int) -> str:
+    return text.format(_count(connections, "connection")) if connections else ""
+
+
+def _count(n: int, singular: str) -> str:
     return f"{n} {singular}{'s' * (n != 1)}"
 
 

@@ -14,6 +14,7 @@ import errno
 import os
 import select
 import socket
+import struct
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +56,7 @@ REFUSALS: tuple[str, ...] = tuple(
     if name.startswith("FWD_REFUSED_")
 )
 """Why frames of an application are not sent, as in `port_stats()["refused"]`."""
+QUIT_S = 10.0
 LINK_STATES = ("up", "down", "gone")
 
 
@@ -178,6 +180,7 @@ class Forwarder:
 
     Attributes:
         pid: of bypass-fwd. It is a child of who called `start()`, who may wait for it if it goes on after `close()`.
+        queues: that it had sockets of when this connection began; 0: no interface is open.
     """
 
     def __init__(self, sock: socket.socket, *, broker: bool = True) -> None:
@@ -186,6 +189,7 @@ class Forwarder:
         self._events: deque[Event] = deque()
         self._child = 0  # 0: not ours
         self._goes_on = False  # after this connection
+        self._ends = -1  # tells the end of one that is not ours
         try:
             answer = self._ask(
                 "HELLO", "struct fwd_hello", {"abi": lib.FWD_ABI, "flags": lib.FWD_BROKER if broker else 0}
@@ -194,7 +198,8 @@ class Forwarder:
             sock.close()
             raise
         self.pid: int = answer.pid
-        self.device_open_already: bool = bool(answer.device)
+        self.queues: int = answer.device
+        self._ends = os.pidfd_open(self.pid)
 
     @classmethod
     def start(
@@ -239,15 +244,20 @@ class Forwarder:
         """To one that listens there.
 
         Raises:
-            ForwarderError: nobody does.
+            ForwarderError: nobody does, or somebody else.
             OSError: EBUSY: another broker is connected.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             sock.connect(f"\0{name[1:]}" if name.startswith("@") else name)
+            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            sock.setblocking(True)
         except OSError as e:
             sock.close()
             raise ForwarderError(f"no bypass-fwd at {name}: {e.strerror}") from None
+        if uid != os.geteuid():  # anybody may listen at an abstract name
+            sock.close()
+            raise ForwarderError(f"{name} is user {uid}'s")
         return cls(sock, broker=broker)
 
     # ---- Messages --------------------------------------------------------------------------------------------------
@@ -408,6 +418,15 @@ class Forwarder:
     def unwatch(self, name: str) -> None:
         self._named("UNWATCH", name)
 
+    def watched(self, name: str) -> Sequence[int]:
+        """Pidfds of the item's processes that are alive, the caller's to close."""
+        found: list[int] = []
+        while True:
+            values = {"name": _name(name), "from": len(found)}
+            answer = self._ask("WATCHED", "struct fwd_watched", values, back=found)
+            if answer.count < lib.FWD_FDS:
+                return found
+
     # ---- Shared mode -----------------------------------------------------------------------------------------------
     def device_open(self, config: Mapping[str, Any], map_fd: int, slot: int = 0) -> dict[str, Any]:
         """Opens the interface's AF_XDP sockets there, and puts them into an XSKMAP at slot + queue.
@@ -518,19 +537,15 @@ class Forwarder:
             self._reap()
             raise
         self._goes_on = False
+        if self._ends >= 0:
+            select.select([self._ends], [], [], QUIT_S)
         self.close()
 
     def _reap(self) -> None:
         """Waits for a child that has ended by itself: a killed one closes its sockets a moment before it is dead."""
-        if self._child:
-            pidfd = os.pidfd_open(self._child)
-            try:
-                dead, _, _ = select.select([pidfd], [], [], _DEATH_S)
-            finally:
-                os.close(pidfd)
-            if dead:
-                os.waitpid(self._child, 0)
-                self._child = 0
+        if self._child and select.select([self._ends], [], [], _DEATH_S)[0]:
+            os.waitpid(self._child, 0)
+            self._child = 0
 
     def close(self) -> None:
         """Ends the connection; bypass-fwd goes on if it listens, else it ends, and is waited for if we started it."""
@@ -538,6 +553,9 @@ class Forwarder:
         if self._child and not self._goes_on:
             os.waitpid(self._child, 0)
             self._child = 0
+        if self._ends >= 0:
+            os.close(self._ends)
+            self._ends = -1
 
     def __enter__(self) -> Self:
         return self

@@ -56,7 +56,7 @@ static int on_hello(struct request *q)
     for (uint32_t i = 0; i < w->forward.ports; i++) {
         a->ports += w->forward.port[i] != NULL;
     }
-    a->device = w->device != NULL;
+    a->device = w->device ? (uint32_t)afxdp_netdev(w->device)->queues : 0;
     q->answer_len = sizeof *a;
     return 0;
 }
@@ -172,6 +172,7 @@ static const struct handler {
     [FWD_RATE] = {on_rate, sizeof(struct fwd_rate), 0, false},
     [FWD_SPIN] = {on_spin, sizeof(struct fwd_spin), 0, false},
     [FWD_LOOK] = {on_look, sizeof(struct fwd_head), 0, false},
+    [FWD_WATCHED] = {store_watched, sizeof(struct fwd_watched), 0, false},
     [FWD_STATS] = {on_stats, sizeof(struct fwd_head), 0, true},
     [FWD_PORT_STATS] = {on_port_stats, sizeof(struct fwd_app), 0, true},
 };
@@ -198,7 +199,7 @@ static int handle(struct request *q)
 
 void control_lonely(struct program *w)
 {
-    bool any = w->listen || (w->hold && w->items);
+    bool any = w->hold ? w->items != NULL : w->listen != NULL;
 
     for (int i = 0; i < PROGRAM_CONNECTIONS; i++) {
         any |= w->connection[i].fd >= 0;

@@ -7,7 +7,7 @@
  *
  * What bypass-fwd is for:
  *   store     what a broker would lose with its life: descriptors of links, programs, maps, memory, sockets, and what it
- *             knew, by name. Who puts an item in keeps its own descriptors: a link is attached as long as any is open,
+ *             knew, by name. Items named NAME.SOMETHING are parts of NAME and go with it. Who puts an item in keeps its own descriptors: a link is attached as long as any is open,
  *             so a broker that wants `kill -9` of bypass-fwd to detach everything closes its own.
  *   watches   an item may have processes. When all are dead, keys are deleted from maps, and its port and the item itself
  *             go, whether a broker lives or not.
@@ -21,7 +21,7 @@
 #include "port.h"
 
 enum {
-    FWD_ABI = 1,
+    FWD_ABI = 2,
     FWD_NAME = 64,           /* bytes of an item's name, with its 0 */
     FWD_BLOB = 4096,         /* bytes of an item */
     FWD_FDS = 128,           /* descriptors of an item, and of a message */
@@ -73,6 +73,7 @@ enum fwd_type {
                  * one is attached anew: the broker's to do */
 
     FWD_LOOK, /* fwd_head: looks at the interface (link, MTU, queues) now, and not within a second */
+    FWD_WATCHED, /* fwd_watched -> fwd_watched, `count` pidfds: the item's processes that are alive, from number `from` on */
 };
 
 /* Why a frame of an application was not sent. */
@@ -125,7 +126,7 @@ struct fwd_error {
 struct fwd_hello { /* answer: the same with pid, items and ports */
     struct fwd_head head;
     uint32_t abi, flags;
-    uint32_t pid, items, ports, device; /* device 1: it is open */
+    uint32_t pid, items, ports, device; /* device: its queues that are served; 0: none is open */
 };
 
 struct fwd_name {
@@ -149,6 +150,12 @@ struct fwd_list {
     struct fwd_head head;
     uint32_t from, count;
     struct fwd_listed item[FWD_LIST_MAX]; /* a message ends after count of them; a request before them */
+};
+
+struct fwd_watched {
+    struct fwd_head head;
+    char name[FWD_NAME];
+    uint32_t from, count; /* count: of the answer; FWD_FDS: there may be more */
 };
 
 struct fwd_keys {

@@ -39,7 +39,7 @@ static const char help[] =
     "\n"
     "  --listen NAME  where the next broker connects, as this user: a path, or @name in the abstract namespace.\n"
     "                 Without it bypass-fwd ends when its broker does.\n"
-    "  --hold         when the broker ends, go on until all processes of the last item are dead\n"
+    "  --hold         when the broker ends, go on until all processes of the last item are dead, and no longer\n"
     "  --fd N         the broker's end of a SOCK_SEQPACKET pair (3)\n"
     "  --spin US      microseconds that it polls for more frames before it sleeps (50)\n"
     "  --cpu N        the CPU it runs on (any)\n"

@@ -101,7 +101,7 @@ void control_close(struct program *w);
 /* Ends the program where nobody is connected, nobody can come, and nothing is held for anybody. */
 void control_lonely(struct program *w);
 
-/* store.c: handlers of FWD_PUT..FWD_UNWATCH */
+/* store.c: handlers of FWD_PUT..FWD_UNWATCH, FWD_WATCHED */
 int store_put(struct request *q);
 int store_get(struct request *q);
 int store_list(struct request *q);
@@ -110,6 +110,7 @@ int store_watch(struct request *q);
 int store_watch_keys(struct request *q);
 int store_forget_keys(struct request *q);
 int store_unwatch(struct request *q);
+int store_watched(struct request *q);
 void store_pid_dead(struct program *w, uint32_t number);
 void store_work(struct program *w); /* some keys of the dead */
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * store.c - items: a name, some bytes, some descriptors; and watches. An item is watched when it has processes
- * (pidfds). When the last of them is dead, its keys are deleted from its maps, a few between two rounds of frames; then
- * its ports go, the item goes, and the brokers are told.
+ * (pidfds). When the last of them is dead, its listening sockets stop, lest that the kernel accept connections for nobody;
+ * its keys are deleted from its maps, a few between two rounds of frames; then its ports go, the item and its parts go
+ * (those whose name is the item's, a dot, and more), and the brokers are told.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -10,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "closer.h"
@@ -28,25 +30,44 @@ struct keys { /* of one map */
 
 struct item {
     struct item *next;
+    uint32_t hash; /* of the name: there may be thousands of items, one for each lease */
     char name[FWD_NAME];
-    uint32_t len;
-    uint8_t blob[FWD_BLOB];
-    int fds[FWD_FDS];
-    uint32_t fds_n;
+    uint32_t len, fds_n;
+    uint8_t *blob;
+    int *fds;
     struct process *process;
     uint32_t processes;
     struct keys keys[FWD_MAPS];
     bool dying;
 };
 
+static uint32_t hash_of(const char *name)
+{
+    uint32_t h = 2166136261u; /* FNV-1a; names are the broker's */
+
+    while (*name) {
+        h = (h ^ (uint8_t)*name++) * 16777619u;
+    }
+    return h;
+}
+
+/* name: with its 0, of at most FWD_NAME bytes. */
 static struct item **find(struct program *w, const char *name)
 {
     struct item **at = &w->items;
+    uint32_t hash = hash_of(name);
 
-    while (*at && strncmp((*at)->name, name, FWD_NAME) != 0) {
+    while (*at && ((*at)->hash != hash || strncmp((*at)->name, name, FWD_NAME) != 0)) {
         at = &(*at)->next;
     }
     return at;
+}
+
+static bool part_of(const struct item *part, const char *name)
+{
+    size_t n = strlen(name);
+
+    return strncmp(part->name, name, n) == 0 && part->name[n] == '.';
 }
 
 static void unwatch(struct program *w, struct item *item)
@@ -69,7 +90,7 @@ static void unwatch(struct program *w, struct item *item)
     }
 }
 
-static void drop(struct program *w, struct item **at)
+static void take_out(struct program *w, struct item **at)
 {
     struct item *item = *at;
 
@@ -78,7 +99,25 @@ static void drop(struct program *w, struct item **at)
     device_ports_of_item(w, item->name);
     unwatch(w, item);
     close_later(item->fds, (int)item->fds_n);
+    free(item->fds);
+    free(item->blob);
     free(item);
+}
+
+/* With its parts. */
+static void drop(struct program *w, const char *name)
+{
+    char whole[FWD_NAME]; /* the name may be the item's own */
+
+    memcpy(whole, name, FWD_NAME);
+    for (struct item **at = &w->items; *at;) {
+        if (part_of(*at, whole)) {
+            take_out(w, at);
+        } else {
+            at = &(*at)->next;
+        }
+    }
+    take_out(w, find(w, whole));
 }
 
 /* ---- Items ------------------------------------------------------------------------------------------------- */
@@ -101,40 +140,58 @@ static struct item *named(struct request *q)
     return item;
 }
 
+static struct item *new_item(struct program *w, const char *name)
+{
+    struct item *item = calloc(1, sizeof *item), **at = &w->items;
+
+    if (!item) {
+        return NULL;
+    }
+    memcpy(item->name, name, FWD_NAME);
+    item->hash = hash_of(name);
+    for (int i = 0; i < FWD_MAPS; i++) {
+        item->keys[i].map = -1;
+    }
+    while (*at) {
+        at = &(*at)->next;
+    }
+    *at = item;
+    w->items_n++;
+    return item;
+}
+
 int store_put(struct request *q)
 {
     const struct fwd_item *m = q->message;
-    struct item **at, *item;
+    struct item *item;
+    uint8_t *blob;
+    int *fds;
 
     if (!memchr(m->name, 0, FWD_NAME) || !m->name[0] || m->len > FWD_BLOB ||
         q->len != offsetof(struct fwd_item, blob) + m->len) {
         return refuse(q, EINVAL, "an item has a name of at most %d bytes and at most %d bytes of data", FWD_NAME - 1,
                       FWD_BLOB);
     }
-    at = find(q->w, m->name);
-    item = *at;
+    item = *find(q->w, m->name);
     if (item && item->dying) {
         return refuse(q, EBUSY, "item %s is being cleaned up after its processes: try again", m->name);
     }
-    if (!item) {
-        item = *at = calloc(1, sizeof *item);
-        if (!item) {
-            return refuse(q, ENOMEM, "no memory for item %s", m->name);
-        }
-        memcpy(item->name, m->name, FWD_NAME);
-        for (int i = 0; i < FWD_MAPS; i++) {
-            item->keys[i].map = -1;
-        }
-        q->w->items_n++;
+    blob = malloc(m->len + 1u);
+    fds = malloc(((uint32_t)q->fds_n + 1u) * sizeof *fds);
+    item = blob && fds && !item ? new_item(q->w, m->name) : item;
+    if (!blob || !fds || !item) {
+        free(blob);
+        free(fds);
+        return refuse(q, ENOMEM, "no memory for item %s", m->name);
     }
     close_later(item->fds, (int)item->fds_n);
+    free(item->fds);
+    free(item->blob);
     item->len = m->len;
-    memcpy(item->blob, m->blob, m->len);
+    item->blob = memcpy(blob, m->blob, m->len);
     item->fds_n = (uint32_t)q->fds_n;
-    for (int i = 0; i < q->fds_n; i++) {
-        item->fds[i] = q->fds[i];
-        q->fds[i] = -1;
-    }
+    item->fds = memcpy(fds, q->fds, (uint32_t)q->fds_n * sizeof *fds);
+    memset(q->fds, -1, (size_t)q->fds_n * sizeof *q->fds);
     return 0;
 }
 
@@ -188,7 +245,7 @@ int store_delete(struct request *q)
     if (!item) {
         return -EINVAL;
     }
-    drop(q->w, find(q->w, item->name));
+    drop(q->w, item->name);
     return 0;
 }
 
@@ -304,7 +361,42 @@ int store_unwatch(struct request *q)
     return 0;
 }
 
+int store_watched(struct request *q)
+{
+    static int alive[FWD_FDS]; /* until it is answered */
+    const struct fwd_watched *m = q->message;
+    const struct item *item = named(q);
+    struct fwd_watched *a = q->answer;
+    uint32_t from = m->from, seen = 0;
+
+    if (!item) {
+        return -EINVAL;
+    }
+    memcpy(a->name, item->name, FWD_NAME);
+    a->from = from;
+    a->count = 0;
+    for (uint32_t i = 0; i < item->processes && a->count < FWD_FDS; i++) {
+        if (item->process[i].fd >= 0 && seen++ >= from) {
+            alive[a->count++] = item->process[i].fd;
+        }
+    }
+    q->answer_len = sizeof *a;
+    q->answer_fds = alive;
+    q->answer_fds_n = a->count;
+    return 0;
+}
+
 /* ---- Death ------------------------------------------------------------------------------------------------- */
+
+/* A duplicate keeps a listener listening after its process' death; shutdown(2) ends it. Others have nothing to shut. */
+static void stop_listeners(const struct program *w, const char *name)
+{
+    for (const struct item *item = w->items; item; item = item->next) {
+        for (uint32_t i = 0; i < item->fds_n && part_of(item, name); i++) {
+            shutdown(item->fds[i], SHUT_RDWR);
+        }
+    }
+}
 
 void store_pid_dead(struct program *w, uint32_t number)
 {
@@ -325,7 +417,10 @@ void store_pid_dead(struct program *w, uint32_t number)
         }
         if (ours) {
             item->dying = alive == 0;
-            w->work |= item->dying;
+            if (item->dying) {
+                stop_listeners(w, item->name);
+                w->work = true;
+            }
             return;
         }
     }
@@ -364,9 +459,10 @@ void store_work(struct program *w)
             at = &(*at)->next;
         } else {
             memcpy(told.name, (*at)->name, FWD_NAME);
-            drop(w, at);
+            drop(w, told.name);
             control_tell(w, &told, sizeof told, FWD_DIED);
             control_lonely(w);
+            at = &w->items; /* parts may have been anywhere */
         }
     }
 }

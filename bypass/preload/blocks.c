@@ -181,6 +181,8 @@ static struct block *find(uint32_t lease)
     return NULL;
 }
 
+bool block_known(uint32_t lease) { return find(lease) != NULL; }
+
 static void look_at(uint64_t due_ns)
 {
     me.g->blocks_due_ns = due_ns < me.g->blocks_due_ns ? due_ns : me.g->blocks_due_ns;
@@ -230,7 +232,7 @@ void blocks_check(uint64_t now)
         if (b->lease == 0) {
             continue;
         }
-        if (now >= b->used_ns + UNUSED_NS && !in_use(b)) {
+        if (now >= b->used_ns + UNUSED_NS && broker_fd() >= 0 && !in_use(b)) {
             broker_release_soon(b->lease);
             b->lease = 0;
             continue;

@@ -5,9 +5,10 @@
  * read in between, or by the helper thread.
  *
  * When the broker ends, what is on the stack goes on. Nothing new can be leased until another one is there, which the
- * helper looks for.
+ * helper looks for: rejoin.c.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -36,7 +37,8 @@ __attribute__((constructor(102))) static void note_path(void)
 }
 
 /* ---- Messages --------------------------------------------------------------------------------------------- */
-static int dial(void)
+/* wait: until the broker has room for another connection; else -EAGAIN says that it has none. */
+static int dial(bool wait)
 {
     const char *path = broker_path;
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
@@ -50,7 +52,7 @@ static int dial(void)
     if (path[0] == '@') {
         sa.sun_path[0] = 0;
     }
-    fd = fd_hide(real.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    fd = fd_hide(real.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | (wait ? 0 : SOCK_NONBLOCK), 0));
     if (fd < 0) {
         return -errno;
     }
@@ -59,6 +61,9 @@ static int dial(void)
 
         fd_unhide(fd);
         return -err;
+    }
+    if (!wait) {
+        real.fcntl(fd, F_SETFL, 0);
     }
     return fd;
 }
@@ -90,6 +95,7 @@ static void lost(void)
     fd_unhide(me.broker_fd);
     me.broker_fd = -1;
     ahead.seq = 0;
+    rejoin_soon();
 }
 
 static void heard_take(const struct cmsghdr *c)
@@ -248,8 +254,11 @@ static void queues(int skip, uint32_t n, uint32_t of)
 static void heed(const struct app_msg *m)
 {
     switch (m->type) {
-    case APP_HELLO: /* the answer to broker_rejoin(): memory, which is here already, and sockets, of which some may be new */
+    case APP_HELLO: /* again: memory, which is here already, and sockets, of which some may be new */
         queues(1, 0, (uint32_t)(heard_count - 1));
+        if (!rejoin_answered(m)) {
+            lost();
+        }
         break;
     case APP_QUEUE:
         queues(0, m->index, m->flags);
@@ -280,6 +289,12 @@ static void heed(const struct app_msg *m)
     case APP_REVOKED:
         revoked(m->lease);
         break;
+    case APP_LEASED:
+        lease_told(m->lease);
+        break;
+    case APP_DRAIN:
+        rejoin_never(); /* what comes after it knows nothing of us */
+        break;
     default: /* APP_LINK: the stack's timers know what to do; others: of a newer broker */
         break;
     }
@@ -300,6 +315,7 @@ void broker_read(void)
     struct app_msg m;
     int got;
 
+    me.broker_fd = me.broker_fd >= 0 ? me.broker_fd : rejoin_take();
     while (me.broker_fd >= 0 && (got = hear(&m, 0)) != 0) {
         if (got < 0) {
             lost();
@@ -412,9 +428,9 @@ static void refused_by(const struct app_msg *m, int err)
 }
 
 /* A connection, and the message that begins it. */
-static int introduce(struct app_msg *m)
+static int introduce(struct app_msg *m, bool wait)
 {
-    int fd = dial();
+    int fd = dial(wait);
 
     if (fd < 0) {
         snprintf(me.refused, sizeof me.refused, "no broker at %s: %s (`bypass up` starts one)",
@@ -431,7 +447,7 @@ static int introduce(struct app_msg *m)
 
 static int hello(struct app_msg *m, int *fds, int max, int *count)
 {
-    int err = introduce(m);
+    int err = introduce(m, true);
 
     if (err < 0) {
         return err;
@@ -579,8 +595,29 @@ int broker_rejoin(void)
         lost(); /* the parent's: two readers would take each other's answers */
     }
     memcpy(m.token, me.app->token, APP_TOKEN);
-    err = introduce(&m);
+    err = introduce(&m, true);
     return err < 0 ? err : say(&m, -1);
+}
+
+/* The same of a process that has lost its broker. The connection is not in use before it is answered: a broker that
+ * systemd is about to start would keep questions waiting. */
+int broker_dial_again(void)
+{
+    struct app_msg m = {.app = me.app->app};
+    int err, fd;
+
+    memcpy(m.token, me.app->token, APP_TOKEN);
+    err = introduce(&m, false);
+    if (err == 0) {
+        err = say(&m, -1);
+        fd = me.broker_fd;
+        me.broker_fd = -1;
+        if (err == 0) {
+            return fd;
+        }
+        fd_unhide(fd);
+    }
+    return err;
 }
 
 void broker_announce_exec(void)
@@ -592,9 +629,9 @@ void broker_announce_exec(void)
     }
 }
 
-void broker_tell_fork(void)
+void broker_tell_fork(pid_t pid)
 {
-    struct app_msg m = {.type = APP_FORK, .app = me.app->app, .index = (uint32_t)me.pid};
+    struct app_msg m = {.type = APP_FORK, .app = me.app->app, .index = (uint32_t)pid};
 
     if (me.broker_fd >= 0) {
         say(&m, -1);

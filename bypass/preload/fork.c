@@ -56,6 +56,7 @@ static void drop_parents(void)
     fd_unhide(self.wake_fd - 1);
     bells_child();
     broker_leave();
+    rejoin_child();
     pass_child();
     relatives_child();
     me.wake_fd = me.dev_ep = me.helper.wake_fd = -1;
@@ -92,7 +93,7 @@ static void after_in_child(void)
     }
     me.proc = child_place;
     me.g->procs[me.proc].pid = me.pid;
-    broker_tell_fork();
+    broker_tell_fork(me.pid);
     drop_parents();
     count_child();
     if (self.pending) {

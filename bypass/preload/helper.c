@@ -12,11 +12,14 @@ enum {
 static void helper_sleep(uint64_t until_ns, bool watch)
 {
     struct pollfd fds[] = {{.fd = me.helper.wake_fd, .events = POLLIN},
-                           {.fd = broker_fd(), .events = POLLIN},
+                           {.fd = rejoin_fd(), .events = POLLIN},
                            {.fd = watch ? me.wake_fd : -1, .events = POLLIN},
                            {.fd = me.ends_ep, .events = POLLIN},
                            {.fd = watch ? me.dev_ep : -1, .events = POLLIN}};
+    uint64_t again = rejoin_due();
     struct timespec ts;
+
+    until_ns = again < until_ns ? again : until_ns;
 
     me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
     leave();
@@ -70,6 +73,7 @@ static void *helper(void *arg)
     (void)arg;
     enter();
     while (me.helper_runs) {
+        rejoin_try();
         if (next_turn() <= clock_ns() && clock_ns() - me.g->turn_ns >= TICK_NS) {
             turn();
         }

@@ -331,7 +331,9 @@ void block_revoked(uint32_t lease);
 void routes_forget(void);
 /* Its socket is closed: it ends when the stack has no connection on the port any more. leases.c */
 void lease_leaves(uint32_t lease, int type, uint16_t port);
-void leases_check(void); /* now and then */
+void leases_check(void);         /* now and then */
+void lease_told(uint32_t lease); /* the broker says that we have it */
+bool block_known(uint32_t lease);
 void broker_resolve(const struct bypass_addr *dst);
 int address_add(const struct bypass_addr *addr, int prefix_len);
 int broker_fd(void);    /* readable: broker_read() has work; -1 none */
@@ -339,9 +341,20 @@ void broker_read(void); /* what the broker says of its own accord */
 bool granted(int kind, const struct bypass_endpoint *local, const struct bypass_endpoint *remote);
 void grant_take(const struct app_msg *m); /* grants.c */
 void broker_announce_exec(void);
-void broker_tell_fork(void); /* in the child, on its parent's connection; without the lock */
+void broker_tell_fork(pid_t pid); /* in the child, on its parent's connection: without the lock */
+int broker_dial_again(void);      /* a connection on which hello was said; -errno. rejoin.c */
 int broker_linger(void);
 void broker_leave(void); /* ends the conversation: the application is over */
+
+/* ---- rejoin.c: another broker, when ours was killed. Lock held. */
+void rejoin_soon(void);                        /* the connection is lost */
+void rejoin_never(void);                       /* it ends in order, or does not know us */
+uint64_t rejoin_due(void);                     /* when rejoin_try() has something to do; UINT64_MAX */
+void rejoin_try(void);                         /* the helper's; does not wait */
+int rejoin_fd(void);                           /* readable: broker_read() has work; -1 none */
+int rejoin_take(void);                         /* the connection that it made, if there is one: the caller's now */
+bool rejoin_answered(const struct app_msg *m); /* hello was; false: the conversation is over */
+void rejoin_child(void);                       /* after fork, in the child */
 
 /* ---- proc.c: relatives that fork, become other programs, and end. Lock held. */
 /* g->check_ns is over: looks after relatives that died or became programs without this library. */
