@@ -25,6 +25,7 @@ from bypass._core import lib
 from fwd_live import AppMemory
 
 from bypass import fwd, libbpf
+from bypass.broker.takeover import pid_of
 from bypass.errors import BypassError
 from bypass.fwd import Forwarder, ForwarderError, Lease
 
@@ -360,6 +361,69 @@ def test_an_item_goes_when_all_its_processes_are_dead(forwarder: Forwarder, pipe
     c.wait()
     assert [i.name for i in forwarder.list()] == ["app/2"]
     assert forwarder.events() == []
+
+
+def test_parts_of_an_item_go_with_it_and_stop_listening(forwarder: Forwarder) -> None:
+    process, fd = sleeper()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        forwarder.put("app-1.7", b"", [listener.fileno()])  # before its item, and after: in any order
+    forwarder.put("app-1")
+    forwarder.put("app-1.8")
+    forwarder.put("app-10")
+    forwarder.put("app-1x.1")
+    forwarder.watch("app-1", [fd])
+    os.close(fd)
+    socket.create_connection(address).close()
+    process.kill()
+    process.wait()
+    wait_for(
+        lambda: [i.name for i in forwarder.list()] == ["app-10", "app-1x.1"], "the item and its parts to go"
+    )
+    assert forwarder.events() == [fwd.Died("app-1")]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    forwarder.put("app-10.1")
+    forwarder.delete("app-10")
+    assert [i.name for i in forwarder.list()] == ["app-1x.1"]
+
+
+def test_a_successor_is_given_the_processes_that_live(forwarder: Forwarder) -> None:
+    forwarder.put("app-1")
+    many = [sleeper() for _ in range(3)]
+    us = os.pidfd_open(os.getpid())
+    for _ in range(130):  # more than one message holds
+        forwarder.watch("app-1", [us])
+    forwarder.watch("app-1", [fd for _, fd in many])
+    many[1][0].kill()
+    many[1][0].wait()
+    wait_for(lambda: forwarder.list()[0].pids == 132, "a death to be noticed")
+    given = forwarder.watched("app-1")
+    assert [pid_of(fd) for fd in given] == [os.getpid()] * 130 + [many[0][0].pid, many[2][0].pid]
+    for fd in (us, *given, *(fd for _, fd in many)):
+        os.close(fd)
+    for process, _ in many:
+        process.kill()
+        process.wait()
+    with pytest.raises(FileNotFoundError):
+        forwarder.watched("app-2")
+
+
+def test_who_holds_and_listens_ends_with_the_last_item(tmp_path: Path) -> None:
+    name = str(tmp_path / "fwd.sock")
+    first = Forwarder.start(name, hold=True)
+    process, fd = sleeper()
+    first.put("app-1")
+    first.watch("app-1", [fd])
+    os.close(fd)
+    first.close()
+    with Forwarder.connect(name) as second:
+        assert second.pid == first.pid
+    assert not gone(first.pid), "an item is left"
+    process.kill()
+    process.wait()
+    assert os.waitstatus_to_exitcode(os.waitpid(first.pid, 0)[1]) == 0
+    assert not os.path.exists(name)
 
 
 def test_a_process_that_is_dead_already_counts(forwarder: Forwarder) -> None:
