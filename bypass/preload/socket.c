@@ -80,7 +80,8 @@ static void linger(struct object *o)
         return;
     }
     turn();
-    while (now < until && bypass_tcp_info(&me.stack, o->sock, &info) == 0 && info.snd_una != info.snd_nxt) {
+    while (now < until && bypass_tcp_info(&me.stack, o->sock, &info) == 0 && info.state != BYPASS_CLOSED &&
+           (info.snd_queued || info.snd_una != info.snd_nxt)) {
         struct sleeper s = {.object = object_index(o)};
 
         /* Nothing tells of the last acknowledgment: looked at now and then. */

@@ -291,6 +291,63 @@ CASE(both_write_after_a_fork)
     reap(child);
 }
 
+/* ---- SO_LINGER: close() waits, and somebody else decides for how long ---- */
+static int filled_and_lingering(int fds[2])
+{
+    char block[4096] = {0};
+    tcp_pair(fds);
+    MUST(setsockopt(fds[0], SOL_SOCKET, SO_LINGER, &(struct linger){1, 60}, sizeof(struct linger)));
+    int sent = 0;
+    for (ssize_t n; (n = send(fds[0], block, sizeof(block), MSG_DONTWAIT)) > 0;)
+        sent += (int)n;
+    return sent;
+}
+
+CASE(close_waits_until_all_is_sent)
+{
+    int fds[2], began[2], closed[2];
+    char c;
+    MUST(pipe(began));
+    MUST(pipe(closed));
+    int sent = filled_and_lingering(fds);
+    pid_t child = (pid_t)MUST(fork());
+    if (child == 0) {
+        char block[4096];
+        MUST(close(fds[0]));
+        EQ(write(closed[1], "c", 1), 1);
+        nap_ms(100);
+        EQ(write(began[1], "b", 1), 1);
+        for (int got = 0; got < sent;)
+            got += (int)MUST(recv(fds[1], block, sizeof(block), 0));
+        hears_end(fds[1]);
+        _exit(0);
+    }
+    MUST(close(fds[1]));
+    EQ(read(closed[0], &c, 1), 1); /* ours is the last */
+    MUST(close(fds[0]));
+    EQ(ready(began[0]) & POLLIN, POLLIN);
+    reap(child);
+}
+
+CASE(close_waits_no_longer_when_the_peer_resets)
+{
+    int fds[2], closed[2];
+    char c;
+    MUST(pipe(closed));
+    filled_and_lingering(fds);
+    pid_t child = (pid_t)MUST(fork());
+    if (child == 0) {
+        MUST(close(fds[0]));
+        EQ(write(closed[1], "c", 1), 1);
+        nap_ms(100);
+        _exit(0); /* with what it has not read: a reset */
+    }
+    MUST(close(fds[1]));
+    EQ(read(closed[0], &c, 1), 1);
+    MUST(close(fds[0]));
+    reap(child);
+}
+
 /* ---- exec ---- */
 static void becomes(char *const argv[], int fd)
 {
