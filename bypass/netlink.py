@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pyroute2.netlink import genlmsg
 from pyroute2.netlink.diag import MarshalDiag, inet_diag_req
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
@@ -33,7 +34,7 @@ from bypass.errors import DeviceError
 from bypass.rules import Address
 
 # linux/netlink.h, linux/rtnetlink.h, linux/sock_diag.h
-NETLINK_ROUTE, NETLINK_SOCK_DIAG = 0, 4
+NETLINK_ROUTE, NETLINK_SOCK_DIAG, NETLINK_GENERIC = 0, 4, 16
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x100, 0x400
 NLMSG_ERROR, NLMSG_DONE, NLM_F_DUMP_INTR = 2, 3, 0x10
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
@@ -269,6 +270,31 @@ class Watcher:
             except DeviceError:
                 change |= self._is_gone()
         return change
+
+
+def settings_changed() -> socket.socket | None:
+    """A socket that becomes readable when somebody changes settings of an interface of this network namespace by
+    ethtool(8): queues, which rtnetlink tells late or not at all, among others. None: the kernel has no such family
+    (before 5.6), or does not let us hear it."""
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.generic import GenericNetlinkSocket
+
+    try:
+        with GenericNetlinkSocket() as family:
+            family.bind("ethtool", genlmsg)
+            group = int(family.mcast_groups["monitor"])
+    except (NetlinkError, KeyError):
+        return None
+    events = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, NETLINK_GENERIC
+    )
+    try:
+        events.bind((0, 0))  # one without a number of its own hears nothing
+        events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    except OSError:
+        events.close()
+        return None
+    return events
 
 
 def _split(data: bytes) -> Iterator[tuple[int, bytes]]:

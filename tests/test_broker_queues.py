@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from preloaded import CLEAN, LIBRARY
 
 from bypass import netns
+from bypass.broker import interface
 from bypass.broker.interface import InterfaceSite
 from bypass.broker.shared import site_of
 from bypass.broker.tools import ask
@@ -175,6 +176,18 @@ def test_queues_that_appear_are_served_and_no_connection_is_lost(
         assert steered(broker) > before + 2 * CONNECTIONS
         assert all(seen_by_xdp(queue) for queue in range(4)), "all queues are used"
         assert broker.site.trouble == ""
+
+
+def test_a_change_is_noticed_at_once(
+    broker: RunningBroker, lab: Lab, connect: Callable[[], socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By netlink, not only by counting."""
+    with echo_server(broker):
+        connect()
+        monkeypatch.setattr(interface, "QUEUES_NS", 10**15)
+        time.sleep(1.5)  # the last time that it counts
+        set_queues(lab, 4)
+        wait_for(lambda: len(broker.site.queues) == 4, 20, "the queues to be served")
 
 
 def test_what_the_kernel_accepted_for_a_moment_stays_with_it(

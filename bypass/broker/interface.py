@@ -31,6 +31,7 @@ from bypass.doctor import choose_mode
 from bypass.errors import BypassError
 from bypass.fwd import ForwarderError, PortCut, QueuesAdded
 from bypass.grants import Grants, Key, LiveEntries
+from bypass.netlink import settings_changed
 from bypass.nic import driver_of
 from bypass.policy import Policy
 from bypass.rss import Queue, queue_of
@@ -46,7 +47,7 @@ SOL_XDP, XDP_STATISTICS = 283, 7  # linux/if_xdp.h
 FIXED = ("interface", "mode", "backend")
 """What of a policy cannot change under a running broker, nor under a successor."""
 QUEUES_NS = 1_000_000_000
-"""How often the interface's queues are counted, while an application has it; netlink tells of most changes at once."""
+"""How often the interface's queues are counted, while an application has it; netlink tells most changes at once."""
 KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stats").fields)
 
 
@@ -100,6 +101,9 @@ class InterfaceSite(Site):
             undo.callback(self.steering.close)
             self.watch = KernelWatch(self.ifname, self, self.steering, self)
             undo.callback(self.watch.close)
+            self._settings = settings_changed()
+            if self._settings is not None:
+                undo.callback(self._settings.close)
             self.entries = LiveEntries(self.steering, self.watch)
             view = _DeviceView(self)
             self.status = StatusServer(self.ifname, Snapshot(self.steering, view, name="broker"))
@@ -238,7 +242,7 @@ class InterfaceSite(Site):
     def health(self) -> int:
         """The MTU or the MAC address has changed, or the link."""
         self._tell_link(0 if self.watch.watcher.interface.up else errno.ENETDOWN)
-        self._queues_ns = 0  # what changes queues takes the carrier away for a moment
+        self._queues_ns = 0
         return 0
 
     def _tell_link(self, code: int) -> None:
@@ -252,7 +256,8 @@ class InterfaceSite(Site):
         self.watch.resolve([destination])
 
     def watched(self) -> dict[int, Callable[[], None]]:
-        return {
+        settings = {} if self._settings is None else {self._settings.fileno(): self._settings_changed}
+        return settings | {
             self.watch.fileno(): lambda: self.update(time.monotonic_ns()),
             self.status.fileno(): self.status.poll,
             self.holder.forwarder.fileno(): self._holder_events,
@@ -288,6 +293,18 @@ class InterfaceSite(Site):
         """A policy that names queues means those."""
         return bool(self.queues) and self.policy.backend.queues is None and self._link != 2
 
+    def _settings_changed(self) -> None:
+        """By ethtool, of any interface. That events were lost says the same (ENOBUFS)."""
+        assert self._settings is not None
+        with suppress(BlockingIOError):
+            while True:
+                try:
+                    self._settings.recv(1)
+                except OSError as e:
+                    if e.errno != errno.ENOBUFS:
+                        raise
+        self._queues_ns = 0
+
     @abstractmethod
     def _take_queues(self, unserved: range) -> str:
         """Serves them, now or by and by. What cannot be, in words; empty: nothing."""
@@ -321,6 +338,8 @@ class InterfaceSite(Site):
     def close(self) -> None:
         with ExitStack() as end:
             end.callback(self.watch.close)
+            if self._settings is not None:
+                end.callback(self._settings.close)
             end.callback(self.status.close)
             end.callback(self.holder.close)
             end.callback(self.steering.close)
