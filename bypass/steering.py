@@ -665,7 +665,7 @@ def _refuse_foreign(ifname: str, ifindex: int) -> None:
     undo = "end that process" if there.pids else f"`ip link set dev {ifname} {kind} off`"
     ours = there.name.startswith(OUR_PROGRAMS)
     if ours and there.pids:
-        undo = "`bypass down` or end what `bypass ps` shows (what a killed broker leaves ends with its applications)"
+        undo = "`bypass down`, or end what `bypass ps` shows (`bypass up` with the socket of a killed broker goes on)"
     raise ForeignProgramError(
         f"{ifname} has an XDP program already: id {there.prog_id}, name {there.name}, {there.mode} mode, {whose}; "
         f"bypass does not replace it. {undo} to remove it",

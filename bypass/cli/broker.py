@@ -64,14 +64,17 @@ def up(policy: str | None, foreground: bool, name: str | None) -> None:
 
 
 @click.command()
-@click.option("--drain", is_flag=True, help="Wait until no connection is left; nothing new begins meanwhile.")
+@click.option(
+    "--drain", is_flag=True, help="Wait until programs have given back all ports; nothing new is granted."
+)
 @SOCKET
 def down(drain: bool, name: str | None) -> None:
     """End a broker. The kernel has all flows of its interface again.
 
-    At once: connections on the stack die, and it is told how many, and leases. With --drain programs give back what
-    they do not use, their new connections are the kernel's, and the broker ends with the last one. Interrupted, it goes
-    on draining.
+    At once: connections on the stack die, and it is told how many, and leases. With --drain nothing new is
+    granted: ports that programs open from then on are the kernel's. A server that listens already keeps its port, new
+    connections included, until it closes it or ends; the broker ends with the last port. Interrupted, it goes on
+    draining.
 
     \b
     Examples:
