@@ -90,7 +90,7 @@ struct slot {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    enum { IDLE, ASKED, DONE } state;
+    enum { IDLE, ASKED, BEGUN, DONE } state;
     char command[256];
     char text[AGENT_TEXT];
     int there;
@@ -106,12 +106,14 @@ static void *slot_run(void *arg)
         pthread_mutex_lock(&s->lock);
         while (s->state != ASKED)
             pthread_cond_wait(&s->changed, &s->lock);
+        s->state = BEGUN;
+        pthread_cond_broadcast(&s->changed);
         pthread_mutex_unlock(&s->lock);
         struct answer out = {s->text, 0};
         do_call(s->command, &out);
         pthread_mutex_lock(&s->lock);
         s->state = DONE;
-        pthread_cond_signal(&s->changed);
+        pthread_cond_broadcast(&s->changed);
         pthread_mutex_unlock(&s->lock);
     }
     return NULL;
@@ -125,22 +127,24 @@ static void slot_go(struct slot *s, const char *command)
     pthread_mutex_lock(&s->lock);
     snprintf(s->command, sizeof(s->command), "%s", command);
     s->state = ASKED;
-    pthread_cond_signal(&s->changed);
+    pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
 }
 
 static void slot_end(struct slot *s, long ms, struct answer *out)
 {
     struct timespec t;
+    pthread_mutex_lock(&s->lock);
+    while (s->state == ASKED) /* on a busy machine that may take a while, and would look like sleeping */
+        pthread_cond_wait(&s->changed, &s->lock);
     clock_gettime(CLOCK_REALTIME, &t);
     t.tv_sec += ms / 1000;
     t.tv_nsec += ms % 1000 * 1000000;
     t.tv_sec += t.tv_nsec / 1000000000;
     t.tv_nsec %= 1000000000;
-    pthread_mutex_lock(&s->lock);
-    while (s->state == ASKED && pthread_cond_timedwait(&s->changed, &s->lock, &t) == 0)
+    while (s->state == BEGUN && pthread_cond_timedwait(&s->changed, &s->lock, &t) == 0)
         ;
-    answer_add(out, "%s", s->state == ASKED ? "asleep" : s->state == DONE ? s->text : "idle");
+    answer_add(out, "%s", s->state == BEGUN ? "asleep" : s->state == DONE ? s->text : "idle");
     if (s->state == DONE)
         s->state = IDLE;
     pthread_mutex_unlock(&s->lock);
