@@ -291,6 +291,13 @@ class SharedLauncher(BypassLauncher):
             wait_for(lambda: self._answers(name), UP_S, "the broker")
         return name
 
+    def up_again(self) -> None:
+        """Another broker takes over from the one that was killed."""
+        if self._up is not None:
+            self._up.process.wait(END_S)
+        self._up = None
+        self.up()
+
     def _broker(self) -> list[str]:
         return ["--socket", self.up()]
 

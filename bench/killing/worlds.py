@@ -231,7 +231,7 @@ class BypassRedis(KernelRedis):
 
 
 class _Up(_Program):
-    """A program by `bypass up`, which stays when the program is killed."""
+    """A program by `bypass up`, which stays when the program is killed; a new broker takes over from a killed one."""
 
     class Server(_Program.Server):
         _before: Stay | None = None  # without the program
@@ -265,6 +265,12 @@ class _Up(_Program):
                         self.app.place.lab
                     )  # the first that are new have what all others will have
                 return self._steady.check()
+            if role == "broker":
+                launcher = self.app.launcher
+                assert isinstance(launcher, SharedLauncher)
+                launcher.up_again()
+                self._before = self._steady = None
+                return [] if self.app.server.alive() else ["nothing: the program has ended"]
             return None
 
 
