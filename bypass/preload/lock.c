@@ -10,9 +10,32 @@
 
 __thread struct thread self;
 
+enum { LOST_WAKE_NS = 5000000 };
+
+/* Who is killed after it was woken, and before it has the lock, takes the wake with it if somebody else was faster: the
+ * kernel wakes the next one only where the lock is free then (handle_futex_death() in kernel/futex/core.c). That one would
+ * sleep until two meet at the lock again, so nobody sleeps for long. */
+static int wait_for_lock(void)
+{
+    int err;
+
+    do {
+        uint64_t until = clock_ns() + LOST_WAKE_NS;
+        struct timespec ts = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+
+        err = pthread_mutex_clocklock(&me.g->lock, CLOCK_MONOTONIC, &ts);
+    } while (err == ETIMEDOUT);
+    return err;
+}
+
 static void take(void)
 {
-    if (unlikely(pthread_mutex_lock(&me.g->lock) == EOWNERDEAD)) {
+    int err = pthread_mutex_trylock(&me.g->lock);
+
+    if (unlikely(err == EBUSY)) {
+        err = wait_for_lock();
+    }
+    if (unlikely(err == EOWNERDEAD)) {
         revive();
     }
 }
