@@ -150,9 +150,10 @@ def test_nobody_is_told_of_anothers_program(broker: RunningBroker, alice: Progra
     done = conns(broker, CAROL)
     assert done.returncode == 2
     assert "no program runs on bypass, or it is another user's" in done.stderr
-    asking = Asking(broker.name)  # as root
-    assert sorted(a.uid for a in asking.conns()) == [BOB, ALICE]
-    asking.close()
+    assert sorted(a["uid"] for a in told(broker, 0, "--socket", broker.name)) == [BOB, ALICE]
+    (only,) = told(broker, BOB, "--socket", broker.name)
+    assert only["uid"] == BOB
+    assert conns(broker, 0, "--socket", "@nobody").returncode == 2
 
 
 class Peer:

@@ -43,7 +43,10 @@ NUMBERS = ("RECV-Q", "SEND-Q", "PID", "FD", "RTT ms", "CWND", "RETRANS")
     type=click.IntRange(1, 999_999_999),
     help="Rows of an application's table. Of more, those of listeners and of the kernel come first.",
 )
-def conns(app: str, as_json: bool, limit: int) -> None:
+@click.option(
+    "--socket", "name", metavar="SOCKET", help="Only of the broker at this socket; @NAME is an abstract one."
+)
+def conns(app: str, as_json: bool, limit: int, name: str | None) -> None:
     """Sockets of the programs that run on bypass, like ss: their state, queues and congestion control.
 
     ON says whose a socket is: the stack's, the kernel's and why, or of both (a listener, or a datagram socket: what
@@ -57,7 +60,7 @@ def conns(app: str, as_json: bool, limit: int) -> None:
       bypass conns --app redis-server
       bypass conns --json | jq '.applications[].sockets[] | select(.place == "kernel") | .why'
     """
-    found = [a for a in applications() if not app or named(a, app)]
+    found = [a for a in (applications() if name is None else told_by(name)) if not app or named(a, app)]
     if not found:
         which = f"no application {app}" if app else "no program runs on bypass"
         raise BypassError(f"{which}, or it is another user's (`bypass run` starts one)")
@@ -90,16 +93,20 @@ def applications() -> list[Application]:
 def told_by_brokers() -> list[Application]:
     found = []
     for name in brokers():
-        asking = None
         try:
-            asking = Asking(name)
-            found += asking.conns()
+            found += told_by(name)
         except BypassError as e:
             click.echo(f"bypass: {e}", err=True)
-        finally:
-            if asking:
-                asking.close()
     return found
+
+
+def told_by(name: str) -> list[Application]:
+    """BypassError: this broker does not answer."""
+    asking = Asking(name)
+    try:
+        return asking.conns()
+    finally:
+        asking.close()
 
 
 def named(application: Application, name: str) -> bool:
