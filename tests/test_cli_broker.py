@@ -302,6 +302,37 @@ while True:
 """
 
 
+KEEPS = f"""
+import socket
+s = socket.create_server(("{SERVER_IP}", 8080))
+print("ready", flush=True)
+c, _ = s.accept()
+c.sendall(b"hello")
+try:
+    print("got", c.recv(10), flush=True)
+except ConnectionResetError:
+    print("reset", flush=True)
+"""
+
+
+def test_connections_of_a_listener_that_is_granted_no_more_are_reset(
+    broker: str, policy: Path, lab: Lab
+) -> None:
+    run = [*BYPASS, "run", "--socket", broker, "--user", "nobody", "--", "/usr/bin/python3", "-c", KEEPS]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "ready\n"
+            with netns.entered(lab.client_ns), socket.create_connection((SERVER_IP, 8080), 10) as c:
+                assert c.recv(10) == b"hello"
+                policy.write_text(POLICY.replace("8080", "9090"))
+                good("reload", "--socket", broker)
+                assert select.select([program.stdout], [], [], TIMEOUT)[0], "it waits for what never comes"
+                assert program.stdout.readline() == "reset\n"
+        finally:
+            program.kill()
+
+
 @pytest.mark.parametrize("how", ["blocking", "epoll"])
 def test_a_listener_that_is_granted_no_more_goes_on_by_the_kernel(
     how: str, broker: str, policy: Path, lab: Lab

@@ -178,6 +178,27 @@ static void settle(uint32_t i, struct object *o)
     }
 }
 
+/* Connections that came in at `local`, a listener's: what comes for them the kernel gets from now on, and refuses. */
+static void accepted_end(const struct bypass_endpoint *local)
+{
+    static const struct bypass_addr any;
+    bool anywhere = memcmp(&local->addr, &any, sizeof any) == 0;
+
+    for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+        struct object *o = group_object(me.g, i);
+        struct bypass_endpoint at;
+
+        if (!o->refs || o->sock < 0 || o->type != BYPASS_STREAM || o->place != PLACE_STACK || o->listening ||
+            o->lease || bypass_local(&me.stack, o->sock, &at) < 0 || at.port != local->port ||
+            block_has(o->type, &at) || (!anywhere && memcmp(&at.addr, &local->addr, sizeof at.addr) != 0)) {
+            continue;
+        }
+        bypass_abort(&me.stack, o->sock);
+        o->sock = -1;
+        group_notify(me.g, i, BYPASS_EVERYTHING);
+    }
+}
+
 static void revoked(uint32_t lease)
 {
     block_revoked(lease);
@@ -185,6 +206,9 @@ static void revoked(uint32_t lease)
         struct object *o = group_object(me.g, i);
 
         if (o->refs && o->lease == lease && lease) {
+            if (o->listening) {
+                accepted_end(&o->local);
+            }
             snprintf(o->why, sizeof o->why, "the policy grants it no more");
             bypass_abort(&me.stack, o->sock);
             o->sock = -1;

@@ -313,5 +313,5 @@ int wait_for(struct object *o, int fd, short events, int64_t timeo_ns, uint64_t 
         return got;
     }
     turn();
-    return 0;
+    return o->sock < 0 && o->place == PLACE_STACK ? -ECONNRESET : 0; /* it was lost meanwhile */
 }
