@@ -31,6 +31,7 @@ static void helper_sleep(uint64_t until_ns, bool watch)
     }
     if (fds[1].revents) {
         broker_read();
+        turn(); /* it may have been about sockets that threads sleep on */
     }
     if (fds[2].revents) {
         drain(me.wake_fd);
