@@ -262,6 +262,15 @@ static void call_urgent(struct lane *l, struct fuzz_tcp *t)
         l->urgent[l->urgent_n++] = t->seq - PEER_ISS - 1 + (t->urg ? t->urg - 1 : 0);
 }
 
+/* Our SYN is answered by a SYN with another number than the peer's bytes are counted from: whose connection is it? */
+static void another_number(struct story *s, struct lane *l, const struct fuzz_tcp *t)
+{
+    struct bypass_tcp_info i;
+    if ((t->flags & (FZ_SYN | FZ_ACK | FZ_RST)) == (FZ_SYN | FZ_ACK) && t->seq != PEER_ISS && numbers(s, l, &i) &&
+        i.state == BYPASS_SYN_SENT && diff(t->ack, i.snd_una) > 0 && diff(t->ack, i.snd_nxt) <= 0)
+        l->live = false;
+}
+
 static void inject(struct story *s, struct lane *l, struct fuzz_tcp *t)
 {
     static uint8_t data[MSS];
@@ -272,6 +281,7 @@ static void inject(struct story *s, struct lane *l, struct fuzz_tcp *t)
     for (uint32_t i = 0; i < t->len; i++)
         data[i] = peer_byte(t->seq - PEER_ISS - 1 + i + !!(t->flags & FZ_SYN));
     call_urgent(l, t);
+    another_number(s, l, t);
     t->data = data;
     t->sport = l->sport;
     t->dport = l->dport;
