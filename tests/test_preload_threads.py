@@ -110,3 +110,25 @@ def test_a_thread_that_computes_holds_up_nobody(program: Path, lab: Lab, mode: s
             exchange(asks)
             assert not select.select([computes], [], [], 0)[0], "it was done before the other had an answer"
         assert computes.recv(1) == b"c"
+
+
+LISTENS_AGAIN = f"""
+import socket
+for _ in range(300):
+    s = socket.socket()
+    s.bind(("{SERVER_IP}", {PORT}))
+    s.listen()
+    s.close()
+print("as often as it likes")
+"""
+
+
+@pytest.mark.parametrize("mode", ["direct", "shared"])
+def test_a_port_can_be_listened_at_again_at_once(lab: Lab, mode: str) -> None:
+    """Whoever keeps the kernel's socket beside the program has let go of it when close() returns."""
+    policy = parse_policy(POLICY + f"mode: {mode}\n")
+    with running(lambda: site_of(policy), lab.server_ns) as broker:
+        env = preloaded.CLEAN | {"LD_PRELOAD": str(preloaded.LIBRARY), "BYPASS_SOCKET": broker.name}
+        argv = lab.command("server", ["/usr/bin/python3", "-c", LISTENS_AGAIN])
+        done = preloaded.run(argv, env, TIMEOUT_S)
+    assert (done.status, done.out, done.err) == (0, "as often as it likes\n", "")

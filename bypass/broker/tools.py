@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -43,6 +44,12 @@ def listening() -> set[str]:
     }
 
 
+def owner_of(sock: socket.socket) -> int:
+    """The user who listens at the other end."""
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
+
+
 class Asking:
     """A connection to a broker.
 
@@ -60,6 +67,14 @@ class Asking:
             raise BypassError(
                 f"no broker runs at {name} ({e.strerror}): start one by `bypass up -c POLICY`, or name its socket"
             ) from e
+        self._require_believed()
+
+    def _require_believed(self) -> None:
+        """BypassError: anybody may listen at an abstract name, and this one is neither root's nor ours."""
+        owner = owner_of(self._sock)
+        if self.name.startswith("@") and owner not in (0, os.geteuid()) and os.geteuid() != 0:
+            self._sock.close()
+            raise BypassError(f"{self.name} is user {owner}'s, neither root's nor yours: it is not asked")
 
     def close(self) -> None:
         self._sock.close()

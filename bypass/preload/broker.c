@@ -38,36 +38,6 @@ __attribute__((constructor(102))) static void note_path(void)
 
 /* ---- Messages --------------------------------------------------------------------------------------------- */
 /* wait: until the broker has room for another connection; else -EAGAIN says that it has none. */
-static int dial(bool wait)
-{
-    const char *path = broker_path;
-    struct sockaddr_un sa = {.sun_family = AF_UNIX};
-    size_t len = path ? strlen(path) : 0;
-    int fd;
-
-    if (len == 0 || len >= sizeof sa.sun_path) {
-        return -EINVAL;
-    }
-    memcpy(sa.sun_path, path, len);
-    if (path[0] == '@') {
-        sa.sun_path[0] = 0;
-    }
-    fd = fd_hide(real.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | (wait ? 0 : SOCK_NONBLOCK), 0));
-    if (fd < 0) {
-        return -errno;
-    }
-    if (real.connect(fd, (struct sockaddr *)&sa, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0) {
-        int err = errno;
-
-        fd_unhide(fd);
-        return -err;
-    }
-    if (!wait) {
-        real.fcntl(fd, F_SETFL, 0);
-    }
-    return fd;
-}
-
 static int say(const struct app_msg *m, int fd)
 {
     union {
@@ -454,11 +424,9 @@ static void refused_by(const struct app_msg *m, int err)
 /* A connection, and the message that begins it. */
 static int introduce(struct app_msg *m, bool wait)
 {
-    int fd = dial(wait);
+    int fd = dial(broker_path ? broker_path : "", wait);
 
     if (fd < 0) {
-        snprintf(me.refused, sizeof me.refused, "no broker at %s: %s (`bypass up` starts one)",
-                 broker_path ? broker_path : "(none)", strerror(-fd));
         return fd;
     }
     me.broker_fd = fd;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * leases.c - leases whose sockets are closed. The stack may have connections on the port for a while (TIME_WAIT too), and
- * their packets must not reach the kernel: the lease ends with the last of them. While there is no broker it stays.
+ * their packets must not reach the kernel: the lease ends with the last of them, or at once if there are none. While there
+ * is no broker it stays.
  */
 #define _GNU_SOURCE
 #include "preload.h"
@@ -10,6 +11,10 @@ enum { LEAVING = sizeof me.g->leaving / sizeof *me.g->leaving, CHECK_NS = 100000
 
 void lease_leaves(uint32_t lease, int type, uint16_t port)
 {
+    if (port && broker_fd() >= 0 && bypass_port_users(&me.stack, type, NULL, port) == 0) {
+        broker_release(lease); /* now: the program may want the port again at once */
+        return;
+    }
     for (uint32_t i = 0; i < LEAVING; i++) {
         struct leaving *l = &me.g->leaving[i];
 

@@ -306,6 +306,11 @@ void epoll_dup(int fd, int copy);                 /* without the lock: another d
 int epoll_save(void);                             /* epoll_exec.c: a file for the next program; -1: nothing to keep */
 void epoll_restore(int file);                     /* ... in which it has its sets again */
 
+/* ---- dial.c */
+/* A connection to the broker at `path` (`@` first: an abstract name), if it is to be believed. wait: for one that is busy.
+ * The descriptor, hidden; -errno with me.refused set. */
+int dial(const char *path, bool wait);
+
 /* ---- broker.c */
 /* Says hello: new application or relative. 0: me.app.., descriptors; -errno with me.refused set. */
 void broker_hide(bool shared); /* whether others of this user may look into this process, once that is known */
