@@ -113,7 +113,7 @@ test-programs: setup programs ## Debian's programs, unmodified: do they work, wh
 test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)
 	@$(RUN) -m bench.killing $(ARGS)
 
-bench-programs: setup programs ## What they cost, kernel and bypass in turn (ROUNDS=5, ~5 min); leaves build/versus.json
+bench-programs: setup programs ## What they cost, kernel and bypass in turn (ROUNDS=5, ~10 min); leaves build/versus.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench.versus $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
