@@ -7,6 +7,7 @@ and a few programs serve kernel clients over a veth.
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -176,8 +177,9 @@ def until_end(sock: socket.socket) -> bytes:
 @pytest.mark.parametrize("size", [1024, SIZE])
 @pytest.mark.parametrize("source", [SENDS_AND_ENDS, SENDS_AND_FOLLOWS], ids=["exit", "exec"])
 def test_what_the_last_process_wrote_arrives_after_its_end(
-    lab: Lab, broker: RunningBroker, source: str, size: int
+    lab: Lab, broker: RunningBroker, source: str, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "bypass.broker")  # a failure tells how the application ended
     before = accepted_by_kernel(lab)
     with program(lab, broker, source.replace("{size}", str(size))) as server:
         with peer(lab) as client:
