@@ -128,7 +128,7 @@ static void sleeper_done(struct sleeper *s)
         self.sleeper = NULL;
         sleeper_remove(s);
     }
-    if (s->told) {
+    if (s->told && s->epoll) {
         drain(s->wake_fd);
     }
     self.fed_ns = s->woken ? clock_ns() : 0;
@@ -236,6 +236,9 @@ static int nap(void *arg, const struct timespec *ts, const sigset_t *mask)
     got = poll_kernel(nap->fds, nap->n + PARKS, ts, mask);
     if (got <= 0) {
         return got;
+    }
+    if (nap->fds[0].revents) { /* also a ring that comes late, when who was told had woken up without it */
+        drain(nap->s->wake_fd);
     }
     if (nap->fds[2].revents) {
         drain(me.wake_fd);
