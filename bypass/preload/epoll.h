@@ -11,7 +11,8 @@
  *       |------ the kernel's half of objects of which the stack serves one half: listeners, datagrams
  *       |------ outer sets of nested sets
  *       |------ the device, relatives that wake this process
- *       '------ bell: an eventfd, rung when an item became ready while threads slept
+ *       '------ bell: an eventfd, rung when an item became ready while threads slept; edge-triggered, and never read:
+ *               whoever read it might take a ring away that epoll_wait() has not told of yet
  *
  *   epoll.c       sets and items, which side they are on, who is woken
  *   epoll_ctl.c   epoll_create(), epoll_ctl()

@@ -36,7 +36,7 @@ static void sleeper_add(struct sleeper *s)
 {
     bool back = came_back();
 
-    s->woken = s->told = s->watching = s->spinning = false;
+    s->woken = s->watching = s->spinning = false;
     s->next = me.sleepers;
     s->prev = &me.sleepers;
     if (s->next) {
@@ -127,9 +127,6 @@ static void sleeper_done(struct sleeper *s)
     if (self.sleeper == s) {
         self.sleeper = NULL;
         sleeper_remove(s);
-    }
-    if (s->told && s->epoll) {
-        drain(s->wake_fd);
     }
     self.fed_ns = s->woken ? clock_ns() : 0;
 }

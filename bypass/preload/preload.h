@@ -59,7 +59,6 @@ struct sleeper {
     struct epoll *epoll; /* or for this set, which has an eventfd of its own */
     int wake_fd;         /* an eventfd: written to wake it */
     bool woken;          /* there is something for it */
-    bool told;           /* ... and wake_fd was written */
     bool spinning;       /* it does not sleep yet */
     bool watching;       /* it watches the device */
 };

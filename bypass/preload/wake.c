@@ -42,8 +42,7 @@ void wake(struct sleeper *s)
     if (!s->woken) {
         s->woken = true;
         me.lent |= !me.watcher && soon_back();
-        s->told = !s->spinning;
-        if (s->told) {
+        if (!s->spinning) {
             ring(s->wake_fd);
         }
     }
