@@ -421,7 +421,8 @@ class Steering:
 
     def entries(self) -> dict[int, tuple[Endpoint, Count]]:
         """Live entries with what was redirected for each since it began."""
-        return {n: (e, count_of(self._map("entry_count"), n)) for n, e in self._endpoints.items()}
+        live = self._endpoints.copy()  # at once: another thread may ask while the broker's adds and removes
+        return {n: (e, count_of(self._map("entry_count"), n)) for n, e in live.items()}
 
     # ---- what the program compares with -----------------------------------------------------------------------
 
