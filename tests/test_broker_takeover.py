@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import preloaded
 import pytest
@@ -189,15 +189,15 @@ def down(name: str) -> str:
     return good("down", "--socket", name)
 
 
-def ps(name: str) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = json.loads(good("ps", "--json", "--socket", name))
+def ps(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(good("ps", "--json", "--socket", name))
     return found
 
 
 def rejoined(name: str, *programs: Program) -> None:
     """They have said hello to the new broker."""
     wanted = sorted(p.process.pid for p in programs)
-    wait_until(lambda: sorted(pid for app in ps(name) for pid in app["pids"]) == wanted)  # type: ignore[attr-defined]
+    wait_until(lambda: sorted(pid for app in ps(name) for pid in app["pids"]) == wanted)
 
 
 def to_the_kernel(lab: Lab) -> tuple[int, int]:
@@ -216,7 +216,7 @@ def echo_at(lab: Lab, port: int) -> None:
 
 
 def leases(name: str) -> list[str]:
-    return sorted(lease["local"] for app in ps(name) for lease in app["leases"])  # type: ignore[attr-defined]
+    return sorted(lease["local"] for app in ps(name) for lease in app["leases"])
 
 
 def test_a_new_broker_goes_on_with_what_a_killed_one_left(policy: Path, folder: Path, lab: Lab) -> None:  # noqa: F811

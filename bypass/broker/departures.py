@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 
 from bypass.broker.apps import App, Process
 from bypass.broker.leasing import Leasing
@@ -64,12 +65,12 @@ class Departures:
         if pid not in app.children:
             app.children[pid] = os.pidfd_open(pid)
             self._state.site.joined(app.number, app.children[pid])
-            self._state.loop.watch(app.children[pid], lambda: self._child_ended(app, pid))
+            self._state.loop.watch(app.children[pid], partial(self._child_ended, app, pid))
 
     def go_on(self, app: App) -> None:
         """With the processes of an application that was taken over, all of which are as children."""
         for pid, pidfd in list(app.children.items()):
-            self._state.loop.watch(pidfd, lambda pid=pid: self._child_ended(app, pid))  # type: ignore[misc]
+            self._state.loop.watch(pidfd, partial(self._child_ended, app, pid))
         if not app.children:
             self.end(app)
 

@@ -70,9 +70,9 @@ class Asking:
         self._require_believed()
 
     def _require_believed(self) -> None:
-        """BypassError: anybody may listen at an abstract name, and this one is neither root's nor ours."""
+        """BypassError: anybody may listen at an abstract name, and this one is neither root's nor ours. Root asks all."""
         owner = owner_of(self._sock)
-        if self.name.startswith("@") and owner not in (0, os.geteuid()) and os.geteuid() != 0:
+        if self.name.startswith("@") and owner != 0 and os.geteuid() not in (0, owner):
             self._sock.close()
             raise BypassError(f"{self.name} is user {owner}'s, neither root's nor yours: it is not asked")
 

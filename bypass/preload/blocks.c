@@ -257,12 +257,7 @@ void block_revoked(uint32_t lease)
         if (o->refs && o->type == b->type && o->sock >= 0 && !o->lease && o->place >= PLACE_STACK &&
             bypass_local(&me.stack, o->sock, &local) == 0 && block_has(b->type, &local) && local.port >= b->first &&
             local.port <= b->last) {
-            snprintf(o->why, sizeof o->why, "the policy grants it no more");
-            bypass_abort(&me.stack, o->sock);
-            o->sock = -1;
-            o->place = o->type == BYPASS_DGRAM ? PLACE_KERNEL : PLACE_STACK;
-            o->reason = WHY_NOT_GRANTED;
-            group_notify(me.g, i, BYPASS_EVERYTHING);
+            object_revoke(i);
         }
     }
     b->lease = 0;

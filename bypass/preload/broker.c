@@ -8,11 +8,9 @@
  * helper looks for: rejoin.c.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "preload.h"
@@ -37,7 +35,6 @@ __attribute__((constructor(102))) static void note_path(void)
 }
 
 /* ---- Messages --------------------------------------------------------------------------------------------- */
-/* wait: until the broker has room for another connection; else -EAGAIN says that it has none. */
 static int say(const struct app_msg *m, int fd)
 {
     union {
@@ -163,9 +160,7 @@ static void accepted_end(const struct bypass_endpoint *local)
             block_has(o->type, &at) || (!anywhere && memcmp(&at.addr, &local->addr, sizeof at.addr) != 0)) {
             continue;
         }
-        bypass_abort(&me.stack, o->sock);
-        o->sock = -1;
-        group_notify(me.g, i, BYPASS_EVERYTHING);
+        object_revoke(i);
     }
 }
 
@@ -179,13 +174,7 @@ static void revoked(uint32_t lease)
             if (o->listening) {
                 accepted_end(&o->local);
             }
-            snprintf(o->why, sizeof o->why, "the policy grants it no more");
-            bypass_abort(&me.stack, o->sock);
-            o->sock = -1;
-            o->lease = 0;
-            o->place = o->listening || o->type == BYPASS_DGRAM ? PLACE_KERNEL : PLACE_STACK;
-            o->reason = WHY_NOT_GRANTED;
-            group_notify(me.g, i, BYPASS_EVERYTHING);
+            object_revoke(i);
         }
         if (o->refs && o->place == PLACE_KERNEL && o->reason == WHY_NOT_GRANTED && me.local[i].fds &&
             (me.local[i].items || o->shadow_nonblock)) {

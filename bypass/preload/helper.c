@@ -20,7 +20,6 @@ static void helper_sleep(uint64_t until_ns, bool watch)
     struct timespec ts;
 
     until_ns = again < until_ns ? again : until_ns;
-
     me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
     leave();
     real.ppoll(fds, sizeof fds / sizeof *fds, time_left(until_ns, &ts), NULL);

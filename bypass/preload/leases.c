@@ -11,8 +11,8 @@ enum { LEAVING = sizeof me.g->leaving / sizeof *me.g->leaving, CHECK_NS = 100000
 
 void lease_leaves(uint32_t lease, int type, uint16_t port)
 {
-    if (port && broker_fd() >= 0 && bypass_port_users(&me.stack, type, NULL, port) == 0) {
-        broker_release(lease); /* now: the program may want the port again at once */
+    if (port && !me.gone && broker_fd() >= 0 && bypass_port_users(&me.stack, type, NULL, port) == 0) {
+        broker_release(lease); /* now: the program may want the port again at once, unless it is about to end */
         return;
     }
     for (uint32_t i = 0; i < LEAVING; i++) {

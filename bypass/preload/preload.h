@@ -173,6 +173,9 @@ void fd_forget(int fd);
 /* Lock held: one reference less. */
 void object_put(uint32_t object);
 void object_end(uint32_t object); /* nobody has it any more */
+/* Its packets are the kernel's from now on, since the policy has changed: so is a listener or a datagram socket, and a
+ * connection is over. */
+void object_revoke(uint32_t object);
 /* Lock held. A socket that the stack does not have, kept to tell why. type 0: neither TCP nor UDP. more may be NULL. */
 void object_of_kernel(int fd, int family, int type, enum reason why, const char *more);
 /* Lock held: close() of a descriptor, up to the kernel's part; the last of a listener's ends the kernel's half too. */

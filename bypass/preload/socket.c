@@ -69,6 +69,19 @@ void object_end(uint32_t object)
     group_object_free(me.g, object);
 }
 
+void object_revoke(uint32_t object)
+{
+    struct object *o = group_object(me.g, object);
+
+    snprintf(o->why, sizeof o->why, "the policy grants it no more");
+    bypass_abort(&me.stack, o->sock);
+    o->sock = -1;
+    o->lease = 0;
+    o->place = o->listening || o->type == BYPASS_DGRAM ? PLACE_KERNEL : PLACE_STACK;
+    o->reason = WHY_NOT_GRANTED;
+    group_notify(me.g, object, BYPASS_EVERYTHING);
+}
+
 /* SO_LINGER: close() waits until what was sent has arrived, or for so long (socket(7)). */
 static void linger(struct object *o)
 {
