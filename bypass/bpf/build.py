@@ -69,10 +69,13 @@ class Program:
         return bytes(code)
 
 
-def reasons(header: str | None = None) -> tuple[Reason, ...]:
-    """All reasons, by number, as `reasons.h` lists them."""
+def reasons(header: str | None = None, macro: str = "STEER_REASONS") -> tuple[Reason, ...]:
+    """All reasons of a list of `reasons.h`, in its order: STEER_REASONS, by number, or CLASSIFY_REASONS."""
     text = header if header is not None else (FOLDER / "reasons.h").read_text()
-    found = re.findall(r'^ *R\((\w+), (PASS|DROP|REDIRECT), "([^"]*)"\)', text, re.MULTILINE)
+    listed = re.search(rf"^#define {macro}\(R\)((?:.*\\\n)*.*)", text, re.MULTILINE)
+    found = re.findall(
+        r'^ *R\((\w+), (PASS|DROP|REDIRECT), "([^"]*)"\)', listed[1] if listed else "", re.MULTILINE
+    )
     return tuple(Reason(name.lower(), verdict, what) for name, verdict, what in found)
 
 

@@ -29,9 +29,16 @@
     R(STEERED, REDIRECT, "to the stack")                                                   \
     R(STEERED_ICMP, REDIRECT, "an ICMP error about a live flow, to the stack")             \
     R(STEERED_BARE, REDIRECT, "to the stack, without a verdict: no room for metadata")
+
+/* What only the classifier of the DPDK backend (bypass/dpdk_backend/classify.h) has to say beside these: it is told which
+ * flows the kernel holds, where the steering program asks, and its rules are exchanged under it. Appended to them. */
+#define CLASSIFY_REASONS(R)                                                                \
+    R(UNSETTLED, DROP, "a connection begins while the kernel is asked for its own: the peer tries again") \
+    R(BUSY, DROP, "the rules were exchanged several times while one packet was looked at")
 /* clang-format on */
 
 #define STEER_REASON_ENUM(name, verdict, text) REASON_##name,
 enum steer_reason { STEER_REASONS(STEER_REASON_ENUM) REASON_MAX };
+enum classify_reason { REASON_BEFORE = REASON_MAX - 1, CLASSIFY_REASONS(STEER_REASON_ENUM) REASON_ALL };
 
 #endif
