@@ -28,7 +28,7 @@ CFLAGS := -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror $(CFLAGS_$(VA
 LDFLAGS := $(if $(SAN),$(SANITIZE))
 
 STACK_SRC := $(wildcard bypass/stack/*.c)
-OTHER_SRC := $(wildcard bypass/app/*.c bypass/afxdp/*.c bypass/sim/*.c) bypass/fwd/port.c bypass/host.c
+OTHER_SRC := $(wildcard bypass/app/*.c bypass/afxdp/*.c bypass/sim/*.c bypass/dpdk_backend/*.c) bypass/fwd/port.c bypass/host.c
 STACK_OBJ := $(STACK_SRC:%.c=$(OUT)/%.o)
 OTHER_OBJ := $(OTHER_SRC:%.c=$(OUT)/%.o)
 # The preload library: the core, the devices that an application may have, and the calls of unmodified programs.
@@ -37,7 +37,8 @@ PRELOAD_SRC := $(filter-out $(LINGER_SRC),$(wildcard bypass/preload/*.c))
 DEVICE_OBJ := $(patsubst %.c,$(OUT)/own/%.o,$(wildcard bypass/afxdp/*.c) bypass/fwd/port.c)
 PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
 	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c) bypass/host.c) $(DEVICE_OBJ)
-PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h
+PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h \
+	bypass/dpdk_backend/plugin.h bypass/dpdk_backend/load.h
 
 # The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
 EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so

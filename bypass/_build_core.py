@@ -29,8 +29,10 @@ HEADERS = (
     "app/inspect.h",
     "fwd/port.h",
     "fwd/fwd.h",
+    "dpdk_backend/plugin.h",
+    "dpdk_backend/load.h",
 )
-SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "fwd/port.c", "host.c")
+SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "dpdk_backend/*.c", "fwd/port.c", "host.c")
 INCLUDE_DIRS = ("include", "stack", ".")
 
 # Calls from C into Python. Only for what is rare: each costs about a microsecond.
