@@ -27,7 +27,8 @@ from bench.apps.place import environment, lacking, where
 from bench.apps.redis import Resp
 from bench.programs import ROOT
 from bypass import netns
-from bypass.broker.shared import BURSTS_PER_SECOND, LEAST_BURST, SharedSite, site_of
+from bypass.broker.ports import BURSTS_PER_SECOND, LEAST_BURST
+from bypass.broker.shared import SharedSite, site_of
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab, wait_for
 from bypass.policy import parse_policy
 

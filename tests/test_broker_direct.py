@@ -14,7 +14,7 @@ from pyroute2 import IPRoute
 from support import WAIT_S
 
 from bypass import netns
-from bypass.broker.interface import DirectSite
+from bypass.broker.direct import DirectSite
 from bypass.broker.protocol import ABI, Kind, Message
 from bypass.lab import CLIENT_IFNAME, CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy

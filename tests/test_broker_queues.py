@@ -24,8 +24,8 @@ from click.testing import CliRunner
 from preloaded import CLEAN, LIBRARY
 
 from bypass import netns
-from bypass.broker import interface
-from bypass.broker.interface import InterfaceSite
+from bypass.broker import afxdp
+from bypass.broker.afxdp import AfxdpSite
 from bypass.broker.shared import site_of
 from bypass.broker.tools import ask
 from bypass.cli.ps import ps
@@ -184,7 +184,7 @@ def test_a_change_is_noticed_at_once(
     """By netlink, not only by counting."""
     with echo_server(broker):
         connect()
-        monkeypatch.setattr(interface, "QUEUES_NS", 10**15)
+        monkeypatch.setattr(afxdp, "QUEUES_NS", 10**15)
         time.sleep(1.5)  # the last time that it counts
         set_queues(lab, 4)
         wait_for(lambda: len(broker.site.queues) == 4, 20, "the queues to be served")
@@ -198,14 +198,14 @@ def test_what_the_kernel_accepted_for_a_moment_stays_with_it(
 ) -> None:
     """A veth runs no XDP on new queues before the broker has attached it anew, here much too late."""
     reached, go_on = threading.Event(), threading.Event()
-    serve = InterfaceSite._serve
+    serve = AfxdpSite._serve
 
-    def slowly(self: InterfaceSite, queues: range) -> None:
+    def slowly(self: AfxdpSite, queues: range) -> None:
         reached.set()
         assert go_on.wait(20)
         serve(self, queues)
 
-    monkeypatch.setattr(InterfaceSite, "_serve", slowly)
+    monkeypatch.setattr(AfxdpSite, "_serve", slowly)
     with echo_server(broker):
         echoes([connect()], b"the next hop is known")
         accepted = kernel_accepted()

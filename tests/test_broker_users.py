@@ -12,7 +12,7 @@ from broker_support import Child, RunningBroker, running
 from bypass._core import lib
 
 from bypass import netns
-from bypass.broker.interface import DirectSite
+from bypass.broker.direct import DirectSite
 from bypass.broker.users import Access, User
 from bypass.errors import PolicyError
 from bypass.grants import Grants

@@ -11,8 +11,8 @@ from ipaddress import IPv4Address
 import pytest
 
 from bypass import netns, rss
-from bypass.broker import interface
-from bypass.broker.interface import DirectSite
+from bypass.broker import afxdp
+from bypass.broker.direct import DirectSite
 from bypass.cli.explain import queue_lines
 from bypass.errors import DeviceError
 from bypass.lab import SERVER_IFNAME, Lab
@@ -92,11 +92,11 @@ def test_the_brokers_answer_is_of_packets_from_the_peer(monkeypatch: pytest.Monk
     site = DirectSite.__new__(DirectSite)
     site.ifname = "eth1"
     flow = (TCP, (IPv4Address(to), to_port), (IPv4Address(by), by_port))
-    monkeypatch.setattr(interface, "read_rss", lambda ifname: device())
-    monkeypatch.setattr(interface, "driver_of", lambda ifname: "ice")
-    monkeypatch.setattr(interface, "interface_queues", lambda ifname: 64)
+    monkeypatch.setattr(afxdp, "read_rss", lambda ifname: device())
+    monkeypatch.setattr(afxdp, "driver_of", lambda ifname: "ice")
+    monkeypatch.setattr(afxdp, "interface_queues", lambda ifname: 64)
     assert site.arrival(*flow).number == four % 64
-    monkeypatch.setattr(interface, "interface_queues", lambda ifname: 1)
+    monkeypatch.setattr(afxdp, "interface_queues", lambda ifname: 1)
     assert site.arrival(*flow) == Queue(0, "the only one")
 
 

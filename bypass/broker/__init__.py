@@ -13,7 +13,8 @@ It holds what needs privilege; applications have none. No packet passes through 
     shadow.py    the kernel socket that holds a port       arrivals.py, leasing.py, news.py, departures.py  its parts
     blocks.py    blocks of ports, for who connects much    server.py  the socket, the one loop
     site.py      what the broker asks of an interface      admin.py   what tools ask; tools.py is their end
-    interface.py an interface; direct mode                 private.py, daemon.py  how a broker begins and ends
-    holder.py    what outlives the broker                  closer.py  closing what anybody passed
-    shared.py    shared mode, by bypass-fwd                users.py   who asks, and which rules it may use
+    interface.py an interface, of whatever kind            private.py, daemon.py  how a broker begins and ends
+    afxdp.py     one by AF_XDP; direct.py, shared.py: who  closer.py  closing what anybody passed
+    ports.py     several applications, by bypass-fwd       users.py   who asks, and which rules it may use
+    holder.py    what outlives the broker                  takeover.py  going on with what a killed one left
 """

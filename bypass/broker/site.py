@@ -3,8 +3,8 @@
 
     Site        what the broker asks of any of them
     LoopSite    no interface: every application talks to itself (`bypass run --loopback`)
-    DirectSite  interface.py: one application at a time owns AF_XDP sockets on all its queues
-    SharedSite  shared.py: several applications, which do not trust each other; bypass-fwd moves their frames
+    DirectSite  direct.py: one application at a time owns AF_XDP sockets on all its queues
+    SharedSite  shared.py, ports.py: several applications, which do not trust each other; bypass-fwd moves their frames
 
 Nothing here knows connections or messages: `told` is called for what applications have to know.
 """

@@ -70,7 +70,7 @@ class Asking:
         self._require_believed()
 
     def _require_believed(self) -> None:
-        """BypassError: anybody may listen at an abstract name, and this one is neither root's nor ours. Root asks all."""
+        """BypassError: anybody may listen at an abstract name, and this is neither root's nor ours. Root asks all."""
         owner = owner_of(self._sock)
         if self.name.startswith("@") and owner != 0 and os.geteuid() not in (0, owner):
             self._sock.close()

@@ -56,7 +56,7 @@ static int on_hello(struct request *q)
     for (uint32_t i = 0; i < w->forward.ports; i++) {
         a->ports += w->forward.port[i] != NULL;
     }
-    a->device = w->device ? (uint32_t)afxdp_netdev(w->device)->queues : 0;
+    a->device = w->device ? w->device->netdev->queues : 0;
     q->answer_len = sizeof *a;
     return 0;
 }

@@ -362,7 +362,7 @@ static void begin(struct program *w, const struct options *o)
     uint64_t seed;
 
     w->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    w->listen_fd = w->device_fd = w->xsks_fd = -1;
+    w->listen_fd = -1;
     w->spin_ns = (uint64_t)o->spin_us * 1000;
     w->hold = o->hold;
     for (int i = 0; i < PROGRAM_CONNECTIONS; i++) {

@@ -5,7 +5,8 @@
  *   main.c     options, privileges, the loop
  *   control.c  connections: a message in, an answer out
  *   store.c    items, their watches, and what happens when their processes are dead
- *   device.c   the interface's AF_XDP sockets, and memory and doorbells of ports
+ *   device.c   the device of shared mode, and memory and doorbells of ports
+ *   device_afxdp.c, maps.c   the kinds of device (device.h)
  *   closer.c   closes what may take long to close, in threads
  *   forward.c, check.c, lease.c, peer.c   the way of a frame; they know nothing of the above
  */
@@ -15,6 +16,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "device.h"
 #include "forward.h"
 #include "fwd.h"
 
@@ -56,13 +58,8 @@ struct program {
     struct item *items; /* store.c */
     uint32_t items_n, pids_made;
     struct port_memory memory[FWD_PORTS_MAX];
-    struct afxdp *device;
-    void *device_mem;
-    size_t device_size;
-    int device_fd, xsks_fd;
-    uint32_t slot, link_told;
-    bool all_queues;    /* of the interface are served, those that come later included */
-    int queues_refused; /* how many there are, of which one cannot be served */
+    struct device *device; /* NULL: none is open */
+    uint32_t link_told;
     struct forwarder forward;
 };
 
@@ -122,7 +119,5 @@ int device_port_del(struct request *q);
 void device_ports_of_item(struct program *w, const char *item); /* it is gone: its ports go */
 void device_health(struct program *w);
 void device_end(struct program *w); /* everything */
-int map_update(int map, uint32_t key, uint32_t value);
-int map_delete(int map, const void *key); /* 0, -errno */
 
 #endif

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "closer.h"
+#include "maps.h"
 #include "program.h"
 
 struct process {
