@@ -32,7 +32,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bypass.policy import Backend, Policy
+from bypass.policy import AfxdpBackend, Policy
 from bypass.rules import Action, PortRange, Rule
 from bypass.steering import Steering
 
@@ -60,7 +60,7 @@ def rule(
 
 def policy_of(rules: list[Rule]) -> Policy:
     """A policy, its masks and keys computed."""
-    policy = Policy(1, "lo", Backend(), tuple(rules), "bench")
+    policy = Policy(1, "lo", AfxdpBackend(), tuple(rules), "bench")
     assert policy.compiled
     return policy
 

@@ -323,7 +323,7 @@ def open_stack(
     """
     if not isinstance(policy, Policy):
         policy = load_policy(policy)
-    b = policy.backend
+    b = policy.afxdp
     ifname = policy.interface
     options = policy.stack
     if spin_us is None:

@@ -28,20 +28,34 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from bypass.access import NO_QUOTA, Allow, Quota
-from bypass.errors import PolicyError, Problem
+from bypass.errors import DeviceError, PolicyError, Problem
+from bypass.policy_backend import (
+    AfxdpBackend,
+    DpdkBackend,
+    EalOptions,
+    across_head,
+    has_port_vlan,
+    read_backend,
+)
 from bypass.policy_fields import (
+    BACKENDS,
     MAX_RULES,
     NO_ALLOW_MODEL,
     NO_QUOTA_MODEL,
     TEXTS,
+    AfxdpModel,
     AllowModel,
-    BackendModel,
+    DpdkModel,
+    EalModel,
     FlowModel,
     HeadModel,
     MatchModel,
     Mode,
     QuotaModel,
+    RouteModel,
     StackModel,
+    Wrong,
+    backend_kind,
     policy_schema,
 )
 from bypass.policy_yaml import (
@@ -55,7 +69,7 @@ from bypass.policy_yaml import (
     scalar_text,
     shown,
 )
-from bypass.profiles import NO_OPTIONS, RING_SIZES, Profile, StackOptions, resolve
+from bypass.profiles import NO_OPTIONS, Profile, StackOptions, resolve
 from bypass.rules import (
     ICMP,
     ICMPV6,
@@ -71,7 +85,9 @@ from bypass.rules import (
 )
 
 __all__ = [
-    "Backend",
+    "AfxdpBackend",
+    "DpdkBackend",
+    "EalOptions",
     "Mode",
     "Policy",
     "PortRange",
@@ -87,36 +103,12 @@ __all__ = [
 MAX_FILE_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """How frames reach the stack.
-
-    Attributes:
-        kind: `afxdp`.
-        mode: `auto` chooses between zerocopy and copy; `skb` is the kernel's generic XDP.
-        queues: receive queues of the interface, ascending; None: all that it has.
-        ring_size: descriptors of each of a queue's rings, a power of two.
-        frames: frames of packet memory, all queues together; None: `default_frames` of the queues in use.
-        frame_size: bytes of a frame, 2048 or 4096.
-    """
-
-    kind: Literal["afxdp"] = "afxdp"
-    mode: Mode = "auto"
-    queues: tuple[int, ...] | None = None
-    ring_size: int = 2048
-    frames: int | None = None
-    frame_size: int = 2048
-
-    def default_frames(self, queues: int) -> int:
-        """Frames for this many queues: each queue's fill and receive rings full, and as many to send."""
-        return self.frames if self.frames is not None else 4 * self.ring_size * queues
-
-
 @dataclass(frozen=True)
 class Policy:
     """A policy that was checked. Rules are in file order, `flows[i].index == i`.
 
     Attributes:
+        backend: how frames reach the stack; `afxdp` and `dpdk` are the same where its kind is known.
         profile: what the stack is tuned for; None: nothing in particular.
         stack: sizes and times of the stack, the profile's where the policy names none.
         congestion: the congestion control of sockets that choose none; None: the stack's default.
@@ -127,7 +119,7 @@ class Policy:
 
     version: int
     interface: str
-    backend: Backend
+    backend: AfxdpBackend | DpdkBackend
     flows: tuple[Rule, ...]
     path: str
     profile: Profile | None = None
@@ -137,6 +129,28 @@ class Policy:
     quota: Quota = NO_QUOTA
     cpus: tuple[int, ...] | None = None
     numa: int | None = None
+
+    @property
+    def afxdp(self) -> AfxdpBackend:
+        """The backend, for those who can use no other.
+
+        Raises:
+            DeviceError: it is another.
+        """
+        if isinstance(self.backend, AfxdpBackend):
+            return self.backend
+        raise DeviceError(
+            f"{self.path}: backend.kind is {self.backend.kind}: this works with kind: afxdp only"
+        )
+
+    @property
+    def dpdk(self) -> DpdkBackend:
+        """As `afxdp`."""
+        if isinstance(self.backend, DpdkBackend):
+            return self.backend
+        raise DeviceError(
+            f"{self.path}: backend.kind is {self.backend.kind}: this works with kind: dpdk only"
+        )
 
     @cached_property
     def compiled(self) -> CompiledRules:
@@ -321,23 +335,12 @@ def parse_policy(text: str, path: str = "policy") -> Policy:
     return policy
 
 
-@dataclass(slots=True)
-class _Wrong:
-    """A problem whose place is not known yet."""
-
-    path: Path
-    wrong: str  # follows the value as written; the whole message when `whole`
-    right: str = ""
-    whole: bool = False
-    at_key: bool = False  # it is the key that is wrong
-
-
 class _Check:
     """Reads a document into a policy, and collects what is wrong with it."""
 
     def __init__(self, doc: Document) -> None:
         self.doc = doc
-        self.wrongs: list[_Wrong] = []
+        self.wrongs: list[Wrong] = []
         self.located: list[Problem] = list(doc.duplicates)
 
     def policy(self, path: str) -> Policy | None:
@@ -346,7 +349,7 @@ class _Check:
         if not isinstance(data, dict):
             message = "the document is empty" if data is None else "the document is not a mapping"
             right = "the top level holds version, interface, backend and flows"
-            self.wrongs.append(_Wrong((), message, right, whole=True))
+            self.wrongs.append(Wrong((), message, right, whole=True))
             return None
         head = self._head(data)
         flows = data.get("flows")
@@ -355,18 +358,16 @@ class _Check:
             self.located += check_conflicts(rules)
         if head is None or self.wrongs or self.located:
             return None
-        b = head.backend
-        backend = Backend(b.kind, b.mode, b.queues, _ring_size(head), b.frames, b.frame_size)
         return Policy(
             head.version,
             head.interface,
-            backend,
+            read_backend(head),
             tuple(rules),
             path,
             head.profile,
             _stack_options(head),
             head.congestion,
-            head.mode,
+            head.mode or ("direct" if isinstance(head.backend, AfxdpModel) else "shared"),
             _quota(head.quota),
             head.cpus,
             head.numa,
@@ -378,10 +379,7 @@ class _Check:
         except ValidationError as error:
             self.wrongs += _field_errors(error, ())
             return None
-        b = head.backend
-        least = 2 * _ring_size(head) * len(b.queues or (0,))
-        if b.frames is not None and b.frames < least:
-            self.wrongs.append(_Wrong(("backend", "frames"), "is too few for the rings", f"at least {least}"))
+        self.wrongs += across_head(head)
         stack = _stack_options(head)
         for name in ("sndbuf", "rcvbuf"):
             first, most = getattr(stack, name), getattr(stack, f"{name}_max")
@@ -391,13 +389,14 @@ class _Check:
                 wrong = (
                     f"is {'more' if said == name else 'less'} than {limit}, {most if said == name else first}"
                 )
-                self.wrongs.append(_Wrong(("stack", said), wrong, f"{name} is at most {name}_max"))
+                self.wrongs.append(Wrong(("stack", said), wrong, f"{name} is at most {name}_max"))
         return head
 
     def _flows(self, flows: list[Any]) -> list[Rule]:
         """The flows that are right by themselves."""
         names: dict[str, int] = {}
         rules = []
+        tagged = has_port_vlan(self.doc.data)
         for index, item in enumerate(flows):
             at = ("flows", index)
             try:
@@ -410,6 +409,9 @@ class _Check:
             else:
                 name, match = flow.name, flow.match
                 bad = [*_across(at, match, flow.action), *_across_allow(at, flow)]
+                if tagged and match.vlan is not None and flow.action != "steer":
+                    right = "rules are about frames of backend.vlan, and see them without tag"
+                    bad.append(Wrong((*at, "match", "vlan"), "is never seen here", right))
                 self.wrongs += bad
                 if not bad:
                     line, column = self.doc.item_marks[index]
@@ -417,7 +419,7 @@ class _Check:
             if isinstance(name, str) and names.setdefault(name, index) != index:
                 first = self.doc.item_marks[names[name]][0]
                 wrong = f"is the name of the flow in line {first} already"
-                self.wrongs.append(_Wrong((*at, "name"), wrong, "each flow has a name of its own"))
+                self.wrongs.append(Wrong((*at, "name"), wrong, "each flow has a name of its own"))
         return rules
 
     def problems(self, text: str) -> list[Problem]:
@@ -432,11 +434,6 @@ class _Check:
         if more:
             problems.append(Problem("", 0, 0, f"{more} more problems"))
         return problems
-
-
-def _ring_size(head: HeadModel) -> int:
-    named = "ring_size" in head.backend.model_fields_set or head.profile is None
-    return head.backend.ring_size if named or head.profile is None else RING_SIZES[head.profile]
 
 
 def _stack_options(head: HeadModel) -> StackOptions:
@@ -470,64 +467,64 @@ def _allow(model: AllowModel) -> Allow | None:
     return Allow(model.user, model.group, model.ports, _quota(model.quota))
 
 
-def _across_allow(at: Path, flow: FlowModel) -> Iterator[_Wrong]:
+def _across_allow(at: Path, flow: FlowModel) -> Iterator[Wrong]:
     """What is wrong between `allow` and the other fields of a flow."""
     allow, ports = flow.allow, flow.match.local_port
     if allow is NO_ALLOW_MODEL:
         return
     if flow.action != "steer":
         right = "only steer takes flows: leave it out"
-        yield _Wrong((*at, "allow"), f"nobody uses a {flow.action} rule", right, whole=True)
+        yield Wrong((*at, "allow"), f"nobody uses a {flow.action} rule", right, whole=True)
     if not allow.user and not allow.group:
-        yield _Wrong((*at, "allow"), "allows nobody", "name user or group", whole=True)
+        yield Wrong((*at, "allow"), "allows nobody", "name user or group", whole=True)
     for part in allow.ports or ():
         if ports is not None and not (ports.first <= part.first and part.last <= ports.last):
             wrong = f"the ports {part} are not all of the rule's, {ports}"
-            yield _Wrong((*at, "allow", "ports"), wrong, "a part of local_port", whole=True)
+            yield Wrong((*at, "allow", "ports"), wrong, "a part of local_port", whole=True)
             return
 
 
-def _across(at: Path, match: MatchModel, action: str | None, bad: Collection[Path] = ()) -> Iterator[_Wrong]:
+def _across(at: Path, match: MatchModel, action: str | None, bad: Collection[Path] = ()) -> Iterator[Wrong]:
     """What is wrong between the fields of a flow. `bad`: fields that could not be read, seen from the flow."""
     at_match = (*at, "match")
     if not match.model_fields_set and not bad:
         right = "name at least one of " + ", ".join(MatchModel.model_fields)
-        yield _Wrong(at_match, "an empty match takes every packet", right, whole=True)
+        yield Wrong(at_match, "an empty match takes every packet", right, whole=True)
     if match.proto not in (TCP, UDP) and ("match", "proto") not in bad:
         for name in ("local_port", "remote_port"):
             if getattr(match, name) is not None:
-                yield _Wrong(
+                yield Wrong(
                     (*at_match, name), "is a port, and only tcp and udp have ports", "say proto: tcp or udp"
                 )
     if match.local is not None and match.remote is not None and match.local.version != match.remote.version:
         wrong = f"is IPv{match.remote.version}, but local is IPv{match.local.version}"
-        yield _Wrong((*at_match, "remote"), wrong, "both of one family")
+        yield Wrong((*at_match, "remote"), wrong, "both of one family")
     for family, proto, other in ((6, ICMP, "icmpv6"), (4, ICMPV6, "icmp")):
         if match.proto == proto and any(
             n is not None and n.version == family for n in (match.local, match.remote)
         ):
-            yield _Wrong((*at_match, "proto"), f"is not spoken over IPv{family}", other)
+            yield Wrong((*at_match, "proto"), f"is not spoken over IPv{family}", other)
     if action == "steer":
         yield from _not_steerable(at_match, match)
 
 
-def _not_steerable(at: Path, match: MatchModel) -> Iterator[_Wrong]:
+def _not_steerable(at: Path, match: MatchModel) -> Iterator[Wrong]:
     """What the stack does not speak yet."""
     if match.proto not in (None, TCP, UDP):
-        yield _Wrong(
+        yield Wrong(
             (*at, "proto"), "cannot be steered", "steer takes tcp and udp; ICMP errors follow their flow"
         )
     for name in ("local", "remote"):
         net = getattr(match, name)
         if net is not None and net.version == 6:
             right = "IPv6 passes to the kernel until the stack speaks it"
-            yield _Wrong((*at, name), "cannot be steered", right)
+            yield Wrong((*at, name), "cannot be steered", right)
     if match.vlan is not None:
         right = "tagged frames pass to the kernel until the stack speaks 802.1Q"
-        yield _Wrong((*at, "vlan"), "cannot be steered", right)
+        yield Wrong((*at, "vlan"), "cannot be steered", right)
 
 
-def _what_else(at: Path, item: object, bad: set[Path]) -> list[_Wrong]:
+def _what_else(at: Path, item: object, bad: set[Path]) -> list[Wrong]:
     """Errors across the fields of a flow some of whose fields could not be read."""
     match = item.get("match") if isinstance(item, dict) else None
     if not isinstance(item, dict) or not isinstance(match, dict) or ("match",) in bad:
@@ -540,7 +537,10 @@ def _what_else(at: Path, item: object, bad: set[Path]) -> list[_Wrong]:
 
 _MODELS: dict[str, type[BaseModel]] = {
     "": HeadModel,
-    "backend": BackendModel,
+    "backend": AfxdpModel,
+    "dpdk": DpdkModel,
+    "eal": EalModel,
+    "route": RouteModel,
     "stack": StackModel,
     "flow": FlowModel,
     "match": MatchModel,
@@ -558,11 +558,14 @@ _TEXT_FIELDS = {
     "proto",
     "local",
     "remote",
+    "device",
+    "to",
+    "via",
 }
 
 
-def _where(path: Path) -> tuple[str, str]:
-    """The mapping (a key of _MODELS) and field that a path leads to."""
+def _where(path: Path, kind: str) -> tuple[str, str]:
+    """The mapping (a key of _MODELS) and field that a path leads to. `kind`: of the backend."""
     if len(path) > 1 and path[-2] == "quota":
         return "quota", str(path[-1])
     if path[:1] == ("flows",) and len(path) > 1:
@@ -571,41 +574,73 @@ def _where(path: Path) -> tuple[str, str]:
         if path[2:3] == ("match",) and len(path) > 3:
             return "match", str(path[3])
         return "flow", str(path[2]) if len(path) > 2 else ""
-    if path[:1] in (("backend",), ("stack",)) and len(path) > 1:
-        return str(path[0]), str(path[1])
+    if path[:2] == ("backend", "eal") and len(path) > 2:
+        return "eal", str(path[2])
+    if path[:1] == ("backend",) and len(path) > 1:
+        return "dpdk" if kind == "dpdk" else "backend", str(path[1])
+    if path[:1] == ("stack",) and len(path) > 1:
+        return "stack", str(path[1])
+    if path[:1] == ("routes",) and len(path) > 1:
+        return "route", str(path[2]) if len(path) > 2 else ""
     return "", str(path[0]) if path else ""
 
 
-def _field_errors(error: ValidationError, at: Path) -> list[_Wrong]:
+def _field_errors(error: ValidationError, at: Path) -> list[Wrong]:
     """pydantic's errors in our words. `at`: where the model that found them stands."""
     wrongs = []
     for detail in error.errors(include_url=False, include_input=False):
-        path = (*at, *detail["loc"])
-        mapping, name = _where(path)
+        path, kind = (*at, *detail["loc"]), ""
+        if path[:1] == ("backend",) and len(path) > 1:  # pydantic names the model of the union too
+            kind, path = str(path[1]), (path[0], *path[2:])
+        mapping, name = _where(path, kind)
         text = TEXTS.get((mapping, name))
-        if detail["type"] == "extra_forbidden":
+        if detail["type"] == "extra_forbidden" and (other := _other_backend(path, kind)):
+            wrongs.append(
+                Wrong(
+                    path,
+                    f"is for kind: {other}",
+                    _INSTEAD.get((kind, name), f"leave it out with {kind}"),
+                    whole=True,
+                    at_key=True,
+                )
+            )
+        elif detail["type"] == "extra_forbidden":
             known = list(_MODELS[mapping].model_fields)
             near = difflib.get_close_matches(name[:40], known, 1)
             right = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
-            wrongs.append(_Wrong(path, "unknown key", right, whole=True, at_key=True))
+            wrongs.append(Wrong(path, "unknown key", right, whole=True, at_key=True))
         elif text is None:
             raise AssertionError(f"no text for the field {mapping}.{name}") from error
         elif detail["type"] == "missing":
-            wrongs.append(_Wrong(path[:-1], f"{name} is missing", text.right, whole=True))
+            wrongs.append(Wrong(path[:-1], f"{name} is missing", text.right, whole=True))
         elif detail["type"] in ("too_short", "too_long"):
             wrong = "is empty" if detail["type"] == "too_short" else f"has more than {MAX_RULES} items"
-            wrongs.append(_Wrong(path, f"the list {wrong}", text.right, whole=True))
+            wrongs.append(Wrong(path, f"the list {wrong}", text.right, whole=True))
         else:
             context = detail.get("ctx", {}) if detail["type"] == "policy" else {}
             item = context.get("at")
             where = path if item is None else (*path, item)
             wrongs.append(
-                _Wrong(where, context.get("wrong") or text.wrong, context.get("right") or text.right)
+                Wrong(where, context.get("wrong") or text.wrong, context.get("right") or text.right)
             )
     return wrongs
 
 
-def _located(wrong: _Wrong, places: dict[Path, Place], data: Any) -> Problem:
+_INSTEAD = {  # what a backend has in place of another's key
+    ("dpdk", "mode"): "a DPDK port has one owner, and offloads says what it does",
+    ("afxdp", "device"): "`interface` names the kernel's device",
+    ("afxdp", "mtu"): "the kernel's device has it: `ip link set mtu`",
+    ("afxdp", "vlan"): "the kernel's VLAN device has it",
+    ("afxdp", "idle_us"): "AF_XDP wakes who sleeps; stack.spin_us says how long a call polls",
+}
+
+
+def _other_backend(path: Path, kind: str) -> str:
+    """The backend that has such a key, when this one has not."""
+    return next((k for k, m in BACKENDS.items() if kind and len(path) == 2 and path[1] in m.model_fields), "")
+
+
+def _located(wrong: Wrong, places: dict[Path, Place], data: Any) -> Problem:
     path = wrong.path
     known = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in places or n == 0)
     place = places.get(known, Place(1, 1, None))
@@ -623,9 +658,17 @@ def _located(wrong: _Wrong, places: dict[Path, Place], data: Any) -> Problem:
     odd = _odd_meaning(value)
     if odd:
         message = f"{raw} is {odd}"
-    if (odd or type(value) is int) and path[-1] in _TEXT_FIELDS and wrong.right == TEXTS[_where(path)].right:
+    if (
+        (odd or type(value) is int)
+        and path[-1] in _TEXT_FIELDS
+        and wrong.right == TEXTS[_where(path, _kind_of(data))].right
+    ):
         right = f"put it in quotes if it is meant as text; {right}"
     return Problem(path_text(path), line, column, message, raw, right)
+
+
+def _kind_of(data: Any) -> str:
+    return backend_kind(data.get("backend")) if isinstance(data, dict) else ""
 
 
 def _value_at(data: Any, path: Path) -> Any:

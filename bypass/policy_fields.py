@@ -12,17 +12,20 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
+from ipaddress import IPv4Interface, IPv6Address, IPv6Interface
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from bypass.policy_yaml import MAX_TEXT
+from bypass.policy_yaml import MAX_TEXT, Path
 from bypass.profiles import Profile
-from bypass.rules import PROTOCOLS, Action, Network, PortRange
+from bypass.rules import PROTOCOLS, Action, Address, Network, PortRange
 
 MAX_QUEUES = 256
+MAX_DPDK_QUEUES = 16
 MAX_RULES = 1 << 20
 MAX_CPUS = 8192
 MAX_ID = (1 << 32) - 1  # of users and groups; the last one means "no change" to the kernel
@@ -32,6 +35,7 @@ Mode = Literal["auto", "zerocopy", "copy", "skb"]
 CONGESTION = ("cubic", "reno", "dctcp", "bbr")
 """What the stack has built in (`CoreStack.cc_names`; a test compares): known here without the C core."""
 
+_DPDK_DEVICE = r"[0-9A-Za-z_][0-9A-Za-z_.:-]{0,62}(,[!-~]{1,500})?"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _INTERFACE = r"[^\s/:\x00-\x1f\x7f]{1,15}"
 _ACCOUNT = r"[A-Za-z_][A-Za-z0-9_.-]{0,30}\$?"
@@ -64,15 +68,48 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("", "backend"): _Text("is not a backend", "a mapping such as {kind: afxdp, mode: auto, queues: all}"),
     ("", "flows"): _Text("is not a list of flows", "a list, each with name, match and action"),
     ("", "mode"): _Text("is not a way to use an interface", "direct or shared"),
+    ("", "addresses"): _Text(
+        "is not an address with its prefix length", "a list of addresses such as [192.0.2.10/24]"
+    ),
+    ("", "routes"): _Text("is not a list of routes", "a list such as [{to: 0.0.0.0/0, via: 192.0.2.1}]"),
+    ("route", ""): _Text("is not a route", "a mapping such as {to: 0.0.0.0/0, via: 192.0.2.1}"),
+    ("route", "to"): _Text("is not an address or prefix", "such as 198.51.100.0/24, or 0.0.0.0/0 for all"),
+    ("route", "via"): _Text("is not an address", "the gateway's, such as 192.0.2.1"),
     ("", "quota"): _Text("is not a mapping of limits", "a mapping such as {conns: 10000, memory: 256M}"),
     ("", "cpus"): _Text("is not a list of CPUs", "a list of numbers such as [2, 3]"),
     ("", "numa"): _Text("is not a NUMA node", "0 to 1023"),
-    ("backend", "kind"): _Text("is not a backend", "afxdp"),
+    ("backend", "kind"): _Text("is not a backend", "afxdp or dpdk"),
     ("backend", "mode"): _Text("is not a mode", "auto, zerocopy, copy or skb"),
     ("backend", "queues"): _Text("is not a choice of queues", "all, or a list of numbers such as [0, 1]"),
     ("backend", "ring_size"): _Text("is not a ring size", "a power of two from 64 to 32768"),
     ("backend", "frames"): _Text("is not a number of frames", "128 to 4194304"),
     ("backend", "frame_size"): _Text("is not a frame size", "2048 or 4096"),
+    ("dpdk", "kind"): _Text("is not a backend", "afxdp or dpdk"),
+    ("dpdk", "device"): _Text(
+        "is not a DPDK device",
+        "a PCI address such as 0000:03:00.0, or a virtual one: net_af_packet0,iface=eth1",
+    ),
+    ("dpdk", "queues"): _Text("is not a number of queues", f"1 to {MAX_DPDK_QUEUES}"),
+    ("dpdk", "ring_size"): _Text("is not a ring size", "a power of two from 64 to 32768"),
+    ("dpdk", "frames"): _Text("is not a number of frames", "128 to 4194304"),
+    ("dpdk", "frame_size"): _Text("is not a frame size", "2048, 4096, 8192 or 16384"),
+    ("dpdk", "mtu"): _Text("is not an MTU", "576 to 9702 bytes"),
+    ("dpdk", "vlan"): _Text("is not a VLAN identifier", "1 to 4094"),
+    ("dpdk", "offloads"): _Text("is not a choice of offloads", "auto or none"),
+    ("dpdk", "idle_us"): _Text("is not a time in microseconds", "1 to 1000000"),
+    ("dpdk", "link_poll_ms"): _Text("is not a time in milliseconds", "10 to 60000"),
+    ("dpdk", "eal"): _Text(
+        "is not a mapping of EAL's options", "a mapping such as {lcores: [2], memory: 256M, hugepages: false}"
+    ),
+    ("dpdk", "exception"): _Text("is not an exception path", "tap or none"),
+    ("dpdk", "exception_rate"): _Text("is not a number of packets a second", "1 to 10000000"),
+    ("eal", "lcores"): _Text("is not a list of CPUs", "a list of numbers such as [2, 3]"),
+    ("eal", "memory"): _Text("is not a size of memory", "bytes, or a number with K, M or G, such as 256M"),
+    ("eal", "hugepages"): _Text("is neither true nor false", "true, or false to do without them"),
+    ("eal", "drivers"): _Text(
+        "is not an absolute path", "a folder of DPDK drivers, such as /usr/lib/dpdk-pmds"
+    ),
+    ("eal", "devices"): _Text("is not a list of DPDK devices", "a list such as [0000:03:00.0, 0000:03:00.1]"),
     ("flow", ""): _Text("is not a flow", "a mapping with name, match and action"),
     ("flow", "name"): _Text(
         "is not a flow name", "1 to 64 letters, digits, `.`, `_` and `-`, starting with a letter or digit"
@@ -125,6 +162,17 @@ TEXTS |= {
     ("stack", name): _Text(f"is not a {what}", f"{first} to {last}")
     for name, (first, last, what) in _SIZES.items()
 }
+
+
+@dataclass(slots=True)
+class Wrong:
+    """A problem whose place is not known yet."""
+
+    path: Path
+    wrong: str  # follows the value as written; the whole message when `whole`
+    right: str = ""
+    whole: bool = False
+    at_key: bool = False  # it is the key that is wrong
 
 
 def _refuse(wrong: str = "", right: str = "", at: int | None = None) -> PydanticCustomError:
@@ -254,6 +302,78 @@ def _network(value: Any) -> Network:
     return _network_of(value)
 
 
+def _interface_address(value: Any) -> IPv4Interface | IPv6Interface:
+    """An address of this host and the prefix it is in: host bits are what it is about."""
+    if type(value) is not str or "%" in value or not re.fullmatch(f"{_V4_NET}|{_V6_NET}", value):
+        raise _refuse()
+    try:
+        found = ipaddress.ip_interface(value)
+    except ValueError:
+        raise _refuse() from None
+    if "/" not in value:
+        raise _refuse("has no prefix length", f"{value}/{24 if found.version == 4 else 64}, say")
+    host = found.ip
+    if host.is_unspecified or host.is_multicast or host.is_loopback:
+        raise _refuse("is not an address that a port may have", "a unicast address such as 192.0.2.10/24")
+    if isinstance(host, IPv6Address) and host.ipv4_mapped is not None:
+        raise _refuse("is IPv4 inside IPv6", f"write it as IPv4: {host.ipv4_mapped}/24, say")
+    if found.version == 4 and found.network.prefixlen < 31:
+        for name, other in (
+            ("network", found.network.network_address),
+            ("broadcast", found.network.broadcast_address),
+        ):
+            if host == other:
+                raise _refuse(f"is the {name} address of {found.network}", "an address of a host")
+    return found
+
+
+def _addresses(value: Any) -> tuple[IPv4Interface | IPv6Interface, ...]:
+    if type(value) is not list:
+        raise _refuse("is not a list of addresses")
+    found: list[IPv4Interface | IPv6Interface] = []
+    for at, item in enumerate(value):
+        try:
+            address = _interface_address(item)
+        except PydanticCustomError as e:
+            context = e.context or {}
+            raise _refuse(context.get("wrong") or "", context.get("right") or "", at) from None
+        if any(address.ip == other.ip for other in found):
+            raise _refuse("is in the list twice", "each address once", at)
+        found.append(address)
+    return tuple(found)
+
+
+def _gateway(value: Any) -> Address:
+    if type(value) is not str or not re.fullmatch(
+        f"{_V4}(\\.{_V4}){{3}}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", value
+    ):
+        raise _refuse()
+    try:
+        found = ipaddress.ip_address(value)
+    except ValueError:
+        raise _refuse() from None
+    if found.is_unspecified or found.is_multicast or found.is_loopback:
+        raise _refuse("is no gateway's address", "a unicast address such as 192.0.2.1")
+    return found
+
+
+def _yes_or_no(value: Any) -> bool:
+    if type(value) is not bool:
+        raise _refuse()
+    return value
+
+
+def _dpdk_devices(value: Any) -> tuple[str, ...]:
+    if type(value) is not list:
+        raise _refuse()
+    for at, item in enumerate(value):
+        if type(item) is not str or not re.fullmatch(_DPDK_DEVICE, item):
+            raise _refuse(*TEXTS["dpdk", "device"], at)
+        if item in value[:at]:
+            raise _refuse("is in the list twice", "each device once", at)
+    return tuple(value)
+
+
 def _accounts(value: Any) -> tuple[str | int, ...]:
     names = value if type(value) is list else [value]
     if not names:
@@ -353,12 +473,36 @@ _CPUS_SCHEMA = {
     "uniqueItems": True,
 }
 
+_ADDRESS_SCHEMA = {
+    "type": "string",
+    "anyOf": [{"pattern": _whole(_V4_NET.removesuffix("?"))}, {"pattern": _whole(_V6_NET.removesuffix("?"))}],
+}
+_ADDRESSES_SCHEMA = {"type": "array", "items": _ADDRESS_SCHEMA, "uniqueItems": True}
+_GATEWAY_SCHEMA = {
+    "type": "string",
+    "anyOf": [
+        {"pattern": _whole(rf"{_V4}(\.{_V4}){{3}}")},
+        {"pattern": _whole("[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")},
+    ],
+}
+_DPDK_DEVICES_SCHEMA = {
+    "type": "array",
+    "items": {"type": "string", "pattern": _whole(_DPDK_DEVICE)},
+    "uniqueItems": True,
+}
+
 Accounts = Annotated[tuple[str | int, ...], PlainValidator(_accounts), WithJsonSchema(_ACCOUNTS_SCHEMA)]
 PortList = Annotated[
     tuple[PortRange, ...] | None, PlainValidator(_port_list), WithJsonSchema(_PORT_LIST_SCHEMA)
 ]
 Bytes = Annotated[int | None, PlainValidator(_bytes), WithJsonSchema(_BYTES_SCHEMA)]
 Cpus = Annotated[tuple[int, ...] | None, PlainValidator(_cpus), WithJsonSchema(_CPUS_SCHEMA)]
+Addresses = Annotated[
+    tuple[IPv4Interface | IPv6Interface, ...], PlainValidator(_addresses), WithJsonSchema(_ADDRESSES_SCHEMA)
+]
+Gateway = Annotated[Address, PlainValidator(_gateway), WithJsonSchema(_GATEWAY_SCHEMA)]
+YesOrNo = Annotated[bool, PlainValidator(_yes_or_no), WithJsonSchema({"type": "boolean"})]
+DpdkDevices = Annotated[tuple[str, ...], PlainValidator(_dpdk_devices), WithJsonSchema(_DPDK_DEVICES_SCHEMA)]
 Ports = Annotated[PortRange | None, PlainValidator(_ports), WithJsonSchema(_PORT_SCHEMA)]
 Prefix = Annotated[Network | None, PlainValidator(_network), WithJsonSchema(_NETWORK_SCHEMA)]
 Protocol = Annotated[int | None, PlainValidator(_protocol), WithJsonSchema(_PROTOCOL_SCHEMA)]
@@ -385,10 +529,21 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BackendModel(_Model):
-    """How frames reach the stack."""
+def _kind(kind: str) -> tuple[PlainValidator, WithJsonSchema]:
+    """Of one backend; what is wrong is said as if any of them were right."""
 
-    kind: Annotated[Literal["afxdp"], *_choice("afxdp")] = Field(
+    def check(value: Any) -> Any:
+        if value != kind or type(value) is not str:
+            raise _refuse(right=_did_you_mean(value, BACKENDS))
+        return value
+
+    return PlainValidator(check), WithJsonSchema({"enum": [kind]})
+
+
+class AfxdpModel(_Model):
+    """AF_XDP sockets beside the kernel, which keeps the interface."""
+
+    kind: Annotated[Literal["afxdp"], *_kind("afxdp")] = Field(
         description="afxdp: AF_XDP sockets beside the kernel, which keeps the interface."
     )
     mode: Annotated[Mode, *_choice("auto", "zerocopy", "copy", "skb")] = Field(
@@ -403,6 +558,97 @@ class BackendModel(_Model):
         None, description="Frames of packet memory, all queues together. Default: four for each descriptor."
     )
     frame_size: Annotated[int, *_choice(2048, 4096)] = Field(2048, description="Bytes of a frame.")
+
+
+class EalModel(_Model):
+    """How DPDK's environment abstraction layer (EAL) is started, once a process."""
+
+    lcores: Cpus = Field(None, description="CPUs that EAL may use. Default: where the process runs.")
+    memory: Bytes = Field(
+        None, description="Bytes that EAL may use; K, M, G as well. Default: what frames need."
+    )
+    hugepages: YesOrNo = Field(True, description="false: ordinary pages, for virtual devices.")
+    drivers: Annotated[str | None, *_text("/[^\\x00]*")] = Field(
+        None, description="Folder of the drivers to load. Default: the system's, all of them."
+    )
+    devices: DpdkDevices = Field(
+        (), description="Devices that are there before the port is opened, such as the members of a bond."
+    )
+
+
+class DpdkModel(_Model):
+    """A whole port driven by DPDK; the kernel is reached through an exception path."""
+
+    kind: Annotated[Literal["dpdk"], *_kind("dpdk")] = Field(
+        description="dpdk: a poll-mode driver has the whole port; the kernel is reached through a TAP device."
+    )
+    device: Annotated[str, *_text(_DPDK_DEVICE)] = Field(
+        description="PCI address, or a virtual device with its arguments."
+    )
+    queues: Annotated[int, *_count(1, MAX_DPDK_QUEUES)] = Field(
+        1, description="Receive queues, and as many to send."
+    )
+    ring_size: Annotated[int, *_choice(*_RING_SIZES)] = Field(
+        1024, description="Descriptors of each of a queue's rings, a power of two."
+    )
+    frames: Annotated[int | None, *_count(128, 1 << 22)] = Field(
+        None, description="Frames of packet memory, all queues together. Default: four for each descriptor."
+    )
+    frame_size: Annotated[int, *_choice(2048, 4096, 8192, 16384)] = Field(
+        2048, description="Bytes of a frame, headroom included."
+    )
+    mtu: Annotated[int | None, *_count(576, 9702)] = Field(
+        None, description="Largest IP packet. Default: the port's."
+    )
+    vlan: Annotated[int | None, *_count(1, 4094)] = Field(
+        None, description="802.1Q tag of everything that the stack receives and sends. Default: untagged."
+    )
+    offloads: Annotated[Literal["auto", "none"], *_choice("auto", "none")] = Field(
+        "auto", description="auto: what the port offers of checksums and segmentation."
+    )
+    idle_us: Annotated[int, *_count(1, 1_000_000)] = Field(
+        100, description="How long a program sleeps when nothing has come, microseconds."
+    )
+    link_poll_ms: Annotated[int, *_count(10, 60_000)] = Field(
+        100, description="How often the port's link is looked at, milliseconds."
+    )
+    eal: EalModel = Field(
+        default_factory=lambda: EalModel.model_validate({}), description="How EAL is started, once a process."
+    )
+    exception: Annotated[Literal["tap", "none"], *_choice("tap", "none")] = Field(
+        "tap",
+        description="tap: what no rule steers goes to the kernel. none: there is no kernel on this port.",
+    )
+    exception_rate: Annotated[int, *_count(1, 10_000_000)] = Field(
+        10_000, description="Packets a second that the kernel is given at most."
+    )
+
+
+BACKENDS: dict[str, type[AfxdpModel] | type[DpdkModel]] = {"afxdp": AfxdpModel, "dpdk": DpdkModel}
+
+
+def backend_kind(value: Any) -> str:
+    """Whose model reads the mapping. Where `kind` is wrong or missing, what else it says tells what was meant."""
+    if not isinstance(value, dict):
+        return "afxdp"
+    kind = value.get("kind")
+    if isinstance(kind, str) and kind in BACKENDS:
+        return kind
+    return "dpdk" if "device" in value else "afxdp"
+
+
+BackendModel = Annotated[
+    Annotated[AfxdpModel, Tag("afxdp")] | Annotated[DpdkModel, Tag("dpdk")], Discriminator(backend_kind)
+]
+
+
+class RouteModel(_Model):
+    """A route of the port."""
+
+    to: Annotated[Network, PlainValidator(_network), WithJsonSchema(_NETWORK_SCHEMA)] = Field(
+        description="The destinations, a prefix; 0.0.0.0/0: all."
+    )
+    via: Gateway = Field(description="The gateway, in a prefix of `addresses`.")
 
 
 def _size(name: str) -> tuple[PlainValidator, WithJsonSchema]:
@@ -531,10 +777,15 @@ class HeadModel(_Model):
     congestion: Annotated[str | None, *_choice(*CONGESTION)] = Field(
         None, description="Congestion control of sockets that do not choose one. Default: the stack's."
     )
-    mode: Annotated[Literal["direct", "shared"], *_choice("direct", "shared")] = Field(
-        "direct",
-        description="direct: one application at a time uses the interface. shared: several do.",
+    mode: Annotated[Literal["direct", "shared"] | None, *_choice("direct", "shared")] = Field(
+        None,
+        description="direct: one application at a time uses the interface. shared: several do. "
+        "Default: direct; with dpdk shared, the only one there.",
     )
+    addresses: Addresses = Field(
+        (), description="Addresses that the port gets, with prefix lengths. With dpdk only."
+    )
+    routes: list[RouteModel] = Field([], description="Routes that the port gets. With dpdk only.")
     quota: QuotaModel = Field(
         default_factory=lambda: NO_QUOTA_MODEL, description="What one application may have at most."
     )
@@ -542,7 +793,7 @@ class HeadModel(_Model):
     numa: Annotated[int | None, *_count(0, 1023)] = Field(
         None, description="NUMA node of the applications' memory. Default: where it is first used."
     )
-    backend: BackendModel
+    backend: BackendModel = Field(description="How frames reach the stack, by `kind`.")
     flows: list[Any] = Field(min_length=1, max_length=MAX_RULES)
 
 
@@ -587,6 +838,9 @@ def policy_schema() -> dict[str, Any]:
     flow["if"] = {"properties": {"action": {"const": "steer"}}, "required": ["action"]}
     flow["then"] = _STEER_NEEDS
     flow["else"] = {"properties": {"allow": False}}
+    schema["if"] = {"properties": {"backend": {"properties": {"kind": {"const": "dpdk"}}}}}
+    schema["then"] = {"properties": {"mode": {"const": "shared"}}}
+    schema["else"] = {"properties": {"addresses": False, "routes": False}}
     schema["$defs"]["AllowModel"]["anyOf"] = [{"required": ["user"]}, {"required": ["group"]}]
     for part in (schema, *schema["$defs"].values()):
         part.pop("title", None)

@@ -249,7 +249,7 @@ def open_port(
     from bypass.steering import Steering
 
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
-    b, ifname = policy.backend, policy.interface
+    b, ifname = policy.afxdp, policy.interface
     sizes: dict[str, Any] = {"ring_size": b.ring_size, "frames": b.frames, "frame_size": b.frame_size}
     with ExitStack() as undo:
         for endpoint in endpoints:

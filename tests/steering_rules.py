@@ -10,11 +10,11 @@ import random
 from dataclasses import replace
 
 from bypass.errors import PolicyError
-from bypass.policy import Backend, Policy
+from bypass.policy import AfxdpBackend, Policy
 from bypass.rules import Action, Network, PortRange, Rule, check_conflicts, compile_rules
 from bypass.testing.flows import ICMP, ICMPV6, PORTS, TCP, UDP
 
-BACKEND = Backend("afxdp", "auto", None, 2048, None, 2048)
+BACKEND = AfxdpBackend("afxdp", "auto", None, 2048, None, 2048)
 
 
 def policy_of(rules: list[Rule], interface: str = "lo") -> Policy:

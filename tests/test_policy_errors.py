@@ -181,8 +181,11 @@ TOP_ERRORS = [
         flow("proto: tcp").replace("{kind: afxdp}", "afxdp"),
         "3:10: backend: afxdp is not a backend: a mapping such as",
     ),
-    (flow("proto: tcp").replace("{kind: afxdp}", "{}"), "3:10: backend: kind is missing: afxdp"),
-    (flow("proto: tcp").replace("afxdp}", "dpdk}"), "3:17: backend.kind: dpdk is not a backend: afxdp"),
+    (flow("proto: tcp").replace("{kind: afxdp}", "{}"), "3:10: backend: kind is missing: afxdp or dpdk"),
+    (
+        flow("proto: tcp").replace("afxdp}", "xdp}"),
+        "3:17: backend.kind: xdp is not a backend: did you mean afxdp?",
+    ),
     (
         flow("proto: tcp").replace("afxdp}", "afxdp, queues: [0, 1, 0]}"),
         "backend.queues[2]: 0 is in the list twice",

@@ -18,7 +18,7 @@ from support import examples
 
 from bypass.access import Allow, Quota
 from bypass.cli import cli
-from bypass.policy import Backend, Policy, parse_policy
+from bypass.policy import AfxdpBackend, Policy, parse_policy
 from bypass.rules import TCP, UDP, Address, PortRange, Rule
 from bypass.testing.policies import document, policy_text, rule_lists
 
@@ -49,7 +49,9 @@ flows:
         line=5,
         column=5,
     )
-    assert policy == Policy(1, "eth1", Backend("afxdp", "auto", None, 2048, None, 2048), (web,), "web.yaml")
+    assert policy == Policy(
+        1, "eth1", AfxdpBackend("afxdp", "auto", None, 2048, None, 2048), (web,), "web.yaml"
+    )
 
 
 @settings(max_examples=examples(60))
@@ -81,9 +83,9 @@ def test_queues_frames_and_modes_are_read() -> None:
     policy = parse_policy(
         HEAD.replace("{kind: afxdp}", backend) + "  - {name: a, match: {proto: udp}, action: pass}\n"
     )
-    assert policy.backend == Backend("afxdp", "copy", (1, 3), 64, 4096, 4096)
+    assert policy.backend == AfxdpBackend("afxdp", "copy", (1, 3), 64, 4096, 4096)
     assert policy.backend.default_frames(8) == 4096
-    assert Backend(ring_size=1024).default_frames(2) == 8192
+    assert AfxdpBackend(ring_size=1024).default_frames(2) == 8192
 
 
 def test_aliases_and_long_forms_mean_the_same() -> None:

@@ -53,7 +53,7 @@ class AfxdpSite(InterfaceSite):
             raise
 
     def _steer(self, policy: Policy, left: Left | None) -> Steering:
-        generic = left is None and choose_mode(policy.interface, policy.backend.mode)[0] == "skb"
+        generic = left is None and choose_mode(policy.interface, policy.afxdp.mode)[0] == "skb"
         return Steering(
             policy,
             policy.interface,
@@ -92,7 +92,7 @@ class AfxdpSite(InterfaceSite):
     @property
     def _counting(self) -> bool:
         """A policy that names queues means those."""
-        return bool(self.queues) and self.policy.backend.queues is None and self._link != 2
+        return bool(self.queues) and self.policy.afxdp.queues is None and self._link != 2
 
     def _settings_changed(self) -> None:
         """By ethtool, of any interface. That events were lost says the same (ENOBUFS)."""

@@ -11,7 +11,7 @@ import click
 
 from bypass.cli.table import print_table
 from bypass.errors import PolicyError
-from bypass.policy import Policy, load_policy, policy_schema
+from bypass.policy import DpdkBackend, Policy, load_policy, policy_schema
 from bypass.rules import MAX_MASKS, Mask
 
 SHOWN_RULES = 50
@@ -77,7 +77,7 @@ def summary(checked: Policy) -> dict[str, Any]:
     order = sorted(compiled.rules, key=lambda r: -compiled.ranks[r.index])
     return {
         "interface": checked.interface,
-        "backend": asdict(checked.backend),
+        "backend": backend_json(checked),
         "profile": checked.profile,
         "stack": {k: v for k, v in asdict(checked.stack).items() if v is not None},
         "congestion": checked.congestion,
@@ -99,11 +99,33 @@ def summary(checked: Policy) -> dict[str, Any]:
     }
 
 
+def backend_json(checked: Policy) -> dict[str, Any]:
+    backend = checked.backend
+    if not isinstance(backend, DpdkBackend):
+        return asdict(backend)
+    routes = [{"to": str(to), "via": str(via)} for to, via in backend.routes]
+    return asdict(backend) | {"addresses": [str(a) for a in backend.addresses], "routes": routes}
+
+
+def backend_text(checked: Policy) -> str:
+    b = checked.backend
+    if isinstance(b, DpdkBackend):
+        kernel = (
+            f"kernel by {b.exception}, {b.exception_rate} packets/s" if b.exception == "tap" else "no kernel"
+        )
+        return f"{b.device}, {b.queues} queue{'s' * (b.queues != 1)}, {kernel}"
+    queues = "all queues" if b.queues is None else "queues " + ", ".join(map(str, b.queues))
+    return f"mode {b.mode}, {queues}"
+
+
 def print_summary(checked: Policy) -> None:
     """The same for people."""
     compiled, backend = checked.compiled, checked.backend
-    queues = "all queues" if backend.queues is None else "queues " + ", ".join(map(str, backend.queues))
-    click.echo(f"{checked.path}: good. {checked.interface} by {backend.kind}, mode {backend.mode}, {queues}")
+    click.echo(f"{checked.path}: good. {checked.interface} by {backend.kind}, {backend_text(checked)}")
+    if isinstance(backend, DpdkBackend):
+        click.echo(f"Addresses: {', '.join(map(str, backend.addresses)) or 'none'}")
+        for to, via in backend.routes:
+            click.echo(f"Route: {to} via {via}")
     if checked.profile is not None:
         click.echo(f"Profile: {checked.profile}")
     said = [f"{k} {v}" for k, v in asdict(checked.stack).items() if v is not None]
