@@ -10,6 +10,10 @@ Neither side offloads transmit checksums: a veth peer that does delivers packets
 pseudo-header's sum, which no receiver but the kernel can judge. Neither strips VLAN tags: XDP does not see a
 stripped one. There are no IPv6 link-local addresses, so that an idle lab is silent.
 
+With `wire` the server's end is a port for the DPDK backend: `bypass0w`, without addresses, so that the kernel does not
+answer beside the backend. Its TAP device is called `bypass0` then, and has the addresses that the policy gives it
+(dpdk_policy()).
+
 Several labs may exist, by name: the namespaces of lab `x` are `bypass-x-server` and `bypass-x-client`.
 """
 
@@ -36,12 +40,14 @@ CLIENT_NET = "198.51.100.0/24"
 CLIENT_NET_IP = "198.51.100.1"
 SERVER_IFNAME = "bypass0"
 CLIENT_IFNAME = "bypass1"
+WIRE_IFNAME = "bypass0w"
+"""The server's end where DPDK has it."""
 MAX_QUEUES = 64
 
 
 @dataclass(frozen=True)
 class Side:
-    """One end of the lab. `address` is a host address, `mac` is written with colons."""
+    """One end of the lab. `address` is a host address, empty for a DPDK port's; `mac` is written with colons."""
 
     namespace: str
     interface: str
@@ -59,9 +65,10 @@ class Lab:
         name: distinguishes labs; "" is the default lab.
         queues: receive and transmit queues of each side, 1..64.
         mtu: of both sides, bytes.
+        wire: the server's end is for DPDK.
     """
 
-    def __init__(self, name: str = "", *, queues: int = 2, mtu: int = 1500) -> None:
+    def __init__(self, name: str = "", *, queues: int = 2, mtu: int = 1500, wire: bool = False) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]{0,48}", name):
             raise LabError(f"lab name {name!r}: letters, digits, '.', '_' and '-', at most 48 of them")
         if not 1 <= queues <= MAX_QUEUES:
@@ -71,6 +78,8 @@ class Lab:
         self.name = name
         self.queues = queues
         self.mtu = mtu
+        self.wire = wire
+        self.server_ifname = WIRE_IFNAME if wire else SERVER_IFNAME
         infix = f"{name}-" if name else ""
         self.server_ns = f"bypass-{infix}server"
         self.client_ns = f"bypass-{infix}client"
@@ -97,6 +106,12 @@ class Lab:
         sides = self.sides()
         if sides is not None:
             have = {(s.queues, s.mtu) for s in sides}
+            if sides[0].interface != self.server_ifname:
+                what = "has its address itself" if self.wire else "is a port for DPDK"
+                raise LabError(
+                    f"{self.server_ns} is up, and its interface {what}: take the lab down first "
+                    f"(bypass lab down{self._option()})"
+                )
             if have != {(self.queues, self.mtu)}:
                 queues, mtu = sides[0].queues, sides[0].mtu
                 raise LabError(
@@ -139,17 +154,18 @@ class Lab:
         try:
             with IPRoute(netns=self.server_ns) as ip:
                 peer = {"ifname": CLIENT_IFNAME, "net_ns_fd": peer_fd, **counts}
-                ip.link("add", ifname=SERVER_IFNAME, kind="veth", peer=peer, **counts)
+                ip.link("add", ifname=self.server_ifname, kind="veth", peer=peer, **counts)
         finally:
             os.close(peer_fd)
-        for ns, ifname in zip(self.namespaces, (SERVER_IFNAME, CLIENT_IFNAME), strict=True):
+        for ns, ifname in zip(self.namespaces, (self.server_ifname, CLIENT_IFNAME), strict=True):
             netns.run(ns, _quieten, ifname)
         with IPRoute(netns=self.server_ns) as server, IPRoute(netns=self.client_ns) as client:
-            s, c = _raise(server, SERVER_IFNAME), _raise(client, CLIENT_IFNAME)
-            server.addr("add", index=s, address=SERVER_IP, prefixlen=PREFIX_LEN)
+            s, c = _raise(server, self.server_ifname), _raise(client, CLIENT_IFNAME)
             client.addr("add", index=c, address=CLIENT_IP, prefixlen=PREFIX_LEN)
             client.addr("add", index=1, address=CLIENT_NET_IP, prefixlen=PREFIX_LEN)
-            server.route("add", dst=CLIENT_NET, gateway=CLIENT_IP)
+            if not self.wire:
+                server.addr("add", index=s, address=SERVER_IP, prefixlen=PREFIX_LEN)
+                server.route("add", dst=CLIENT_NET, gateway=CLIENT_IP)
             wait_for(lambda: _is_up(server, s) and _is_up(client, c), 5, "the lab's veth to come up")
 
     # ---- Looking -----------------------------------------------------------------------------------------------
@@ -157,7 +173,7 @@ class Lab:
         """(server, client), or None when the lab is not there or not complete."""
         if not all(netns.exists(ns) for ns in self.namespaces):
             return None
-        server = _side(self.server_ns, SERVER_IFNAME, SERVER_IP)
+        server = _side(self.server_ns, SERVER_IFNAME, SERVER_IP) or _side(self.server_ns, WIRE_IFNAME, "")
         client = _side(self.client_ns, CLIENT_IFNAME, CLIENT_IP)
         return (server, client) if server and client else None
 
@@ -204,6 +220,32 @@ class Lab:
                     _delete_links(ns)  # at once, also when a dying socket keeps the namespace
                     netns.remove(ns)
         return inside
+
+
+def dpdk_policy(text: str, ifname: str = WIRE_IFNAME) -> str:
+    """A policy for the lab's interface as one for its DPDK port: same rules; the lab's addresses and routes.
+
+    Args:
+        text: a policy of `kind: afxdp`; its `mode`, queues and sizes go.
+        ifname: the kernel's device below the port.
+    """
+    import yaml
+
+    policy = yaml.safe_load(text)
+    policy.pop("mode", None)
+    return yaml.safe_dump(
+        policy
+        | {
+            "backend": {
+                "kind": "dpdk",
+                "device": f"net_af_packet0,iface={ifname}",
+                "eal": {"hugepages": False, "memory": "64M"},
+            },
+            "addresses": [f"{SERVER_IP}/{PREFIX_LEN}"],
+            "routes": [{"to": CLIENT_NET, "via": CLIENT_IP}],
+        },
+        sort_keys=False,
+    )
 
 
 def labs() -> list[Lab]:
@@ -278,7 +320,7 @@ def _side(ns: str, ifname: str, address: str) -> Side | None:
         link = ip.link("get", index=found[0])[0]
         if link.get("operstate") != "UP":
             return None
-        if address not in {a.get("address") for a in ip.get_addr(index=found[0])}:
+        if address and address not in {a.get("address") for a in ip.get_addr(index=found[0])}:
             return None
     return Side(
         ns, ifname, address, PREFIX_LEN, link.get("address"), link.get("num_rx_queues"), link.get("mtu")
@@ -290,7 +332,7 @@ def _delete_links(ns: str) -> None:
     from pyroute2.netlink.exceptions import NetlinkError
 
     with IPRoute(netns=ns) as ip:
-        for ifname in (SERVER_IFNAME, CLIENT_IFNAME):
+        for ifname in (SERVER_IFNAME, WIRE_IFNAME, CLIENT_IFNAME):
             for index in ip.link_lookup(ifname=ifname):
                 try:
                     ip.link("del", index=index)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -14,7 +15,10 @@ from conftest import lab_name
 from bypass import netns, probe
 from bypass.cli import cli, main
 from bypass.errors import LabError
-from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, Lab, labs, wait_for
+from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, WIRE_IFNAME, Lab, dpdk_policy, labs, wait_for
+from bypass.policy import load_policy, parse_policy
+
+CONFIG = Path(__file__).parent.parent / "config"
 
 
 @pytest.mark.netns
@@ -26,6 +30,32 @@ def test_the_sides_are_what_was_asked_for(lab: Lab) -> None:
     assert (server.interface, server.address) == (SERVER_IFNAME, "192.0.2.10")
     assert (client.interface, client.address) == (CLIENT_IFNAME, "192.0.2.20")
     assert {(s.queues, s.mtu) for s in sides} == {(3, 1400)}
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("lab", [{"wire": True}], indirect=True)
+def test_a_port_for_dpdk_has_no_addresses(lab: Lab) -> None:
+    sides = lab.sides()
+    assert sides is not None
+    assert (sides[0].interface, sides[0].address) == (WIRE_IFNAME, "")
+    assert sides[1].address == "192.0.2.20"
+    assert lab.up() is False
+    with pytest.raises(
+        LabError, match="is up, and its interface is a port for DPDK: take the lab down first"
+    ):
+        Lab(lab.name).up()
+    addresses = lab.command("server", ["ip", "-o", "address", "show", "dev", WIRE_IFNAME])
+    assert subprocess.run(addresses, capture_output=True, check=True).stdout == b""
+
+
+def test_a_policy_for_the_lab_becomes_one_for_its_port() -> None:
+    web = CONFIG / "web.yaml"
+    policy, dpdk = load_policy(web), parse_policy(dpdk_policy(web.read_text()))
+    assert [r.match_text() for r in dpdk.flows] == [r.match_text() for r in policy.flows]
+    assert dpdk.interface == policy.interface == "bypass0"
+    assert dpdk.backend == load_policy(CONFIG / "dpdk.yaml").backend
+    direct = web.read_text().replace("version: 1", "version: 1\nmode: direct")
+    assert parse_policy(dpdk_policy(direct)).mode == "shared"
 
 
 @pytest.mark.netns

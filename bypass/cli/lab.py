@@ -43,10 +43,13 @@ def lab() -> None:
 @click.option(
     "--mtu", default=1500, show_default=True, type=click.IntRange(68, 65535), help="Of both sides, bytes."
 )
+@click.option(
+    "--dpdk", is_flag=True, help="The server's end is a port for DPDK: bypass0w, without addresses."
+)
 @AS_JSON
-def up(name: str, queues: int, mtu: int, as_json: bool) -> None:
+def up(name: str, queues: int, mtu: int, dpdk: bool, as_json: bool) -> None:
     """Make the lab. If it is up as asked for, say so and change nothing."""
-    it = Lab(name, queues=queues, mtu=mtu)
+    it = Lab(name, queues=queues, mtu=mtu, wire=dpdk)
     made = it.up()
     about = it.describe()
     if as_json:
@@ -59,6 +62,9 @@ def up(name: str, queues: int, mtu: int, as_json: bool) -> None:
     _table(sides)
     click.echo(f"The client also answers for {CLIENT_NET}, which the server reaches through the client.")
     option = f" --name {name}" if name else ""
+    if dpdk:
+        click.echo(f"{sides[0].interface} is for DPDK: see config/dpdk.yaml.")
+        return
     click.echo(f"Run something in it:  bypass lab exec{option} client -- ping -c 3 {sides[0].address}")
 
 
@@ -68,7 +74,14 @@ def _table(sides: tuple[Side, Side]) -> None:
     print_table(
         ["namespace", "interface", "address", "MAC", "queues", "MTU"],
         [
-            [s.namespace, s.interface, f"{s.address}/{s.prefix_len}", s.mac, str(s.queues), str(s.mtu)]
+            [
+                s.namespace,
+                s.interface,
+                f"{s.address}/{s.prefix_len}" if s.address else "-",
+                s.mac,
+                str(s.queues),
+                str(s.mtu),
+            ]
             for s in sides
         ],
         right=["queues", "MTU"],
