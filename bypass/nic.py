@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import ipaddress
 import os
+import re
 import socket
 import struct
 from contextlib import suppress
@@ -28,6 +30,7 @@ XDP_BASIC, XDP_REDIRECT, XDP_ZEROCOPY, XDP_RX_SG = 1, 2, 8, 32
 NETDEV_CMD_DEV_GET = 1
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 0x3
 IFNAME_MAX = 15
+UTMP, USER_PROCESS = struct.Struct("=h74x256s52x"), 7  # struct utmp of utmp(5): ut_type, ut_host
 OUR_PROGRAMS = "bypass_"  # how the names begin under which our programs are loaded
 
 
@@ -282,18 +285,26 @@ def _login(ip: Any, index: int) -> str:
     """The address from which somebody is logged in through this interface, "" when nobody is known to be."""
     from pyroute2.netlink.exceptions import NetlinkError
 
-    client = ssh_client()
-    if not client:
-        return ""
-    try:
-        oif = ip.route("get", dst=client)[0].get("oif")
-    except NetlinkError:
-        return ""  # no route from this namespace
-    return client if index in _carriers(ip, {oif}) else ""
+    client, server = _ssh_ends()
+    if server and any(a.get("address") == server for a in ip.get_addr(index=index)):
+        return client
+    for remote in [client, *logins()]:
+        try:
+            oif = ip.route("get", dst=remote)[0].get("oif") if remote else None
+        except NetlinkError:
+            continue  # no route from this namespace
+        if oif is not None and index in _carriers(ip, {oif}):
+            return remote
+    return ""
 
 
 def ssh_client() -> str:
-    """The peer's address of the ssh session that this process belongs to, "" without one.
+    """The peer's address of the ssh session that this process belongs to, "" without one."""
+    return _ssh_ends()[0]
+
+
+def _ssh_ends() -> tuple[str, str]:
+    """(peer's address, ours) of the ssh session that this process belongs to, "" without one.
 
     sudo takes SSH_CONNECTION away, so the parents' environments are asked too.
     """
@@ -308,7 +319,30 @@ def ssh_client() -> str:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             break
-    return text.split()[0].partition("%")[0] if text.strip() else ""
+    words = [word.partition("%")[0] for word in text.split()]
+    return (words[0] if words else ""), (words[2] if len(words) > 2 else "")
+
+
+def logins(run: Path = Path("/run")) -> list[str]:
+    """The remote addresses of all logins that utmp(5) and logind know of, loopback's left out."""
+    found = set()
+    with suppress(OSError):
+        data = (run / "utmp").read_bytes()
+        for kind, host in UTMP.iter_unpack(data[: len(data) // UTMP.size * UTMP.size]):
+            if kind == USER_PROCESS:
+                found.add(host.partition(b"\0")[0].decode(errors="replace"))
+    for file in (run / "systemd/sessions").glob("*"):
+        with suppress(OSError):
+            found.update(re.findall(r"^REMOTE_HOST=(.*)$", file.read_text(errors="replace"), re.MULTILINE))
+    return sorted({host.partition("%")[0] for host in found if _is_remote(host.partition("%")[0])})
+
+
+def _is_remote(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False  # a name, a display, nothing
+    return not address.is_loopback and not address.is_unspecified
 
 
 # ---- The other end of a veth ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,8 +268,27 @@ def test_the_default_route_is_found_also_above_the_interface(lab: Lab, below: bo
 def test_the_login_is_found_by_the_route_to_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.20 50000 192.0.2.10 22")
     assert inspect(lab).login == "192.0.2.20"
-    monkeypatch.setenv("SSH_CONNECTION", "203.0.113.1 50000 192.0.2.10 22")
+    monkeypatch.setenv("SSH_CONNECTION", "203.0.113.1 50000 203.0.113.2 22")
     assert inspect(lab).login == ""  # no route there
+    monkeypatch.setenv("SSH_CONNECTION", "203.0.113.1 50000 192.0.2.10 22")
+    assert (
+        inspect(lab).login == "203.0.113.1"
+    )  # our end's address is on the interface, whatever the route says
+
+
+@pytest.mark.netns
+def test_other_logins_than_our_own_are_found(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", " ")
+    entries = ((7, b"192.0.2.20"), (8, b"192.0.2.21"), (7, b":0"), (7, b"::1"), (2, b"6.18.0"))
+    (tmp_path / "utmp").write_bytes(b"".join(nic.UTMP.pack(kind, host) for kind, host in entries))
+    (tmp_path / "systemd/sessions").mkdir(parents=True)
+    (tmp_path / "systemd/sessions/4").write_text("UID=0\nREMOTE=1\nREMOTE_HOST=fe80::5%eth0\n")
+    (tmp_path / "systemd/sessions/5").write_text("UID=0\nREMOTE_HOST=host.example\n")
+    assert nic.logins(tmp_path) == ["192.0.2.20", "fe80::5"]
+    monkeypatch.setattr(nic, "logins", lambda: ["203.0.113.1", "192.0.2.20"])
+    assert inspect(lab).login == "192.0.2.20"
 
 
 def test_the_login_is_found_where_sudo_hid_it() -> None:

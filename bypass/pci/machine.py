@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rest of this package knows the machine by: where sysfs and its kin are, and what changes something there.
+
+Everything that is asked of the kernel, or told to it, goes through a Machine; tests give one with a small kernel of
+their own (`tests/fake_pci.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bypass import nic
+from bypass.errors import DeviceError
+from bypass.pci import network
+
+RECORDS = "run/bypass/nic"
+
+
+class Machine:
+    """This machine. `root`: where the file system begins."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.sys = root / "sys"
+        self.proc = root / "proc"
+        self.run = root / "run"
+        self.records = root / RECORDS
+        self.pci_ids = tuple(root / "usr/share" / place / "pci.ids" for place in ("misc", "hwdata"))
+
+    # ---- Files -----------------------------------------------------------------------------------------------------
+    def read(self, path: Path) -> str:
+        """A file's text without white space around it; "" when it is not there, or says nothing to us."""
+        try:
+            return path.read_text(errors="replace").strip().rstrip("\0")
+        except OSError:
+            return ""
+
+    def write(self, path: Path, text: str) -> None:
+        """Into a file that exists. OSError with what the kernel thinks of it."""
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+    def target(self, path: Path) -> str:
+        """The last part of what a symbolic link points to; "" when there is none."""
+        try:
+            return Path(os.readlink(path)).name
+        except OSError:
+            return ""
+
+    # ---- The rest --------------------------------------------------------------------------------------------------
+    def load_module(self, name: str) -> None:
+        """By modprobe. OSError: why not."""
+        modprobe = shutil.which("modprobe") or shutil.which("modprobe", path="/usr/sbin:/sbin")
+        if modprobe is None:
+            raise OSError(f"the module {name} is not loaded, and there is no modprobe (apt-get install kmod)")
+        done = subprocess.run([modprobe, "--", name], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise OSError(done.stderr.strip() or f"modprobe {name} failed")
+
+    def facts(self, ifname: str) -> nic.Nic:
+        return nic.read(ifname)
+
+    def snapshot(self, ifname: str) -> network.Saved:
+        return network.snapshot(ifname)
+
+    def restore(self, saved: network.Saved, ifname: str) -> list[str]:
+        return network.restore(saved, ifname)
+
+    def settle(self) -> None:
+        """Lets udev finish what it does to new interfaces: it may rename them."""
+        if (self.run / "udev/control").exists() and shutil.which("udevadm"):
+            subprocess.run(["udevadm", "settle", "--timeout=5"], capture_output=True, check=False)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def holders(self, paths: set[str]) -> dict[int, str]:
+        """Processes that have one of these device files open: pid -> name."""
+        found = {}
+        for folder in self.proc.glob("[0-9]*/fd"):
+            try:
+                links = {os.readlink(fd) for fd in folder.iterdir()}
+            except OSError:
+                continue  # it has ended meanwhile
+            if links & paths:
+                found[int(folder.parent.name)] = self.read(folder.parent / "comm")
+        return found
+
+    def started(self, pid: int) -> int | None:
+        """When a process began, in the kernel's ticks (proc(5), field 22); None: there is none of this number.
+        Together with the number it names one process for ever."""
+        text = self.read(self.proc / str(pid) / "stat")
+        return int(text.rpartition(")")[2].split()[19]) if text else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One change of drivers at a time. The folder of records is made where it is missing.
+
+        Raises:
+            DeviceError: the folder cannot be made or used.
+        """
+        import fcntl
+
+        try:
+            self.records.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.records.chmod(0o700)
+            fd = os.open(self.records / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DeviceError(f"{self.records}: {error.strerror}: changing drivers needs root") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
