@@ -31,6 +31,7 @@ HEADERS = (
     "fwd/fwd.h",
     "dpdk_backend/plugin.h",
     "dpdk_backend/load.h",
+    "dpdk_backend/classify.h",
 )
 SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "dpdk_backend/*.c", "fwd/port.c", "host.c")
 INCLUDE_DIRS = ("include", "stack", ".")

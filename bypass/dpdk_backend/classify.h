@@ -82,7 +82,7 @@ struct classify_table { /* private */
 /* A process's view. Fields are private. */
 struct classifier {
     uint8_t *mem;
-    uint64_t size, seed;
+    uint64_t size, seed[2];
     struct classify_config cfg;
     uint32_t area_bits; /* slots of an area: 1 << area_bits */
     struct classify_area area[2];
@@ -169,8 +169,8 @@ void classify_burst(struct classifier *c, const struct classify_frame *in, uint3
 
 /* ---- Writers ------------------------------------------------------------------------------------------------- */
 
-/* Puts a policy in force: each packet meets the old rules or the new ones. -EINVAL; -ENOSPC: more keys than the range has
- * room for, or the same key twice. The old policy stays in force then. */
+/* Puts a policy in force: each packet meets the old rules or the new ones. -EINVAL: it makes no sense, or has the same
+ * key twice; -ENOSPC: more keys or rules than the range has room for. The old policy stays in force then. */
 int classify_rules_set(struct classifier *c, const struct classify_policy *p);
 
 /* -EEXIST, -ENOSPC, -EINVAL. Its counter begins at 0. */
