@@ -61,7 +61,7 @@ RUN := $(RUN_$(VARIANT))
 JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build install demo programs test test-oracle test-cpython test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -96,6 +96,9 @@ test: setup programs ## The whole test suite (ARGS="-k tcp" for a part of it)
 
 test-oracle: setup ## The TCP scripts against this machine's kernel, compared with the registered differences (root)
 	@$(RUN) tests/oracle.py $(ARGS)
+
+test-classifier: setup ## 100,000 frames through the XDP program and the classifier of the DPDK backend: same verdicts (~1 min, root)
+	@BYPASS_CLASSIFIER_FRAMES=100000 $(RUN) -m pytest -q -s tests/test_classify_equivalence.py $(ARGS)
 
 test-cpython: setup ## CPython's own socket tests on the kernel and on the stack's loopback: same results (~5 min)
 	@$(RUN) tests/cpython_suite.py $(ARGS)

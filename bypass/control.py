@@ -22,7 +22,7 @@ from bypass.core import Address, CoreStack
 from bypass.grants import ANY, Grants, KernelView, Key, Live, LiveEntries, shadow
 from bypass.policy import Policy
 from bypass.stack_api import Lease
-from bypass.steering import Steering
+from bypass.steering_api import Steers
 
 __all__ = ["KernelView", "PolicyControl"]
 
@@ -42,7 +42,7 @@ class PolicyControl:
         changed: called with the stack's lock held, whenever a live entry may have to go: tick() soon.
     """
 
-    def __init__(self, policy: Policy, steering: Steering, kernel: KernelView) -> None:
+    def __init__(self, policy: Policy, steering: Steers, kernel: KernelView) -> None:
         self.policy = policy
         self.steering = steering
         self.kernel = kernel

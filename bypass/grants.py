@@ -21,7 +21,8 @@ from bypass.errors import GrantError
 from bypass.policy import Policy, Rule
 from bypass.rules import PortRange
 from bypass.stack_api import STREAM
-from bypass.steering import BLOCK, Steering
+from bypass.steer_maps import BLOCK
+from bypass.steering_api import Steers
 
 __all__ = ["ANY", "WHOLE_BLOCK", "Grants", "KernelView", "Key", "Live", "LiveEntries", "Permits", "shadow"]
 
@@ -199,7 +200,7 @@ class Live:
 class LiveEntries:
     """The live entries of one interface, by key."""
 
-    def __init__(self, steering: Steering, kernel: KernelView) -> None:
+    def __init__(self, steering: Steers, kernel: KernelView) -> None:
         self.steering = steering
         self.kernel = kernel
         self._live: dict[Key, Live] = {}
@@ -318,6 +319,8 @@ class LiveEntries:
                     self.steering.set_drain(live.entry, False)
                     live.drain = False
                     self._draining.discard(key)
+                else:
+                    self.steering.set_drain(live.entry, True)
         return len(self._draining)
 
 

@@ -22,7 +22,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pyroute2.netlink import genlmsg
 from pyroute2.netlink.diag import MarshalDiag, inet_diag_req
@@ -48,6 +48,7 @@ SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 GROUPS = (1, 3, 5, 7, 8, 9, 11, 19, 32)
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 TCP_CLOSE, TCP_LISTEN, TCP_STATES = 7, 10, 13
+TIMER_TIME_WAIT = 3  # inet_diag_msg.idiag_timer of what only waits, FIN_WAIT_2 too (net/ipv4/inet_diag.c)
 
 RECV_BYTES = 1 << 18
 EVENT_BUFFER_BYTES = 1 << 21
@@ -351,25 +352,39 @@ def read_addresses(requests: NetlinkSocket) -> frozenset[LocalAddress]:
     )
 
 
-def tcp_connections(diag: NetlinkSocket, port: int, address: Address | None = None) -> int:
+class TcpFlow(NamedTuple):
+    """A TCP connection of the kernel. `waits`: it is in TIME_WAIT, or in FIN_WAIT_2 without a socket."""
+
+    local: Address
+    local_port: int
+    remote: Address
+    remote_port: int
+    waits: bool
+
+
+def tcp_flows(diag: NetlinkSocket, port: int = 0) -> Iterator[TcpFlow]:
     """TCP connections that the kernel holds on a local port, in every state from SYN_SENT to TIME_WAIT; listeners
-    and sockets that are only bound are not counted. IPv4 over IPv6 sockets is counted as IPv4.
+    and sockets that are only bound are none. IPv4 over IPv6 sockets is IPv4.
 
     Args:
         diag: NetlinkSocket(NETLINK_SOCK_DIAG).
-        port: local port.
-        address: local address; None: any.
+        port: local port; 0: all.
     """
     states = (1 << TCP_STATES) - 1 & ~(1 << TCP_LISTEN | 1 << TCP_CLOSE)
-    count = 0
     for family in (socket.AF_INET, socket.AF_INET6):
         query: Any = inet_diag_req()
         query["sdiag_family"], query["sdiag_protocol"] = family, socket.IPPROTO_TCP
         query["idiag_states"], query["idiag_sport"] = states, port
-        for message in diag.dump(query, SOCK_DIAG_BY_FAMILY):
-            if message["idiag_sport"] == port and address in (None, _plain(message["idiag_src"])):
-                count += 1
-    return count
+        for m in diag.dump(query, SOCK_DIAG_BY_FAMILY):
+            if port in (0, m["idiag_sport"]):
+                local, remote = _plain(m["idiag_src"]), _plain(m["idiag_dst"])
+                waits = m["idiag_timer"] == TIMER_TIME_WAIT
+                yield TcpFlow(local, m["idiag_sport"], remote, m["idiag_dport"], waits)
+
+
+def tcp_connections(diag: NetlinkSocket, port: int, address: Address | None = None) -> int:
+    """How many tcp_flows() there are on a local port, of one local address or (None) of all."""
+    return sum(address in (None, flow.local) for flow in tcp_flows(diag, port))
 
 
 def _plain(text: str) -> Address:

@@ -33,6 +33,7 @@ from typing import Any, Protocol, Self
 
 from bypass.errors import BypassError
 from bypass.rules import protocol_name
+from bypass.steering_api import Steers
 
 MAX_CLIENTS = 8
 CLIENT_S = 5.0
@@ -251,13 +252,13 @@ class Snapshot:
     """The state of one steered interface, as plain data.
 
     Args:
-        steering: `bypass.steering.Steering`.
+        steering: who decides about its packets.
         device: `bypass.afxdp.AfxdpDevice`.
         core: `bypass.core.CoreStack`; None: frames are read raw.
         name: of the stack.
     """
 
-    def __init__(self, steering: Any, device: Any, core: Any = None, name: str = "") -> None:
+    def __init__(self, steering: Steers, device: Any, core: Any = None, name: str = "") -> None:
         self._steering = steering
         self._device = device
         self._core = core
@@ -316,14 +317,12 @@ class Snapshot:
     def stats(self, limit: int) -> Answer:
         """Counters of the steering program, the guard, the rings and the stack. `limit` bounds nothing here;
         `connections` counts the states of the first COUNTED_CONNECTIONS."""
-        from bypass.steering import REASONS
-
         counts = self._steering.reasons()
         answer = {
             **self._head(),
             "reasons": [
                 {"name": r.name, "verdict": r.verdict, "text": r.text, **counts[r.name]._asdict()}
-                for r in REASONS
+                for r in self._steering.reason_list
             ],
             "guard": {
                 "active": self._steering.guard.active,

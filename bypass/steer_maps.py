@@ -157,8 +157,8 @@ def layout() -> str:
 
 def policy_maps(policy: CompiledRules) -> Iterator[tuple[str, libbpf.Map]]:
     """The maps of a policy, filled."""
-    key = _KEY6 if policy.key_v6 else _KEY4
-    keys, values = _packed(policy, key)
+    key = _key_of(policy)
+    keys, values = packed_rules(policy)
     rules = libbpf.Map(libbpf.MAP_HASH, "rules", key.size, _RULE.size, max(1, len(policy)))
     yield "rules", rules
     rules.put_all(keys, values)
@@ -170,9 +170,26 @@ def policy_maps(policy: CompiledRules) -> Iterator[tuple[str, libbpf.Map]]:
     yield "rule_count", libbpf.Map(libbpf.MAP_PERCPU_ARRAY, "rule_count", 4, COUNT.size, size)
 
 
-def _packed(policy: CompiledRules, key: struct.Struct) -> tuple[bytes, bytes]:
-    """Keys and values of the rule map."""
+def _key_of(policy: CompiledRules) -> struct.Struct:
+    return _KEY6 if policy.key_v6 else _KEY4
+
+
+def packed_masks(policy: CompiledRules) -> Iterator[tuple[bytes, int]]:
+    """For each mask the bits that its keys compare, laid out as they are, and the highest rank under it."""
     width = 16 if policy.key_v6 else 4
+    for mask in policy.masks:
+        local, remote = (
+            ((1 << width * 8) - (1 << width * 8 - length)).to_bytes(width, "big")
+            for length in (mask.local_plen, mask.remote_plen)
+        )
+        ports = (mask.local_port_mask.to_bytes(2, "big"), mask.remote_port_mask.to_bytes(2, "big"))
+        rest = (0xFFF if mask.vlan else 0, 0xFF if mask.proto else 0, 0xF0 if mask.family else 0)
+        yield _key_of(policy).pack(local, remote, *ports, *rest), mask.max_rank
+
+
+def packed_rules(policy: CompiledRules) -> tuple[bytes, bytes]:
+    """Keys and values of the rule map."""
+    key, width = _key_of(policy), 16 if policy.key_v6 else 4
     keys, values = bytearray(), bytearray()
     for entry in policy.entries():
         k = entry.key

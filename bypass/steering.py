@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import ipaddress
 import os
 import socket
 import struct
 import tempfile
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from bypass import libbpf
 from bypass.bpf import build
-from bypass.errors import BypassError, ForeignProgramError, GrantError, PrivilegeError, SteeringError
+from bypass.endpoints import Endpoints, RuleCounts, ipv4, local_keys
+from bypass.errors import BypassError, ForeignProgramError, PrivilegeError, SteeringError
 from bypass.nic import OUR_PROGRAMS
 from bypass.policy import Policy, require_visible_vlans
-from bypass.rules import TCP, UDP
 from bypass.steer_maps import (
     BLOCK,
     CONFIG,
@@ -53,13 +51,13 @@ from bypass.steer_maps import (
     count_of,
     counts_of,
     endpoint_key,
-    endpoint_kind,
     endpoint_of,
     endpoint_value,
     interface_maps,
     policy_maps,
     set_keys,
 )
+from bypass.steering_api import Address, Guard, SteerResult, Verdict
 
 __all__ = [
     "BLOCK",
@@ -76,7 +74,6 @@ __all__ = [
     "Verdict",
 ]
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Mode = Literal["native", "skb", "auto"]
 
 _MAGIC = 0x42595053  # STEER_VERDICT_MAGIC of bpf/verdict.h
@@ -87,14 +84,6 @@ _SIOCGIFHWADDR = 0x8927
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
-    """Whether the kernel's resets of live flows are silenced, and if not, why."""
-
-    active: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Attached:
     """Programs and maps that another process left on an interface. Descriptors, by name."""
 
@@ -102,24 +91,6 @@ class Attached:
     guard: Guard
     maps: dict[str, int]
     links: dict[str, int]
-
-
-class Verdict(NamedTuple):
-    """The metadata in front of a redirected frame (bpf/verdict.h)."""
-
-    entry: int
-    rule: int
-    hash: int
-
-
-class SteerResult(NamedTuple):
-    """What the program decided about one frame."""
-
-    action: str  # pass, drop, redirect
-    reason: str  # of REASONS; empty when other packets were counted at the same time
-    verdict: Verdict | None
-    data: bytes  # the frame afterwards
-    duration_ns: int
 
 
 class _Loaded:
@@ -206,12 +177,10 @@ class Steering:
         self._links: dict[str, libbpf.Link] = {}
         self._maps: dict[str, libbpf.Map] = {}
         self._loaded: _Loaded | None = None
-        self._endpoints: dict[int, Endpoint] = {}
-        self._free: deque[int] = deque(range(MAX_ENTRIES))
+        self._endpoints = Endpoints(ifname, owners)
         self._mac = bytes(6)
-        self._by_kind: Counter[int] = Counter()
         self._told = b""
-        self._before: dict[str, Count] = {}  # counts of rules under policies that were swapped out
+        self._counts = RuleCounts()
         if attach and left is None:
             _refuse_foreign(ifname, self.ifindex)
         if attach:
@@ -239,13 +208,9 @@ class Steering:
         self._links = {name: libbpf.Link.of(fd) for name, fd in left.links.items()}
         self.mode, self.guard = left.mode, left.guard
         endpoints = self._maps["endpoints"]
-        for key in list(endpoints.keys()):
-            value = endpoints.get(key)
-            if value is not None:  # else bypass-fwd has just deleted it
-                endpoint = endpoint_of(key, value)
-                self._endpoints[endpoint.entry] = endpoint
-                self._by_kind[endpoint_kind(endpoint)] += 1
-        self._free = deque(n for n in range(MAX_ENTRIES) if n not in self._endpoints)
+        found = ((key, endpoints.get(key)) for key in list(endpoints.keys()))
+        # None: bypass-fwd has just deleted it.
+        self._endpoints.go_on(endpoint_of(key, value) for key, value in found if value is not None)
 
     def __enter__(self) -> Self:
         return self
@@ -264,7 +229,7 @@ class Steering:
         for m in self._maps.values():
             m.close()
         self._links, self._maps, self._loaded = {}, {}, None
-        self._endpoints = {}
+        self._endpoints = Endpoints(self.ifname, self.owners)
         self.guard = Guard(False, "closed")
 
     # ---- the policy -------------------------------------------------------------------------------------------
@@ -308,13 +273,10 @@ class Steering:
             raise _explained(e, self.ifname) from e
         self._loaded = new
         libbpf.wait_for_programs()
-        for rule, count in zip(old.policy.flows, old.counts(), strict=True):
-            if count.packets:
-                self._before[rule.name] = self._before.get(rule.name, Count(0, 0)) + count
-        kept = {rule.name for rule in new.policy.flows}
-        self._before = {name: count for name, count in self._before.items() if name in kept}
+        self._counts.ended(old.policy, old.counts())
+        self._counts.keep(new.policy)
         old.close()
-        return [e for e in self._endpoints.values() if not any(_grants(new.policy, e))]
+        return self._endpoints.ungranted(new.policy)
 
     def attach_anew(self) -> None:
         """Attaches the program once more, with nothing changed: a veth runs none on queues that it got below one.
@@ -371,53 +333,29 @@ class Steering:
                 are IPv6.
             SteeringError: the entry exists already, or there are MAX_ENTRIES.
         """
-        local, remote = _ipv4(laddr), _ipv4(raddr)
-        if not self._free:
-            raise SteeringError(f"{self.ifname}: {MAX_ENTRIES} endpoints are live; close some")
-        endpoint = Endpoint(self._free[0], proto, local, lport, remote, rport, owner, drain, block)
-        self._check(endpoint)
-        try:
-            self._map("endpoints").put(endpoint_key(endpoint), endpoint_value(endpoint), libbpf.NOEXIST)
-        except FileExistsError as e:
-            raise SteeringError(f"{self.ifname}: {endpoint} is live already") from e
-        self._free.popleft()
-        self._endpoints[endpoint.entry] = endpoint
+        endpoint = self._endpoints.add(
+            self.policy, self._put, proto, laddr, lport, raddr, rport, owner=owner, drain=drain, block=block
+        )
         cpus = libbpf.possible_cpus()
         self._map("entry_count").put(U32.pack(endpoint.entry), bytes(COUNT.size * cpus))
-        self._by_kind[endpoint_kind(endpoint)] += 1
         self._tell()
         return endpoint.entry
 
-    def _check(self, endpoint: Endpoint) -> None:
-        if endpoint.proto not in (TCP, UDP) or not 0 < endpoint.lport < 65536:
-            raise SteeringError(f"an endpoint is TCP or UDP with a local port of 1 to 65535, not {endpoint}")
-        if (endpoint.raddr is None) != (endpoint.rport is None) or (endpoint.raddr and not endpoint.laddr):
-            raise SteeringError(f"{endpoint}: a peer has address and port, and needs a local address")
-        if endpoint.block and (endpoint.lport % BLOCK or endpoint.raddr or not endpoint.laddr):
-            raise SteeringError(
-                f"{endpoint}: a block begins at a multiple of {BLOCK} of a local address, and has no peer"
-            )
-        if not 0 <= endpoint.owner < self.owners:
-            raise SteeringError(f"{endpoint}: owner {endpoint.owner} of {self.owners}")
-        if not all(_grants(self.policy, endpoint)):
-            each = "every port of " if endpoint.block else ""
-            raise GrantError(f"no rule of the policy grants {each}{endpoint} on {self.ifname}")
+    def _put(self, endpoint: Endpoint) -> None:
+        self._map("endpoints").put(endpoint_key(endpoint), endpoint_value(endpoint), libbpf.NOEXIST)
 
     def remove_endpoint(self, entry: int) -> None:
         """Ends it: its packets are the kernel's from now on. An unknown number: nothing."""
-        endpoint = self._endpoints.pop(entry, None)
-        if endpoint is None:
-            return
-        self._map("endpoints").delete(endpoint_key(endpoint))
-        self._free.append(entry)
-        self._by_kind[endpoint_kind(endpoint)] -= 1
-        self._tell()
+        endpoint = self._endpoints.remove(entry)
+        if endpoint is not None:
+            self._map("endpoints").delete(endpoint_key(endpoint))
+            self._tell()
 
     def set_drain(self, entry: int, drain: bool) -> None:
         """Whether connections that the kernel holds stay with it. KeyError: no such entry."""
         endpoint = replace(self._endpoints[entry], drain=drain)
         self._map("endpoints").put(endpoint_key(endpoint), endpoint_value(endpoint), libbpf.EXIST)
-        self._endpoints[entry] = endpoint
+        self._endpoints.change(endpoint)
 
     def entries(self) -> dict[int, tuple[Endpoint, Count]]:
         """Live entries with what was redirected for each since it began."""
@@ -451,8 +389,8 @@ class Steering:
         self, proto: int, laddr: str, lport: int, peer: tuple[str, int] | None, *, block: bool
     ) -> int | None:
         """The number of a live entry; None: there is none."""
-        remote, rport = (None, None) if peer is None else (_ipv4(peer[0]), peer[1])
-        wanted = endpoint_key(Endpoint(0, proto, _ipv4(laddr), lport, remote, rport, 0, False, block))
+        remote, rport = (None, None) if peer is None else (ipv4(peer[0]), peer[1])
+        wanted = endpoint_key(Endpoint(0, proto, ipv4(laddr), lport, remote, rport, 0, False, block))
         value = self._map("endpoints").get(wanted)
         return None if value is None else endpoint_of(wanted, value).entry
 
@@ -489,14 +427,8 @@ class Steering:
         Raises:
             SteeringError: more than MAX_LOCALS of a family.
         """
-        wanted = {ipaddress.ip_address(a) for a in addresses}
-        for name, version in (("locals4", 4), ("locals6", 6)):
-            keys = {a.packed for a in wanted if a.version == version}
-            if len(keys) > MAX_LOCALS:
-                raise SteeringError(
-                    f"{self.ifname}: {len(keys)} IPv{version} addresses; steering knows {MAX_LOCALS}"
-                )
-            set_keys(self._map(name), keys)
+        for version, keys in local_keys(self.ifname, addresses):
+            set_keys(self._map(f"locals{version}"), keys)
 
     def set_groups(self, macs: Iterable[bytes]) -> None:
         """Group MAC addresses that are joined, at most MAX_LOCALS: UDP to them can be steered."""
@@ -509,7 +441,7 @@ class Steering:
 
     def _tell(self) -> None:
         """MAC address, and the kinds of endpoints there are: lookups that cannot hit are not made."""
-        config = CONFIG.pack(self._mac, sum(kind for kind, n in self._by_kind.items() if n))
+        config = CONFIG.pack(self._mac, self._endpoints.kinds)
         if config != self._told:
             self._map("config").put(ZERO, config)
             self._told = config
@@ -519,9 +451,12 @@ class Steering:
     def rules(self) -> dict[str, Count]:
         """By rule name, in file order: packets that the rule decided, whatever its action."""
         loaded = self._current()
-        zero = Count(0, 0)
-        pairs = zip(loaded.policy.flows, loaded.counts(), strict=True)
-        return {rule.name: self._before.get(rule.name, zero) + count for rule, count in pairs}
+        return self._counts.total(loaded.policy, loaded.counts())
+
+    @property
+    def reason_list(self) -> tuple[build.Reason, ...]:
+        """REASONS."""
+        return REASONS
 
     def reasons(self) -> dict[str, Count]:
         """By reason, in the order of REASONS: every packet that the program saw is in exactly one."""
@@ -607,22 +542,6 @@ class Steering:
                 f"kernel {os.uname().release} has no tcx (6.6 and later do): a reset that the kernel sends for a "
                 "stray packet of a live connection reaches the peer",
             )
-
-
-def _ipv4(address: str | Address | None) -> ipaddress.IPv4Address | None:
-    """None for any."""
-    if address is None:
-        return None
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address):
-        raise GrantError(f"{parsed}: only IPv4 is steered, IPv6 is the kernel's")
-    return None if parsed.is_unspecified else parsed
-
-
-def _grants(policy: Policy, e: Endpoint) -> Iterator[bool]:
-    """For each of its local ports whether the policy grants anything."""
-    for port in range(e.lport, e.last_port + 1):
-        yield policy.grant(e.proto, e.laddr, port, e.raddr, e.rport) is not None
 
 
 def _load(program: build.Program, kind: int, attach_type: int, fds: dict[str, int]) -> libbpf.Prog:
