@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bypass import nic
-from bypass.pci.machine import Machine
+from bypass.pci.machine import Machine, VfSettings
 from bypass.pci.network import Item, Saved
 
 PLAIN = nic.Nic(
@@ -53,6 +53,8 @@ class FakeMachine(Machine):
         self.busy: dict[int, str] = {}
         self.pids: dict[int, int] = {}
         self.free_pages = 100
+        self.vfs: dict[int, VfSettings] = {}
+        self.vf_calls = self.vf_fails_at = 0
         for folder in ("bus/pci/devices", "bus/pci/drivers", "class/net", "kernel/iommu_groups"):
             (self.sys / folder).mkdir(parents=True)
         (self.sys / "bus/pci/drivers_probe").touch()
@@ -192,6 +194,8 @@ class FakeMachine(Machine):
             if self.target(self._at(address) / "driver"):
                 self._unbind(address, self.target(self._at(address) / "driver"))
             vf = self._at(address)
+            for link in (self.sys / "kernel/iommu_groups").glob(f"*/devices/{address}"):
+                link.unlink()
             (self.sys / "bus/pci/devices" / address).unlink()
             shutil.rmtree(vf)
         for i in range(number):
@@ -199,7 +203,7 @@ class FakeMachine(Machine):
             vf = self.device(address, "ixgbevf", f"{at.name[5:7]}v{i}", group=f"2{i}")
             (vf / "physfn").symlink_to(at)
             (at / f"virtfn{i}").symlink_to(vf)
-            self.config.pop(f"{at.name[5:7]}v{i}")
+            self.config[f"{at.name[5:7]}v{i}"] = replace(BARE, name=f"{at.name[5:7]}v{i}")
         (at / "sriov_numvfs").write_text(f"{number}\n")
 
     def pages(self, size_kib: int = 2048, nodes: int = 1) -> None:
@@ -240,6 +244,15 @@ class FakeMachine(Machine):
             self._rename(ifname, saved.name)
         self.config[saved.name] = saved
         return []
+
+    def vf_settings(self, ifname: str) -> dict[int, VfSettings]:
+        return dict(self.vfs)
+
+    def set_vf(self, ifname: str, vf: int, settings: VfSettings) -> None:
+        self.vf_calls += 1
+        if self.vf_calls == self.vf_fails_at:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        self.vfs[vf] = settings
 
     def settle(self) -> None:
         pass

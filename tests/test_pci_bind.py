@@ -315,6 +315,9 @@ def test_without_an_iommu_it_says_how_to_get_one(tmp_path: Path, cmdline: str, s
     (machine.proc / "cmdline").write_text(cmdline)
     with pytest.raises(DeviceError, match=f"has no IOMMU, which vfio-pci needs: {says}.*--no-iommu"):
         bind("eth1", force=True, machine=machine)  # force is not enough
+    machine.about["eth1"] = replace(PLAIN, default_route=True)
+    with pytest.raises(DeviceError, match=r"Also: eth1 carries the default route"):
+        bind("eth1", machine=machine)
 
 
 def test_the_unsafe_mode_is_switched_on_for_the_devices_that_need_it_and_off_after_them(

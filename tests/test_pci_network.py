@@ -145,10 +145,8 @@ def test_what_will_not_come_back_is_known_before(namespace: str) -> None:
         namespace,
         "ip link add nic1 type veth peer name far1; ip link set nic1 up; ip link set far1 up",
     )
-    sh(
-        namespace,
-        "ip addr add 192.0.2.1/24 dev nic1; ip link add link nic1 name mv0 type macvlan; ip nexthop add id 9 via 192.0.2.2 dev nic1",
-    )
+    sh(namespace, "ip addr add 192.0.2.1/24 dev nic1; ip link add link nic1 name mv0 type macvlan")
+    sh(namespace, "ip nexthop add id 9 via 192.0.2.2 dev nic1")
     sh(namespace, "ip route add 198.18.0.0/15 nhid 9")
     with elsewhere(namespace):
         lost = network.snapshot("nic1").lost

@@ -36,6 +36,7 @@ COMMANDS = {
         "lab",
         "Two network namespaces joined by a multi-queue veth, to try things in.",
     ),
+    "nic": ("bypass.cli.nic", "nic", "Devices for DPDK: drivers, virtual functions, hugepages."),
     "policy": ("bypass.cli.policy", "policy", "Check a policy file; print the schema."),
     "run": ("bypass.cli.run", "run", "Run an unmodified program on the stack."),
     "stats": ("bypass.cli.stats", "stats", "Counters of the program, the rings and the stack."),

@@ -18,5 +18,19 @@ from __future__ import annotations
 
 from bypass.pci.binding import Bound, Given, Taken, bind, take, unbind
 from bypass.pci.devices import Bus, Device
+from bypass.pci.machine import VfSettings
+from bypass.pci.vf import Functions, set_functions
 
-__all__ = ["Bound", "Bus", "Device", "Given", "Taken", "bind", "take", "unbind"]
+__all__ = [
+    "Bound",
+    "Bus",
+    "Device",
+    "Functions",
+    "Given",
+    "Taken",
+    "VfSettings",
+    "bind",
+    "set_functions",
+    "take",
+    "unbind",
+]

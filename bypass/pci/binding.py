@@ -206,13 +206,14 @@ def _check(bus: Bus, device: Device, driver: str, force: bool, no_iommu: bool) -
     if driver not in USER_DRIVERS:
         raise DeviceError(f"driver {driver!r}: it is one of {', '.join(USER_DRIVERS)}")
     warnings = []
+    reasons = hindrances(bus, device)
     if driver == "vfio-pci" and not device.iommu and not no_iommu:
-        raise DeviceError(_no_iommu_text(bus.machine, device))
+        also = f". Also: {'; '.join(reasons)}" if reasons else ""
+        raise DeviceError(_no_iommu_text(bus.machine, device) + also)
     if driver != "vfio-pci" or not device.iommu:
         warnings.append(
             f"without an IOMMU between {device.address} and memory, a program that has it can read and write everything"
         )
-    reasons = hindrances(bus, device)
     if reasons and not force:
         raise DeviceError(f"{device.address} is refused (--force does it all the same): {'; '.join(reasons)}")
     return warnings + [f"forced: {reason}" for reason in reasons]
@@ -303,7 +304,7 @@ def _unbind(bus: Bus, record: Record) -> Given:
     machine, address = bus.machine, record.address
     device = bus.read(address)
     if device.by_user:
-        _refuse_in_use(machine, device)
+        refuse_in_use(machine, device)
     before = device.driver
     if not device.driver or device.by_user or device.driver != record.driver:
         try:
@@ -341,7 +342,7 @@ def _unbind(bus: Bus, record: Record) -> Given:
     return Given(address, given.driver, given.interfaces, True)
 
 
-def _refuse_in_use(machine: Machine, device: Device) -> None:
+def refuse_in_use(machine: Machine, device: Device) -> None:
     """vfio's unbind waits, in the kernel and for ever, until programs let go. DeviceError: one has the device."""
     paths = {f"/dev/vfio/{device.group}", f"/dev/vfio/noiommu-{device.group}"} if device.group else set()
     at = machine.sys / "bus/pci/devices" / device.address

@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from bypass import nic
 from bypass.errors import DeviceError
+from bypass.offloop import off_loop
 from bypass.pci import network
 
 RECORDS = "run/bypass/nic"
+RTEXT_FILTER_VF = 1
+
+
+@dataclass(frozen=True, slots=True)
+class VfSettings:
+    """What a device lets a virtual function do. None and "": as it is. `vlan` 0: none."""
+
+    mac: str = ""
+    trust: bool | None = None
+    spoofchk: bool | None = None
+    vlan: int | None = None
 
 
 class Machine:
@@ -74,6 +88,14 @@ class Machine:
     def restore(self, saved: network.Saved, ifname: str) -> list[str]:
         return network.restore(saved, ifname)
 
+    def vf_settings(self, ifname: str) -> dict[int, VfSettings]:
+        """Of an interface's virtual functions, by number."""
+        return read_vfs(ifname)
+
+    def set_vf(self, ifname: str, vf: int, settings: VfSettings) -> None:
+        """OSError with what the kernel, or the driver, thinks of it."""
+        change_vf(ifname, vf, settings)
+
     def settle(self) -> None:
         """Lets udev finish what it does to new interfaces: it may rename them."""
         if (self.run / "udev/control").exists() and shutil.which("udevadm"):
@@ -120,3 +142,48 @@ class Machine:
             yield
         finally:
             os.close(fd)
+
+
+# ---- Virtual functions, by netlink ---------------------------------------------------------------------------------
+@off_loop
+def read_vfs(ifname: str) -> dict[int, VfSettings]:
+    """Settings of the virtual functions of an interface, by number."""
+    from pyroute2 import IPRoute
+
+    found = {}
+    with IPRoute() as ip:
+        link = ip.link("get", index=socket.if_nametoindex(ifname), ext_mask=RTEXT_FILTER_VF)[0]
+    listed = link.get_attr("IFLA_VFINFO_LIST")
+    for vf in listed.get_attrs("IFLA_VF_INFO") if listed else ():
+        mac, vlan = vf.get_attr("IFLA_VF_MAC"), vf.get_attr("IFLA_VF_VLAN")
+        trust, spoofchk = vf.get_attr("IFLA_VF_TRUST"), vf.get_attr("IFLA_VF_SPOOFCHK")
+        found[int(mac["vf"])] = VfSettings(
+            mac["mac"][:17],
+            bool(trust["trust"]) if trust else None,
+            bool(spoofchk["spoofchk"]) if spoofchk else None,
+            vlan["vlan"] if vlan else None,
+        )
+    return found
+
+
+@off_loop
+def change_vf(ifname: str, vf: int, settings: VfSettings) -> None:
+    """One message for each setting, since drivers refuse some of them. OSError: which, and why."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    said = {
+        "mac": settings.mac or None,
+        "vlan": settings.vlan,
+        "trust": None if settings.trust is None else int(settings.trust),
+        "spoofchk": None if settings.spoofchk is None else int(settings.spoofchk),
+    }
+    with IPRoute() as ip:
+        for name, value in said.items():
+            if value is None:
+                continue
+            try:
+                ip.link("set", index=socket.if_nametoindex(ifname), vf={"vf": vf, name: value})
+            except NetlinkError as error:
+                code = abs(error.code)
+                raise OSError(code, f"{name} of function {vf}: {os.strerror(code)}") from error
