@@ -38,13 +38,14 @@ DEVICE_OBJ := $(patsubst %.c,$(OUT)/own/%.o,$(wildcard bypass/afxdp/*.c) bypass/
 PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
 	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c) bypass/host.c) $(DEVICE_OBJ)
 PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h \
-	bypass/dpdk_backend/plugin.h bypass/dpdk_backend/load.h bypass/dpdk_backend/classify.h bypass/bpf/reasons.h
+	bypass/dpdk_backend/plugin.h bypass/dpdk_backend/load.h bypass/dpdk_backend/classify.h bypass/dpdk_backend/filter.h \
+	bypass/dpdk_backend/exception.h bypass/bpf/reasons.h
 
 # The release extension lies in the package; the other variants beside their objects, found through BYPASS_BUILD.
 EXT := $(if $(filter release,$(VARIANT)),bypass,$(OUT)/py)/_core.so
 PRELOAD := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass-preload.so
 LIB := $(if $(filter release,$(VARIANT)),build,$(OUT))/libbypass.so
-# bypass-fwd: no Python, no stack; the AF_XDP device and what moves frames between it and applications.
+# bypass-fwd: no Python, no stack; the devices, and what moves frames between them and applications.
 FWD_OBJ := $(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/fwd/*.c bypass/afxdp/*.c bypass/dpdk_backend/*.c))
 # bypass-linger: drives what the last process of an application left. It has the preload library in it.
 LINGER_OBJ := $(LINGER_SRC:%.c=$(OUT)/%.o) $(PRELOAD_OBJ)

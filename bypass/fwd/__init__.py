@@ -435,7 +435,7 @@ class Forwarder:
             config: the fields of `struct afxdp_config`; queue_count follows from queues.
 
         Returns:
-            {"mac": 6 bytes, "mtu", "queues", "caps", "zerocopy"}.
+            {"mac": 6 bytes, "mtu", "queues", "caps", "zerocopy"}: of the device.
         """
         config = {"queue_count": len(config["queues"]), **config, "ifname": config["ifname"].encode()}
         a = self._ask(
@@ -445,8 +445,47 @@ class Forwarder:
             answer="struct fwd_device_info",
             fds=[map_fd],
         )
-        about = {name: int(getattr(a, name)) for name in ("mtu", "queues", "caps")}
-        return about | {"mac": bytes(a.mac), "zerocopy": bool(a.zerocopy)}
+        return _device(a)
+
+    def dpdk_open(
+        self,
+        config: Mapping[str, Any],
+        args: Sequence[str],
+        classifier: int,
+        tap: int,
+        *,
+        vlan: int = 0,
+        rate: int = 10_000,
+    ) -> dict[str, Any]:
+        """Starts DPDK there and opens a port.
+
+        Args:
+            config: the fields of `struct dpdk_config`.
+            args: of EAL, the program's name first.
+            classifier: the memory that says whose packets are, sealed against shrinking.
+            tap: descriptor of the TAP device through which the kernel gets the rest.
+            vlan: the tag that all frames of applications have on the wire; 0: none.
+            rate: packets a second that the kernel gets at most.
+
+        Returns:
+            As device_open(), and "driver".
+        """
+        words = b"".join(arg.encode() + b"\0" for arg in args)
+        if len(words) > lib.FWD_ARGS:
+            raise OSError(
+                errno.E2BIG, f"DPDK's arguments have {len(words)} bytes, of {lib.FWD_ARGS}: {' '.join(args)}"
+            )
+        values = {"cfg": dict(config), "vlan": vlan, "exception_rate": rate, "argc": len(args), "args": words}
+        size = ffi.offsetof("struct fwd_dpdk", "args") + len(words)
+        a = self._ask(
+            "DPDK_OPEN",
+            "struct fwd_dpdk",
+            values,
+            answer="struct fwd_device_info",
+            size=size,
+            fds=[classifier, tap],
+        )
+        return _device(a) | {"driver": ffi.string(a.driver).decode()}
 
     def device_close(self) -> None:
         self._ask("DEVICE_CLOSE")
@@ -518,6 +557,12 @@ class Forwarder:
         """The fields of `struct fwd_stats`."""
         return _fields(self._ask("STATS", answer="struct fwd_stats"))
 
+    def dpdk_stats(self, queue: int) -> dict[str, dict[str, int]]:
+        """Counters of a DPDK port: "queue" (of that queue), "port" (the driver's), "filter" (by verdict), "kernel" (the
+        exception path)."""
+        a = self._ask("DPDK_STATS", "struct fwd_app", {"app": queue}, answer="struct fwd_dpdk_stats")
+        return {name: _fields(getattr(a, name)) for name in ("queue", "port", "filter", "kernel")}
+
     def port_stats(self, app: int) -> dict[str, Any]:
         """The fields of `struct fwd_port_stats`; "refused": {reason: frames}, those that happened."""
         a = self._ask("PORT_STATS", "struct fwd_app", {"app": app}, answer="struct fwd_port_stats")
@@ -573,6 +618,11 @@ def _name(name: str) -> bytes:
     return raw
 
 
+def _device(a: Any) -> dict[str, Any]:
+    about = {name: int(getattr(a, name)) for name in ("mtu", "queues", "caps")}
+    return about | {"mac": bytes(a.mac), "zerocopy": bool(a.zerocopy)}
+
+
 def _lease(lease: Lease) -> dict[str, Any]:
     return {
         "app": lease.app,
@@ -585,5 +635,6 @@ def _lease(lease: Lease) -> dict[str, Any]:
 
 def _fields(struct: Any) -> dict[str, int]:
     """The numbers of a struct, by name."""
-    kind = ffi.typeof(struct).item
+    kind = ffi.typeof(struct)
+    kind = kind if kind.kind == "struct" else kind.item
     return {name: int(getattr(struct, name)) for name, field in kind.fields if field.type.kind == "primitive"}

@@ -150,6 +150,7 @@ static const struct handler {
     size_t least; /* bytes of the message */
     int fds;      /* of it at most */
     bool anybody; /* not only the broker */
+    bool all_fds; /* no fewer descriptors */
 } handlers[] = {
     [FWD_HELLO] = {on_hello, sizeof(struct fwd_hello), 0, true},
     [FWD_QUIT] = {on_quit, sizeof(struct fwd_head), 0, false},
@@ -161,7 +162,9 @@ static const struct handler {
     [FWD_WATCH_KEYS] = {store_watch_keys, offsetof(struct fwd_keys, keys), 1, false},
     [FWD_FORGET_KEYS] = {store_forget_keys, offsetof(struct fwd_keys, keys), 0, false},
     [FWD_UNWATCH] = {store_unwatch, sizeof(struct fwd_name), 0, false},
-    [FWD_DEVICE_OPEN] = {device_open, sizeof(struct fwd_device), 1, false},
+    [FWD_DEVICE_OPEN] = {device_open, sizeof(struct fwd_device), 1, false, true},
+    [FWD_DPDK_OPEN] = {device_open_dpdk, offsetof(struct fwd_dpdk, args), 2, false, true},
+    [FWD_DPDK_STATS] = {device_dpdk_stats, sizeof(struct fwd_app), 0, true},
     [FWD_DEVICE_CLOSE] = {device_close, sizeof(struct fwd_head), 0, false},
     [FWD_LOCALS] = {on_locals, offsetof(struct fwd_locals, local), 0, false},
     [FWD_PORT_ADD] = {device_port_add, sizeof(struct fwd_port_add), 3, false},
@@ -185,7 +188,7 @@ static int handle(struct request *q)
     if (!h || !h->handle) {
         return refuse(q, EOPNOTSUPP, "no message of type %u is known", head->type);
     }
-    if (q->len < h->least || q->fds_n > h->fds || (head->type == FWD_DEVICE_OPEN && q->fds_n != 1)) {
+    if (q->len < h->least || q->fds_n > h->fds || (h->all_fds && q->fds_n != h->fds)) {
         return refuse(q, EMSGSIZE, "a message of type %u with %zu bytes and %d descriptors: not what it should be",
                       head->type, q->len, q->fds_n);
     }

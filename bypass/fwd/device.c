@@ -13,7 +13,10 @@
 
 #include "program.h"
 
-enum { HEALTH_NS = 1000000000 };
+enum {
+    HEALTH_NS = 1000000000,
+    PORT_CAPS = BYPASS_CAP_RX_CSUM | BYPASS_CAP_TX_CSUM, /* of the device, that a port has too */
+};
 
 /* ---- The device -------------------------------------------------------------------------------------------- */
 
@@ -31,7 +34,7 @@ static void release(struct program *w)
 
 static void describe(const struct device *d, struct fwd_device_info *a)
 {
-    a->caps = d->netdev->caps;
+    a->caps = d->netdev->caps & PORT_CAPS;
     a->queues = d->netdev->queues;
     a->mtu = d->netdev->mtu;
     memcpy(a->mac, d->netdev->mac, sizeof a->mac);
@@ -67,6 +70,7 @@ static int open_by(struct request *q, int (*open)(struct request *q, struct devi
 }
 
 int device_open(struct request *q) { return open_by(q, device_afxdp_open); }
+int device_open_dpdk(struct request *q) { return open_by(q, device_dpdk_open); }
 
 int device_close(struct request *q)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * device.h - what bypass-fwd moves the frames of. Frames come and go by a struct bypass_netdev; what a netdev does not
- * say is in a table of functions, one for each kind of device: device_afxdp.c.
+ * say is in a table of functions, one for each kind of device: device_afxdp.c, device_dpdk.c.
  *
  * To add a kind: a message that opens it (fwd.h), a table, and a line in control.c.
  */
@@ -18,6 +18,8 @@ struct device;
 struct device_kind {
     /* What the broker is told, beside what the netdev says. NULL: nothing. */
     void (*describe)(const struct device *d, struct fwd_device_info *a);
+    /* Before each round of frames: the time. NULL: it needs none. */
+    void (*turn)(struct device *d, uint64_t now_ns);
     /* Asked once a second: 0, -ENETDOWN, -ENXIO (gone for good). Brings MTU and MAC of the netdev up to date. */
     int (*health)(struct device *d);
     /* Serves queues that it got since, and tells the broker. NULL: its queues never change. */
@@ -34,5 +36,6 @@ struct device { /* the first member of a kind's own struct */
 
 /* Opens it as the message says, and keeps the descriptors that it needs. 0, or as refuse(). */
 int device_afxdp_open(struct request *q, struct device **out);
+int device_dpdk_open(struct request *q, struct device **out);
 
 #endif

@@ -11,17 +11,20 @@
  *             so a broker that wants `kill -9` of bypass-fwd to detach everything closes its own.
  *   watches   an item may have processes. When all are dead, keys are deleted from maps, and its port and the item itself
  *             go, whether a broker lives or not.
- *   ports     shared mode: it holds the interface's AF_XDP sockets and moves frames between them and applications.
+ *   ports     shared mode: it holds the interface's AF_XDP sockets, or a DPDK port, and moves frames between it and
+ *             applications.
  */
 #ifndef BYPASS_FWD_H
 #define BYPASS_FWD_H
 
 #include "afxdp/afxdp.h"
 #include "bypass.h"
+#include "dpdk_backend/filter.h"
+#include "dpdk_backend/plugin.h"
 #include "port.h"
 
 enum {
-    FWD_ABI = 2,
+    FWD_ABI = 3,
     FWD_NAME = 64,           /* bytes of an item's name, with its 0 */
     FWD_BLOB = 4096,         /* bytes of an item */
     FWD_FDS = 128,           /* descriptors of an item, and of a message */
@@ -30,6 +33,7 @@ enum {
     FWD_LOCALS_MAX = 4096,   /* addresses of the host */
     FWD_KEYS_BYTES = 32768,  /* of one message */
     FWD_MAPS = 8,            /* maps of a watch */
+    FWD_ARGS = 2048,         /* bytes of EAL's arguments */
     FWD_LIST_MAX = 256,      /* items of one answer */
     FWD_TEXT = 192,
     FWD_SPIN_US = 50, /* how long it polls before it sleeps, if nobody says */
@@ -72,7 +76,11 @@ enum fwd_type {
     FWD_QUEUES, /* fwd_queues: the interface has got more, which have sockets now. A veth runs no XDP program on them until
                  * one is attached anew: the broker's to do */
 
-    FWD_LOOK, /* fwd_head: looks at the interface (link, MTU, queues) now, and not within a second */
+    FWD_LOOK,      /* fwd_head: looks at the interface (link, MTU, queues) now, and not within a second */
+    FWD_DPDK_OPEN, /* fwd_dpdk; the classifier's memory, sealed against shrinking, and the exception path's TAP: starts DPDK
+                       and opens a port -> fwd_device_info. What the classifier passes goes to the TAP */
+    FWD_DPDK_STATS, /* fwd_app, app: the number of a queue -> fwd_dpdk_stats. ENODEV; EINVAL: no such queue */
+
     FWD_WATCHED, /* fwd_watched -> fwd_watched, `count` pidfds: the item's processes that are alive, from number `from` on */
 };
 
@@ -161,7 +169,9 @@ struct fwd_watched {
 struct fwd_keys {
     struct fwd_head head;
     char name[FWD_NAME];
-    uint32_t map; /* below FWD_MAPS. With a descriptor: that is the map from now on; its keys so far are forgotten */
+    uint32_t
+        map; /* below FWD_MAPS. With a descriptor: that is the map from now on, or a classifier's memory, whose keys are
+                     struct classify_key; its keys so far are forgotten */
     uint32_t key_size, count;
     uint8_t keys[FWD_KEYS_BYTES]; /* a message ends after them */
 };
@@ -177,6 +187,16 @@ struct fwd_device_info {
     uint32_t caps, queues, zerocopy;
     uint16_t mtu;
     uint8_t mac[6];
+    char driver[32]; /* of a DPDK port */
+};
+
+struct fwd_dpdk {
+    struct fwd_head head;
+    struct dpdk_config cfg;
+    uint16_t vlan;           /* that the port's frames are tagged with; 0: with none */
+    uint32_t exception_rate; /* packets a second to the TAP */
+    uint32_t argc;
+    char args[FWD_ARGS]; /* argc words for EAL, the program's name first, each with its 0; a message ends after them */
 };
 
 struct fwd_local {
@@ -251,6 +271,14 @@ struct fwd_port_stats {
     uint64_t tx_limited;           /* times that it had to wait for its rate */
     uint64_t rings, rings_failed;  /* wake-ups of it */
     uint64_t refused[FWD_REFUSALS];
+};
+
+struct fwd_dpdk_stats {
+    struct fwd_head head;
+    struct dpdk_counters queue; /* ours, of the queue that was asked for */
+    struct dpdk_stats port;     /* the driver's, of the whole port */
+    struct filter_counters filter;
+    struct exception_counters kernel; /* of the exception path */
 };
 
 struct fwd_queues {

@@ -171,6 +171,9 @@ static void run(struct program *w)
         uint32_t moved;
 
         w->now_ns = program_clock();
+        if (w->device && w->device->kind->turn) {
+            w->device->kind->turn(w->device, w->now_ns);
+        }
         moved = forward_round(&w->forward, w->now_ns);
         tell_cuts(w);
         device_health(w);

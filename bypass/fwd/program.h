@@ -6,7 +6,8 @@
  *   control.c  connections: a message in, an answer out
  *   store.c    items, their watches, and what happens when their processes are dead
  *   device.c   the device of shared mode, and memory and doorbells of ports
- *   device_afxdp.c, maps.c   the kinds of device (device.h)
+ *   device_afxdp.c, device_dpdk.c   the kinds of device (device.h)
+ *   maps.c, steer_mem.c   where live entries are: a map of the kernel, or a classifier's memory
  *   closer.c   closes what may take long to close, in threads
  *   forward.c, check.c, lease.c, peer.c   the way of a frame; they know nothing of the above
  */
@@ -111,8 +112,11 @@ int store_watched(struct request *q);
 void store_pid_dead(struct program *w, uint32_t number);
 void store_work(struct program *w); /* some keys of the dead */
 
-/* device.c: handlers of FWD_DEVICE_OPEN, FWD_DEVICE_CLOSE, FWD_PORT_ADD, FWD_PORT_DEL */
+/* device.c, device_dpdk.c: handlers of FWD_DEVICE_OPEN, FWD_DPDK_OPEN, FWD_DEVICE_CLOSE, FWD_DPDK_STATS, FWD_PORT_ADD,
+ * FWD_PORT_DEL */
 int device_open(struct request *q);
+int device_open_dpdk(struct request *q);
+int device_dpdk_stats(struct request *q);
 int device_close(struct request *q);
 int device_port_add(struct request *q);
 int device_port_del(struct request *q);

@@ -17,14 +17,16 @@
 #include "closer.h"
 #include "maps.h"
 #include "program.h"
+#include "steer_mem.h"
 
 struct process {
     int fd; /* pidfd */
     uint32_t number;
 };
 
-struct keys { /* of one map */
-    int map;  /* -1: none */
+struct keys {                /* of one map, or of one classifier */
+    int map;                 /* -1: none */
+    struct steer_mem *steer; /* NULL: it is a map */
     uint32_t size, count, room;
     uint8_t *key;
 };
@@ -71,6 +73,19 @@ static bool part_of(const struct item *part, const char *name)
     return strncmp(part->name, name, n) == 0 && part->name[n] == '.';
 }
 
+static void keys_end(struct keys *k)
+{
+    if (k->steer) {
+        steer_mem_close(k->steer);
+        free(k->steer);
+    }
+    if (k->map >= 0) {
+        close(k->map);
+    }
+    free(k->key);
+    *k = (struct keys){.map = -1};
+}
+
 static void unwatch(struct program *w, struct item *item)
 {
     for (uint32_t i = 0; i < item->processes; i++) {
@@ -83,11 +98,7 @@ static void unwatch(struct program *w, struct item *item)
     item->process = NULL;
     item->processes = 0;
     for (int i = 0; i < FWD_MAPS; i++) {
-        if (item->keys[i].map >= 0) {
-            close(item->keys[i].map);
-        }
-        free(item->keys[i].key);
-        item->keys[i] = (struct keys){.map = -1};
+        keys_end(&item->keys[i]);
     }
 }
 
@@ -293,23 +304,38 @@ static struct keys *keys_of(struct request *q, struct item *item)
     return &item->keys[m->map];
 }
 
+/* What these keys are of from now on. */
+static int keys_begin(struct request *q, struct keys *k)
+{
+    const struct fwd_keys *m = q->message;
+    struct steer_mem *steer = NULL;
+    int err;
+
+    if (steer_mem_is(q->fds[0])) {
+        steer = malloc(sizeof *steer);
+        err = !steer                                       ? -ENOMEM
+              : m->key_size != sizeof(struct classify_key) ? -EINVAL
+                                                           : steer_mem_open(steer, q->fds[0]);
+        if (err) {
+            free(steer);
+            return refuse(q, -err, "a file of memory, and no classifier whose keys have %u bytes", m->key_size);
+        }
+    }
+    keys_end(k);
+    *k = (struct keys){.map = q->fds[0], .steer = steer, .size = m->key_size};
+    q->fds[0] = -1;
+    return 0;
+}
+
 int store_watch_keys(struct request *q)
 {
     const struct fwd_keys *m = q->message;
     struct item *item = named(q);
     struct keys *k = item ? keys_of(q, item) : NULL;
+    int err = k && q->fds_n ? keys_begin(q, k) : 0;
 
-    if (!k) {
-        return -EINVAL;
-    }
-    if (q->fds_n) {
-        if (k->map >= 0) {
-            close(k->map);
-        }
-        k->map = q->fds[0];
-        q->fds[0] = -1;
-        k->count = 0;
-        k->size = m->key_size;
+    if (!k || err) {
+        return k ? err : -EINVAL;
     }
     if (k->map < 0 || k->size != m->key_size) {
         return refuse(q, EINVAL, "map %u of item %s is not known, or its keys have another size", m->map, item->name);
@@ -427,6 +453,16 @@ void store_pid_dead(struct program *w, uint32_t number)
     }
 }
 
+/* false: somebody else writes there now: try again. Who has ended in order has deleted it. */
+static bool key_delete(struct keys *k, const uint8_t *key)
+{
+    if (k->steer) {
+        return classify_endpoint_del(&k->steer->view, (const struct classify_key *)key, false) != -EBUSY;
+    }
+    map_delete(k->map, key);
+    return true;
+}
+
 /* Deletes some keys. false: there may be more. */
 static bool keys_delete(struct item *item)
 {
@@ -436,10 +472,10 @@ static bool keys_delete(struct item *item)
         struct keys *k = &item->keys[i];
 
         while (k->count) {
-            if (n++ == PROGRAM_KEYS_A_ROUND) {
+            if (n++ == PROGRAM_KEYS_A_ROUND || !key_delete(k, k->key + (size_t)(k->count - 1) * k->size)) {
                 return false;
             }
-            map_delete(k->map, k->key + (size_t)--k->count * k->size); /* who has ended in order has deleted it */
+            k->count--;
         }
     }
     return true;
