@@ -24,9 +24,9 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 from bypass import libbpf
 from bypass.bpf import build
@@ -57,7 +57,7 @@ from bypass.steer_maps import (
     policy_maps,
     set_keys,
 )
-from bypass.steering_api import Address, Guard, SteerResult, Verdict
+from bypass.steering_api import Address, Attached, Guard, SteerResult, Verdict
 
 __all__ = [
     "BLOCK",
@@ -81,16 +81,6 @@ _VERDICT = struct.Struct("=4I")  # struct steer_verdict
 _XDP_ACTIONS = ("aborted", "drop", "pass", "tx", "redirect")
 _TCX_DROP = 2  # of linux/bpf.h; what the guard leaves alone goes to the next program
 _SIOCGIFHWADDR = 0x8927
-
-
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """Programs and maps that another process left on an interface. Descriptors, by name."""
-
-    mode: Mode
-    guard: Guard
-    maps: dict[str, int]
-    links: dict[str, int]
 
 
 class _Loaded:
@@ -206,7 +196,7 @@ class Steering:
     def _go_on(self, left: Attached) -> None:
         """With links, and with endpoints that are live."""
         self._links = {name: libbpf.Link.of(fd) for name, fd in left.links.items()}
-        self.mode, self.guard = left.mode, left.guard
+        self.mode, self.guard = cast(Mode, left.mode), left.guard
         endpoints = self._maps["endpoints"]
         found = ((key, endpoints.get(key)) for key in list(endpoints.keys()))
         # None: bypass-fwd has just deleted it.

@@ -17,7 +17,7 @@ from bypass.bpf.build import Reason
 from bypass.policy import Policy
 from bypass.steer_maps import Count, Endpoint
 
-__all__ = ["Address", "Guard", "SteerResult", "Steers", "Verdict"]
+__all__ = ["Address", "Attached", "Guard", "SteerResult", "Steers", "Verdict"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -28,6 +28,16 @@ class Guard:
 
     active: bool
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What another process has left of its steering. Descriptors, by name."""
+
+    mode: str
+    guard: Guard
+    maps: dict[str, int]
+    links: dict[str, int]
 
 
 class Verdict(NamedTuple):
@@ -87,6 +97,12 @@ class Steers(Protocol):
         self, proto: int, laddr: str, lport: int, peer: tuple[str, int] | None, *, block: bool
     ) -> int | None: ...
     def key_of(self, entry: int) -> bytes: ...
+    @property
+    def endpoints_fd(self) -> int: ...
+    @property
+    def map_fds(self) -> dict[str, int]: ...
+    @property
+    def link_fds(self) -> dict[str, int]: ...
     def entries(self) -> dict[int, tuple[Endpoint, Count]]: ...
 
     def set_locals(self, addresses: Iterable[str | Address]) -> None: ...

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classifier beside the steering program: the same policy, endpoints, addresses and connections of the kernel in
-both, and the same frames through both. Bench and policies are those of the program's own tests (steering_support.py)."""
+both, and the same frames through both. Bench and policies are those of the program's own tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bypass._core import ffi, lib
 from model import TCP_TIME_WAIT
 from steering_support import QUEUES, SOCKET_QUEUES, Bench, Case
 
-from bypass._core import ffi, lib
 from bypass.dpdk_backend.steering import CLASSIFIER_REASONS, SoftSteering
 from bypass.netlink import TcpFlow
 from bypass.rules import Rule

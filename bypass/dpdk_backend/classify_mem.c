@@ -43,8 +43,11 @@ static void lay_out(struct classifier *c, const struct classify_config *cfg)
     uint64_t at = align_up(sizeof(struct classify_head));
 
     *c = (struct classifier){.cfg = *cfg, .area_bits = bits_for((uint64_t)cfg->keys * 2 < 16 ? 16 : cfg->keys * 2)};
-    c->seed[0] = cfg->seed;
-    c->seed[1] = hash_mix(cfg->seed ^ 0x9e3779b97f4a7c15ull, 0xd6e8feb86659fd93ull);
+    for (uint64_t i = 0; i < 2; i++) { /* of a seed without a pattern, or with one, numbers without */
+        uint64_t s = cfg->seed + i * 0x9e3779b97f4a7c15ull;
+
+        c->seed[i] = hash_mix(s ^ 0xa0761d6478bd642full, 0xe7037ed1a0b428dbull) ^ hash_mix(s, 0x8ebc6af09c88c6e3ull);
+    }
     for (int i = 0; i < 2; i++) {
         c->area[i].slots = at;
         at += (uint64_t)SLOT_WORDS6 * sizeof(uint64_t) << c->area_bits;

@@ -45,12 +45,14 @@ from bypass.steer_maps import (
     packed_masks,
     packed_rules,
 )
-from bypass.steering_api import Address, Guard, SteerResult, Verdict
+from bypass.steering_api import Address, Attached, Guard, SteerResult, Verdict
 
 __all__ = ["CLASSIFIER_REASONS", "SoftSteering"]
 
 CLASSIFIER_REASONS = REASONS + build.reasons(macro="CLASSIFY_REASONS")
 """Why packets were steered, passed or dropped, by number."""
+MEMORY = "classifier"
+"""Name of the one descriptor in `map_fds`."""
 MAX_HELD = 1 << 17
 """Connections of the kernel on ports that drain, at once."""
 _ACTIONS = {lib.CLASSIFY_PASS: "pass", lib.CLASSIFY_DROP: "drop", lib.CLASSIFY_STEER: "redirect"}
@@ -102,20 +104,19 @@ class SoftSteering:
         policy: what may be taken.
         ifname: the interface by which the kernel knows the port.
         owners: how many sets of queues there are.
-        left: descriptor of the memory that another process has left, to go on with: live endpoints stay live, and the
-            policy is exchanged as by swap(). The steering's from here on. -1: new memory.
+        left: what another process has left, to go on with: live endpoints stay live, and the policy is exchanged as by
+            swap(). Its descriptors are the steering's from here on.
         kernel_flows: the kernel's TCP connections; the default asks the network namespace of the calling thread.
 
     Attributes:
         classifier: `struct classifier *` on the memory, for C in this process.
-        memory_fd: the memory, for bypass-fwd and for a successor.
         guard: none is needed.
 
     Raises:
         SteeringError: what `left` is is no classifier's memory, or another version's.
     """
 
-    mode = "software"
+    mode = "soft"
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class SoftSteering:
         ifname: str,
         *,
         owners: int = 1,
-        left: int = -1,
+        left: Attached | None = None,
         kernel_flows: KernelFlows = _kernel_flows,
     ) -> None:
         if not 1 <= owners <= lib.CLASSIFY_OWNERS:
@@ -140,10 +141,10 @@ class SoftSteering:
             int, dict[bytes, int]
         ] = {}  # by entry: the kernel's connections that it leaves alone
         self._packed: tuple[Policy, Any, list[Any]] | None = None
-        self._memory: _Memory | None = self._attached(left) if left >= 0 else self._made()
+        self._memory: _Memory | None = self._attached(left.maps) if left else self._made()
         try:
             self._put_rules(policy)
-            if left >= 0:
+            if left:
                 self._go_on()
         except BaseException:
             self.close()
@@ -162,7 +163,8 @@ class SoftSteering:
             raise
         return memory
 
-    def _attached(self, fd: int) -> _Memory:
+    def _attached(self, maps: dict[str, int]) -> _Memory:
+        fd = maps[MEMORY]
         try:
             memory = _Memory(fd, os.fstat(fd).st_size)
         except BaseException:
@@ -205,7 +207,18 @@ class SoftSteering:
             memory.close()
 
     @property
-    def memory_fd(self) -> int:
+    def map_fds(self) -> dict[str, int]:
+        """The memory, for a successor's `left`."""
+        return {MEMORY: self._open().fd}
+
+    @property
+    def link_fds(self) -> dict[str, int]:
+        """Nothing is attached to the kernel."""
+        return {}
+
+    @property
+    def endpoints_fd(self) -> int:
+        """The memory, for bypass-fwd, which classifies on it, and removes live entries when this process is gone."""
         return self._open().fd
 
     # ---- the policy
@@ -374,8 +387,8 @@ class SoftSteering:
 
     # ---- what packets are compared with
     def set_served(self, owner: int, queue: int, served: bool) -> None:
-        """Whether an owner takes packets of a queue; all do until this says otherwise. What it does not take of live TCP
-        is dropped, UDP passes."""
+        """Whether an owner takes packets of a queue; all do until this says otherwise. Where it does not, live TCP is
+        dropped and UDP passes."""
         self._open()
         if lib.classify_served_set(self.classifier, owner, queue, served) < 0:
             raise SteeringError(f"{self.ifname}: no owner {owner} or queue {queue}")
