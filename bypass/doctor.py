@@ -2,21 +2,26 @@
 """Can bypass work here? Checks of the machine and of one interface, each with a verdict and the command that mends
 it, and the choice behind `mode: auto`.
 
-What lives here: judgement. The facts come from bypass.probe (the machine) and bypass.nic (an interface).
+What lives here: judgement. The facts come from bypass.probe (the machine) and bypass.nic (an interface); what a whole
+port for DPDK needs is in `doctor_port.py`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from bypass import nic, probe
+from bypass import doctor_port, nic, probe
+from bypass.doctor_port import Check, Verdict
 from bypass.errors import DeviceError
 
-Verdict = Literal["ok", "warn", "fail"]
+if TYPE_CHECKING:
+    from bypass.policy import Policy
+
 SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "fail": 2}
 MODES = ("auto", "zerocopy", "copy", "skb")
 
@@ -37,18 +42,30 @@ NEEDED_CAPS = {
 }
 UMEM_BYTES = 64 << 20  # packet memory of a generous set-up: what the memlock limit is compared with
 MIN_FILES = 1024
+# Mitigations that cost at each entry to the kernel or each return: file of /sys/devices/system/cpu/vulnerabilities, how
+# its text begins, what it does, what switches it off on the kernel's command line (admin-guide/kernel-parameters.txt).
+MITIGATIONS = (
+    (
+        "retbleed",
+        r"Mitigation: (untrained return thunk|IBPB)",
+        "untrains the predictor of returns",
+        "retbleed=off",
+    ),
+    ("retbleed", r"Mitigation: (IBRS|Stuffing)", "restricts prediction in the kernel", "retbleed=off"),
+    ("spec_rstack_overflow", r"Mitigation: ", "makes returns safe", "spec_rstack_overflow=off"),
+    ("meltdown", r"Mitigation: PTI", "changes page tables", "nopti"),
+    ("mds", r"Mitigation: Clear CPU buffers", "clears buffers", "mds=off"),
+    ("tsx_async_abort", r"Mitigation: Clear CPU buffers", "clears buffers", "tsx_async_abort=off"),
+    ("mmio_stale_data", r"Mitigation: Clear CPU buffers", "clears buffers", "mmio_stale_data=off"),
+    (
+        "indirect_target_selection",
+        r"Mitigation: Aligned",
+        "moves branches and returns",
+        "indirect_target_selection=off",
+    ),
+)
+STRICT = 1  # rp_filter
 NATIVE_MTU = 3498  # what a 4 KiB page holds beside XDP's headroom and the kernel's tail
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `fix`: a command, or what to do; "" when there is nothing to do."""
-
-    group: str
-    name: str
-    verdict: Verdict
-    found: str
-    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,13 +93,14 @@ class Report:
         return about | {"checks": [asdict(c) for c in self.checks]}
 
 
-def diagnose(ifname: str = "") -> Report:
-    """All checks; those of an interface only with `ifname`.
+def diagnose(ifname: str = "", policy: Policy | None = None) -> Report:
+    """All checks; those of an interface only with `ifname`. What a port for DPDK needs is a failure to lack when the
+    policy is of that kind.
 
     Raises:
         DeviceError: no such interface.
     """
-    checks = list(check_machine())
+    checks = [*check_machine(), *doctor_port.check_port(doctor_port.read(), doctor_port.Needs.of(policy))]
     if not ifname:
         return Report("", tuple(checks))
     facts = nic.read(ifname)
@@ -139,6 +157,7 @@ def check_machine() -> Iterator[Check]:
     yield check_memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], probe.capabilities())
     yield check_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
     yield check_jit(probe.is_jited())
+    yield check_mitigations(probe.vulnerabilities())
     yield _tried("bcc", "it compiles the steering program", probe.try_bcc)
     yield _tried("C core", "bypass._core is built", probe.try_core)
     yield _tried("bpf(2)", "an XDP program loads", probe.try_program_load, privileged=True)
@@ -209,6 +228,17 @@ def check_jit(jited: bool | None) -> Check:
     return Check("machine", "BPF JIT", "warn", slow, "sysctl -w net.core.bpf_jit_enable=1")
 
 
+def check_mitigations(told: dict[str, str]) -> Check:
+    """`told`: what the kernel says of each vulnerability."""
+    costly = [(f, what, off) for f, text, what, off in MITIGATIONS if re.match(text, told.get(f, ""))]
+    if not costly:
+        return Check("machine", "mitigations", "ok", "none that costs at each entry to the kernel")
+    found = "; ".join(f"{file} {what} ({told[file]})" for file, what, _ in costly)
+    off = " ".join(dict.fromkeys(off for *_, off in costly))
+    fix = f"where only trusted programs run: {off} on the kernel's command line"
+    return Check("machine", "mitigations", "warn", f"cost time at each entry to the kernel: {found}", fix)
+
+
 # ---- An interface ----------------------------------------------------------------------------------------------
 def check_interface(facts: nic.Nic) -> Iterator[Check]:
     for check in (check_link, check_driver, check_zerocopy, check_queues, check_mtu, check_program):
@@ -216,7 +246,7 @@ def check_interface(facts: nic.Nic) -> Iterator[Check]:
     yield from check_offloads(facts)
     if facts.kind == "veth":
         yield from check_peer(facts)
-    for check in (check_default_route, check_login, check_rps):
+    for check in (check_default_route, check_login, check_rps, check_rp_filter, check_manager):
         yield check(facts)
 
 
@@ -349,3 +379,28 @@ def check_rps(facts: nic.Nic) -> Check:
     if any(int(mask.replace(",", "") or "0", 16) for mask in facts.rps):
         return _check("RPS", "ok", "on: it spreads the kernel's share; XDP and AF_XDP come before it")
     return _check("RPS", "ok", "off")
+
+
+def check_rp_filter(facts: nic.Nic) -> Check:
+    """In strict mode the kernel drops what comes from where it would not send by the same interface (RFC 3704)."""
+    if facts.rp_filter is None:
+        return _check("rp_filter", "ok", "not visible")
+    if facts.rp_filter != STRICT:
+        return _check("rp_filter", "ok", "loose" if facts.rp_filter else "off")
+    if not facts.default_elsewhere:
+        return _check("rp_filter", "ok", "strict, and no other interface has a default route")
+    found = (
+        f"strict, and {facts.default_elsewhere} has a default route: the kernel drops its share of what comes in here "
+        "from peers to which it would send by there"
+    )
+    return _check("rp_filter", "warn", found, f"sysctl -w net.ipv4.conf.{facts.name}.rp_filter=2")
+
+
+def check_manager(facts: nic.Nic) -> Check:
+    if not facts.manager:
+        return _check("manager", "ok", "NetworkManager does not manage it")
+    found = (
+        f"{facts.manager} manages it, and sets it up anew when its driver or carrier changes: addresses, MTU and state "
+        "that others gave it are lost"
+    )
+    return _check("manager", "warn", found, f"nmcli device set {facts.name} managed no")

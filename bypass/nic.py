@@ -76,7 +76,9 @@ class Peer:
 @dataclass(frozen=True)
 class Nic:
     """Facts of an interface. Queue counts are those in use; `max_queues` is None where the driver cannot say.
-    `xdp_features` is None on kernels before 6.3."""
+    `xdp_features` is None on kernels before 6.3. `rp_filter`: of ip-sysctl.rst, None when it cannot be read;
+    `default_elsewhere`: another interface that carries a default route; `manager`: who configures it, "" when nobody
+    is known to."""
 
     name: str
     index: int
@@ -95,6 +97,9 @@ class Nic:
     login: str
     rps: tuple[str, ...] | None = field(default=None)
     peer: Peer | None = field(default=None)
+    rp_filter: int | None = field(default=None)
+    default_elsewhere: str = field(default="")
+    manager: str = field(default="")
 
     def is_active(self, feature: str) -> bool:
         return feature in self.features and self.features[feature].active
@@ -123,6 +128,7 @@ def read(ifname: str, *, around: bool = True) -> Nic:
         link = ip.link("get", index=index)[0]
         kind = link.get(("linkinfo", "kind")) or ("loopback" if link["ifi_type"] == 772 else "device")
         rx, tx, most = _queues(ifname, link)
+        defaults = _default_route_devices(ip)
         return Nic(
             name=ifname,
             index=index,
@@ -137,10 +143,13 @@ def read(ifname: str, *, around: bool = True) -> Nic:
             features=_features(ifname),
             xdp_features=xdp_features(index),
             program=_program(index) if around else None,
-            default_route=index in _carriers(ip, _default_route_devices(ip)),
+            default_route=index in _carriers(ip, defaults),
             login=_login(ip, index),
             rps=_rps(ifname, link),
             peer=_peer(ip, link) if around and kind == "veth" else None,
+            rp_filter=_rp_filter(ifname),
+            default_elsewhere=", ".join(sorted(socket.if_indextoname(d) for d in defaults - {index})),
+            manager=_manager(index),
         )
 
 
@@ -235,6 +244,26 @@ def _rps(ifname: str, link: Any) -> tuple[str, ...] | None:
         )
     except OSError:
         return None
+
+
+def _rp_filter(ifname: str, conf: Path = Path("/proc/sys/net/ipv4/conf")) -> int | None:
+    """What is in force: the greater of the interface's and everybody's (ip-sysctl.rst)."""
+    try:
+        return max(int((conf / name / "rp_filter").read_text()) for name in ("all", ifname))
+    except (OSError, ValueError):
+        return None
+
+
+def _manager(index: int, run: Path = Path("/run")) -> str:
+    """NetworkManager keeps a file for each device that it knows, in the first network namespace only."""
+    with suppress(OSError):
+        if os.readlink("/proc/thread-self/ns/net") != os.readlink("/proc/1/ns/net"):
+            return ""
+    try:
+        text = (run / "NetworkManager/devices" / str(index)).read_text()
+    except OSError:
+        return ""
+    return "NetworkManager" if re.search(r"^managed=(true|1)$", text, re.MULTILINE) else ""
 
 
 # ---- What is attached ----------------------------------------------------------------------------------------------

@@ -62,6 +62,15 @@ def attach_native(prog: libbpf.Prog, ifindex: int) -> libbpf.Link:
     return libbpf.Link(prog, ifindex, libbpf.ATTACH_XDP, libbpf.XDP_DRV_MODE)
 
 
+def vulnerabilities(folder: Path = Path("/sys/devices/system/cpu/vulnerabilities")) -> dict[str, str]:
+    """What the kernel says of each one that it knows; empty where it does not say."""
+    found = {}
+    for file in sorted(folder.glob("*")):
+        with suppress(OSError):
+            found[file.name] = file.read_text().strip()
+    return found
+
+
 # ---- Attempts: None, or what is missing, as words ----------------------------------------------------------------
 def try_bcc() -> str | None:
     try:

@@ -12,22 +12,40 @@ STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 @click.command()
 @click.argument("interface", metavar="[IFACE]", default="")
+@click.option(
+    "-c",
+    "--config",
+    "file",
+    metavar="POLICY",
+    help="Check what this policy needs; its interface, if none is given.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def doctor(interface: str, as_json: bool) -> int:
+def doctor(interface: str, file: str | None, as_json: bool) -> int:
     """Check this machine, and IFACE if it is given; say what to mend and what `mode: auto` would take.
 
+    With a policy of kind dpdk also what its port needs: DPDK's libraries, the plug-in, hugepages, IOMMU, vfio, the
+    device's driver. Without one it is said what there is of these.
+
     \b
-    Exit code: 0 nothing fails (there may be warnings), 1 something does, 2 there is no such interface.
+    Exit code: 0 nothing fails (there may be warnings), 1 something does, 2 there is no such interface, or the policy
+    is wrong.
 
     \b
     Examples:
       bypass doctor
       bypass doctor eth1
+      bypass doctor -c policy.yaml
       bypass lab exec server -- bypass doctor bypass0
     """
     from bypass.doctor import diagnose
+    from bypass.policy import load_policy
 
-    report = diagnose(interface)
+    policy = load_policy(file) if file else None
+    if (
+        policy is not None and policy.backend.kind == "afxdp"
+    ):  # of dpdk it is the TAP device, made when it starts
+        interface = interface or policy.interface
+    report = diagnose(interface, policy)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return int(report.verdict == "fail")

@@ -29,6 +29,8 @@ __all__ = ["Bound", "Given", "Taken", "bind", "hindrances", "take", "unbind"]
 MODULES = {"vfio-pci": "vfio-pci", "uio_pci_generic": "uio_pci_generic", "igb_uio": "igb_uio"}
 HARMLESS = ("", "vfio-pci", "pci-stub", "pcieport", "shpchp")
 """Drivers that a device's IOMMU group may have beside vfio-pci (vfio_dev_viable() of the kernel); "": none."""
+ON_KERNEL_DRIVER = ("mlx4_core", "mlx5_core")
+"""Drivers on top of which DPDK's work: without them these find no device."""
 INTERFACE_S, STEP_S = 10.0, 0.05
 
 
@@ -186,6 +188,8 @@ def hindrances(bus: Bus, device: Device) -> list[str]:
             whose = "a running bypass" if facts.program.ours else "an XDP program"
             found.append(f"{ifname} is used by {whose}: {facts.program.whose()}")
         found += [f"{lost} would be lost" for lost in bus.machine.snapshot(ifname).lost]
+    if device.driver in ON_KERNEL_DRIVER:
+        found.append(f"DPDK's driver for it works on top of {device.driver}: name it in the policy as it is")
     if device.driver and not device.by_user and not device.interfaces:
         found.append(
             f"{device.driver} has it without an interface here: it may be another network namespace's"

@@ -43,6 +43,7 @@ class Machine:
         self.sys = root / "sys"
         self.proc = root / "proc"
         self.run = root / "run"
+        self.lib_modules = root / "lib/modules"
         self.records = root / RECORDS
         self.pci_ids = tuple(root / "usr/share" / place / "pci.ids" for place in ("misc", "hwdata"))
 
