@@ -32,6 +32,8 @@ HEADERS = (
     "dpdk_backend/plugin.h",
     "dpdk_backend/load.h",
     "dpdk_backend/classify.h",
+    "dpdk_backend/exception.h",
+    "dpdk_backend/filter.h",
 )
 SOURCES = ("stack/*.c", "app/*.c", "afxdp/*.c", "sim/*.c", "dpdk_backend/*.c", "fwd/port.c", "host.c")
 INCLUDE_DIRS = ("include", "stack", ".")

@@ -146,8 +146,9 @@ def _without_kernel(head: HeadModel) -> Iterator[Wrong]:
         if address.version == 6:
             yield Wrong(("addresses", at), "is IPv6, which the stack does not speak yet", "exception: tap")
     for at, route in enumerate(head.routes):
-        if route.to.version == 6:
-            yield Wrong(("routes", at, "to"), "is IPv6, which the stack does not speak yet", "exception: tap")
+        if str(route.to) != "0.0.0.0/0":
+            right = "without a kernel there is one gateway for all: to: 0.0.0.0/0; or exception: tap"
+            yield Wrong(("routes", at, "to"), "is not for all destinations", right)
 
 
 def _unreachable(head: HeadModel) -> Iterator[Wrong]:

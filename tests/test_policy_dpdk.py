@@ -178,6 +178,12 @@ ERRORS = [
         ["4:13: addresses[0]: 2001:db8::1/64 is IPv6, which the stack does not speak yet: exception: tap"],
     ),
     (
+        dpdk("exception: none", "addresses: [192.0.2.1/24]\nroutes: [{to: 10.0.0.0/8, via: 192.0.2.2}]\n"),
+        [
+            "5:15: routes[0].to: 10.0.0.0/8 is not for all destinations: without a kernel there is one gateway for all"
+        ],
+    ),
+    (
         dpdk("vlan: 7").replace("local_port: 80}, action: steer", "vlan: 7}, action: drop"),
         ["5:43: flows[0].match.vlan: 7 is never seen here: rules are about frames of backend.vlan"],
     ),

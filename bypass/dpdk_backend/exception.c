@@ -125,7 +125,7 @@ int exception_open(struct exception_path *e, const struct exception_config *cfg,
         return fd;
     }
     err = make_device(fd, cfg->name, error);
-    if (err == 0) {
+    if (err == 0 && cfg->mtu) {
         sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
         err =
             sock < 0 ? refuse(error, errno, "%s: no socket: %s", cfg->name, strerror(errno)) : dress(sock, cfg, error);
@@ -162,11 +162,8 @@ void exception_round(struct exception_path *e, uint64_t now_ns)
         return;
     }
     e->time_ns = now_ns;
-    if (passed >= SECOND) { /* fills any bucket, and the product below fits */
-        e->credit = e->rate > e->burst ? most : e->credit + (uint64_t)e->rate * SECOND;
-    } else {
-        e->credit += passed * e->rate;
-    }
+    /* Where seconds alone fill it the product below might not fit. */
+    e->credit = passed / SECOND * e->rate >= e->burst ? most : e->credit + passed * e->rate;
     e->credit = e->credit < most ? e->credit : most;
 }
 

@@ -28,7 +28,7 @@ enum {
 struct exception_config {
     char name[16]; /* of the device */
     uint8_t mac[6];
-    uint16_t mtu;
+    uint16_t mtu;   /* 0: the device stays as it was made, down, for the caller to set up */
     uint32_t rate;  /* packets a second to the kernel */
     uint32_t burst; /* that may go at once; 0: a fiftieth of a second's, at least 64 */
 };
@@ -58,7 +58,7 @@ struct exception_path {
     struct exception_counters n;
 };
 
-/* Makes the device, up, in the network namespace of the calling thread. 0 or -errno, and *error says why. */
+/* Makes the device, and sets it up, in the network namespace of the calling thread. 0 or -errno, and *error says why. */
 int exception_open(struct exception_path *e, const struct exception_config *cfg, struct exception_error *error);
 /* On a descriptor that is there: of a TAP device that another process opened, or of anything with frames. */
 void exception_adopt(struct exception_path *e, int fd, uint32_t rate, uint32_t burst);

@@ -381,8 +381,9 @@ static void tag_all(struct filter *f, const bypass_pkt *pkts, int n)
     for (int i = 0; i < n; i++) {
         struct bypass_pkt_meta *m = meta_of(f, pkts[i]);
 
-        if (!has_tag(f, data_of(f, pkts[i]), m->len)) {
-            (void)tag(f, pkts[i], f->vlan); /* too short for a frame: the device refuses it */
+        /* What is too short for a frame the device refuses. */
+        if (!has_tag(f, data_of(f, pkts[i]), m->len) && tag(f, pkts[i], f->vlan) && m->flags & BYPASS_TX_CSUM) {
+            m->csum_start = (uint16_t)(m->csum_start + TAG_LEN);
         }
     }
 }

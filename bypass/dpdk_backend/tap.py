@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's device of a DPDK port: a TAP device of the name that the policy gives, with the port's MAC and MTU.
+
+What lives here: making it, and dressing it with what the policy says. What does not: its frames (exception.c).
+
+With `backend.vlan` the TAP carries frames as they are on the wire, so the kernel gets a VLAN device on top of it: that
+one has the policy's name and addresses, the TAP a name made from it. All of it goes when the descriptor is closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Any
+
+from bypass._core import ffi, lib
+from bypass.errors import DeviceError, PrivilegeError
+from bypass.policy import DpdkBackend, Policy
+
+MAX_NAME = 15  # IFNAMSIZ without the zero
+BELOW = "-p"
+
+
+def tap_name(policy: Policy) -> str:
+    """Of the TAP device itself: `interface`, or below it where that is the VLAN's."""
+    if policy.dpdk.vlan is None:
+        return policy.interface
+    return policy.interface.encode()[: MAX_NAME - len(BELOW)].decode(errors="ignore") + BELOW
+
+
+def open_tap(policy: Policy) -> int:
+    """Makes the TAP device, down, in the network namespace of the calling thread.
+
+    Returns:
+        Its descriptor, without blocking; the device goes with the last duplicate of it.
+
+    Raises:
+        DeviceError: the name is taken, or there are no TAP devices.
+        PrivilegeError: CAP_NET_ADMIN is missing.
+    """
+    if policy.dpdk.vlan is not None and policy.interface in _names():
+        raise DeviceError(_taken(policy.interface))
+    path, config = ffi.new("struct exception_path *"), ffi.new("struct exception_config *")
+    error = ffi.new("struct exception_error *")
+    config.name = tap_name(policy).encode()
+    if lib.exception_open(path, config, error) == 0:
+        return int(path.fd)
+    text = ffi.string(error.text).decode(errors="replace")
+    raise (PrivilegeError if error.err in (errno.EPERM, errno.EACCES) else DeviceError)(text)
+
+
+def _taken(name: str) -> str:
+    return f"{name}: a device of this name exists: `interface` of a dpdk policy names the one made for the kernel"
+
+
+def _names() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def dress(policy: Policy, mac: bytes, mtu: int) -> None:
+    """Gives the device MAC address and MTU of the port, and what the policy says; sets it up. May be repeated.
+
+    Raises:
+        DeviceError: the kernel refuses something.
+    """
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    backend = policy.dpdk
+    what = tap_name(policy)
+    try:
+        with IPRoute() as ip:
+            index = _index(ip, what)
+            ip.link("set", index=index, address=mac.hex(":"), mtu=mtu, state="up")
+            if backend.vlan is not None:
+                what = f"{policy.interface} (VLAN {backend.vlan})"
+                index = _vlan_device(ip, policy.interface, index, backend.vlan)
+                ip.link("set", index=index, mtu=mtu, state="up")
+            what = policy.interface
+            _addresses(ip, index, backend)
+    except NetlinkError as e:
+        raise DeviceError(f"{what}: the kernel refuses what the policy says: {os.strerror(e.code)}") from e
+
+
+def _index(ip: Any, name: str) -> int:
+    found = ip.link_lookup(ifname=name)
+    if not found:
+        raise DeviceError(f"{name}: there is no such interface any more")
+    return int(found[0])
+
+
+def _vlan_device(ip: Any, name: str, below: int, vlan: int) -> int:
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    if not ip.link_lookup(ifname=name):
+        try:
+            ip.link("add", ifname=name, kind="vlan", link=below, vlan_id=vlan)
+        except NetlinkError as e:
+            if e.code != errno.EOPNOTSUPP:
+                raise
+            raise DeviceError(
+                f"{name}: the kernel has no VLAN devices, which backend.vlan needs for the exception path: "
+                "modprobe 8021q, or exception: none"
+            ) from e
+    return _index(ip, name)
+
+
+def _addresses(ip: Any, index: int, backend: DpdkBackend) -> None:
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    for address in backend.addresses:
+        try:
+            ip.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+        except NetlinkError as e:
+            if e.code != errno.EEXIST:
+                raise
+    for to, via in backend.routes:
+        ip.route("replace", dst=str(to), gateway=str(via), oif=index)
