@@ -52,6 +52,11 @@ LINGER_OBJ := $(LINGER_SRC:%.c=$(OUT)/%.o) $(PRELOAD_OBJ)
 LINGER := $(if $(filter release,$(VARIANT)),build,$(OUT))/bypass-linger
 FWD := $(if $(filter release,$(VARIANT)),build,$(OUT))/bypass-fwd
 
+# The DPDK plug-in: built where DPDK is (libdpdk 22.11 or later), the only code that sees its headers.
+DPDK_SRC := $(wildcard bypass/dpdk_backend/eth/*.c)
+DPDK_OBJ := $(DPDK_SRC:%.c=$(OUT)/%.o)
+DPDK := $(shell pkg-config --exists 'libdpdk >= 22.11' 2> /dev/null && echo $(if $(filter release,$(VARIANT)),build,$(OUT))/bypass-dpdk.so)
+
 # How Python is started. The sanitizers' runtime has to be there before the interpreter, hence a script, which also
 # starts the Python children of tests; other programs do without it (curl's threads hang under it now and then).
 RUN_release := $(CURDIR)/$(PY)
@@ -73,13 +78,14 @@ help: ## This list
 
 setup: build ## Debian packages, .venv with pinned dependencies, the C core (demo, test and the others call it)
 
-build: $(VENV)/.stamp $(EXT) $(LIB) $(FWD) $(PRELOAD) $(LINGER) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python, build/libbypass.so, build/bypass-fwd, build/bypass-linger
+build: $(VENV)/.stamp $(EXT) $(LIB) $(FWD) $(PRELOAD) $(LINGER) $(DPDK) $(if $(SAN),$(OUT)/python) ## The C core: bypass/_core*.so for Python, build/libbypass.so, build/bypass-fwd, build/bypass-linger
 
 PREFIX ?= /usr/local
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 install: build ## The C libraries, headers and pkg-config files: below PREFIX (/usr/local), in DESTDIR
 	$(Q)install -d $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/bypass $(DESTDIR)$(PREFIX)/include
 	$(Q)install -m 755 $(LINGER) $(FWD) $(DESTDIR)$(PREFIX)/lib/bypass/
+	$(if $(DPDK),$(Q)install -m 755 $(DPDK) $(DESTDIR)$(PREFIX)/lib/bypass/)
 	$(Q)install -m 755 $(LIB) $(PRELOAD) $(DESTDIR)$(PREFIX)/lib/
 	$(Q)ln -sf libbypass-preload.so $(DESTDIR)$(PREFIX)/lib/libbypass-posix.so
 	$(Q)install -m 644 bypass/include/bypass.h $(DESTDIR)$(PREFIX)/include/
@@ -153,6 +159,13 @@ $(OUT)/bypass/stack/%.o: bypass/stack/%.c | $(VENV)/.stamp
 # Loaded with the program: its thread-local data has a fixed place.
 $(OUT)/bypass/preload/%.o: CFLAGS += -ftls-model=initial-exec
 
+# DPDK's headers are not ours to warn about; GNU C, as they are.
+$(OUT)/bypass/dpdk_backend/eth/%.o: bypass/dpdk_backend/eth/%.c | $(VENV)/.stamp
+	@mkdir -p $(@D)
+	@echo '  CC   $(OUT): $<'
+	$(Q)$(CC) $(subst -std=c11,-std=gnu11,$(CFLAGS)) $(INC_rest) -Ibypass/dpdk_backend \
+		$$(pkg-config --cflags libdpdk | sed 's/-I/-isystem /g') -MMD -MP -c $< -o $@
+
 $(OUT)/bypass/%.o: bypass/%.c | $(VENV)/.stamp
 	@mkdir -p $(@D)
 	@echo '  CC   $(OUT): $<'
@@ -197,6 +210,14 @@ $(FWD): $(FWD_OBJ)
 	@echo '  LINK $@'
 	$(Q)$(CC) -pthread $(LDFLAGS) $^ -o $@
 
+# Only what is called is linked: drivers are loaded by EAL from DPDK's folder.
+DPDK_LIBS := -lrte_ethdev -lrte_mbuf -lrte_mempool -lrte_eal
+build/bypass-dpdk.so $(OUT)/bypass-dpdk.so: $(DPDK_OBJ)
+	@mkdir -p $(@D)
+	@echo '  LINK $@'
+	$(Q)$(CC) -shared $(LDFLAGS) $(if $(SAN),,-Wl$(comma)-z$(comma)defs) $^ $$(pkg-config --libs-only-L libdpdk) $(DPDK_LIBS) \
+		-pthread -o $@.tmp && mv $@.tmp $@
+
 $(LINGER): $(LINGER_OBJ) $(OUT)/sources
 	@mkdir -p $(@D)
 	@echo '  LINK $@'
@@ -217,4 +238,4 @@ $(OUT)/sources: FORCE
 	@echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' | cmp -s - $@ || echo '$(STACK_SRC) $(OTHER_SRC) $(PRELOAD_SRC)' > $@
 FORCE:
 
--include $(LINGER_OBJ:.o=.d) $(FWD_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d
+-include $(DPDK_OBJ:.o=.d) $(LINGER_OBJ:.o=.d) $(FWD_OBJ:.o=.d) $(STACK_OBJ:.o=.d) $(OTHER_OBJ:.o=.d) $(OUT)/_core.d

@@ -69,7 +69,7 @@ class DpdkBackend:
         queues: number of receive queues, and as many to send.
         ring_size: descriptors of each of a queue's rings, a power of two.
         frames: frames of packet memory, all queues together; None: `default_frames()`.
-        frame_size: bytes of a frame, headroom included.
+        frame_size: bytes of a packet that a frame holds, headroom not included.
         mtu: largest IP packet; None: the port's.
         vlan: 802.1Q tag of all that the stack receives and sends; None: untagged.
         offloads: `auto`: what the port offers; `none`: everything in software.

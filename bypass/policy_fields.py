@@ -595,7 +595,7 @@ class DpdkModel(_Model):
         None, description="Frames of packet memory, all queues together. Default: four for each descriptor."
     )
     frame_size: Annotated[int, *_choice(2048, 4096, 8192, 16384)] = Field(
-        2048, description="Bytes of a frame, headroom included."
+        2048, description="Bytes of a packet that a frame holds, headroom not included."
     )
     mtu: Annotated[int | None, *_count(576, 9702)] = Field(
         None, description="Largest IP packet. Default: the port's."

@@ -83,7 +83,7 @@ struct dpdk_counters { /* of one queue, since open; ours */
     uint64_t tx_invalid;    /* refused: bad length or offset, or a frame that is not the caller's to send */
     uint64_t tx_abandoned;  /* given up when the device went away */
     uint64_t rx_bad;        /* dropped: longer than a frame, too short, or an mbuf of another pool */
-    uint64_t rx_csum_bad;   /* dropped: the device says that a checksum is wrong */
+    uint64_t rx_csum_bad;   /* the device says so; who takes the packet has the last word */
     uint64_t rx_linearized; /* came in several mbufs, copied into one */
     uint64_t tso_packets;   /* large packets handed to the device for segmentation */
     uint64_t tso_segments;  /* frames of the stack in them */
@@ -120,8 +120,8 @@ struct dpdk_plugin {
     const char *version; /* of DPDK, at run time */
 
     /* Starts EAL with these arguments (argv[0] is a name). Once a process: again with the same arguments is 0; with
-     * others -EALREADY. The calling thread keeps its affinity. DPDK's own messages go to log(), from any thread, or
-     * nowhere. 0, or -errno and *error says why; after a failure a second try fails as well (DPDK cannot). */
+     * others -EALREADY. The calling thread keeps its affinity. DPDK's own messages go to log(), from any thread; NULL:
+     * nowhere, or to standard error where BYPASS_DPDK_LOG is set. 0, or -errno and *error says why; after a failure a second try fails as well (DPDK cannot). */
     int (*start)(int argc, const char *const *argv, void (*log)(int level, const char *text), struct dpdk_error *error);
     /* Probes, configures and starts a port. NULL: *error says why, and nothing is left of it. */
     struct dpdk_port *(*open)(const struct dpdk_config *cfg, struct dpdk_error *error);

@@ -121,6 +121,7 @@ struct bypass_netdev_ops {
 enum {
     BYPASS_CAP_RX_CSUM = 1, /* sets BYPASS_RX_CSUM_OK where it may */
     BYPASS_CAP_TX_CSUM = 2, /* honours BYPASS_TX_CSUM */
+    BYPASS_CAP_TX_LAZY = 4, /* may keep a frame it has sent until others follow: nobody may wait for its reaping */
 };
 
 struct bypass_netdev {

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* plugin.c - the table, which is all that the plug-in shows. */
+#include <rte_version.h>
+
+#include "eth/port.h"
+
+static struct bypass_netdev *port_netdev(struct dpdk_port *port) { return &port->nd; }
+static int port_health(struct dpdk_port *port) { return link_look(port, true); }
+
+extern struct dpdk_plugin bypass_dpdk_plugin;
+__attribute__((visibility("default"))) struct dpdk_plugin bypass_dpdk_plugin = {
+    .abi = DPDK_PLUGIN_ABI,
+    .start = eal_start,
+    .open = port_open,
+    .netdev = port_netdev,
+    .about = port_about,
+    .offload_name = port_offload_name,
+    .health = port_health,
+    .set_link = link_set,
+    .counters = port_counters,
+    .stats = port_stats,
+    .xstats = port_xstats,
+    .audit = port_audit,
+    .close = port_close,
+};
+
+__attribute__((constructor)) static void at_load(void) { bypass_dpdk_plugin.version = rte_version(); }

@@ -1,0 +1,548 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * port.c - opens a port: probes the device by its devargs, configures queues and offloads within its limits, gives it a
+ * pool and starts it; and closes it so that nothing is left. Each failure is one sentence that says what to do.
+ *
+ * A bonding device names its members in its own devargs, each a device of its own, with arguments in parentheses:
+ *     net_bonding0,mode=1,slave=(net_af_packet0,iface=eth1),slave=0000:03:00.0
+ */
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <errno.h>
+#include <net/if.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include <rte_cycles.h>
+#include <rte_dev.h>
+#include <rte_errno.h>
+#include <rte_random.h>
+
+#include "eth/port.h"
+
+enum { MIN_FRAMES = 64, MAX_FRAMES = 1 << 22, MIN_MTU = 68, DEFAULT_RING = 1024, DEFAULT_IDLE_US = 100 };
+
+/* DPDK's probing and removing is for one thread at a time. */
+static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;
+
+/* ---- What is asked for ------------------------------------------------------------------------------------- */
+
+/* The device's name within EAL: "net_ring0" of "vdev:net_ring0,nodeaction=...", the long form of a PCI address. */
+static void device_name(const char *devargs, char *out)
+{
+    size_t n = strcspn(devargs, ",");
+    unsigned domain = 0, bus, dev, fn;
+    char end;
+
+    for (const char *prefix = "vdev:\0pci:\0"; *prefix; prefix += strlen(prefix) + 1) {
+        if (strncmp(devargs, prefix, strlen(prefix)) == 0) {
+            devargs += strlen(prefix);
+            n -= strlen(prefix);
+            break;
+        }
+    }
+    n = n < RTE_ETH_NAME_MAX_LEN - 1 ? n : RTE_ETH_NAME_MAX_LEN - 1;
+    memcpy(out, devargs, n);
+    out[n] = 0;
+    if (sscanf(out, "%x:%x:%x.%x%c", &domain, &bus, &dev, &fn, &end) == 4 ||
+        (domain = 0, sscanf(out, "%x:%x.%x%c", &bus, &dev, &fn, &end) == 3)) {
+        snprintf(out, RTE_ETH_NAME_MAX_LEN, "%04x:%02x:%02x.%x", domain, bus, dev, fn);
+    }
+}
+
+static bool is_pci(const char *name) { return isxdigit((unsigned char)name[0]) && strchr(name, ':'); }
+
+static int check_config(const struct dpdk_config *c, struct dpdk_error *error)
+{
+    bool size = c->frame_size == 2048 || c->frame_size == 4096 || c->frame_size == 8192 || c->frame_size == 16384;
+
+    if (memchr(c->device, 0, sizeof c->device) == NULL || !c->device[0]) {
+        return complain(error, EINVAL, "a DPDK port needs a device, such as net_af_packet0,iface=eth1 or 0000:03:00.0");
+    }
+    if (c->queues > DPDK_MAX_QUEUES) {
+        return complain(error, EINVAL, "%s: %u queues: at most %d", c->device, c->queues, DPDK_MAX_QUEUES);
+    }
+    if (!size) {
+        return complain(error, EINVAL, "%s: frame_size %u: it is one of 2048, 4096, 8192, 16384", c->device,
+                        c->frame_size);
+    }
+    if (c->mtu && (c->mtu < MIN_MTU || c->mtu > c->frame_size - MAX_HEADER)) {
+        return complain(error, EINVAL, "%s: an MTU of %u: frames of frame_size %u hold %d to %u", c->device, c->mtu,
+                        c->frame_size, MIN_MTU, c->frame_size - MAX_HEADER);
+    }
+    if (c->ring_size < 16 || c->ring_size > 32768) {
+        return complain(error, EINVAL, "%s: ring_size %u: 16 to 32768", c->device, c->ring_size);
+    }
+    return 0;
+}
+
+static void defaults(struct dpdk_config *c)
+{
+    c->queues = c->queues ? c->queues : 1;
+    c->ring_size = c->ring_size ? c->ring_size : DEFAULT_RING;
+    c->frame_size = c->frame_size ? c->frame_size : 2048;
+    c->idle_us = c->idle_us ? c->idle_us : DEFAULT_IDLE_US;
+    c->link_poll_ms = c->link_poll_ms ? c->link_poll_ms : 100;
+}
+
+/* ---- Probing ------------------------------------------------------------------------------------------------ */
+
+/* A PCI device has to be with a driver that lets go of it, or one that shares (NVIDIA's). */
+static int check_pci(const char *name, struct dpdk_error *error)
+{
+    static const char *const right[] = {"vfio-pci", "uio_pci_generic", "igb_uio", "mlx4_core", "mlx5_core"};
+    char link[128], target[256];
+    const char *driver;
+    ssize_t n;
+
+    snprintf(link, sizeof link, "/sys/bus/pci/devices/%s", name);
+    if (access(link, F_OK) != 0) {
+        return complain(error, ENODEV, "there is no PCI device %s: bypass nic list shows those that are there", name);
+    }
+    snprintf(link, sizeof link, "/sys/bus/pci/devices/%s/driver", name);
+    n = readlink(link, target, sizeof target - 1);
+    target[n > 0 ? n : 0] = 0;
+    driver = n > 0 ? strrchr(target, '/') + 1 : "no driver";
+    for (size_t i = 0; i < sizeof right / sizeof *right; i++) {
+        if (strcmp(driver, right[i]) == 0) {
+            return 0;
+        }
+    }
+    return complain(error, EBUSY, "%s is bound to %s: DPDK needs vfio-pci there: bypass nic bind %s", name, driver,
+                    name);
+}
+
+/* Of EAL's name; -1: none. A PCI device may have ports named after it. */
+static int port_id(const char *name)
+{
+    uint16_t id;
+
+    if (rte_eth_dev_get_port_by_name(name, &id) == 0) {
+        return id;
+    }
+    RTE_ETH_FOREACH_DEV(id)
+    {
+        struct rte_eth_dev_info info;
+
+        if (rte_eth_dev_info_get(id, &info) == 0 && strcmp(rte_dev_name(info.device), name) == 0) {
+            return id;
+        }
+    }
+    return -1;
+}
+
+/* The port of these devargs, or a negative errno. */
+static int probe(const char *devargs, char *name, struct dpdk_error *error)
+{
+    int err, id;
+
+    device_name(devargs, name);
+    if (port_id(name) >= 0) {
+        return -complain(error, EBUSY, "%s is open in this process already: close it first, or use another name", name);
+    }
+    if (is_pci(name) && check_pci(name, error)) {
+        return -error->err;
+    }
+    log_mark();
+    err = rte_dev_probe(devargs);
+    id = port_id(name);
+    if (err < 0 || id < 0) {
+        const char *why = *log_why() ? log_why() : "no driver takes it";
+
+        if (is_pci(name)) {
+            return -complain(error, err < 0 ? -err : ENODEV,
+                             "%s: %s (is DPDK started with this device allowed, and its "
+                             "IOMMU group free?)",
+                             name, why);
+        }
+        return -complain(error, err < 0 ? -err : ENODEV, "there is no DPDK device %s: %s", devargs, why);
+    }
+    return id;
+}
+
+static void unplug(uint16_t id)
+{
+    struct rte_eth_dev_info info;
+
+    if (rte_eth_dev_info_get(id, &info) == 0) {
+        rte_eth_dev_stop(id);
+        rte_eth_dev_close(id);
+        rte_dev_remove(info.device);
+    }
+}
+
+static int add_member(struct dpdk_port *d, const char *devargs, struct dpdk_error *error)
+{
+    struct member *m = &d->member[d->member_count];
+    int id;
+
+    if (d->member_count == DPDK_MAX_MEMBERS) {
+        return complain(error, EINVAL, "%s: more than %d members", d->name, DPDK_MAX_MEMBERS);
+    }
+    id = probe(devargs, m->name, error);
+    if (id < 0) {
+        return -id;
+    }
+    m->port_id = (uint16_t)id;
+    m->link_up = true;
+    d->member_count++;
+    return 0;
+}
+
+/* Up to the next comma that is not within parentheses. */
+static size_t argument(const char *s)
+{
+    int depth = 0;
+    size_t n = 0;
+
+    for (; s[n] && (s[n] != ',' || depth > 0); n++) {
+        depth += (s[n] == '(') - (s[n] == ')');
+    }
+    return n;
+}
+
+/* Probes a bonding device's members, and writes its devargs with their names. 0, or a positive errno. */
+static int members_first(struct dpdk_port *d, char *out, size_t size, struct dpdk_error *error)
+{
+    size_t at = 0;
+
+    for (const char *s = d->cfg.device; *s;) {
+        size_t n = argument(s);
+        char one[sizeof d->cfg.device];
+        int err;
+
+        snprintf(one, sizeof one, "%.*s", (int)n, s);
+        if (strncmp(one, "slave=", 6) == 0) {
+            char *from = one + 6;
+
+            from[strlen(from)] = 0;
+            if (*from == '(' && from[strlen(from) - 1] == ')') {
+                from[strlen(from) - 1] = 0;
+                from++;
+            }
+            err = add_member(d, from, error);
+            if (err) {
+                return err;
+            }
+            snprintf(one, sizeof one, "slave=%s", d->member[d->member_count - 1].name);
+        }
+        at += (size_t)snprintf(out + at, size - at, "%s%s", at ? "," : "", one);
+        s += n + (s[n] == ',');
+    }
+    if (d->member_count == 0) {
+        return complain(error, EINVAL, "%s has no members: add slave=DEVICE to it, once for each", d->name);
+    }
+    return 0;
+}
+
+static int find_device(struct dpdk_port *d, struct dpdk_error *error)
+{
+    char devargs[sizeof d->cfg.device + 64];
+    int id;
+
+    device_name(d->cfg.device, d->name);
+    snprintf(devargs, sizeof devargs, "%s", d->cfg.device);
+    if (strncmp(d->name, "net_bonding", 11) == 0 && port_id(d->name) < 0 &&
+        members_first(d, devargs, sizeof devargs, error)) {
+        return error->err;
+    }
+    id = probe(devargs, d->name, error);
+    if (id < 0) {
+        return -id;
+    }
+    d->id = (uint16_t)id;
+    d->started = true; /* from here on there is something to undo */
+    rte_eth_dev_info_get(d->id, &d->info);
+    d->device = d->info.device;
+    return 0;
+}
+
+/* ---- Sizes ----------------------------------------------------------------------------------------------- */
+
+/* Of a kernel's device below the port; 0: there is none, or not in this network namespace. */
+static uint32_t kernel_mtu(struct dpdk_port *d)
+{
+    struct ifreq ifr = {.ifr_ifindex = (int)d->info.if_index};
+
+    d->control_fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (d->control_fd < 0 || !d->info.if_index || ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0) {
+        return 0;
+    }
+    d->if_index = d->info.if_index;
+    return ioctl(d->control_fd, SIOCGIFMTU, &ifr) < 0 ? 0 : (uint32_t)ifr.ifr_mtu;
+}
+
+static int choose_mtu(struct dpdk_port *d, struct dpdk_error *error)
+{
+    uint32_t hold = d->cfg.frame_size - MAX_HEADER, kernel = kernel_mtu(d), most = d->info.max_mtu;
+    uint16_t own = RTE_ETHER_MTU;
+
+    rte_eth_dev_get_mtu(d->id, &own);
+    own = own ? own : RTE_ETHER_MTU;
+    d->cfg.mtu = d->cfg.mtu ? d->cfg.mtu : RTE_MIN(kernel ? kernel : own, hold);
+    if (kernel && d->cfg.mtu > kernel) {
+        return complain(error, EINVAL, "%s: an MTU of %u: the kernel's device below it has %u: ip link set ... mtu %u",
+                        d->name, d->cfg.mtu, kernel, d->cfg.mtu);
+    }
+    if (!kernel && (d->cfg.mtu > most || d->cfg.mtu < d->info.min_mtu)) {
+        return complain(error, EINVAL, "%s: an MTU of %u: the driver %s takes %u to %u", d->name, d->cfg.mtu,
+                        d->info.driver_name, d->info.min_mtu, most);
+    }
+    d->nd.mtu = (uint16_t)d->cfg.mtu;
+    return 0;
+}
+
+static int choose_sizes(struct dpdk_port *d, struct dpdk_error *error)
+{
+    struct dpdk_config *c = &d->cfg;
+    uint32_t most = RTE_MIN(d->info.max_rx_queues, d->info.max_tx_queues), least;
+
+    if (c->queues > most) {
+        return complain(error, EINVAL,
+                        "%s: %u queues: it has %u (some drivers have to be told in the device's "
+                        "arguments: qpairs=%u for net_af_packet, queues=%u for virtio and vhost)",
+                        d->name, c->queues, most, c->queues, c->queues);
+    }
+    d->rx_ring = d->tx_ring = (uint16_t)c->ring_size;
+    if (rte_eth_dev_adjust_nb_rx_tx_desc(d->id, &d->rx_ring, &d->tx_ring) < 0) {
+        return complain(error, EINVAL, "%s: rings of %u descriptors cannot be had", d->name, c->ring_size);
+    }
+    /* All that the rings may keep, and something to work with. */
+    least = c->queues * (d->rx_ring + d->tx_ring) + MIN_FRAMES;
+    c->frames = c->frames ? c->frames : RTE_MIN(2 * (least - MIN_FRAMES) + 512, (uint32_t)MAX_FRAMES);
+    if (c->frames < least || c->frames > MAX_FRAMES) {
+        return complain(
+            error, EINVAL,
+            "%s: %u frames: %u queues with rings of %u and %u descriptors need %u at least (%d at most); or "
+            "take a smaller ring_size",
+            d->name, c->frames, c->queues, d->rx_ring, d->tx_ring, least, MAX_FRAMES);
+    }
+    return choose_mtu(d, error);
+}
+
+/* ---- Configuring ---------------------------------------------------------------------------------------- */
+static int failed(struct dpdk_port *d, struct dpdk_error *error, const char *doing, int err)
+{
+    return complain(error, -err, "%s: %s failed: %s%s%s%s", d->name, doing, strerror(-err), *log_why() ? " (" : "",
+                    log_why(), *log_why() ? ")" : "");
+}
+
+static void choose_offloads(struct dpdk_port *d)
+{
+    struct rte_eth_conf *conf = &d->conf;
+    uint64_t csum = RTE_ETH_TX_OFFLOAD_TCP_CKSUM | RTE_ETH_TX_OFFLOAD_UDP_CKSUM;
+
+    conf->rxmode.mtu = d->cfg.mtu;
+    if (d->cfg.queues > 1) {
+        uint64_t hash = RTE_ETH_RSS_IP | RTE_ETH_RSS_TCP | RTE_ETH_RSS_UDP;
+
+        conf->rx_adv_conf.rss_conf.rss_hf = hash & d->info.flow_type_rss_offloads;
+        conf->rxmode.mq_mode = conf->rx_adv_conf.rss_conf.rss_hf ? RTE_ETH_MQ_RX_RSS : RTE_ETH_MQ_RX_NONE;
+    }
+    if (d->cfg.flags & DPDK_F_NO_OFFLOADS) {
+        return;
+    }
+    conf->rxmode.offloads = RTE_ETH_RX_OFFLOAD_CHECKSUM & d->info.rx_offload_capa;
+    if ((d->info.tx_offload_capa & csum) == csum) {
+        conf->txmode.offloads |= csum;
+        d->tx_csum = true;
+    }
+    if (d->cfg.mtu > RTE_ETHER_MTU) { /* a driver may have smaller buffers than we: it comes in pieces */
+        conf->rxmode.offloads |= RTE_ETH_RX_OFFLOAD_SCATTER & d->info.rx_offload_capa;
+    }
+}
+
+static int configure(struct dpdk_port *d, struct dpdk_error *error)
+{
+    uint16_t n = (uint16_t)d->cfg.queues;
+    int err;
+
+    choose_offloads(d);
+    log_mark();
+    err = rte_eth_dev_configure(d->id, n, n, &d->conf);
+    if (err == -EINVAL && d->if_index && d->cfg.mtu != RTE_ETHER_MTU) {
+        /* A driver that says it takes 1,500 bytes when the kernel's device below it takes what it takes. */
+        d->conf.rxmode.mtu = 0;
+        err = rte_eth_dev_configure(d->id, n, n, &d->conf);
+    }
+    if (err < 0) {
+        return failed(d, error, "configuring", err);
+    }
+    rte_eth_dev_info_get(d->id, &d->info); /* a bonding device has its members only now */
+    return 0;
+}
+
+static int set_up_queues(struct dpdk_port *d, struct dpdk_error *error)
+{
+    int numa = rte_eth_dev_socket_id(d->id), err;
+
+    for (uint16_t qi = 0; qi < d->cfg.queues; qi++) {
+        struct rte_eth_rxconf rx = d->info.default_rxconf;
+        struct rte_eth_txconf tx = d->info.default_txconf;
+
+        rx.offloads = d->conf.rxmode.offloads;
+        tx.offloads = d->conf.txmode.offloads;
+        log_mark();
+        err = rte_eth_rx_queue_setup(d->id, qi, d->rx_ring, (unsigned)numa, &rx, d->pool.mp);
+        if (err < 0) {
+            return failed(d, error, "setting up a receive queue", err);
+        }
+        err = rte_eth_tx_queue_setup(d->id, qi, d->tx_ring, (unsigned)numa, &tx);
+        if (err < 0) {
+            return failed(d, error, "setting up a transmit queue", err);
+        }
+    }
+    return 0;
+}
+
+static int make_fifos(struct dpdk_port *d, struct dpdk_error *error)
+{
+    uint32_t size = rte_align32pow2(d->cfg.frames);
+
+    for (uint32_t qi = 0; qi < d->cfg.queues; qi++) {
+        struct tx_fifo *f = &d->queue[qi].fifo;
+
+        f->frame = malloc(size * sizeof *f->frame);
+        f->mask = size - 1;
+        if (!f->frame) {
+            return complain(error, ENOMEM, "%s: no memory", d->name);
+        }
+    }
+    return 0;
+}
+
+static int make_netdev(struct dpdk_port *d, struct dpdk_error *error)
+{
+    struct bypass_netdev *nd = &d->nd;
+    struct rte_ether_addr mac = {{0}};
+
+    rte_eth_macaddr_get(d->id, &mac);
+    if (rte_is_zero_ether_addr(&mac)) { /* rings and the like have none */
+        uint64_t any = rte_rand();
+
+        memcpy(mac.addr_bytes, &any, sizeof mac.addr_bytes);
+        mac.addr_bytes[0] = (uint8_t)((mac.addr_bytes[0] & 0xfc) | 2); /* locally administered, unicast */
+    }
+    memcpy(nd->mac, mac.addr_bytes, sizeof nd->mac);
+    nd->ops = &eth_ops;
+    nd->mem = d->pool.base;
+    nd->meta = (struct bypass_pkt_meta *)(d->pool.base + META_AT);
+    nd->stride = nd->meta_stride = d->pool.stride;
+    nd->frames = d->pool.frames;
+    nd->free_frames = pool_free_frames(&d->pool);
+    nd->queues = (uint16_t)d->cfg.queues;
+    nd->headroom = PACKET_AT;
+    nd->caps = BYPASS_CAP_TX_LAZY | (d->tx_csum ? BYPASS_CAP_TX_CSUM : 0);
+    d->csum_trust = (d->cfg.flags & DPDK_F_RX_CSUM_TRUST) != 0;
+    if (d->csum_trust || (d->conf.rxmode.offloads & RTE_ETH_RX_OFFLOAD_TCP_CKSUM)) {
+        nd->caps |= BYPASS_CAP_RX_CSUM;
+    }
+    d->idle_ns = d->cfg.idle_us * 1000ull;
+    d->idle_tsc = rte_get_tsc_hz() / 1000000 * d->cfg.idle_us;
+    d->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    if (d->timer_fd < 0) {
+        return complain(error, errno, "%s: no descriptor to sleep on: %s", d->name, strerror(errno));
+    }
+    timerfd_settime(d->timer_fd, 0, &(struct itimerspec){.it_value.tv_nsec = 1}, NULL);
+    return 0;
+}
+
+static int start(struct dpdk_port *d, struct dpdk_error *error)
+{
+    int err;
+
+    log_mark();
+    err = rte_eth_dev_start(d->id);
+    if (err < 0) {
+        return failed(d, error, "starting", err);
+    }
+    /* What a filter of the device would keep from the kernel behind the exception path. Not all drivers have either. */
+    rte_eth_allmulticast_enable(d->id);
+    if ((d->cfg.flags & DPDK_F_PROMISCUOUS) && rte_eth_promiscuous_enable(d->id) < 0 && !d->if_index) {
+        return complain(error, ENOTSUP, "%s: the driver %s has no promiscuous mode", d->name, d->info.driver_name);
+    }
+    return make_netdev(d, error) ? error->err : link_watch(d, error);
+}
+
+/* ---- Open and close --------------------------------------------------------------------------------------- */
+static void undo(struct dpdk_port *d)
+{
+    link_unwatch(d);
+    if (d->started && !d->gone) {
+        unplug(d->id);
+    }
+    for (uint32_t i = 0; i < d->member_count; i++) {
+        if (!d->member[i].gone) {
+            unplug(d->member[i].port_id);
+        }
+    }
+    pool_destroy(&d->pool);
+    for (uint32_t qi = 0; qi < DPDK_MAX_QUEUES; qi++) {
+        free(d->queue[qi].fifo.frame);
+    }
+    if (d->timer_fd >= 0) {
+        close(d->timer_fd);
+    }
+    if (d->control_fd >= 0) {
+        close(d->control_fd);
+    }
+    free(d);
+}
+
+static int open_steps(struct dpdk_port *d, struct dpdk_error *error)
+{
+    uint32_t reserve;
+
+    if (check_config(&d->cfg, error) || find_device(d, error) || choose_sizes(d, error)) {
+        return error->err;
+    }
+    reserve = RTE_MIN(64u * d->cfg.queues, d->cfg.frames / 8);
+    if (configure(d, error) ||
+        pool_create(&d->pool, d->cfg.frames, d->cfg.frame_size, reserve, rte_eth_dev_socket_id(d->id), error)) {
+        return error->err;
+    }
+    return set_up_queues(d, error) || make_fifos(d, error) || start(d, error) ? error->err : 0;
+}
+
+struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *error)
+{
+    struct dpdk_port *d = aligned_alloc(64, sizeof *d);
+
+    memset(error, 0, sizeof *error);
+    if (!d) {
+        complain(error, ENOMEM, "no memory");
+        return NULL;
+    }
+    memset(d, 0, sizeof *d);
+    d->cfg = *cfg;
+    d->timer_fd = d->control_fd = -1;
+    defaults(&d->cfg);
+    pthread_mutex_lock(&opening);
+    if (open_steps(d, error)) {
+        undo(d);
+        d = NULL;
+    }
+    pthread_mutex_unlock(&opening);
+    return d;
+}
+
+int port_close(struct dpdk_port *d, uint32_t wait_ms)
+{
+    uint64_t end = rte_rdtsc() + rte_get_tsc_hz() / 1000 * wait_ms;
+    uint32_t left = tx_settle(d);
+
+    while (left && !d->gone && rte_rdtsc() < end) {
+        usleep(1000);
+        left = tx_settle(d);
+    }
+    pthread_mutex_lock(&opening);
+    undo(d);
+    pthread_mutex_unlock(&opening);
+    return (int)left;
+}

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * port.h - a port of the plug-in, and what its files share. These are the only files that see DPDK's headers:
+ *
+ *   eal.c     EAL, once a process; DPDK's messages
+ *   pool.c    the frames: one mempool with a uniform stride, its free list, who holds what
+ *   port.c    opening, configuring and closing; every failure as one sentence
+ *   netdev.c  the per-packet path: bypass_netdev_ops over rte_eth_rx_burst() and rte_eth_tx_burst()
+ *   link.c    link, removal, members of a bonding device
+ *   stats.c   what a port became and counts
+ *   plugin.c  the table that the plug-in exports
+ */
+#ifndef BYPASS_DPDK_ETH_PORT_H
+#define BYPASS_DPDK_ETH_PORT_H
+
+#include <stdbool.h>
+
+#include <rte_ethdev.h>
+#include <rte_mbuf.h>
+#include <rte_mempool.h>
+#include <rte_spinlock.h>
+
+#include "dpdk_backend/plugin.h"
+
+/* ---- Frames: pool.c ------------------------------------------------------------------------------------
+ *
+ * Frame f is object f of the mempool, header and mbuf included, so that a frame ends where its buffer ends:
+ *
+ *     | objhdr | struct rte_mbuf | bypass_pkt_meta | headroom | packet ...... |
+ *     0        64                192               256        384             stride
+ */
+enum {
+    OBJ_HEADER = 64,
+    META_AT = OBJ_HEADER + sizeof(struct rte_mbuf),
+    BUF_AT = META_AT + 64,
+    PACKET_AT = BUF_AT + RTE_PKTMBUF_HEADROOM, /* meta.off of a fresh frame */
+    ETH_HEADER = 14,
+    MAX_HEADER = 22, /* Ethernet with two VLAN tags */
+};
+_Static_assert(sizeof(struct rte_mbuf) == 128 && RTE_PKTMBUF_HEADROOM == DPDK_HEADROOM, "DPDK's usual layout");
+_Static_assert(sizeof(struct bypass_pkt_meta) <= 64, "metadata of a frame fits its place");
+
+struct pool {
+    struct rte_mempool *mp;
+    const struct rte_memzone *zone;
+    uint8_t *base;
+    uint32_t stride, frames;
+    uint32_t shift;      /* stride is odd << shift; */
+    uint64_t inverse;    /* ... the odd part's inverse modulo 2^64: exact division by one multiplication */
+    uint32_t reserve;    /* frames that only the driver may take: an ACK has to find one to arrive in */
+    uint32_t bad_free;   /* frames that came back and were not the driver's to give */
+    rte_spinlock_t lock; /* drivers free from threads of their own */
+    uint32_t count;
+    struct rte_mbuf **list; /* free ones; LIFO: the one freed last is the warmest in the cache */
+};
+
+/* 0, or a positive errno with the reason in error->text. */
+int pool_create(struct pool *pool, uint32_t frames, uint32_t frame_size, uint32_t reserve, int numa,
+                struct dpdk_error *error);
+void pool_destroy(struct pool *pool);
+
+static inline struct bypass_pkt_meta *mbuf_meta(struct rte_mbuf *m) { return (struct bypass_pkt_meta *)(m + 1); }
+static inline uint32_t mbuf_frame(const struct pool *p, const struct rte_mbuf *m)
+{
+    return (uint32_t)((((uint64_t)((const uint8_t *)m - OBJ_HEADER - p->base)) >> p->shift) * p->inverse);
+}
+static inline struct rte_mbuf *frame_mbuf(const struct pool *p, uint32_t frame)
+{
+    return (struct rte_mbuf *)(p->base + (size_t)frame * p->stride + OBJ_HEADER);
+}
+/* What alloc() may hand out. */
+static inline uint32_t pool_free_frames(const struct pool *p)
+{
+    uint32_t count = __atomic_load_n(&p->count, __ATOMIC_RELAXED);
+
+    return count > p->reserve ? count - p->reserve : 0;
+}
+
+/* ---- The port ------------------------------------------------------------------------------------------ */
+struct tx_fifo { /* frames with the driver, in the order in which they were given to it; free-running positions */
+    uint32_t *frame;
+    uint32_t mask, head, tail;
+    uint32_t stuck; /* reaps that found the head not completed, in a row */
+};
+
+struct queue {
+    struct tx_fifo fifo;
+    struct dpdk_counters n;
+} __attribute__((aligned(64)));
+
+struct member {
+    uint16_t port_id;
+    bool gone;
+    bool link_up;
+    uint32_t if_index;
+    char name[64];
+};
+
+struct dpdk_port {
+    struct bypass_netdev nd; /* first: the netdev is the port */
+    struct pool pool;
+    uint16_t id; /* of ethdev */
+    bool started;
+    bool csum_trust, tx_csum, tso;
+    uint32_t gone; /* closed since it was removed: ethdev's functions are not called any more */
+    uint32_t next_queue;
+    uint32_t bad_free;
+    int timer_fd; /* what wait_fd gives: armed by a look that finds nothing */
+    uint64_t idle_ns;
+    uint64_t armed_tsc; /* when it goes off */
+    uint64_t idle_tsc;
+    int control_fd;     /* for questions about the kernel's device, in the namespace of opening */
+    uint32_t if_index;  /* of it; 0: none */
+    bool kernel_driver; /* it lives in the kernel: its link is the kernel's */
+    /* Written by DPDK's interrupt thread. */
+    uint32_t removed;
+    uint32_t link_news;
+    bool link_up;
+    uint64_t link_tsc, link_due; /* between looks; next one */
+    uint64_t lacp_tsc, lacp_due; /* rte_eth_bond_8023ad: tx_burst at least every 100 ms; 0: no LACP */
+    uint32_t member_count;
+    struct member member[DPDK_MAX_MEMBERS];
+    struct dpdk_config cfg;
+    char name[RTE_ETH_NAME_MAX_LEN];
+    struct rte_device *device;
+    struct rte_eth_dev_info info;
+    struct rte_eth_conf conf;
+    uint16_t rx_ring, tx_ring;
+    struct queue queue[DPDK_MAX_QUEUES];
+};
+_Static_assert(offsetof(struct dpdk_port, nd) == 0, "the netdev is the first member");
+
+/* eal.c */
+int eal_start(int argc, const char *const *argv, void (*log)(int level, const char *text), struct dpdk_error *error);
+/* DPDK's first complaint since log_mark(), for the end of a sentence; "": there is none. */
+void log_mark(void);
+const char *log_why(void);
+__attribute__((format(printf, 3, 4))) int complain(struct dpdk_error *error, int err, const char *format,
+                                                   ...); /* err */
+
+/* port.c */
+struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *error);
+int port_close(struct dpdk_port *port, uint32_t wait_ms);
+
+/* netdev.c */
+extern const struct bypass_netdev_ops eth_ops;
+/* Frames that the driver is not done with, of all queues. Those that it is done with are reaped. */
+uint32_t tx_settle(struct dpdk_port *port);
+#ifdef BYPASS_DEBUG
+void port_check(struct dpdk_port *port, const char *where);
+#else
+static inline void port_check(struct dpdk_port *port, const char *where) { (void)port, (void)where; }
+#endif
+
+/* link.c */
+int link_watch(struct dpdk_port *port, struct dpdk_error *error); /* when it has been started */
+void link_unwatch(struct dpdk_port *port);
+/* 0, -ENETDOWN or -ENXIO; looks when it is due or has been told of something. */
+int link_look(struct dpdk_port *port, bool now);
+int link_set(struct dpdk_port *port, int up);
+void link_members(struct dpdk_port *port, struct dpdk_about *out); /* what about() says of a bonding device's */
+
+/* stats.c */
+void port_about(struct dpdk_port *port, struct dpdk_about *out);
+const char *port_offload_name(int tx, uint64_t bit);
+int port_counters(struct dpdk_port *port, uint32_t queue, struct dpdk_counters *out);
+int port_stats(struct dpdk_port *port, struct dpdk_stats *out);
+int port_xstats(struct dpdk_port *port, struct dpdk_xstat *out, uint32_t max);
+int port_audit(struct dpdk_port *port, struct dpdk_audit *out);
+
+#endif
