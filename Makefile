@@ -67,7 +67,7 @@ RUN := $(RUN_$(VARIANT))
 JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing bench bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing test-vm bench bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -104,7 +104,7 @@ test: setup programs ## The whole test suite (ARGS="-k tcp" for a part of it)
 test-oracle: setup ## The TCP scripts against this machine's kernel, compared with the registered differences (root)
 	@$(RUN) tests/oracle.py $(ARGS)
 
-test-classifier: setup ## 100,000 frames through the XDP program and the classifier of the DPDK backend: same verdicts (~1 min, root)
+test-classifier: setup ## 100,000 frames through the XDP program and the classifier of the DPDK backend: same verdicts (~1 min; root)
 	@BYPASS_CLASSIFIER_FRAMES=100000 $(RUN) -m pytest -q -s tests/test_classify_equivalence.py $(ARGS)
 
 test-cpython: setup ## CPython's own socket tests on the kernel and on the stack's loopback: same results (~5 min)
@@ -123,6 +123,10 @@ test-programs: setup programs ## Debian's programs, unmodified: do they work, wh
 
 test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)
 	@$(RUN) -m bench.killing $(ARGS)
+
+test-vm: setup ## Real drivers (e1000e, virtio-net) in QEMU: AF_XDP on two queues, vfio-pci and back (~1 min; root)
+	@scripts/vm
+	@$(VENV)/bin/python tests/vm $(ARGS)
 
 bench-programs: setup programs ## What they cost, kernel and bypass in turn (ROUNDS=5, ~10 min); leaves build/versus.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make test-vm`: real drivers, in a machine in QEMU. Root; nothing of this machine is changed.
+
+    python tests/vm
+
+Exit code: 0; 1: something did not hold, or the machine hung at each try; 2: it cannot be run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import os
+import sys
+import time
+
+import machine
+from machine import ROOT, VM, MachineError
+from outcome import Outcome
+from rich.console import Console
+
+from bypass.bpf import build
+from bypass.policy import load_policy
+
+TRIES = 2  # of a machine that hangs
+LIMIT_S = 300.0  # a try takes about a minute where nothing else runs
+SILENT_S = 90.0  # without a line of the guest
+BUILD = ROOT / "build" / "vm"
+
+
+def prepare() -> None:
+    """What the guest finds: an initramfs, bytecode of Python and of the steering program."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "initramfs").write_bytes(machine.initramfs(VM, ROOT))
+    compileall.compile_dir(ROOT / "bypass", quiet=2)
+    policies = [load_policy(path) for path in sorted(machine.HERE.glob("afxdp*.yaml"))]
+    machine.write_programs(BUILD / "programs.json", [build.defines(p.compiled) for p in policies])
+
+
+def attempt(number: int, console: Console) -> Outcome | str:
+    """One try: what the guest said, or why the machine was ended."""
+    outcome = Outcome()
+    begin = time.monotonic()
+
+    def line(text: str) -> None:
+        said = outcome.hear(text)
+        if said:
+            console.print(f"{time.monotonic() - begin:6.1f} s  {said}", markup=False)
+
+    argv, env = machine.command(VM, BUILD / "initramfs", BUILD / "console.log")
+    console.print(
+        f"vm: try {number}: {argv[0]}, {machine.CPUS} processors, no KVM; at most {LIMIT_S:.0f} s",
+        markup=False,
+    )
+    with machine.network(machine.NICS) as namespace:
+        why = machine.run(argv, env, namespace, LIMIT_S, SILENT_S, line)
+    (BUILD / "guest.log").write_text("".join(text + "\n" for text in outcome.lines))
+    if why is None and not outcome.ended:
+        why = "it ended before its test did"
+    return outcome if why is None else why
+
+
+def show_log(console: Console) -> None:
+    for name, most in (("console.log", 40), ("guest.log", 80)):
+        path = BUILD / name
+        if path.exists():
+            lines = path.read_text(errors="replace").splitlines()[-most:]
+            console.print(f"vm: the end of {path.relative_to(ROOT)}:", markup=False)
+            console.print("\n".join(lines), markup=False)
+
+
+def main() -> int:
+    argparse.ArgumentParser(description="Real drivers, in a machine in QEMU.").parse_args()
+    console = Console(highlight=False, emoji=False, width=140)
+    try:
+        if os.geteuid() != 0:
+            raise MachineError("not root: the machine's network is made of taps in a namespace of its own")
+        prepare()
+        for number in range(1, TRIES + 1):
+            outcome = attempt(number, console)
+            if isinstance(outcome, Outcome):
+                break
+            console.print(f"vm: try {number}: {outcome}", markup=False)
+            show_log(console)
+        else:
+            return 1
+    except (MachineError, FileNotFoundError) as e:
+        print(f"vm: {e}", file=sys.stderr)
+        return 2
+    if outcome.failed:
+        show_log(console)
+    console.print(outcome.table())
+    for text in outcome.failed:
+        console.print(f"vm: failed: {text}", markup=False)
+    console.print(
+        f"vm: {len(outcome.checks) - len(outcome.failed)} of {len(outcome.checks)} checks held", markup=False
+    )
+    return 1 if outcome.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is tested inside the machine of `make test-vm`. Runs in the guest only, as root, on the host's files.
+
+    lan0   e1000e      192.0.2.10/24     --+
+    fast0  virtio-net  198.51.100.10/24  --+-- (QEMU) --  peer0, in namespace `peer`: 192.0.2.20, 198.51.100.20
+
+Lines that begin with "@ " are JSON for outcome.py: a check and whether it held, a row of the closing table, the end.
+All others are for people. Python is ten times slower here than outside: few modules are imported, once, and
+servers are forked from this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import bypass
+from bypass import aio, netns, pci
+from bypass.bpf import build
+from bypass.webserver import WebServer
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+NICS = {"52:54:00:00:00:01": "lan0", "52:54:00:00:00:02": "fast0", "52:54:00:00:00:03": "peer0"}
+ADDRESSES = {"lan0": "192.0.2.10", "fast0": "198.51.100.10"}
+PEER_ADDRESSES = ("192.0.2.20", "198.51.100.20")
+MTU = 1400  # of lan0: it has to be the same when the device has been away
+HTTP, ECHO = 8080, 8081
+BODY_BYTES = 4 << 20
+CONNECTIONS = 16
+WWW = Path("/run/www")
+WAIT_S = 60.0
+
+
+class CheckError(Exception):
+    """Something that the test promises did not hold."""
+
+
+# ---- What the host hears -----------------------------------------------------------------------------------------
+failed: list[str] = []
+
+
+def tell(**what: Any) -> None:
+    print("@ " + json.dumps(what), flush=True)
+
+
+def check(ok: bool, text: str) -> None:
+    tell(check=text, ok=ok)
+    if not ok:
+        raise CheckError(text)
+
+
+def part(name: str, func: Callable[[], None]) -> None:
+    """One part of the test; those that follow run whether it holds or not."""
+    begin = time.monotonic()
+    try:
+        func()
+    except Exception as e:  # noqa: BLE001 - whatever it is, it is told, and the next part runs
+        if not isinstance(e, CheckError):
+            tell(check=f"{name}: {e!r}", ok=False)
+        traceback.print_exc(file=sys.stdout)
+        failed.append(name)
+    tell(part=name, seconds=round(time.monotonic() - begin, 1))
+
+
+# ---- The guest's network -----------------------------------------------------------------------------------------
+def sh(command: str) -> str:
+    """A command that has to work; its output."""
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    if done.returncode != 0:
+        raise CheckError(f"{command}: exit code {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def prepare() -> None:
+    sh("modprobe -a virtio_net e1000e vfio-pci tun")
+    for index, ifname in socket.if_nameindex():
+        mac = Path(f"/sys/class/net/{ifname}/address").read_text().strip()
+        if mac in NICS:
+            sh(f"ip link set dev {ifname} name {NICS[mac]}")
+            print(
+                f"guest: {NICS[mac]} is {ifname} ({index}), {driver(NICS[mac])} at {pci_address(NICS[mac])}"
+            )
+    netns.create("peer")
+    sh("ip link set peer0 netns peer")
+    for address in PEER_ADDRESSES:
+        sh(f"ip -n peer addr add {address}/24 dev peer0")
+    sh("ip -n peer link set peer0 up")
+    sh(f"ip link set lan0 mtu {MTU}")
+    for ifname, address in ADDRESSES.items():
+        sh(f"ip addr add {address}/24 dev {ifname} && ip link set {ifname} up")
+    sh("ip route add 203.0.113.0/24 via 192.0.2.20 dev lan0")
+    WWW.mkdir()
+    (WWW / "body.bin").write_bytes(os.urandom(BODY_BYTES))
+    build.compile_programs = prepared_programs  # type: ignore[assignment]
+
+
+def prepared_programs(flags: tuple[str, ...], text: str | None = None) -> dict[str, build.Program]:
+    """What the host compiled (machine.py): bcc takes half a minute here."""
+    for entry in json.loads((ROOT / "build/vm/programs.json").read_text()):
+        if entry["flags"] == list(flags) and text is None:
+            return {
+                p["name"]: build.Program(
+                    p["name"], bytes.fromhex(p["code"]), tuple((n, m) for n, m in p["maps"])
+                )
+                for p in entry["programs"]
+            }
+    raise CheckError(f"no program was prepared for {flags}")
+
+
+def driver(ifname: str) -> str:
+    link = Path(f"/sys/class/net/{ifname}/device")
+    return (link / "driver").resolve().name
+
+
+def pci_address(ifname: str) -> str:
+    """virtio devices are below their PCI device."""
+    return re.findall(
+        r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", str(Path(f"/sys/class/net/{ifname}/device").resolve())
+    )[-1]
+
+
+def pci_driver(address: str) -> str:
+    link = Path(f"/sys/bus/pci/devices/{address}/driver")
+    return link.resolve().name if link.exists() else "none"
+
+
+def appearance(ifname: str) -> dict[str, Any]:
+    """What has to be the same after a device was away."""
+    (link,) = json.loads(sh(f"ip -j addr show dev {ifname}"))
+    return {
+        "mac": link["address"],
+        "mtu": link["mtu"],
+        "up": "UP" in link["flags"],
+        "addresses": sorted(
+            f"{a['local']}/{a['prefixlen']}" for a in link["addr_info"] if a["family"] == "inet"
+        ),
+        "routes": sorted(r["dst"] for r in json.loads(sh(f"ip -j route show dev {ifname}"))),
+    }
+
+
+# ---- The peer: the kernel's, in its namespace --------------------------------------------------------------------
+def dial(address: str, port: int) -> socket.socket:
+    s = netns.run("peer", socket.socket, socket.AF_INET, socket.SOCK_STREAM)
+    s.settimeout(WAIT_S)
+    s.connect((address, port))
+    return s
+
+
+def ping(address: str, count: int = 5) -> str:
+    """Answers of so many, such as "5/5". Several tries: the first finds the way, while a link comes up."""
+    sh(f"for i in 1 2 3 4 5 6; do ip netns exec peer ping -q -c 1 -W 5 {address} > /dev/null && break; done")
+    done = subprocess.run(
+        ["ip", "netns", "exec", "peer", "ping", "-q", "-c", str(count), "-i", "0.2", "-W", "5", address],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_S,
+    )
+    found = re.search(r"(\d+) packets transmitted, (\d+) received", done.stdout)
+    answers = int(found[2]) if found else 0
+    check(answers == count, f"ping {address}: {answers} of {count} answered")
+    return f"{answers}/{count}"
+
+
+def echo(address: str) -> str:
+    """CONNECTIONS connections, each with an exchange; the median time of an exchange."""
+    took = []
+    message = os.urandom(512)
+    for _ in range(CONNECTIONS):
+        with dial(address, ECHO) as s:
+            begin = time.monotonic()
+            s.sendall(message)
+            back = b""
+            while len(back) < len(message) and (piece := s.recv(4096)):
+                back += piece
+            took.append(time.monotonic() - begin)
+            if back != message:
+                raise CheckError(
+                    f"{len(back)} bytes came back from the echo of {address}, or others than were sent"
+                )
+    median = sorted(took)[len(took) // 2] * 1000
+    check(True, f"TCP echo from {address}: {CONNECTIONS} connections, {median:.1f} ms an exchange")
+    return f"{median:.1f} ms"
+
+
+def fetch(address: str) -> str:
+    """The body over HTTP; MB/s."""
+    with dial(address, HTTP) as s:
+        begin = time.monotonic()
+        s.sendall(b"GET /body.bin HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")
+        got = bytearray()
+        while piece := s.recv(1 << 18):
+            got += piece
+        seconds = time.monotonic() - begin
+    head, _, body = bytes(got).partition(b"\r\n\r\n")
+    same = hashlib.sha256(body).digest() == hashlib.sha256((WWW / "body.bin").read_bytes()).digest()
+    rate = len(body) / seconds / 1e6
+    status = head.split(b"\r\n")[0].decode(errors="replace")
+    check(
+        same,
+        f"HTTP from {address}: {status!r}, {len(body)} bytes, {rate:.1f} MB/s, body {'' if same else 'not '}as it was",
+    )
+    return f"{rate:.1f} MB/s"
+
+
+# ---- The server: a stack, in a process of its own ----------------------------------------------------------------
+async def serve(stack: bypass.Stack, address: str, ready: Callable[[], None]) -> WebServer:
+    async def back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    web = WebServer(WWW)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    servers = [
+        await aio.start_server(stack, web.handle, address, HTTP),
+        await aio.start_server(stack, back, address, ECHO),
+    ]
+    ready()
+    await stop.wait()
+    for server in servers:
+        server.close()
+        await server.wait_closed()
+    return web
+
+
+def work(policy: Path, address: str, out: int) -> None:
+    """The child: serves until SIGTERM, and tells by `out` what the device was and did."""
+    with bypass.Stack.from_policy(policy) as stack:
+        web = asyncio.run(serve(stack, address, lambda: os.write(out, b"ready\n") and None))
+        device = stack.driver.device
+        about = {
+            "mode": device.mode,
+            "reason": device.mode_reason,
+            "xdp": getattr(device, "xdp_mode", ""),
+            "queues": {q: (n["rx_packets"], n["tx_packets"]) for q, n in device.statistics().items()},
+            "conserved": device.audit().conserved,
+            "requests": web.requests,
+        }
+    os.write(out, json.dumps(about).encode())
+
+
+class Server:
+    """`about`: what the server said when it ended."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, Any] = {}
+
+
+@contextmanager
+def served(policy: Path, address: str) -> Iterator[Server]:
+    sys.stdout.flush()
+    r, w = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(r)
+        code = 1
+        try:
+            work(policy, address, w)
+            code = 0
+        except BaseException:  # noqa: BLE001 - the child must not go on as its parent
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(w)
+    server = Server()
+    with open(r, "rb") as answers:
+        try:
+            check(answers.readline() == b"ready\n", f"a stack serves {address} by {policy.name}")
+            yield server
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
+            said = answers.read()
+            _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        check(code == 0, f"the server of {policy.name} ended with exit code {code}")
+        server.about = json.loads(said)
+
+
+# ---- The parts ---------------------------------------------------------------------------------------------------
+def kernel_alone() -> None:
+    for ifname, address in ADDRESSES.items():
+        tell(row={"device": ifname, "driver": driver(ifname), "path": "kernel", "ping": ping(address)})
+
+
+def afxdp_on_virtio() -> None:
+    address = ADDRESSES["fast0"]
+    before = pci_driver(pci_address("fast0"))
+    with served(HERE / "afxdp.yaml", address) as server:
+        link = sh("ip -d link show dev fast0")
+        check(
+            " xdp " in link and "xdpgeneric" not in link, "the XDP program is in virtio-net's driver (native)"
+        )
+        rtt, rate, answers = echo(address), fetch(address), ping(address)
+    about = server.about
+    check(about["xdp"] == "native", f"AF_XDP: {about['mode']} ({about['reason']}), XDP {about['xdp']}")
+    queues = about["queues"]
+    used = all(rx > 0 and tx > 0 for rx, tx in queues.values())
+    check(used and len(queues) == 2, f"two queues, both used (received, sent): {queues}")
+    check(
+        about["conserved"] and about["requests"] == 1,
+        "every frame is accounted for; one request was answered",
+    )
+    check("xdp" not in sh("ip -d link show dev fast0"), "no XDP program is left")
+    tell(
+        row={
+            "device": "fast0",
+            "driver": f"{before}, kept",
+            "path": f"AF_XDP {about['mode']}, {about['xdp']} XDP, {len(queues)} queues",
+            "http": rate,
+            "echo": rtt,
+            "ping": answers,
+        }
+    )
+
+
+def away_and_back(ifname: str) -> None:
+    """vfio-pci takes the device; the kernel gets it back as it was."""
+    device, before = pci_address(ifname), appearance(ifname)
+    drivers = [pci_driver(device)]
+    for warning in pci.bind(ifname).warnings:
+        print(f"guest: {warning}")
+    drivers.append(pci_driver(device))
+    check(drivers[1] == "vfio-pci", f"{device} ({drivers[0]}) is bound to {drivers[1]}")
+    check(ifname not in [name for _, name in socket.if_nameindex()], f"{ifname} is gone meanwhile")
+    pci.unbind(device)
+    drivers.append(pci_driver(device))
+    check(drivers[2] == drivers[0], f"{device} is back with {drivers[2]}")
+    after = appearance(ifname)
+    check(
+        after == before,
+        f"{ifname} is as it was: {after}" if after == before else f"{ifname} was {before}, is {after}",
+    )
+    tell(
+        row={
+            "device": ifname,
+            "driver": " > ".join(drivers),
+            "path": "kernel again",
+            "ping": ping(ADDRESSES[ifname]),
+        }
+    )
+
+
+def main() -> None:
+    print(
+        f"guest: Linux {os.uname().release}, up for {Path('/proc/uptime').read_text().split()[0]} s",
+        flush=True,
+    )
+    part("network", prepare)
+    if not failed:
+        part("the kernel alone", kernel_alone)
+        part("AF_XDP on virtio-net", afxdp_on_virtio)
+        part("e1000e to vfio-pci and back", lambda: away_and_back("lan0"))
+        part("virtio-net to vfio-pci and back", lambda: away_and_back("fast0"))
+    tell(end=True, failed=failed)
+
+
+if __name__ == "__main__":
+    main()
