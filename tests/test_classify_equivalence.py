@@ -26,7 +26,7 @@ from support import FUZZ, examples
 
 pytestmark = pytest.mark.netns
 
-FRAMES = int(os.environ.get("BYPASS_CLASSIFIER_FRAMES", "12000")) * FUZZ
+FRAMES = int(os.environ.get("BYPASS_CLASSIFIER_FRAMES", "10000")) * FUZZ
 FRAMES_PER_POLICY = 1000
 SEED = int(os.environ.get("BYPASS_SEED", "50261"))
 KINDS = ("all", "ip4", "steer", "all", "ranges")
