@@ -67,7 +67,7 @@ RUN := $(RUN_$(VARIANT))
 JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing test-vm bench bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing test-vm bench bench-dpdk bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -113,6 +113,10 @@ test-cpython: setup ## CPython's own socket tests on the kernel and on the stack
 bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-ring echo (ROUNDS=5); leaves build/bench.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
+bench-dpdk: setup ## The stack on DPDK ports: rates in memory, instructions (ROUNDS=5, ~1 min); leaves build/dpdk.json
+	@$(MAKE) --no-print-directory -s -f bench/build.mk
+	@$(RUN) -m bench.dpdk $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5, ~30 min; ARGS=--quick ROUNDS=1: 2 min)
 	@$(MAKE) --no-print-directory -s -f bench/build.mk

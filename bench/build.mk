@@ -9,7 +9,9 @@ STACK := $(patsubst %.c,build/release/%.o,$(wildcard bypass/stack/*.c))
 SIM := $(patsubst %.c,build/release/%.o,$(wildcard bypass/sim/*.c))
 HEADERS := $(wildcard bench/*.h) bypass/include/bypass.h bypass/sim/sim.h
 
-all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr idle many sim_bulk sim_copies hostile goodput synflood churn load rr libserver.so)
+DPDK_ALL := $(addprefix $(OUT)/dpdk_,answer ask count)
+
+all: $(addprefix $(OUT)/,client server_kernel blast inject callgrind_rr idle many sim_bulk sim_copies hostile goodput synflood churn load rr libserver.so) $(DPDK_ALL)
 
 $(OUT)/callgrind_rr $(OUT)/idle $(OUT)/many $(OUT)/synflood $(OUT)/churn: $(OUT)/%: bench/%.c $(STACK) $(HEADERS)
 	@mkdir -p $(@D)
@@ -22,6 +24,13 @@ $(OUT)/sim_bulk $(OUT)/sim_copies $(OUT)/hostile: $(OUT)/%: bench/%.c $(STACK) $
 $(OUT)/goodput: $(wildcard bench/goodput/*.c) $(STACK) $(SIM) $(HEADERS) bench/goodput/goodput.h
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -Ibench -Ibypass/include -Ibypass $(filter %.c %.o,$^) -o $@
+
+# With DPDK below (bench/dpdk): the plug-in is loaded when they run.
+DPDK := $(wildcard bench/dpdk/*.h bypass/dpdk_backend/*.h) build/release/bypass/dpdk_backend/load.o
+$(OUT)/dpdk_answer: bench/server_bypass.c
+$(DPDK_ALL): $(OUT)/dpdk_%: bench/dpdk/%.c $(STACK) $(HEADERS) $(DPDK)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -Ibench -Ibypass/include -Ibypass $(filter %.c %.o,$^) -ldl -o $@
 
 $(OUT)/libserver.so: bench/server_bypass.c build/libbypass.so $(HEADERS)
 	@mkdir -p $(@D)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,7 @@ def count(operations: int = 10_000, connections: int = 1) -> dict[str, Any]:
         Per request: `per_request`, of it `device` and `program` (the in-memory device, the server's loop), `stack`
         (the rest), and the largest `functions` and `files`.
     """
-    if missing():
-        raise BenchError(f"missing: {missing()}")
-    with tempfile.TemporaryDirectory(prefix="bypass-bench-") as folder:
-        out = Path(folder) / "callgrind.out"
-        argv = [
-            "valgrind", "--tool=callgrind", "--collect-atstart=no", "--compress-strings=no", "--compress-pos=no",
-            f"--callgrind-out-file={out}", program("callgrind_rr"), str(operations), str(connections),
-        ]  # fmt: skip
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise BenchError(f"{' '.join(argv)}: {done.stderr.strip()}")
-        answered = int(done.stdout)
-        functions, files = self_cost(out.read_text())
+    answered, functions, files = counted("callgrind_rr", [str(operations), str(connections)])
     total, device, own = sum(functions.values()), files["memport.h"], files["callgrind_rr.c"]
     return {
         "operations": answered,
@@ -59,6 +48,29 @@ def count(operations: int = 10_000, connections: int = 1) -> dict[str, Any]:
         "functions": {name: n / answered for name, n in functions.most_common(TOP)},
         "files": {name: n / answered for name, n in files.most_common(TOP)},
     }
+
+
+def counted(name: str, args: Sequence[str]) -> tuple[int, Counter[str], Counter[str]]:
+    """Runs a program of the benchmark that toggles what is collected and prints how many operations there were.
+
+    Returns:
+        Operations; instructions by function and by source file.
+
+    Raises:
+        BenchError: it failed, or valgrind is missing.
+    """
+    if missing():
+        raise BenchError(f"missing: {missing()}")
+    with tempfile.TemporaryDirectory(prefix="bypass-bench-") as folder:
+        out = Path(folder) / "callgrind.out"
+        argv = [
+            "valgrind", "--tool=callgrind", "--collect-atstart=no", "--compress-strings=no", "--compress-pos=no",
+            f"--callgrind-out-file={out}", program(name), *args,
+        ]  # fmt: skip
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BenchError(f"{' '.join(argv)}: {done.stderr.strip()}")
+        return int(done.stdout), *self_cost(out.read_text())
 
 
 def self_cost(text: str) -> tuple[Counter[str], Counter[str]]:

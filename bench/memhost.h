@@ -49,8 +49,9 @@ static inline struct bypass_endpoint endpoint(uint8_t last, uint32_t port)
     return (struct bypass_endpoint){.addr = {{[10] = 0xff, [11] = 0xff, 10, 0, 0, last}}, .port = (uint16_t)port};
 }
 
-/* Its address is 10.0.0.`last`. Pages of the arena are of 4 KiB, so that those in use can be counted; huge: not. */
-static inline void host_open(struct host *h, uint8_t last, uint32_t conns, bool huge)
+/* A stack on any device. Its address is 10.0.0.`last`. Pages of the arena are of 4 KiB, so that those in use can be
+ * counted; huge: not. */
+static inline void host_create(struct host *h, struct bypass_netdev *dev, uint8_t last, uint32_t conns, bool huge)
 {
     uint64_t seed = last;
     struct bypass_env env = {.random = repeatable, .ctx = &seed};
@@ -58,15 +59,23 @@ static inline void host_open(struct host *h, uint8_t last, uint32_t conns, bool 
     bypass_config_default(&cfg, conns);
     h->size = bypass_arena_size(&cfg);
     void *arena = mmap(NULL, h->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (arena == MAP_FAILED || memport_open(&h->port, last) < 0)
+    if (arena == MAP_FAILED)
         die("memory", -ENOMEM);
     (void)madvise(arena, h->size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-    int err = bypass_create(&h->stack, arena, h->size, &cfg, &h->port.dev, &env, now_ns);
+    int err = bypass_create(&h->stack, arena, h->size, &cfg, dev, &env, now_ns);
     struct bypass_endpoint self = endpoint(last, 0);
     if (err == 0)
         err = bypass_addr_add(&h->stack, &self.addr, 24);
     if (err < 0)
         die("create", err);
+}
+
+/* On a port of memory. */
+static inline void host_open(struct host *h, uint8_t last, uint32_t conns, bool huge)
+{
+    if (memport_open(&h->port, last) < 0)
+        die("memory", -ENOMEM);
+    host_create(h, &h->port.dev, last, conns, huge);
 }
 
 static inline void host_close(struct host *h)

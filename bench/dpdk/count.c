@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * count.c - callgrind_rr.c with DPDK below: what a request and response of 64 bytes costs a server of which the stack is
+ * on a DPDK port, the driver included, for callgrind to count.
+ *
+ * Both ends are in this process, say of a memif. The client's turns are not counted.
+ *
+ * Run under: valgrind --tool=callgrind --collect-atstart=no count OPERATIONS CONNECTIONS SERVER_DEVICE CLIENT_DEVICE
+ */
+#include <valgrind/callgrind.h>
+
+#include "dpdk_port.h"
+#include "memhost.h"
+
+enum { SIZE = 64, MAX_CONNS = 64, FRAMES = 4096 };
+
+static bypass_sock server_sock[MAX_CONNS], client_sock[MAX_CONNS];
+
+/* The measured part. Number of requests answered. */
+static int serve(struct host *server)
+{
+    struct bypass_event ev[BATCH];
+    uint8_t buf[SIZE];
+    int done = 0, n;
+    CALLGRIND_TOGGLE_COLLECT;
+    (void)bypass_poll(&server->stack, now_ns, BATCH);
+    while ((n = bypass_events(&server->stack, ev, BATCH)) > 0) {
+        for (int i = 0; i < n; i++) {
+            int64_t got = bypass_recv(&server->stack, ev[i].sock, buf, sizeof buf, 0);
+            if (got > 0 && bypass_send(&server->stack, ev[i].sock, buf, (size_t)got, 0) == got)
+                done++;
+        }
+    }
+    (void)bypass_flush(&server->stack);
+    CALLGRIND_TOGGLE_COLLECT;
+    return done;
+}
+
+static void turns(struct host *x, struct host *y)
+{
+    for (int i = 0; i < 8; i++) {
+        now_ns += 1000;
+        (void)bypass_poll(&x->stack, now_ns, BATCH);
+        (void)bypass_poll(&y->stack, now_ns, BATCH);
+        forget_events(x);
+        forget_events(y);
+    }
+}
+
+static void open_all(struct host *server, struct host *client, int conns)
+{
+    bypass_sock listener = listen_on(server, FIRST_PORT, BATCH);
+
+    for (int i = 0; i < conns; i++) {
+        client_sock[i] = connect_to(client, FIRST_PORT);
+        turns(client, server);
+        server_sock[i] = bypass_accept(&server->stack, listener);
+        if (server_sock[i] < 0)
+            die("accept", server_sock[i]);
+    }
+}
+
+static void ask(struct host *client, int conns, const uint8_t *request)
+{
+    for (int i = 0; i < conns; i++) {
+        int64_t n = bypass_send(&client->stack, client_sock[i], request, SIZE, 0);
+        if (n != SIZE)
+            die("request", n < 0 ? n : -EIO);
+    }
+    (void)bypass_flush(&client->stack);
+}
+
+static void take_answers(struct host *client, int conns, const uint8_t *request)
+{
+    uint8_t buf[SIZE];
+    (void)bypass_poll(&client->stack, now_ns, 2 * MAX_CONNS);
+    for (int i = 0; i < conns; i++) {
+        int64_t n = bypass_recv(&client->stack, client_sock[i], buf, sizeof buf, 0);
+        if (n != SIZE || memcmp(buf, request, SIZE) != 0)
+            die("response", n < 0 ? n : -EIO);
+    }
+    forget_events(client);
+}
+
+int main(int argc, char **argv)
+{
+    static struct host server, client;
+    int ops = argc == 5 ? atoi(argv[1]) : 0, conns = argc == 5 ? atoi(argv[2]) : 0, done = 0;
+    uint8_t request[SIZE];
+    if (ops < 1 || conns < 1 || conns > MAX_CONNS) {
+        fprintf(stderr, "usage: count OPERATIONS CONNECTIONS (at most 64) SERVER_DEVICE CLIENT_DEVICE\n");
+        return 2;
+    }
+    memset(request, 7, sizeof request);
+    struct dpdk_end at_server = port_open(argv[3], FRAMES), at_client = port_open(argv[4], FRAMES);
+    while (at_server.plugin->health(at_server.port) || at_client.plugin->health(at_client.port))
+        usleep(1000); /* memif's ends find each other in a thread of DPDK's */
+    host_create(&server, at_server.dev, 1, MAX_CONNS, false);
+    host_create(&client, at_client.dev, 2, MAX_CONNS, false);
+    open_all(&server, &client, conns);
+    while (done < ops) {
+        now_ns += 50000; /* 20,000 round trips a second on each connection */
+        ask(&client, conns, request);
+        done += serve(&server);
+        take_answers(&client, conns, request);
+    }
+    printf("%d\n", done);
+    bypass_destroy(&server.stack);
+    bypass_destroy(&client.stack);
+    fflush(stdout);
+    _exit(0); /* memif's thread and a close of the other end in the same process meet in freed memory (DPDK 22.11) */
+}
