@@ -166,7 +166,10 @@ class SoftSteering:
     def _attached(self, maps: dict[str, int]) -> _Memory:
         fd = maps[MEMORY]
         try:
-            memory = _Memory(fd, os.fstat(fd).st_size)
+            size = os.fstat(fd).st_size
+            if size == 0:  # an error of its own for mmap()
+                raise SteeringError(f"{self.ifname}: the memory is no classifier's: it is empty")
+            memory = _Memory(fd, size)
         except BaseException:
             os.close(fd)
             raise
