@@ -153,6 +153,26 @@ def test_bytes_are_equal_over_a_bad_device(net: Network, faults: DeviceFaults) -
     play(net, a, b, talk_of((200_000, 200_000)))
 
 
+@pytest.mark.parametrize("loss", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("keep", [1, 64])
+def test_bytes_are_equal_over_a_device_that_gives_frames_back_late(
+    net: Network, loss: float, keep: int
+) -> None:
+    """It lets go of a frame when more have followed, and the last ones never: what is lost goes again as a copy."""
+    net.wire(faults=Faults(loss=loss, delay_ns=100_000))
+    sizes = {"caps": lib.BYPASS_CAP_TX_LAZY, "frames": 512, "tx_ring": 128}
+    a, b = net.stack("10.0.0.1/24", **sizes), net.stack("10.0.0.2/24", **sizes)
+    for stack in (a, b):
+        assert stack.port is not None
+        stack.port.set_device_faults(DeviceFaults(keep=keep))
+    play(net, a, b, talk_of((200_000, 200_000)))
+    assert loss == 0.0 or a.core.stats()["tcp_out_retransmits"] > 0
+    net.run(duration_ns=120 * 10**9)  # TIME_WAIT included
+    for stack in (a, b):
+        assert stack.port is not None
+        assert stack.port.stats().held == 0
+
+
 def test_carrier_lost_and_found(net: Network) -> None:
     a, b = net.stack("10.0.0.1/24"), net.stack("10.0.0.2/24")
     assert a.port is not None

@@ -93,6 +93,8 @@ class DeviceFaults:
         kick_again: that the kick gives EAGAIN.
         down: no carrier.
         complete_ns: transmissions are completed so much later.
+        keep: a transmission is completed only when so many more have followed it, as some drivers of DPDK do
+            (`lib.BYPASS_CAP_TX_LAZY` of the port's caps tells the stack).
     """
 
     alloc_fail: float = 0.0
@@ -100,12 +102,14 @@ class DeviceFaults:
     kick_again: float = 0.0
     down: bool = False
     complete_ns: int = 0
+    keep: int = 0
 
     def c(self) -> Any:
         f = ffi.new("struct sim_device_faults *")
         for name in ("alloc_fail", "tx_short", "kick_again"):
             setattr(f, f"{name}_ppm", round(getattr(self, name) * PPM))
         f.down = self.down
+        f.keep = self.keep
         f.complete_ns = self.complete_ns
         return f
 

@@ -307,27 +307,54 @@ void tcp_challenge(struct bypass_stack *s, struct tcp_conn *c)
 /* ---- Payload ------------------------------------------------------------------------------------------- */
 enum sent { SENT, BUSY };
 
-/* Sends one frame of the send queue. BUSY: the device still holds it from last time. */
-static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, struct dst *d, bool fin)
+/* The device keeps what it was given until it is given more, which this may be waiting for: a copy goes in its place. It is
+ * nobody's but the transmit queue's. */
+static __attribute__((noinline)) bypass_pkt held_copy(struct bypass_stack *s, bypass_pkt p)
 {
-    struct bypass_pkt_meta *m = pkt_meta(s, p);
-    if ((m->holders & BYPASS_HOLD_DEV) || (m->seg_flags & IN_TXQ))
-        return BUSY;
+    const struct bypass_pkt_meta *m = pkt_meta(s, p);
+    if ((m->seg_flags & IN_TXQ) || !(s->dev->caps & BYPASS_CAP_TX_LAZY))
+        return BYPASS_PKT_NONE;
+    bypass_pkt copy = pkt_alloc(s);
+    if (copy != BYPASS_PKT_NONE)
+        memcpy(pkt_data(s, copy), pkt_frame(s, p) + m->data_off, m->data_len);
+    return copy;
+}
+
+/* What a frame of the send queue is sent from: itself, most of the time. PKT_NONE: it cannot go now. */
+static inline bypass_pkt sendable(struct bypass_stack *s, bypass_pkt p)
+{
+    const struct bypass_pkt_meta *m = pkt_meta(s, p);
+    return likely(!(m->holders & BYPASS_HOLD_DEV) && !(m->seg_flags & IN_TXQ)) ? p : held_copy(s, p);
+}
+
+/* Sends one frame of the send queue, from `out`. */
+static void send_as(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, bypass_pkt out, struct dst *d, bool fin)
+{
+    struct bypass_pkt_meta *m = pkt_meta(s, p), *o = pkt_meta(s, out);
     uint8_t opts[TCP_OPTS_MAX];
     struct header h = {.seq = seq(m->seq)};
     conn_header(s, c, &h, (uint8_t)((m->seg_flags & SEG_PSH ? TCP_PSH : 0) | (fin ? TCP_FIN : 0)), m->data_len, opts);
-    m->off = m->data_off;
-    m->len = m->data_len;
-    m->queue = c->queue;
+    o->off = likely(out == p) ? m->data_off : o->off;
+    o->len = m->data_len;
+    o->queue = c->queue;
     m->time_ns = tcp_stamp(s, c);
     tcp_rate_sent(s, c, p);
     struct ip_tx tx = conn_ip(s, c);
     if (c->feat & TX_ECN)
         h.flags |= tcp_ecn_out(c, !(m->seg_flags & SEG_RTX), &tx.tos);
-    push_header(s, p, &h, &c->laddr, &c->raddr, m->csum);
-    ip_out_ready(s, p, &tx, d);
+    push_header(s, out, &h, &c->laddr, &c->raddr, m->csum);
+    ip_out_ready(s, out, &tx, d);
     conn_cold(s, c)->data_segs_out++;
     STAT(s, tcp_out_data_segments);
+}
+
+/* BUSY: the device still holds it from last time. */
+static enum sent send_frame(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, struct dst *d, bool fin)
+{
+    bypass_pkt out = sendable(s, p);
+    if (out == BYPASS_PKT_NONE)
+        return BUSY;
+    send_as(s, c, p, out, d, fin);
     return SENT;
 }
 
@@ -339,10 +366,13 @@ static bool fin_goes_with(const struct tcp_conn *c, bypass_pkt p)
 static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_pkt p, struct dst *d)
 {
     struct bypass_pkt_meta *m = pkt_meta(s, p);
-    if ((m->holders & BYPASS_HOLD_DEV) || (m->seg_flags & IN_TXQ))
+    if ((m->seg_flags & IN_TXQ) || ((m->holders & BYPASS_HOLD_DEV) && !(s->dev->caps & BYPASS_CAP_TX_LAZY)))
         return BUSY;
     if (m->data_len > c->snd_mss && !tcp_snd_split(s, c, p, c->snd_mss))
         return BUSY; /* the path's MTU shrank and no frame is left to split into */
+    bypass_pkt out = sendable(s, p);
+    if (out == BYPASS_PKT_NONE)
+        return BUSY;
     bool fin = p == c->sndq_tail && (c->flags & TF_FIN_SENT);
     tcp_recover_resent(s, c, p);
     if (fin)
@@ -350,7 +380,8 @@ static enum sent retransmit(struct bypass_stack *s, struct tcp_conn *c, bypass_p
     STAT(s, tcp_out_retransmits);
     conn_cold(s, c)->retransmits++;
     conn_cold(s, c)->rtx_bytes += m->data_len;
-    return send_frame(s, c, p, d, fin);
+    send_as(s, c, p, out, d, fin);
+    return SENT;
 }
 
 /* What is marked lost, oldest first, as far as the congestion window goes. */
