@@ -83,8 +83,9 @@ class Child:
         self.process.stdin.flush()
 
     def result(self) -> Any:
-        out, _ = self.process.communicate(timeout=WAIT_S)
-        assert self.process.returncode == 0, f"the child ended with {self.process.returncode}"
+        assert self.process.stdout is not None
+        out = self.process.stdout.read()  # not communicate(): readline() may have read ahead
+        assert self.process.wait(WAIT_S) == 0, f"the child ended with {self.process.returncode}"
         return json.loads(out.splitlines()[-1])
 
     def __enter__(self) -> Child:
