@@ -90,6 +90,18 @@ class DeviceError(BypassError):
     """The interface cannot do what is asked: no such queue or mode, or it is gone."""
 
 
+class NameTakenError(DeviceError):
+    """A device has the name that the kernel's device of a DPDK port would get.
+
+    Attributes:
+        ours: it may be another program's of bypass, which may be about to end.
+    """
+
+    def __init__(self, text: str, ours: bool = False) -> None:
+        super().__init__(text)
+        self.ours = ours
+
+
 class QueueBusyError(DeviceError):
     """A queue has an AF_XDP socket already. The kernel closes these asynchronously: it may be free in a moment."""
 

@@ -159,6 +159,8 @@ class Lab:
             os.close(peer_fd)
         for ns, ifname in zip(self.namespaces, (self.server_ifname, CLIENT_IFNAME), strict=True):
             netns.run(ns, _quieten, ifname)
+        if self.wire:
+            netns.run(self.server_ns, _deafen, self.server_ifname)
         with IPRoute(netns=self.server_ns) as server, IPRoute(netns=self.client_ns) as client:
             s, c = _raise(server, self.server_ifname), _raise(client, CLIENT_IFNAME)
             client.addr("add", index=c, address=CLIENT_IP, prefixlen=PREFIX_LEN)
@@ -274,6 +276,16 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 def _who(processes: dict[int, str]) -> str:
     return ", ".join(f"{name} ({pid})" for pid, name in sorted(processes.items()))
+
+
+def _deafen(ifname: str) -> None:
+    """The kernel does nothing with what arrives there. AF_PACKET gives DPDK a copy of each frame, and the TAP's
+    addresses are the kernel's by whatever interface they are asked for (the weak host model): it would answer ARP and
+    ping a second time, and reset TCP that is not its own. Source: Documentation/networking/ip-sysctl.rst."""
+    conf = Path("/proc/sys/net/ipv4/conf")
+    (conf / "all" / "rp_filter").write_text("0")  # the larger of both counts, and 2 asks for less than 1
+    (conf / ifname / "rp_filter").write_text("1")  # the way back is by the TAP: dropped
+    (conf / ifname / "arp_ignore").write_text("8")  # answers nobody
 
 
 def _quieten(ifname: str) -> None:

@@ -81,12 +81,12 @@ def policy(request: pytest.FixtureRequest, lab: Lab, tmp_path: Path) -> Iterator
 
 
 class Program:
-    """takeover_program.py on the stack, as nobody."""
+    """takeover_program.py on the stack, as a user without privileges."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, uid: int = NOBODY) -> None:
         env = preloaded.CLEAN | {"LD_PRELOAD": str(preloaded.LIBRARY), "BYPASS_SOCKET": name}
-        as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-        argv = [*as_nobody, "/usr/bin/python3", "-c", PROGRAM.read_text()]
+        as_user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        argv = [*as_user, "/usr/bin/python3", "-c", PROGRAM.read_text()]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(argv, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 

@@ -41,6 +41,8 @@ KERNEL_COUNTERS = tuple(name for name, _ in ffi.typeof("struct afxdp_kernel_stat
 class AfxdpSite(InterfaceSite):
     """An interface with the steering program."""
 
+    steering: Steering
+
     def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
         self.fds: dict[int, int] = {}  # AF_XDP sockets by queue, where they are known here
         self._queues_ns = 0

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What bypass-fwd holds for the broker, so that the broker's death disturbs nobody, and the next one goes on.
 
-    steering    links and maps, until broker and processes of all applications are dead: the programs stay attached
+    steering    links and maps, or a classifier's memory, until broker and processes of all applications are dead: the
+                programs stay attached
     app-N       an application: memory and device; its live entries, until the broker and all of its processes are dead
     app-N.M     its lease M: the kernel socket that holds the port. Put in before anything is live, taken out after
 
@@ -22,12 +23,12 @@ from bypass._core import lib
 from bypass.broker.apps import App, Lease
 from bypass.fwd import Forwarder, ForwarderError
 from bypass.steer_maps import layout
-from bypass.steering import Steering
+from bypass.steering_api import Steers
 
 STEERING = "steering"
-ENDPOINTS = 0  # our number of the map of live endpoints, for watch_keys()
+ENDPOINTS = 0  # our number of where live endpoints are, for watch_keys()
 NAMES = "@bypass/fwd/"
-VERSION = f"1.{lib.APP_ABI}.{lib.FWD_ABI}.{layout()}"
+VERSION = f"1.{lib.APP_ABI}.{lib.FWD_ABI}.{lib.CLASSIFY_ABI}.{layout()}"
 """Of what is stored: who has another one cannot go on with it."""
 MAX_GROUPS = 300
 """Groups of a user that are remembered, as far as an item has room."""
@@ -51,7 +52,7 @@ class Holder:
 
     def __init__(
         self,
-        steering: Steering,
+        steering: Steers,
         spin_us: int | None,
         about: dict[str, Any] | None = None,
         left: Forwarder | None = None,

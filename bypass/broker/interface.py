@@ -24,12 +24,12 @@ from bypass.broker.site import Nobody, Site
 from bypass.broker.takeover import Left
 from bypass.broker.users import Access, User
 from bypass.errors import BypassError
-from bypass.fwd import ForwarderError, PortCut, QueuesAdded
+from bypass.fwd import ForwarderError, LinkState, PortCut, QueuesAdded
 from bypass.grants import Grants, Key, LiveEntries
 from bypass.policy import Policy
 from bypass.rules import Rule
 from bypass.status import Snapshot, StatusServer
-from bypass.steering import Steering
+from bypass.steering_api import Steers
 from bypass.watch import KernelWatch
 
 log = logging.getLogger("bypass.broker")
@@ -97,7 +97,7 @@ class InterfaceSite(Site):
         self._link = 0
         self.told = Nobody()
         with ExitStack() as undo:
-            self.steering = self._steer(policy, left)
+            self.steering: Steers = self._steer(policy, left)
             undo.callback(self.steering.close)
             self.watch = KernelWatch(self.ifname, self, self.steering, self)
             undo.callback(self.watch.close)
@@ -112,7 +112,7 @@ class InterfaceSite(Site):
             undo.pop_all()
 
     @abstractmethod
-    def _steer(self, policy: Policy, left: Left | None) -> Steering:
+    def _steer(self, policy: Policy, left: Left | None) -> Steers:
         """What decides about packets."""
 
     @abstractmethod
@@ -227,7 +227,7 @@ class InterfaceSite(Site):
 
     def health(self) -> int:
         """The MTU or the MAC address has changed, or the link."""
-        self._tell_link(0 if self.watch.watcher.interface.up else errno.ENETDOWN)
+        self._tell_link(self._state(0 if self.watch.watcher.interface.up else errno.ENETDOWN))
         return 0
 
     def _tell_link(self, code: int) -> None:
@@ -254,6 +254,8 @@ class InterfaceSite(Site):
                     self.told.cut(event.app, "broke the rules of its port")
                 elif isinstance(event, QueuesAdded):
                     self._sockets_opened(event.queues)
+                elif isinstance(event, LinkState):
+                    self._port_link(event.state)
         except ForwarderError as e:
             self.told.lost(str(e))
 
@@ -261,8 +263,16 @@ class InterfaceSite(Site):
         """bypass-fwd has so many of them now, and has put them into the map."""
         return
 
+    def _port_link(self, state: str) -> None:
+        """bypass-fwd tells of its device: up, down, gone. The kernel tells the same of an interface of its own."""
+        return
+
+    def _state(self, code: int) -> int:
+        """Of the interface, from what the kernel tells: 0, errno.ENETDOWN, errno.ENXIO."""
+        return code
+
     def update(self, now_ns: int) -> None:
-        before, code = self._link, self.watch.update()
+        before, code = self._link, self._state(self.watch.update())
         if (code == errno.ENXIO and before != 2) or (code == 0) != (self._link == 0):
             self._tell_link(code)
         self.entries.check_draining(now_ns)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from bypass.broker.server import Server, listen
 from bypass.broker.site import Site
-from bypass.errors import BypassError, ForeignProgramError
+from bypass.errors import BypassError, ForeignProgramError, NameTakenError
 
 FREE_S = 5.0
 
@@ -67,13 +67,13 @@ def site_when_free(make_site: Callable[[], Site]) -> Site:
     let go of it.
 
     Raises:
-        BypassError: as make_site(); ForeignProgramError when somebody still has the interface after FREE_S.
+        BypassError: as make_site(); ForeignProgramError, NameTakenError: somebody has the interface after FREE_S still.
     """
     until = time.monotonic() + FREE_S
     while True:
         try:
             return make_site()
-        except ForeignProgramError as e:
+        except (ForeignProgramError, NameTakenError) as e:
             if not e.ours or time.monotonic() >= until:
                 raise
             time.sleep(0.05)

@@ -10,10 +10,12 @@ from bypass._core import lib
 from bypass.afxdp import MODES, interface_queues
 from bypass.broker.afxdp import AfxdpSite
 from bypass.broker.direct import DirectSite
+from bypass.broker.dpdk import DpdkSite
+from bypass.broker.interface import InterfaceSite
 from bypass.broker.ports import PortsSite
 from bypass.broker.site import Site
 from bypass.broker.takeover import Left, find_left
-from bypass.policy import Policy
+from bypass.policy import DpdkBackend, Policy
 
 BIND_WAIT_MS = 2000
 FWD_TRIES = 3  # seconds
@@ -86,4 +88,9 @@ def site_of(policy: Policy, name: str = "") -> Site:
         BypassError: as InterfaceSite; or what is left cannot be taken over.
     """
     left = find_left(policy, name) if name else None
-    return (SharedSite if policy.mode == "shared" else DirectSite)(policy, name, left)
+    kind: type[InterfaceSite] = DirectSite
+    if isinstance(policy.backend, DpdkBackend):
+        kind = DpdkSite
+    elif policy.mode == "shared":
+        kind = SharedSite
+    return kind(policy, name, left)

@@ -15,7 +15,8 @@ import socket
 from typing import Any
 
 from bypass._core import ffi, lib
-from bypass.errors import DeviceError, PrivilegeError
+from bypass.errors import DeviceError, NameTakenError, PrivilegeError
+from bypass.nic import driver_of
 from bypass.policy import DpdkBackend, Policy
 
 MAX_NAME = 15  # IFNAMSIZ without the zero
@@ -36,17 +37,20 @@ def open_tap(policy: Policy) -> int:
         Its descriptor, without blocking; the device goes with the last duplicate of it.
 
     Raises:
-        DeviceError: the name is taken, or there are no TAP devices.
+        NameTakenError: by another device.
+        DeviceError: there are no TAP devices.
         PrivilegeError: CAP_NET_ADMIN is missing.
     """
     if policy.dpdk.vlan is not None and policy.interface in _names():
-        raise DeviceError(_taken(policy.interface))
+        raise NameTakenError(_taken(policy.interface), driver_of(tap_name(policy)) == "tun")
     path, config = ffi.new("struct exception_path *"), ffi.new("struct exception_config *")
     error = ffi.new("struct exception_error *")
     config.name = tap_name(policy).encode()
     if lib.exception_open(path, config, error) == 0:
         return int(path.fd)
     text = ffi.string(error.text).decode(errors="replace")
+    if error.err == errno.EBUSY:
+        raise NameTakenError(text, driver_of(policy.interface) == "tun")
     raise (PrivilegeError if error.err in (errno.EPERM, errno.EACCES) else DeviceError)(text)
 
 

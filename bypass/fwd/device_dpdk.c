@@ -76,13 +76,6 @@ static const struct device_kind kind = {
 
 /* ---- Opening ----------------------------------------------------------------------------------------------- */
 
-/* DPDK's own words, from any of its threads. */
-static void say(int level, const char *text)
-{
-    (void)level;
-    fprintf(stderr, "bypass-fwd: dpdk: %s%s", text, text[0] && text[strlen(text) - 1] == '\n' ? "" : "\n");
-}
-
 /* The words of the message, each with its 0 behind. Their number; -1: that is not what they are. */
 static int words_of(const struct fwd_dpdk *m, size_t len, const char **words)
 {
@@ -115,7 +108,7 @@ static int start(struct dpdk_device *x, struct request *q)
                       FWD_ARGS);
     }
     x->plugin = dpdk_load(NULL, &error);
-    if (!x->plugin || x->plugin->start(argc, words, say, &error) < 0) {
+    if (!x->plugin || x->plugin->start(argc, words, NULL, &error) < 0) {
         return refuse(q, error.err, "%s", error.text);
     }
     x->port = x->plugin->open(&m->cfg, &error);
@@ -125,7 +118,8 @@ static int start(struct dpdk_device *x, struct request *q)
 static int begin(struct dpdk_device *x, struct request *q)
 {
     const struct fwd_dpdk *m = q->message;
-    struct filter_config cfg = {.classifier = &x->steer.view, .exception = &x->kernel, .vlan = m->vlan};
+    struct filter_config cfg = {
+        .classifier = &x->steer.view, .classify = classify_burst, .exception = &x->kernel, .vlan = m->vlan};
     int err = steer_mem_open(&x->steer, q->fds[0]);
 
     if (err) {

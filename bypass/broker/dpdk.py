@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared mode on a port of DPDK: bypass-fwd has the port, the classifier says whose packets are.
+
+    port --> bypass-fwd: classifier --> applications
+                             `--> TAP of the policy's `interface` name --> kernel
+
+The broker makes the classifier's memory and the TAP, in its network namespace, and hands both to bypass-fwd, in which
+they live on: a successor goes on with them, and the death of bypass-fwd takes the port and the TAP away. What does not
+live here: the classifier (bypass.dpdk_backend.steering), the port (bypass.dpdk_backend.eal, and the plug-in).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from ipaddress import IPv4Address
+from typing import Any
+
+from bypass.broker.interface import DeviceView
+from bypass.broker.ports import PortsSite
+from bypass.broker.takeover import Left
+from bypass.dpdk_backend import eal, tap
+from bypass.dpdk_backend.steering import SoftSteering
+from bypass.errors import DeviceError
+from bypass.fwd import ForwarderError
+from bypass.policy import Policy
+from bypass.rss import Queue
+
+LINK_CODES = {"up": 0, "down": errno.ENETDOWN, "gone": errno.ENXIO}
+
+
+class DpdkSite(PortsSite):
+    """A port that a driver of DPDK has."""
+
+    steering: SoftSteering
+
+    def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
+        if policy.dpdk.exception == "none":
+            raise DeviceError(
+                f"{policy.path}: backend.exception is none: a broker asks the kernel for next hops, by exception: tap; "
+                "without a kernel a port can be embedded in one program"
+            )
+        self._link_code = 0  # of the port
+        self._tap = -1
+        if left is None:
+            self._tap = tap.open_tap(
+                policy
+            )  # before bypass-fwd is started: a second broker finds the name taken
+        try:
+            super().__init__(policy, name, left)
+        finally:
+            if self._tap >= 0:
+                os.close(self._tap)  # bypass-fwd has it
+                self._tap = -1
+
+    def _steer(self, policy: Policy, left: Left | None) -> SoftSteering:
+        return SoftSteering(policy, policy.interface, left=left.attached if left else None)
+
+    def _view(self) -> DeviceView:
+        return _PortView(self)
+
+    def _open_device(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        b = self.policy.dpdk
+        about = self.forwarder.dpdk_open(
+            eal.port_config(b),
+            eal.eal_arguments(b),
+            self.steering.endpoints_fd,
+            self._tap,
+            vlan=b.vlan or 0,
+            rate=b.exception_rate,
+        )
+        tap.dress(self.policy, about["mac"], about["mtu"])
+        return about, tuple(range(about["queues"]))
+
+    def _opened(self, about: Mapping[str, Any], queues: tuple[int, ...]) -> None:
+        super()._opened(about, queues)
+        self.device_mode, self.device_reason = "dpdk", f"{about['driver']}, bypass-fwd has the port"
+        self.watch.update()  # what the device was dressed with
+
+    def arrival(self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]) -> Queue:
+        if len(self.queues) == 1:
+            return Queue(0, "the only one")
+        return Queue(None, "the port's driver spreads flows over its queues by a key of its own")
+
+    # ---- the port's link, beside the TAP's
+    def _state(self, code: int) -> int:
+        return max(code, self._link_code, key=list(LINK_CODES.values()).index)
+
+    def _port_link(self, state: str) -> None:
+        before, self._link_code = self._link_code, LINK_CODES[state]
+        if self._link_code != before:
+            self.health()
+
+
+class _PortView(DeviceView):
+    _site: DpdkSite
+
+    def statistics(self) -> dict[int, dict[str, int]]:
+        found = {}
+        with suppress(ForwarderError):  # it has just ended, and so does the broker
+            for queue in self._site.queues:
+                found[queue] = self._site.forwarder.dpdk_stats(queue)["queue"]
+        return found

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A broker on a port of DPDK: unmodified programs of several users, the kernel beside them by the exception path, and
+what is left when one of all these is killed. The port is a veth's end by net_af_packet."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dpdk_support import needs_dpdk  # noqa: F401 (fixture)
+from preloaded import CLEAN
+from test_broker_takeover import (
+    Load,
+    Program,
+    down,
+    echo_at,
+    kernel_echo,
+    kill,
+    leases,
+    refused,
+    rejoined,
+    to_the_kernel,
+    up,
+)
+from test_cli_broker import BYPASS, bypass, folder, good, others, wait_until  # noqa: F401 (fixture)
+
+from bypass import netns
+from bypass.broker import blocks
+from bypass.broker.shared import site_of
+from bypass.broker.tools import listening
+from bypass.errors import NameTakenError
+from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab, dpdk_policy
+from bypass.policy import load_policy
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.timeout(180),
+    pytest.mark.parametrize("lab", [{"wire": True, "queues": 1}], indirect=True),
+]
+
+NOBODY, OTHER = 65534, 65533
+PORT = 7000
+POLICY = f"""
+version: 1
+interface: {SERVER_IFNAME}
+backend: {{kind: afxdp}}
+flows:
+  - name: web
+    match: {{proto: tcp, local: {SERVER_IP}, local_port: 8080-8089}}
+    action: steer
+    allow: {{user: {NOBODY}}}
+  - name: other
+    match: {{proto: tcp, local: {SERVER_IP}, local_port: 9090}}
+    action: steer
+    allow: {{user: {OTHER}}}
+  - name: clients
+    match: {{proto: tcp, local: {SERVER_IP}, remote: {CLIENT_IP}, remote_port: {PORT}}}
+    action: steer
+    allow: {{user: {NOBODY}}}
+"""
+
+
+def interfaces() -> set[str]:
+    return {name for _, name in socket.if_nameindex()}
+
+
+@pytest.fixture
+def policy(lab: Lab, tmp_path: Path) -> Iterator[Path]:
+    """The test's thread is in the server's namespace, in which nothing is left afterwards."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(dpdk_policy(POLICY))
+    with netns.entered(lab.server_ns):
+        try:
+            yield path
+            wait_until(lambda: not others(lab))
+        finally:
+            for pid in others(lab):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: interfaces() == {"lo", WIRE_IFNAME})
+        assert blocks.RESERVED.read_text() == "\n"
+        assert [name for name in listening() if "bypass" in name] == []
+
+
+@pytest.fixture
+def broker(policy: Path, folder: Path) -> tuple[str, int]:  # noqa: F811
+    """Its socket and its process."""
+    name = str(folder / "broker.sock")
+    return name, up(policy, name)
+
+
+def forwarder(lab: Lab) -> int:
+    (pid,) = (pid for pid, comm in others(lab).items() if comm == "bypass-fwd")
+    return pid
+
+
+def ping(lab: Lab) -> str:
+    with netns.entered(lab.client_ns):
+        argv = ["ping", "-c", "3", "-i", "0.05", "-W", "5", SERVER_IP]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60).stdout
+
+
+def refuses(lab: Lab, port: int) -> bool:
+    """The kernel has the port, and nobody there."""
+    with netns.entered(lab.client_ns):
+        try:
+            socket.create_connection((SERVER_IP, port), 10).close()
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+def rules_that_decided() -> set[str]:
+    """As `bypass flows` counts them."""
+    rules = json.loads(good("flows", SERVER_IFNAME, "--json"))["rules"]
+    return {rule["name"] for rule in rules if rule["packets"]}
+
+
+def test_programs_of_two_users_serve_beside_the_kernel(broker: tuple[str, int], lab: Lab) -> None:
+    name, _ = broker
+    with Program(name) as first, Program(name, OTHER) as second, kernel_echo(lab):
+        assert first.do("listen", SERVER_IP, 8080) == "8080"
+        assert second.do("listen", SERVER_IP, 9090) == "9090"
+        assert leases(name) == [f"{SERVER_IP}:8080", f"{SERVER_IP}:9090"]
+        seen = to_the_kernel(lab)
+        assert int(first.do("connect", CLIENT_IP, PORT)) > 0
+        assert first.do("again") == "1"
+        with Load(lab, 2) as load:
+            echo_at(lab, 9090)
+            assert "3 received, 0% packet loss" in ping(lab), "nothing is lost, nothing comes twice"
+            load.goes_on()
+        assert to_the_kernel(lab) == seen, "the kernel has seen packets of the stack's"
+        with socket.create_server((SERVER_IP, 22)), netns.entered(lab.client_ns):
+            socket.create_connection((SERVER_IP, 22), 10).close()
+        assert to_the_kernel(lab) > seen, "what no rule steers is the kernel's"
+        tools_tell(name, first.process.pid)
+
+        second.process.kill()
+        wait_until(lambda: f"{SERVER_IP}:9090" not in leases(name))
+        assert refuses(lab, 9090), "the kernel has it again"
+        assert first.do("again") == "1"
+        assert "died, with 1 connection" in down(name)
+        assert SERVER_IFNAME not in interfaces()
+
+
+def tools_tell(name: str, pid: int) -> None:
+    assert rules_that_decided() == {"web", "other", "clients"}
+    (stats,) = json.loads(good("stats", SERVER_IFNAME, "--json"))["processes"]
+    assert (stats["mode"], stats["queues"]) == ("dpdk", [0])
+    assert stats["rings"]["0"]["rx_packets"] == sum(r["packets"] for r in stats["reasons"])
+    flow = f"tcp {CLIENT_IP}:40000 > {SERVER_IP}:8080"
+    explained = json.loads(good("explain", SERVER_IFNAME, flow, "--json", "--socket", name))
+    assert (explained["pids"], explained["mode"], explained["queue"]) == ([pid], "shared", 0)
+    assert f"{CLIENT_IP}:{PORT}" in good("conns", "--socket", name)
+
+
+def test_a_new_broker_goes_on_with_what_a_killed_one_left(
+    policy: Path, broker: tuple[str, int], lab: Lab
+) -> None:
+    name, pid = broker
+    with Program(name) as program, kernel_echo(lab):
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        program.do("connect", CLIENT_IP, PORT)
+        with Load(lab, 4) as load:
+            load.goes_on()
+            seen, had, fwd = to_the_kernel(lab), leases(name), forwarder(lab)
+            kill(pid, lab)
+            load.goes_on()
+            assert "3 received, 0% packet loss" in ping(lab), "port and TAP are not the broker's"
+            up(policy, name)
+            load.goes_on()
+            rejoined(name, program)
+            assert (leases(name), forwarder(lab)) == (had, fwd)
+            assert program.do("listen", SERVER_IP, 8081) == "8081"
+            echo_at(lab, 8081)
+            assert program.do("again") == "1"
+            load.goes_on()
+            assert to_the_kernel(lab) == seen, "the kernel has seen packets of the stack's"
+        down(name)
+
+
+def test_what_is_granted_no_more_is_the_kernels(policy: Path, broker: tuple[str, int], lab: Lab) -> None:
+    name, _ = broker
+    with Program(name) as first, Program(name, OTHER) as second:
+        assert first.do("listen", SERVER_IP, 8080) == "8080"
+        assert second.do("listen", SERVER_IP, 9090) == "9090"
+        with Load(lab, 2) as load:
+            seen = to_the_kernel(lab)
+            echo_at(lab, 9090)
+            assert to_the_kernel(lab) == seen
+            policy.write_text(policy.read_text().replace("9090", "9091"))
+            said = good("reload", "--socket", name)
+            assert said.endswith("3 rules in force; 1 leases are granted no more\n")
+            assert leases(name) == [f"{SERVER_IP}:8080"]
+            echo_at(lab, 9090)
+            assert to_the_kernel(lab) > seen, "the program goes on there, on the kernel"
+            load.goes_on()
+        down(name)
+
+
+def test_who_dies_without_a_broker_leaves_his_flows_to_the_kernel(broker: tuple[str, int], lab: Lab) -> None:
+    """bypass-fwd ends with its last application, and port and TAP with it."""
+    name, pid = broker
+    with Program(name) as first, Program(name, OTHER) as second:
+        assert first.do("listen", SERVER_IP, 8080) == "8080"
+        assert second.do("listen", SERVER_IP, 9090) == "9090"
+        echo_at(lab, 8080)  # its way to the client is known from now on: only a broker can ask the kernel
+        kill(pid, lab)
+        second.process.kill()
+        wait_until(lambda: refuses(lab, 9090))
+        echo_at(lab, 8080)
+        first.process.kill()
+        wait_until(lambda: SERVER_IFNAME not in interfaces())
+
+
+def test_without_bypass_fwd_there_is_no_port(broker: tuple[str, int], lab: Lab) -> None:
+    name, _ = broker
+    with Program(name) as program:
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        os.kill(forwarder(lab), signal.SIGKILL)
+        wait_until(lambda: not os.path.exists(name))
+        wait_until(lambda: list(others(lab)) == [program.process.pid])
+        assert interfaces() == {"lo", WIRE_IFNAME}
+
+
+def test_what_cannot_be_says_why_and_leaves_nothing(policy: Path, broker: tuple[str, int], lab: Lab) -> None:
+    name, _ = broker
+    text = policy.read_text()
+    with pytest.raises(NameTakenError, match=f"{SERVER_IFNAME}: a device of this name exists") as e:
+        site_of(load_policy(str(policy)), f"{name}.second")
+    assert e.value.ours, "which a private broker waits for"
+    policy.write_text(text.replace("192.0.2.10/24", "192.0.2.11/24"))
+    assert "backend is not what it was" in bypass("reload", "--socket", name).stderr
+    down(name)
+    policy.write_text(text.replace(WIRE_IFNAME, "nosuch0"))
+    assert "nosuch0" in refused(policy, name)
+    policy.write_text(text.replace("kind: dpdk", "kind: dpdk\n  exception: none").partition("routes:")[0])
+    assert "backend.exception is none: a broker asks the kernel" in refused(policy, name)
+    policy.write_text(text)
+    done = subprocess.run(
+        [*BYPASS, "up", "-c", str(policy), "--socket", name],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"BYPASS_DPDK": "/nowhere/bypass-dpdk.so"},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/nowhere/bypass-dpdk.so cannot be read" in done.stderr
+    assert interfaces() == {"lo", WIRE_IFNAME}
+
+
+SERVE_ONE = f"""
+import socket
+with socket.create_server(("{SERVER_IP}", 8080)) as s:
+    print("serving", flush=True)
+    with s.accept()[0] as c:
+        c.sendall(c.recv(100))
+"""
+
+
+def test_a_program_alone_needs_no_broker(policy: Path, lab: Lab) -> None:
+    argv = [*BYPASS, "run", "-c", str(policy), "--", "/usr/bin/python3", "-c", SERVE_ONE]
+    for _ in range(2):  # the second has to wait until the first one's broker has let go
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=CLEAN) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "serving\n"
+            seen = to_the_kernel(lab)
+            echo_at(lab, 8080)
+            assert to_the_kernel(lab) == seen
+            assert program.wait(60) == 0
