@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embedded mode: one privileged process steers flows of an interface, runs the stack, and owns both.
 
-    policy -> Steering (XDP program) -> AfxdpDevice (rings) -> CoreStack -> sockets
-                  ^ live entries: bypass.control               ^ next hops, addresses: netlink
+    policy -> steering -> device -> CoreStack -> sockets
+                 ^ live entries        ^ next hops, addresses
+                 bypass.control        netlink
 
-What lives here: putting these together, and the driver that polls the device and sleeps on its descriptor.
+What lives here: putting these together, and the driver that polls the device and sleeps on its descriptor. What does
+not: what differs between backends (`backends.py`).
 """
 
 from __future__ import annotations
@@ -18,19 +20,15 @@ import threading
 import time
 from pathlib import Path
 
-from bypass._core import lib
-from bypass.afxdp import AfxdpDevice, interface_queues
+from bypass.backends import Attachment, Watch, attach
 from bypass.control import PolicyControl
 from bypass.core import FOREVER, Config, CoreStack
-from bypass.doctor import choose_mode
 from bypass.driver import Driver
-from bypass.errors import BypassError, DeviceGoneError
+from bypass.errors import DeviceGoneError
 from bypass.policy import Policy, load_policy
 from bypass.sim.pcap import DeviceCapture
 from bypass.stack_api import Stack
 from bypass.status import Snapshot, StatusServer
-from bypass.steering import Steering
-from bypass.watch import KernelWatch
 
 __all__ = ["DeviceDriver", "open_stack"]
 
@@ -42,7 +40,7 @@ POLL_ROUNDS = 8  # batches, before the program gets its turn
 
 
 class DeviceDriver(Driver):
-    """Drives one stack on an AF_XDP device.
+    """Drives one stack on the device of an interface.
 
     One thread at a time polls and sleeps for all; others that wait are woken by it. A socket call of another thread
     wakes it, since the deadline may have moved. When the interface is gone, every call that waits raises `failure`.
@@ -51,18 +49,18 @@ class DeviceDriver(Driver):
     def __init__(
         self,
         core: CoreStack,
-        device: AfxdpDevice,
-        steering: Steering,
+        port: Attachment,
         control: PolicyControl,
-        watch: KernelWatch,
+        watch: Watch,
         status: StatusServer,
         spin_us: int,
         capture: DeviceCapture | None = None,
     ) -> None:
         super().__init__()
         self.core = core
-        self.device = device
-        self.steering = steering
+        self.port = port
+        self.device = port.device
+        self.steering = port.steering
         self.control = control
         self.watch = watch
         self.capture = capture
@@ -77,10 +75,9 @@ class DeviceDriver(Driver):
         self._said = 0  # the last error of the device that was logged
         self._tick_ns = 0
         self._news = False  # netlink has something
-        self._queue_trouble = ""  # said already
         self._tick_wanted = True
         self._status_ns = 0
-        self._device_fd = int(device.netdev.ops.wait_fd(device.netdev))
+        self._device_fd = int(port.netdev.ops.wait_fd(port.netdev))
         self._poll = select.poll()
         for fd in (*self.fds(), self._wake):
             self._poll.register(fd, select.POLLIN)
@@ -116,6 +113,7 @@ class DeviceDriver(Driver):
         busy = False
         for _ in range(POLL_ROUNDS):
             now = time.monotonic_ns()
+            self.port.turn(now)
             if self.capture is not None:
                 self.capture.now(now)
             got = core.poll(now, self.batch)
@@ -139,20 +137,20 @@ class DeviceDriver(Driver):
         """0: the interface is well, as netlink sees it."""
         if code == 0:
             if self._down:
-                log.warning("%s is up again", self.device.ifname)
+                log.warning("%s is up again", self.port.ifname)
             self._down = False
         elif code == errno.ENXIO:
             if self.failure is None:
-                self.failure = DeviceGoneError(f"{self.device.ifname} is gone")
+                self.failure = DeviceGoneError(f"{self.port.ifname} is gone")
                 log.error("%s", self.failure)
                 if self._stack is not None:
                     self._stack.alert()
         elif code == errno.ENETDOWN:
             if not self._down:
-                log.warning("%s is down; connections wait for it", self.device.ifname)
+                log.warning("%s is down; connections wait for it", self.port.ifname)
             self._down = True
         elif code not in (errno.EAGAIN, self._said):
-            log.error("%s: %s", self.device.ifname, os.strerror(code))
+            log.error("%s: %s", self.port.ifname, os.strerror(code))
             self._said = code
 
     def _housekeeping(self) -> None:
@@ -162,8 +160,8 @@ class DeviceDriver(Driver):
             self.watch.resolve(wanted)
         due = self.watch.due_ns()
         if wanted or self._news or now >= self._tick_ns or (due is not None and now >= due):
-            if self._news:  # what changes queues takes the carrier away for a moment, which netlink tells
-                self._take_new_queues()
+            if self._news:
+                self.port.news()
             self._news = False
             self._trouble(self.watch.update())
         if now >= self._tick_ns:
@@ -176,21 +174,6 @@ class DeviceDriver(Driver):
         if now >= self._status_ns:
             self._status_ns = now + STATUS_NS
             self.status.poll()
-
-    def _take_new_queues(self) -> None:
-        """`ethtool -L`: live TCP of a queue without socket is dropped."""
-        try:
-            new = self.device.take_new_queues()
-            for queue, fd in new.items():
-                self.steering.set_socket(0, queue, fd)
-            if new:
-                # A veth runs no XDP on queues that appear below an attached program, until one is attached anew.
-                self.steering.attach_anew()
-                log.warning("%s has got queues, which are served from now on: %s", self.device.ifname, [*new])
-        except BypassError as e:
-            if str(e) != self._queue_trouble:
-                log.error("%s", e)
-            self._queue_trouble = str(e)
 
     def _want_tick(self) -> None:
         self._tick_wanted = True
@@ -276,7 +259,7 @@ class DeviceDriver(Driver):
                 while not self.core.closed and self.failure is None:
                     self.wait(FOREVER)
 
-        threading.Thread(target=work, name=f"bypass {self.device.ifname}", daemon=True).start()
+        threading.Thread(target=work, name=f"bypass {self.port.ifname}", daemon=True).start()
 
     def remove(self, stack: Stack) -> None:
         """Detaches before the sockets close: packets go to the kernel again, none into a closing socket."""
@@ -289,10 +272,9 @@ class DeviceDriver(Driver):
             end.callback(os.close, self._wake)
             end.callback(self.watch.close)
             end.callback(self.status.close)
-            end.callback(self.device.close)
             if self.capture is not None:
                 end.callback(self.capture.close)
-            end.callback(self.steering.close)
+            end.callback(self.port.close)
             end.callback(self.control.close)
 
 
@@ -323,53 +305,38 @@ def open_stack(
     """
     if not isinstance(policy, Policy):
         policy = load_policy(policy)
-    b = policy.afxdp
     ifname = policy.interface
     options = policy.stack
     if spin_us is None:
         spin_us = options.spin_us or 0
     with contextlib.ExitStack() as undo:
-        generic = choose_mode(ifname, b.mode)[0] == "skb"  # also where the driver has no native XDP
-        steering = Steering(
-            policy, ifname, queues=interface_queues(ifname), mode="skb" if generic else "native"
-        )
-        undo.callback(steering.close)
-        device = AfxdpDevice(
-            ifname,
-            queues="all" if b.queues is None else b.queues,
-            mode=b.mode,
-            ring_size=b.ring_size,
-            frames=b.frames,
-            frame_size=b.frame_size,
-            rx_csum_trust=rx_csum_trust,
-        )
-        undo.callback(device.close)
-        for queue, fd in device.fds.items():
-            steering.set_socket(0, queue, fd)
+        port = attach(policy, rx_csum_trust=rx_csum_trust)
+        undo.callback(port.close)
         recorded: DeviceCapture | None = None
-        netdev = device.netdev
+        netdev = port.netdev
         if capture is not None:
             recorded = DeviceCapture(netdev, Path(capture), ifname, time.time_ns() - time.monotonic_ns())
             undo.callback(recorded.close)
             netdev = recorded.dev
-        # The kernel answers ARP and ping; resets of live flows are ours alone.
         core = CoreStack(
             netdev,
             config=options.config(config),
-            flags=lib.BYPASS_F_RST,
+            flags=port.flags,
             now_ns=time.monotonic_ns(),
-            owner=device,
+            owner=port,
         )
         undo.callback(core.close)
         if policy.congestion is not None:
             core.cc_default(policy.congestion)
-        watch = KernelWatch(ifname, core, steering, device)
+        watch = port.watch(core)
         undo.callback(watch.close)
-        control = PolicyControl(policy, steering, watch)
+        control = PolicyControl(policy, port.steering, watch)
         control.core = core
-        status = StatusServer(ifname, Snapshot(steering, device, core, name or ifname))
+        status = StatusServer(
+            ifname, Snapshot(port.steering, port.device, core, name or ifname, port.counters)
+        )
         undo.callback(status.close)
-        driver = DeviceDriver(core, device, steering, control, watch, status, spin_us, recorded)
+        driver = DeviceDriver(core, port, control, watch, status, spin_us, recorded)
         driver.batch = options.batch or POLL_BUDGET
         stack = Stack(core, driver, name=name or ifname, control=control)
         driver._stack = stack

@@ -311,6 +311,19 @@ def _quieten(ifname: str) -> None:
         ethtool.close()
 
 
+def _deafen(ifname: str) -> None:
+    """The kernel takes nothing that arrives here, although it has the addresses (on another interface): packets whose
+    way back is by that one are dropped (RFC 3704 2.2), no ARP request is answered."""
+    for family, name, value in (
+        ("ipv4", "rp_filter", 1),
+        ("ipv4", "arp_ignore", 8),
+        ("ipv6", "disable_ipv6", 1),
+    ):
+        setting = Path(f"/proc/sys/net/{family}/conf/{ifname}/{name}")
+        if setting.exists():
+            setting.write_text(str(value))
+
+
 def _raise(ip: Any, ifname: str) -> int:
     index = int(ip.link_lookup(ifname=ifname)[0])
     ip.link("set", index=1, state="up")

@@ -256,13 +256,22 @@ class Snapshot:
         device: `bypass.afxdp.AfxdpDevice`.
         core: `bypass.core.CoreStack`; None: frames are read raw.
         name: of the stack.
+        more: further counters, by what they count.
     """
 
-    def __init__(self, steering: Steers, device: Any, core: Any = None, name: str = "") -> None:
+    def __init__(
+        self,
+        steering: Steers,
+        device: Any,
+        core: Any = None,
+        name: str = "",
+        more: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self._steering = steering
         self._device = device
         self._core = core
         self._name = name
+        self._more = more
 
     def _head(self) -> dict[str, Any]:
         policy = self._steering.policy
@@ -273,7 +282,7 @@ class Snapshot:
             "policy": policy.path,
             "mode": self._device.mode,
             "mode_reason": self._device.mode_reason,
-            "xdp_mode": self._device.xdp_mode,
+            "xdp_mode": getattr(self._device, "xdp_mode", ""),  # of DPDK's: there is no XDP
             "queues": list(self._device.queue_numbers),
         }
 
@@ -330,6 +339,7 @@ class Snapshot:
                 "counts": {name: c._asdict() for name, c in self._steering.guard_counts().items()},
             },
             "rings": {str(queue): counters for queue, counters in self._device.statistics().items()},
+            "more": self._more(),
         }
         if self._core is not None:
             states: dict[str, int] = {}

@@ -46,3 +46,8 @@ def nobody(interface: str) -> str:
             continue  # entering it needs CAP_SYS_ADMIN
     hint = f"; there are some in: {', '.join(elsewhere)} (ip netns exec NAME bypass ...)" if elsewhere else ""
     return f"no process steers flows{on} in this network namespace{hint}"
+
+
+def xdp_text(answer: dict[str, Any]) -> str:
+    """How XDP runs, where there is some."""
+    return f", XDP {answer['xdp_mode']}" if answer["xdp_mode"] else ""

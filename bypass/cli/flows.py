@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from bypass.cli.ask import ask_all
+from bypass.cli.ask import ask_all, xdp_text
 from bypass.cli.table import print_table
 from bypass.status import DEFAULT_LIMIT
 
@@ -57,8 +57,8 @@ def merged(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def print_flows(answer: dict[str, Any]) -> None:
     """Tables for people."""
     click.echo(
-        f"{answer['interface']}: process {answer['pid']}, policy {answer['policy']}, {answer['mode']} mode, "
-        f"XDP {answer['xdp_mode']}"
+        f"{answer['interface']}: process {answer['pid']}, policy {answer['policy']}, {answer['mode']} mode"
+        f"{xdp_text(answer)}"
     )
     columns = ("RULE", "ACTION", "PACKETS", "BYTES", "MATCH")
     rows = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from bypass.cli.ask import ask_all
+from bypass.cli.ask import ask_all, xdp_text
 from bypass.cli.table import print_table
 
 
@@ -17,12 +17,14 @@ from bypass.cli.table import print_table
 @click.option("--json", "as_json", is_flag=True, help="For programs, with the counters that are 0.")
 @click.option("--all", "show_all", is_flag=True, help="Also the counters that are 0.")
 def stats(interface: str, as_json: bool, show_all: bool) -> None:
-    """Counters of the steering program, the guard, the AF_XDP rings and the stack, of IFACE or of all interfaces.
+    """Counters of the steering program, the guard, the device's rings and the stack, of IFACE or of all interfaces.
 
     \b
     steering  every packet of the interface, by the reason of its verdict
     guard     TCP resets of the kernel on their way out
     rings     per queue: what the device took and gave, and the kernel's drops
+    filter, exception, port
+              of a DPDK port: what became of received frames; frames to and from the kernel; the driver's own counters
     stack     the TCP/IP stack
 
     \b
@@ -42,8 +44,8 @@ def stats(interface: str, as_json: bool, show_all: bool) -> None:
 def print_stats(answer: dict[str, Any], show_all: bool) -> None:
     """Tables for people."""
     click.echo(
-        f"{answer['interface']}: process {answer['pid']}, {answer['mode']} mode ({answer['mode_reason']}), "
-        f"XDP {answer['xdp_mode']}\n"
+        f"{answer['interface']}: process {answer['pid']}, {answer['mode']} mode ({answer['mode_reason']})"
+        f"{xdp_text(answer)}\n"
     )
     reasons = [r for r in answer["reasons"] if show_all or r["packets"]]
     print_table(
@@ -56,6 +58,8 @@ def print_stats(answer: dict[str, Any], show_all: bool) -> None:
     counted = {name: c["packets"] for name, c in guard["counts"].items()}
     print_counters("GUARD", counted, show_all)
     print_rings(answer["rings"], show_all)
+    for title, counters in answer.get("more", {}).items():
+        print_counters(title.upper(), counters, show_all)
     if "stack" in answer:
         print_counters("STACK", answer["stack"], show_all)
         print_counters("CONNECTIONS", answer["connections"], show_all)
