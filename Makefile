@@ -92,8 +92,8 @@ install: build ## The C libraries, headers and pkg-config files: below PREFIX (/
 	$(Q)for pc in bypass bypass-posix; do sed 's#@PREFIX@#$(PREFIX)#; s#@VERSION@#$(VERSION)#' scripts/$$pc.pc.in \
 		> $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$pc.pc; done
 
-demo: setup ## The demonstration: kernel and bypass on one address; on the simulated wire where root or XDP is missing
-	@$(RUN) -m bypass.demo $(ARGS)
+demo: setup ## The demonstration: kernel and bypass on one address (BACKEND=dpdk: on a DPDK port); simulated without root or XDP
+	@$(RUN) -m bypass.demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
 programs: setup ## Debian's programs that tests and benchmarks run, unpacked below .venv/debian
 	@scripts/programs

@@ -5,6 +5,10 @@ In a lab of two network namespaces an ordinary curl fetches a large file from th
 the kernel at port 8081 of the same address, while ping never stops answering. Then the bypass server is killed
 (SIGKILL), and the kernel answers for its port at once. Without root or XDP the same server runs on the simulated
 wire. What was seen is written to build/demo.json.
+
+`--backend dpdk` is the same on a whole port: DPDK has the server's end of the veth, and the kernel serves port 8081 and
+answers ping behind the exception path. There the kernel has nothing without the process that drives the port: the kill
+shows that too, and a second start.
 """
 
 from __future__ import annotations
@@ -29,10 +33,11 @@ from rich.table import Table
 
 from bypass import lab, probe
 from bypass.errors import BypassError
-from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
+from bypass.lab import SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = ROOT / "config" / "web.yaml"
+DPDK_POLICY = ROOT / "config" / "dpdk.yaml"
 BYPASS_PORT, KERNEL_PORT = 8080, 8081
 START_S = 20.0
 
@@ -128,10 +133,15 @@ def kernel_tcp(place: Lab) -> dict[str, int]:
 
 
 def flows(place: Lab) -> dict[str, Any]:
-    argv = place.command("server", [sys.executable, "-m", "bypass", "flows", "--json"])
+    return ask(place, "flows")
+
+
+def ask(place: Lab, what: str) -> dict[str, Any]:
+    """`bypass flows` or `bypass stats` in the server's namespace."""
+    argv = place.command("server", [sys.executable, "-m", "bypass", what, "--json"])
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     if done.returncode != 0:
-        raise DemoError(f"bypass flows: {done.stderr.strip()}")
+        raise DemoError(f"bypass {what}: {done.stderr.strip()}")
     loaded: dict[str, Any] = json.loads(done.stdout)
     return loaded
 
@@ -220,33 +230,15 @@ def on_interface(size: int, facts: dict[str, Any]) -> None:
         expected = make_body(folder / "body.bin", size)
         place = undo.enter_context(Lab(f"demo-{os.getpid()}"))
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        http = [
-            sys.executable,
-            "-m",
-            "http.server",
-            str(KERNEL_PORT),
-            "--bind",
-            SERVER_IP,
-            "--directory",
-            str(folder),
-        ]
-        kernel = undo.enter_context(running(place.command("server", http), **quiet))
+        kernel = undo.enter_context(running(kernels_server(place, folder), **quiet))
         ping = undo.enter_context(
             running(place.command("client", ["ping", "-i", "0.05", SERVER_IP]), stdout=subprocess.PIPE)
         )
         wait_open(place, KERNEL_PORT, kernel)
-        own = [sys.executable, "-m", "bypass.webserver", "--policy", str(POLICY), "--directory", str(folder)]
         before = kernel_tcp(place)
-        server = undo.enter_context(running(place.command("server", [*own, f"{SERVER_IP}:{BYPASS_PORT}"])))
+        server = undo.enter_context(running(bypass_server(place, POLICY, folder)))
         wait_open(place, BYPASS_PORT, server)
-        say(
-            f"{SERVER_IP}:{BYPASS_PORT} is served by bypass, {SERVER_IP}:{KERNEL_PORT} by the kernel; curl fetches both"
-        )
-        for name, port in (("bypass", BYPASS_PORT), ("kernel", KERNEL_PORT)):
-            got, seconds = fetch(place, port)
-            facts[f"{name}_seconds"] = round(seconds, 3)
-            check(facts, f"{name}_sha256_equal", got == expected, got == expected,
-                  f"{name:6} {size / 1e6:.0f} MB in {seconds:.2f} s, SHA-256 equal")  # fmt: skip
+        fetch_both(place, size, expected, facts)
         tell_who_served(place, facts, before)
         say("SIGKILL to the bypass server")
         ms, after = kill_and_watch(place, server)
@@ -266,9 +258,110 @@ def on_interface(size: int, facts: dict[str, Any]) -> None:
         sent, received = ping_summary(ping.communicate(timeout=10)[0])
         check(facts, "ping", {"sent": sent, "received": received}, 0 < sent == received,
               f"ping went on all the time: {received} answers to {sent}")  # fmt: skip
+    lab_is_gone(place, facts)
+
+
+def kernels_server(place: Lab, folder: Path) -> list[str]:
+    http = [sys.executable, "-m", "http.server", str(KERNEL_PORT), "--bind", SERVER_IP]
+    return place.command("server", [*http, "--directory", str(folder)])
+
+
+def bypass_server(place: Lab, policy: Path, folder: Path) -> list[str]:
+    own = [sys.executable, "-m", "bypass.webserver", "--policy", str(policy), "--directory", str(folder)]
+    return place.command("server", [*own, f"{SERVER_IP}:{BYPASS_PORT}"])
+
+
+def fetch_both(place: Lab, size: int, expected: str, facts: dict[str, Any]) -> None:
+    say(
+        f"{SERVER_IP}:{BYPASS_PORT} is served by bypass, {SERVER_IP}:{KERNEL_PORT} by the kernel; curl fetches both"
+    )
+    for name, port in (("bypass", BYPASS_PORT), ("kernel", KERNEL_PORT)):
+        got, seconds = fetch(place, port)
+        facts[f"{name}_seconds"] = round(seconds, 3)
+        check(facts, f"{name}_sha256_equal", got == expected, got == expected,
+              f"{name:6} {size / 1e6:.0f} MB in {seconds:.2f} s, SHA-256 equal")  # fmt: skip
+
+
+def lab_is_gone(place: Lab, facts: dict[str, Any]) -> None:
     say("the lab is taken down")
     gone = not {place.server_ns, place.client_ns} & {name for left in lab.labs() for name in left.namespaces}
     check(facts, "lab_removed", gone, gone, "no namespace is left")
+
+
+# ---- On a DPDK port ----------------------------------------------------------------------------------------------
+
+
+def missing_for_dpdk() -> list[str]:
+    """What this machine lacks for it, and what to do."""
+    from bypass.dpdk_backend.eal import load_plugin
+
+    lacks = [] if os.geteuid() == 0 else ["a DPDK port takes root"]
+    try:
+        load_plugin()
+    except BypassError as e:
+        lacks.append(str(e))
+    return lacks
+
+
+def pings(place: Lab, count: int) -> tuple[int, int]:
+    """Requests and answers."""
+    argv = place.command("client", ["ping", "-c", str(count), "-i", "0.05", "-W", "1", SERVER_IP])
+    return ping_summary(subprocess.run(argv, check=False, capture_output=True, text=True).stdout)
+
+
+def on_dpdk_port(size: int, facts: dict[str, Any]) -> None:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="bypass-demo-")))
+        say(f"a file of {size / 1e6:.0f} MB, and a lab whose server's end, {WIRE_IFNAME}, is a port of DPDK")
+        expected = make_body(folder / "body.bin", size)
+        place = undo.enter_context(Lab(f"demo-{os.getpid()}", wire=True))
+        server = undo.enter_context(running(bypass_server(place, DPDK_POLICY, folder)))
+        wait_open(place, BYPASS_PORT, server)
+        before = kernel_tcp(place)
+        kernel = undo.enter_context(running(kernels_server(place, folder), **quiet))
+        wait_open(place, KERNEL_PORT, kernel)
+        before["PassiveOpens"] = kernel_tcp(place)["PassiveOpens"]
+        ping = undo.enter_context(
+            running(place.command("client", ["ping", "-i", "0.05", SERVER_IP]), stdout=subprocess.PIPE)
+        )
+        fetch_both(place, size, expected, facts)
+        ping.send_signal(signal.SIGINT)
+        sent, received = ping_summary(ping.communicate(timeout=10)[0])
+        tell_who_served(place, facts, before)
+        tell_the_exception_path(place, facts)
+        check(facts, "ping", {"sent": sent, "received": received}, 0 < sent == received,
+              f"the kernel answered ping all the time: {received} answers to {sent}")  # fmt: skip
+        say("SIGKILL to the bypass server, which is the driver of the port")
+        os.kill(server_pid(server), signal.SIGKILL)
+        server.wait()
+        links = subprocess.run(
+            place.command("server", ["ip", "-br", "link"]), check=True, capture_output=True, text=True
+        )
+        names = [line.split()[0].partition("@")[0] for line in links.stdout.splitlines()]
+        check(facts, "left_interfaces", names, sorted(names) == sorted(["lo", WIRE_IFNAME]),
+              f"the TAP device {SERVER_IFNAME} went with it; the veth is as it was")  # fmt: skip
+        sent, received = pings(place, 5)
+        check(facts, "ping_after", {"sent": sent, "received": received}, received == 0,
+              f"nobody drives the port: {received} answers to {sent} pings; bypass and kernel are silent")  # fmt: skip
+        start = time.monotonic()
+        again = undo.enter_context(running(bypass_server(place, DPDK_POLICY, folder)))
+        wait_open(place, BYPASS_PORT, again)
+        wait_open(place, KERNEL_PORT, kernel)
+        seconds = time.monotonic() - start
+        check(facts, "served_again_seconds", round(seconds, 2), True,
+              f"started again: bypass and the kernel's server, which went on, serve after {seconds:.1f} s")  # fmt: skip
+    lab_is_gone(place, facts)
+
+
+def tell_the_exception_path(place: Lab, facts: dict[str, Any]) -> None:
+    (process,) = ask(place, "stats")["processes"]
+    found = process["more"]["exception"]
+    facts["exception"] = found
+    say(
+        f"by the exception path: {found['passed']:,} frames to the kernel, {found['from_kernel']:,} from it; "
+        f"{found['over_rate']:,} were more than the policy's rate, {found['full']:,} more than it took"
+    )
 
 
 # ---- On the simulated wire ---------------------------------------------------------------------------------------
@@ -324,14 +417,26 @@ def on_simulated_wire(size: int, facts: dict[str, Any]) -> None:
 @click.option(
     "--megabytes", default=100, show_default=True, type=click.IntRange(1, 4000), help="Size of the file."
 )
+@click.option(
+    "--backend",
+    default="afxdp",
+    show_default=True,
+    type=click.Choice(["afxdp", "dpdk"]),
+    help="Beside the kernel on an interface, or with a whole port.",
+)
 @click.option("--json", "path", default="build/demo.json", show_default=True, type=click.Path(path_type=Path))
-def main(simulate: bool, megabytes: int, path: Path) -> None:
+def main(simulate: bool, megabytes: int, backend: str, path: Path) -> None:
     """One address, two servers: bypass and the kernel side by side, then the bypass server is killed."""
-    facts: dict[str, Any] = {"mode": "interface", "megabytes": megabytes}
+    facts: dict[str, Any] = {"mode": "interface", "megabytes": megabytes, "backend": backend}
     started = time.monotonic()
-    reason = "asked for" if simulate else ", ".join(probe.missing_for_xdp())
+    lacks = missing_for_dpdk if backend == "dpdk" else probe.missing_for_xdp
+    reason = "asked for" if simulate else ", ".join(lacks())
     try:
-        if reason:
+        if reason and backend == "dpdk":
+            raise BypassError("--simulate is for --backend afxdp" if simulate else reason)
+        if backend == "dpdk":
+            on_dpdk_port(megabytes * 1_000_000, facts)
+        elif reason:
             facts |= {"mode": "simulated", "reason": reason}
             say(f"on the simulated wire: {'' if simulate else 'this machine lacks '}{reason}")
             on_simulated_wire(megabytes * 1_000_000, facts)

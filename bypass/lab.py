@@ -242,6 +242,7 @@ def dpdk_policy(text: str, ifname: str = WIRE_IFNAME) -> str:
                 "kind": "dpdk",
                 "device": f"net_af_packet0,iface={ifname}",
                 "eal": {"hugepages": False, "memory": "64M"},
+                "exception_rate": 50000,
             },
             "addresses": [f"{SERVER_IP}/{PREFIX_LEN}"],
             "routes": [{"to": CLIENT_NET, "via": CLIENT_IP}],
@@ -286,6 +287,9 @@ def _deafen(ifname: str) -> None:
     (conf / "all" / "rp_filter").write_text("0")  # the larger of both counts, and 2 asks for less than 1
     (conf / ifname / "rp_filter").write_text("1")  # the way back is by the TAP: dropped
     (conf / ifname / "arp_ignore").write_text("8")  # answers nobody
+    ipv6 = Path(f"/proc/sys/net/ipv6/conf/{ifname}/disable_ipv6")
+    if ipv6.exists():
+        ipv6.write_text("1")
 
 
 def _quieten(ifname: str) -> None:
@@ -309,19 +313,6 @@ def _quieten(ifname: str) -> None:
         ethtool.set_features(features)
     finally:
         ethtool.close()
-
-
-def _deafen(ifname: str) -> None:
-    """The kernel takes nothing that arrives here, although it has the addresses (on another interface): packets whose
-    way back is by that one are dropped (RFC 3704 2.2), no ARP request is answered."""
-    for family, name, value in (
-        ("ipv4", "rp_filter", 1),
-        ("ipv4", "arp_ignore", 8),
-        ("ipv6", "disable_ipv6", 1),
-    ):
-        setting = Path(f"/proc/sys/net/{family}/conf/{ifname}/{name}")
-        if setting.exists():
-            setting.write_text(str(value))
 
 
 def _raise(ip: Any, ifname: str) -> int:

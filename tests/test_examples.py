@@ -11,9 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from bypass._core import ffi
 from click.testing import CliRunner
+from dpdk_support import require_dpdk
 from peer import client_socket
 from support import INTERRUPTIBLE
 
@@ -107,6 +111,32 @@ def test_the_demonstration_shows_both_servers_and_a_clean_kill(tmp_path: Path) -
     assert facts["left_attached"] == []
     assert facts["answers_after"] == ["ECONNREFUSED"]
     assert facts["ping"]["sent"] == facts["ping"]["received"] > 0
+
+
+@pytest.mark.netns
+def test_the_demonstration_on_a_dpdk_port(tmp_path: Path) -> None:
+    require_dpdk()
+    facts = demo(tmp_path, "--megabytes", "5", "--backend", "dpdk")
+    assert facts["bypass_sha256_equal"] is True
+    assert facts["kernel_sha256_equal"] is True
+    assert facts["steered_packets"] > 100
+    assert facts["exception"]["passed"] > 100
+    assert facts["ping"]["sent"] == facts["ping"]["received"] > 0
+    assert sorted(facts["left_interfaces"]) == ["bypass0w", "lo"]
+    assert facts["ping_after"]["received"] == 0
+
+
+def test_the_demonstration_on_a_dpdk_port_names_the_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: object, error: Any) -> object:
+        error.text = b"there is no DPDK plug-in: apt-get install dpdk"
+        return ffi.NULL
+
+    monkeypatch.setattr("bypass.dpdk_backend.eal.lib", SimpleNamespace(dpdk_load=load))
+    argv = ["--json", str(tmp_path / "demo.json"), "--backend", "dpdk"]
+    assert CliRunner().invoke(main, argv).exit_code == 2
+    assert "apt-get install dpdk" in json.loads((tmp_path / "demo.json").read_text())["error"]
 
 
 def test_the_demonstration_runs_without_privilege(tmp_path: Path) -> None:

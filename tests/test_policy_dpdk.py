@@ -224,7 +224,7 @@ def test_who_needs_the_other_backend_says_so() -> None:
 
 def test_check_explains_the_port() -> None:
     told = CliRunner().invoke(policy_command, ["check", str(CONFIG)], standalone_mode=False).output
-    assert "bypass0 by dpdk, net_af_packet0,iface=bypass0w, 1 queue, kernel by tap, 10000 packets/s" in told
+    assert "bypass0 by dpdk, net_af_packet0,iface=bypass0w, 1 queue, kernel by tap, 50000 packets/s" in told
     assert "Addresses: 192.0.2.10/24\nRoute: 198.51.100.0/24 via 192.0.2.20" in told
     found = yaml.safe_load(
         CliRunner().invoke(policy_command, ["check", "--json", str(CONFIG)], standalone_mode=False).output
