@@ -128,7 +128,7 @@ test-programs: setup programs ## Debian's programs, unmodified: do they work, wh
 test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)
 	@$(RUN) -m bench.killing $(ARGS)
 
-test-vm: setup ## Real drivers (e1000e, virtio-net) in QEMU: AF_XDP on two queues, vfio-pci and back (~1 min; root)
+test-vm: setup ## Real drivers (e1000e, virtio-net) in QEMU: AF_XDP on two queues, DPDK by vfio-pci and back (~1.5 min; root)
 	@scripts/vm
 	@$(VENV)/bin/python tests/vm $(ARGS)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from bypass._core import ffi, lib
@@ -41,6 +42,11 @@ def open_tap(policy: Policy) -> int:
         DeviceError: there are no TAP devices.
         PrivilegeError: CAP_NET_ADMIN is missing.
     """
+    if _is_port_itself(policy):
+        raise DeviceError(
+            f"{policy.interface} is the kernel's interface of {policy.dpdk.device}: "
+            f"bypass nic bind {policy.interface} takes it from there, and frees the name"
+        )
     if policy.dpdk.vlan is not None and policy.interface in _names():
         raise NameTakenError(_taken(policy.interface), driver_of(tap_name(policy)) == "tun")
     path, config = ffi.new("struct exception_path *"), ffi.new("struct exception_config *")
@@ -52,6 +58,13 @@ def open_tap(policy: Policy) -> int:
     if error.err == errno.EBUSY:
         raise NameTakenError(text, driver_of(policy.interface) == "tun")
     raise (PrivilegeError if error.err in (errno.EPERM, errno.EACCES) else DeviceError)(text)
+
+
+def _is_port_itself(policy: Policy) -> bool:
+    """Whether the name is taken by the very device that the policy is about (virtio's is below its PCI device)."""
+    address = policy.dpdk.device.partition(",")[0]
+    place = Path(f"/sys/class/net/{policy.interface}/device").resolve().parts
+    return ":" in address and any(part.endswith(address) for part in place)
 
 
 def _taken(name: str) -> str:

@@ -45,7 +45,7 @@ def attempt(number: int, console: Console) -> Outcome | str:
     def line(text: str) -> None:
         said = outcome.hear(text)
         if said:
-            console.print(f"{time.monotonic() - begin:6.1f} s  {said}", markup=False)
+            console.print(f"{time.monotonic() - begin:6.1f} s  {said}", markup=False, soft_wrap=True)
 
     argv, env = machine.command(VM, BUILD / "initramfs", BUILD / "console.log")
     console.print(
@@ -61,12 +61,10 @@ def attempt(number: int, console: Console) -> Outcome | str:
 
 
 def show_log(console: Console) -> None:
-    for name, most in (("console.log", 40), ("guest.log", 80)):
-        path = BUILD / name
-        if path.exists():
-            lines = path.read_text(errors="replace").splitlines()[-most:]
-            console.print(f"vm: the end of {path.relative_to(ROOT)}:", markup=False)
-            console.print("\n".join(lines), markup=False)
+    """What the guest's kernel said at the end; what its test said was shown when it said it."""
+    path = BUILD / "console.log"
+    lines = path.read_text(errors="replace").splitlines()[-60:] if path.exists() else []
+    console.print(f"vm: the end of {path.relative_to(ROOT)}:", *lines, sep="\n", markup=False, soft_wrap=True)
 
 
 def main() -> int:

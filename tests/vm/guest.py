@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -24,12 +25,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import bypass
-from bypass import aio, netns, pci
+from bypass import aio, netns
 from bypass.bpf import build
+from bypass.cli import main as bypass_command
+from bypass.errors import BypassError
 from bypass.webserver import WebServer
 
 HERE = Path(__file__).resolve().parent
@@ -38,9 +42,11 @@ NICS = {"52:54:00:00:00:01": "lan0", "52:54:00:00:00:02": "fast0", "52:54:00:00:
 ADDRESSES = {"lan0": "192.0.2.10", "fast0": "198.51.100.10"}
 PEER_ADDRESSES = ("192.0.2.20", "198.51.100.20")
 MTU = 1400  # of lan0: it has to be the same when the device has been away
-HTTP, ECHO = 8080, 8081
+HTTP, ECHO, KERNEL = 8080, 8081, 8082
+PMDS = ("bus_pci", "bus_vdev", "mempool_ring", "net_e1000", "net_virtio")  # what the policies' drivers need
+HUGEPAGES = "128M"
 BODY_BYTES = 4 << 20
-CONNECTIONS = 16
+CONNECTIONS, PINGS = 16, 5
 WWW = Path("/run/www")
 WAIT_S = 60.0
 
@@ -85,8 +91,19 @@ def sh(command: str) -> str:
     return done.stdout
 
 
+IMPORTED = (
+    "bypass.embedded",
+    "bypass.backends",
+    "bypass.dpdk_backend.filter",
+    "bypass.dpdk_backend.tap",
+    "bypass.cli.nic",
+)
+
+
 def prepare() -> None:
-    sh("modprobe -a virtio_net e1000e vfio-pci tun")
+    for name in IMPORTED:  # here, once, and not in each child
+        importlib.import_module(name)
+    sh("modprobe -a virtio_net e1000e tun")
     for index, ifname in socket.if_nameindex():
         mac = Path(f"/sys/class/net/{ifname}/address").read_text().strip()
         if mac in NICS:
@@ -160,11 +177,11 @@ def dial(address: str, port: int) -> socket.socket:
     return s
 
 
-def ping(address: str, count: int = 5) -> str:
+def ping(address: str) -> str:
     """Answers of so many, such as "5/5". Several tries: the first finds the way, while a link comes up."""
     sh(f"for i in 1 2 3 4 5 6; do ip netns exec peer ping -q -c 1 -W 5 {address} > /dev/null && break; done")
     done = subprocess.run(
-        ["ip", "netns", "exec", "peer", "ping", "-q", "-c", str(count), "-i", "0.2", "-W", "5", address],
+        ["ip", "netns", "exec", "peer", "ping", "-q", "-c", str(PINGS), "-i", "0.2", "-W", "5", address],
         capture_output=True,
         text=True,
         check=False,
@@ -172,8 +189,8 @@ def ping(address: str, count: int = 5) -> str:
     )
     found = re.search(r"(\d+) packets transmitted, (\d+) received", done.stdout)
     answers = int(found[2]) if found else 0
-    check(answers == count, f"ping {address}: {answers} of {count} answered")
-    return f"{answers}/{count}"
+    check(answers == PINGS, f"ping {address}: {answers} of {PINGS} answered")
+    return f"{answers}/{PINGS}"
 
 
 def echo(address: str) -> str:
@@ -245,16 +262,52 @@ def work(policy: Path, address: str, out: int) -> None:
     """The child: serves until SIGTERM, and tells by `out` what the device was and did."""
     with bypass.Stack.from_policy(policy) as stack:
         web = asyncio.run(serve(stack, address, lambda: os.write(out, b"ready\n") and None))
-        device = stack.driver.device
+        device, port = stack.driver.device, stack.driver.port
         about = {
             "mode": device.mode,
-            "reason": device.mode_reason,
+            "mode_reason": device.mode_reason,
             "xdp": getattr(device, "xdp_mode", ""),
             "queues": {q: (n["rx_packets"], n["tx_packets"]) for q, n in device.statistics().items()},
-            "conserved": device.audit().conserved,
+            "audit": asdict(device.audit()),
             "requests": web.requests,
+            "more": port.counters(),
         }
     os.write(out, json.dumps(about).encode())
+
+
+@contextmanager
+def forked(func: Callable[[int], None]) -> Iterator[tuple[int, IO[bytes]]]:
+    """A child that runs func(out); its pid and what it writes to `out`. At the end it has to end by itself.
+
+    Raises:
+        CheckError: its exit code is not 0.
+    """
+    sys.stdout.flush()
+    r, w = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(r)
+        code = 1
+        try:
+            func(w)
+            code = 0
+        except BaseException:  # noqa: BLE001 - the child must not go on as its parent
+            traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(w)
+    with open(r, "rb") as said:
+        try:
+            yield child, said
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code != 0:
+        raise CheckError(f"process {child} ended with exit code {code}")
 
 
 class Server:
@@ -266,33 +319,45 @@ class Server:
 
 @contextmanager
 def served(policy: Path, address: str) -> Iterator[Server]:
-    sys.stdout.flush()
-    r, w = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(r)
-        code = 1
-        try:
-            work(policy, address, w)
-            code = 0
-        except BaseException:  # noqa: BLE001 - the child must not go on as its parent
-            traceback.print_exc(file=sys.stdout)
-        sys.stdout.flush()
-        os._exit(code)
-    os.close(w)
+    """A stack in a child, as a policy says, with HTTP and echo."""
     server = Server()
-    with open(r, "rb") as answers:
+    begin = time.monotonic()
+    with forked(lambda out: work(policy, address, out)) as (child, said):
+        ready = said.readline() == b"ready\n"
+        check(ready, f"a stack serves {address} by {policy.name}, after {time.monotonic() - begin:.1f} s")
+        yield server
+        os.kill(child, signal.SIGTERM)
+        text = said.read()
+    server.about = json.loads(text)
+
+
+def run_bypass(*args: str, code: int = 0) -> str:
+    """`bypass ARGS` in a child: all that the command does, without an interpreter's start, which takes seconds here.
+    What it says, on both of its streams; it has to end with exit code `code`."""
+
+    def command(out: int) -> None:
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        got = bypass_command(args)
+        sys.stdout.flush()
+        if got != code:
+            raise CheckError(f"bypass {' '.join(args)}: exit code {got}")
+
+    with forked(command) as (_, said):
+        return said.read().decode().rstrip()
+
+
+def refusal(policy: Path) -> str:
+    """What opening a stack fails with."""
+
+    def attempt(out: int) -> None:
         try:
-            check(answers.readline() == b"ready\n", f"a stack serves {address} by {policy.name}")
-            yield server
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM)
-            said = answers.read()
-            _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        check(code == 0, f"the server of {policy.name} ended with exit code {code}")
-        server.about = json.loads(said)
+            bypass.Stack.from_policy(policy).close()
+        except BypassError as e:
+            os.write(out, str(e).encode())
+
+    with forked(attempt) as (_, said):
+        return said.read().decode()
 
 
 # ---- The parts ---------------------------------------------------------------------------------------------------
@@ -311,14 +376,11 @@ def afxdp_on_virtio() -> None:
         )
         rtt, rate, answers = echo(address), fetch(address), ping(address)
     about = server.about
-    check(about["xdp"] == "native", f"AF_XDP: {about['mode']} ({about['reason']}), XDP {about['xdp']}")
+    check(about["xdp"] == "native", f"AF_XDP: {about['mode']} ({about['mode_reason']}), XDP {about['xdp']}")
     queues = about["queues"]
     used = all(rx > 0 and tx > 0 for rx, tx in queues.values())
     check(used and len(queues) == 2, f"two queues, both used (received, sent): {queues}")
-    check(
-        about["conserved"] and about["requests"] == 1,
-        "every frame is accounted for; one request was answered",
-    )
+    check_frames(about)
     check("xdp" not in sh("ip -d link show dev fast0"), "no XDP program is left")
     tell(
         row={
@@ -332,31 +394,117 @@ def afxdp_on_virtio() -> None:
     )
 
 
-def away_and_back(ifname: str) -> None:
-    """vfio-pci takes the device; the kernel gets it back as it was."""
-    device, before = pci_address(ifname), appearance(ifname)
+class Killed(Exception):
+    """For killed_while_serving()."""
+
+
+def check_frames(about: dict[str, Any]) -> None:
+    a = about["audit"]
+    clean = a["conserved"] and a["misplaced"] == a["bad_free"] == 0
+    check(clean and about["requests"] == 1, "every frame is accounted for; one request was answered")
+
+
+def ask_kernel(address: str) -> None:
+    """TCP with a socket of the kernel's, on the port that a PMD has: by the exception path, both ways."""
+    message = os.urandom(20000)
+    with socket.create_server((address, KERNEL)) as server, dial(address, KERNEL) as s:
+        server.settimeout(WAIT_S)
+        conn, _ = server.accept()
+        with conn:
+            conn.settimeout(WAIT_S)
+            s.sendall(message[:10000])
+            conn.sendall(message[10000:])
+            there, back = b"", b""
+            while len(there) < 10000 and (piece := conn.recv(10000)):
+                there += piece
+            while len(back) < 10000 and (piece := s.recv(10000)):
+                back += piece
+    check(
+        there + back == message, f"TCP with the kernel's socket at {address}:{KERNEL}, by the exception path"
+    )
+
+
+def whole_port(ifname: str, policy: Path) -> None:
+    """The device goes to vfio-pci, a stack serves through DPDK's driver, and the kernel has it back as it was."""
+    address, device, before = ADDRESSES[ifname], pci_address(ifname), appearance(ifname)
     drivers = [pci_driver(device)]
-    for warning in pci.bind(ifname).warnings:
-        print(f"guest: {warning}")
+    said = refusal(policy)
+    check("bypass nic bind" in said, f"too early: {said!r}")
+    print(f"guest: bypass nic bind {ifname}: {run_bypass('nic', 'bind', ifname)}")
     drivers.append(pci_driver(device))
     check(drivers[1] == "vfio-pci", f"{device} ({drivers[0]}) is bound to {drivers[1]}")
-    check(ifname not in [name for _, name in socket.if_nameindex()], f"{ifname} is gone meanwhile")
-    pci.unbind(device)
+    check(ifname not in interfaces(), f"{ifname} is gone meanwhile")
+    try:
+        killed_while_serving(ifname, policy, address)
+        row = through_the_port(ifname, policy, address)
+    finally:
+        print(f"guest: bypass nic unbind {ifname}: {run_bypass('nic', 'unbind', ifname)}")
     drivers.append(pci_driver(device))
     check(drivers[2] == drivers[0], f"{device} is back with {drivers[2]}")
     after = appearance(ifname)
     check(
         after == before,
-        f"{ifname} is as it was: {after}" if after == before else f"{ifname} was {before}, is {after}",
+        f"{ifname} is as it was: {after}" if after == before else f"{ifname}: {before}, then {after}",
     )
-    tell(
-        row={
-            "device": ifname,
-            "driver": " > ".join(drivers),
-            "path": "kernel again",
-            "ping": ping(ADDRESSES[ifname]),
-        }
+    tell(row={"device": ifname, "driver": " > ".join(drivers), **row})
+    tell(row={"device": ifname, "driver": drivers[2], "path": "the kernel again", "ping": ping(address)})
+
+
+def killed_while_serving(ifname: str, policy: Path, address: str) -> None:
+    """What a SIGKILL leaves is nothing that keeps the next server from the port."""
+    try:
+        with served(policy, address):
+            echo(address)
+            raise Killed
+    except Killed:
+        check(ifname not in interfaces(), "its server is killed, the kernel's side of the port is gone")
+
+
+def through_the_port(ifname: str, policy: Path, address: str) -> dict[str, str]:
+    with served(policy, address) as server:
+        check(ifname in interfaces(), f"{ifname} is there again, as the kernel's side of the port")
+        answers, rtt, rate = ping(address), echo(address), fetch(address)
+        ask_kernel(address)
+        said = run_bypass("nic", "unbind", ifname, code=2)
+        check(True, f"not taken away from under a program: {said!r}")
+    check(ifname not in interfaces(), "nothing is left of the kernel's side when the server has ended")
+    about = server.about
+    rx, tx = (sum(n[i] for n in about["queues"].values()) for i in (0, 1))
+    check(rx > 0 and tx > 0, f"{about['mode_reason']}: {rx} frames received, {tx} sent")
+    exception = about["more"]["exception"]
+    lost = {name: exception[name] for name in ("over_rate", "full", "errors", "read_errors")}
+    passed, back = exception["passed"], exception["from_kernel"]
+    check(
+        min(passed, back) >= PINGS,
+        f"exception path: {passed} frames to the kernel, {back} from it; not: {lost}",
     )
+    check_frames(about)
+    return {"path": about["mode_reason"], "http": rate, "echo": rtt, "ping": answers}
+
+
+def interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def dpdk_ready() -> None:
+    """Hugepages, and a folder of the drivers that are needed."""
+    sh("modprobe vfio-pci")
+    print(f"guest: {run_bypass('nic', 'hugepages', 'reserve', HUGEPAGES)}")
+    print(run_bypass("nic", "list"))
+    folder = Path("/run/pmds")
+    folder.mkdir()
+    for name in PMDS:
+        (found,) = Path("/usr/lib").glob(f"*/dpdk/pmds-*/librte_{name}.so")
+        (folder / found.name).symlink_to(found.resolve())
+    check(True, f"hugepages of {HUGEPAGES}, {len(PMDS)} drivers of DPDK")
+
+
+def all_given_back() -> None:
+    print(f"guest: {run_bypass('nic', 'hugepages', 'release')}")
+    (total,) = re.findall(r"HugePages_Total:\s+(\d+)", Path("/proc/meminfo").read_text())
+    check(total == "0", "no hugepage is reserved any more")
+    trouble = re.findall(r"^.*(?:DMAR:.*fault|BUG:|Oops|WARNING:).*$", sh("dmesg"), re.MULTILINE)
+    check(not trouble, f"the kernel complained of nothing{''.join(chr(10) + line for line in trouble[:5])}")
 
 
 def main() -> None:
@@ -368,8 +516,10 @@ def main() -> None:
     if not failed:
         part("the kernel alone", kernel_alone)
         part("AF_XDP on virtio-net", afxdp_on_virtio)
-        part("e1000e to vfio-pci and back", lambda: away_and_back("lan0"))
-        part("virtio-net to vfio-pci and back", lambda: away_and_back("fast0"))
+        part("what DPDK needs", dpdk_ready)
+        part("DPDK on e1000e", lambda: whole_port("lan0", HERE / "dpdk-e1000e.yaml"))
+        part("DPDK on virtio-net", lambda: whole_port("fast0", HERE / "dpdk-virtio.yaml"))
+        part("all given back", all_given_back)
     tell(end=True, failed=failed)
 
 

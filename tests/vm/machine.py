@@ -207,7 +207,7 @@ def command(
     (kernel,) = (vm / "boot").glob("vmlinuz-*")
     # iommu=pt: what the kernel drives itself is not translated (each translation is emulated), what vfio drives is.
     options = "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off net.ifnames=0"
-    options += " hugepages=96 intel_iommu=on iommu=pt"
+    options += " intel_iommu=on iommu=pt"
     argv = [qemu, *where, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     argv += ["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]
     argv += ["-smp", str(CPUS), "-m", str(MEMORY_MB)]
