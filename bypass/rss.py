@@ -23,7 +23,7 @@ from ipaddress import IPv4Address
 from bypass.errors import DeviceError
 from bypass.rules import TCP
 
-__all__ = ["Queue", "Rss", "queue_of", "read", "toeplitz"]
+__all__ = ["Queue", "Rss", "ask", "queue_of", "read", "toeplitz"]
 
 SIOCETHTOOL = 0x8946
 GRXFH, GRXCLSRLCNT, GRSSH = 0x29, 0x2E, 0x46
@@ -120,9 +120,9 @@ def read(ifname: str) -> Rss | None:
         DeviceError: there is no such interface, or it cannot be asked.
     """
     try:
-        sizes = _RXFH.unpack(_ask(ifname, _RXFH.pack(GRSSH, 0, 0, 0, 0, 0, 0)))
+        sizes = _RXFH.unpack(ask(ifname, _RXFH.pack(GRSSH, 0, 0, 0, 0, 0, 0)))
         entries, key_bytes = sizes[2:4]
-        told = _ask(
+        told = ask(
             ifname,
             _RXFH.pack(GRSSH, 0, entries, key_bytes, 0, 0, 0) + bytes(4 * entries + key_bytes),
         )
@@ -147,15 +147,15 @@ def read(ifname: str) -> Rss | None:
 def _asked(ifname: str, command: int, flow: int) -> tuple[int | None, ...]:
     """Fields of struct ethtool_rxnfc; Nones: the driver does not answer that."""
     try:
-        return _RXNFC.unpack(_ask(ifname, _RXNFC.pack(command, flow, 0, 0)))
+        return _RXNFC.unpack(ask(ifname, _RXNFC.pack(command, flow, 0, 0)))
     except OSError as e:
         if e.errno in (errno.EOPNOTSUPP, errno.EINVAL):
             return (None,) * 4
         raise DeviceError(f"{ifname}: its receive hash cannot be read: {e.strerror}") from e
 
 
-def _ask(ifname: str, question: bytes) -> bytes:
-    """An ioctl of ethtool. OSError."""
+def ask(ifname: str, question: bytes) -> bytes:
+    """An ioctl of ethtool, in the calling thread's network namespace: the struct as the kernel left it. OSError."""
     data = ctypes.create_string_buffer(question, len(question))
     request = struct.pack("16sP16x", ifname.encode(), ctypes.addressof(data))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:

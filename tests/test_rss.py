@@ -123,9 +123,9 @@ class Driver:
 
 
 def test_what_a_driver_tells_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rss, "_ask", Driver({1: FOUR, 2: ADDRESSES}, 3).ask)
+    monkeypatch.setattr(rss, "ask", Driver({1: FOUR, 2: ADDRESSES}, 3).ask)
     assert rss.read("eth1") == device(table=tuple(range(128)), rules=3)
-    monkeypatch.setattr(rss, "_ask", Driver({}, None).ask)
+    monkeypatch.setattr(rss, "ask", Driver({}, None).ask)
     assert rss.read("eth1") == device(table=tuple(range(128)), tcp=None, udp=None)
 
 

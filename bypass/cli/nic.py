@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bypass nic list | bind | unbind | vf | hugepages`."""
+"""`bypass nic list | bind | unbind | vf | hugepages | rules`."""
 
 from __future__ import annotations
 
@@ -286,3 +286,69 @@ def hugepages_release() -> int:
         kept = f", {r.kept} are in use" if r.kept else ""
         click.echo(f"{r.removed} pages of {size_text(r.size)}{where} released{kept}")
     return int(any(r.kept for r in done))
+
+
+# ---- Rules in hardware ---------------------------------------------------------------------------------------------
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Queues as `3`, `0-2`, `0,2,4-7`."""
+
+    name = "QUEUES"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        found: list[int] = []
+        for part in str(value).split(","):
+            m = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+            if m is None or int(m[2] or m[1]) < int(m[1]):
+                self.fail(f"{value!r} is no list of queues: write it as 3, 0-2 or 0,2,4-7", param, ctx)
+            found += range(int(m[1]), int(m[2] or m[1]) + 1)
+        return tuple(dict.fromkeys(found))
+
+
+@nic.command("rules")
+@click.option("-c", "--config", "file", metavar="POLICY", required=True, help="The policy.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["ethtool", "rte_flow"]),
+    help="For the kernel's driver, or for testpmd of DPDK. Default: by the policy's backend.",
+)
+@click.option("--queues", type=Numbers(), help="Of the stack: 3, 0-2. Default: the policy's.")
+@click.option("--kernel-queues", type=Numbers(), help="Of the kernel. Default, for ethtool: all others.")
+@click.option("--vf", type=click.IntRange(0, 254), help="What is steered goes to this virtual function.")
+@click.option(
+    "--address", "addresses", multiple=True, help="Of this host; again for each. Default: the interface's."
+)
+@click.option("--live", is_flag=True, help="Only what sockets of running programs own now.")
+@click.option(
+    "--first", default=0, type=click.IntRange(0, 1 << 20), help="ethtool: location of the first rule."
+)
+@click.option("--undo", is_flag=True, help="ethtool: print what takes them off again.")
+@click.option("--group", default=0, type=click.IntRange(0, 1 << 20), help="rte_flow: the group.")
+@click.option("--port", default=0, type=click.IntRange(0, 1 << 16), help="rte_flow: testpmd's port.")
+@click.option(
+    "--limit", default=4096, show_default=True, type=click.IntRange(1), help="Rules of the device's table."
+)
+@JSON
+def rules_(file: str, form: str | None, as_json: bool, **said: Any) -> None:
+    """Print a policy's rules for network hardware, which chooses queues before any program runs. Nothing is applied.
+
+    ethtool: rules (-N) that send what is steered to the queues of the stack, and a hash table (-X) that keeps all else
+    off them. rte_flow: the same for a port of DPDK, as commands of testpmd. The steering program still decides about
+    each packet. What hardware cannot say is left to it, and told on stderr with its place. Untried on hardware.
+
+    \b
+    Examples:
+      bypass nic rules -c policy.yaml --queues 3 --kernel-queues 0-2
+      bypass nic rules -c policy.yaml --queues 3 --kernel-queues 0-2 --undo
+      bypass nic rules -c dpdk.yaml --format rte_flow
+    """
+    from bypass.cli.hardware import lines
+
+    found, left = lines(file, form, as_json, **said)
+    for text in left:
+        click.echo(text, err=True)
+    click.echo("\n".join(found))
