@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 from conftest import missing
+from dpdk_support import require_dpdk
 
 from bench.apps import hold, iperf, redis, web
-from bench.apps.launch import LAUNCHERS, BypassLauncher, Grant, KernelLauncher
+from bench.apps.launch import LAUNCHERS, BypassLauncher, DpdkLauncher, Grant, KernelLauncher
 from bench.apps.place import Place, environment, find, lacking, place
-from bench.apps.run import APPS, IDLE_CPU, idle_cpu, run
+from bench.apps.run import APPS, idle_cpu, run
 from bench.programs import BenchError
 from bypass.lab import Lab
 from bypass.policy import parse_policy
@@ -53,6 +54,17 @@ def test_a_program_works_on_bypass_and_the_kernel_sees_none_of_its_connections(n
     verdict = run(APPS[name], BypassLauncher, scale=SCALE)
     assert verdict.problems == []
     assert verdict.figures
+    assert verdict.elsewhere == []
+    assert verdict.proof["active_opens"] + verdict.proof["passive_opens"] == 0
+
+
+@pytest.mark.netns
+def test_redis_works_on_a_port_of_dpdk() -> None:
+    require_dpdk()
+    if lack := APPS["redis"].missing():
+        missing(lack)
+    verdict = run(APPS["redis"], DpdkLauncher, scale=SCALE)
+    assert verdict.problems == []
     assert verdict.elsewhere == []
     assert verdict.proof["active_opens"] + verdict.proof["passive_opens"] == 0
 
@@ -116,9 +128,9 @@ def test_a_server_that_dies_while_it_is_used_is_a_problem() -> None:
 def test_a_program_that_uses_the_processor_while_nobody_asks_is_noticed(here: Place) -> None:
     launcher = KernelLauncher(here, ())
     with launcher.start(["/bin/sleep", "1000"]):
-        assert idle_cpu(here.lab) < IDLE_CPU
+        assert idle_cpu(here.lab) < KernelLauncher.idle_cpu
     with launcher.start(["/bin/sh", "-c", "while :; do :; done"]):
-        assert idle_cpu(here.lab) > IDLE_CPU
+        assert idle_cpu(here.lab) > KernelLauncher.idle_cpu
 
 
 def wait_until(condition: object) -> None:
@@ -161,7 +173,7 @@ def test_a_policy_grants_what_a_program_listens_on_and_connects_to(tmp_path: Pat
 
 
 def test_launchers_are_known_by_name() -> None:
-    assert set(LAUNCHERS) == {"kernel", "bypass", "shared", "up"}
+    assert set(LAUNCHERS) == {"kernel", "bypass", "shared", "dpdk", "up"}
 
 
 # ---- Verdicts of the clients -------------------------------------------------------------------------------------

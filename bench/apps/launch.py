@@ -23,11 +23,12 @@ from bench.programs import ROOT, BenchError
 from bypass import netns
 from bypass.broker.tools import ask
 from bypass.errors import BypassError
-from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, wait_for
+from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, dpdk_policy, wait_for
 
 __all__ = [
     "LAUNCHERS",
     "BypassLauncher",
+    "DpdkLauncher",
     "Grant",
     "KernelLauncher",
     "Launcher",
@@ -144,10 +145,16 @@ class Launcher(ABC):
         grants: the flows that programs started by this launcher may take.
         stack: sizes of the stack, as in a policy.
         core: the processor that they are pinned to; None: to none.
+
+    Attributes:
+        wire: it takes a lab whose server's end is a port for DPDK.
+        idle_cpu: of a core that may be used while nobody asks: a program has timers of its own.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    wire: ClassVar[bool] = False
+    idle_cpu: ClassVar[float] = 0.05
 
     def __init__(
         self,
@@ -319,6 +326,20 @@ class SharedLauncher(BypassLauncher):
                 raise BenchError(f"bypass up: {'; '.join(self._up.problems)}")
 
 
+class DpdkLauncher(SharedLauncher):
+    """The same on a port of DPDK. No event tells that frames have come: it is looked at every 100 us."""
+
+    name = "dpdk"
+    title = "bypass, DPDK"
+    wire = True
+    idle_cpu = 0.3
+
+    def policy(self) -> Path:
+        path = super().policy()
+        path.write_text(dpdk_policy(path.read_text()))
+        return path
+
+
 class UpLauncher(SharedLauncher):
     """The same for one application at a time."""
 
@@ -328,5 +349,5 @@ class UpLauncher(SharedLauncher):
 
 
 LAUNCHERS: dict[str, type[Launcher]] = {
-    cls.name: cls for cls in (KernelLauncher, BypassLauncher, SharedLauncher, UpLauncher)
+    cls.name: cls for cls in (KernelLauncher, BypassLauncher, SharedLauncher, DpdkLauncher, UpLauncher)
 }

@@ -5,7 +5,8 @@
                   nothing
     packets       those that the interface received (/proc/net/dev; XDP does not hide them from it), less those that the
                   kernel's IP received (IpExtIn*Pkts of /proc/net/netstat, which count the segments of joined packets
-                  one by one), less the loopback's
+                  one by one), less the loopback's. Of a port for DPDK: those that the wire's end received, less those
+                  that the TAP gave to the kernel; the kernel's IP counts, and drops, what AF_PACKET had copied
 
 The steering program's own counters are compared with it where there are some (`bypass stats`).
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from bypass import netns, status
 from bypass.errors import BypassError
-from bypass.lab import SERVER_IFNAME, Lab
+from bypass.lab import SERVER_IFNAME, WIRE_IFNAME, Lab
 
 __all__ = ["SHARE", "Evidence", "Snapshot", "snapshot"]
 
@@ -125,13 +126,16 @@ def parse(proc_net: Path, steering: tuple[int, int] | None = None, ifname: str =
     """From the files of one /proc/net."""
     tcp, ip = _table(proc_net / "snmp", "Tcp"), _table(proc_net / "netstat", "IpExt")
     received = _received(proc_net / "dev")
+    loopback, kernel = received["lo"], sum(ip[name] for name in IP_PACKETS)
+    if WIRE_IFNAME in received and ifname == SERVER_IFNAME:
+        ifname, kernel = WIRE_IFNAME, received.get(SERVER_IFNAME, 0) + loopback
     return Snapshot(
         active_opens=tcp["ActiveOpens"],
         passive_opens=tcp["PassiveOpens"],
         retransmitted=tcp["RetransSegs"],
         received=received[ifname],
-        ip_received=sum(ip[name] for name in IP_PACKETS),
-        loopback=received["lo"],
+        ip_received=kernel,
+        loopback=loopback,
         steered=steering[0] if steering else None,
         passed=steering[1] if steering else None,
     )

@@ -31,7 +31,6 @@ __all__ = ["APPS", "Verdict", "run"]
 
 FOLLOW_S = 3.0
 IDLE_AFTER_S, IDLE_S = 0.5, 0.5
-IDLE_CPU = 0.05  # a program has timers of its own
 
 APPS: dict[str, type[App]] = {
     cls.name: cls
@@ -68,7 +67,7 @@ def run(cls: type[App], launcher_of: type[Launcher], *, scale: float = 1.0, queu
     """
     verdict = Verdict(cls.name, launcher_of.name)
     began = time.monotonic()
-    lab = Lab(f"{os.getpid()}-apps", queues=queues)
+    lab = Lab(f"{os.getpid()}-apps", queues=queues, wire=launcher_of.wire)
     with lab, place(lab, scale) as here:
         problems: list[str] = []
         try:
@@ -96,7 +95,7 @@ def _use(app: App, lab: Lab, verdict: Verdict) -> set[tuple[str, int]]:
         idle = idle_cpu(lab)
         objects = _bpf(lab)
     verdict.proof, verdict.elsewhere = evidence.figures() | {"idle_cpu": idle}, evidence.problems()
-    if idle > IDLE_CPU:
+    if idle > app.launcher.idle_cpu:
         verdict.problems.append(f"used {idle:.1%} of a core while nobody asked")
     return objects
 
