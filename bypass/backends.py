@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from bypass._core import lib
 from bypass.core import CoreStack
 from bypass.errors import BypassError
+from bypass.netlink import NetlinkSocket, read_addresses, steerable
 from bypass.policy import DpdkBackend, Policy
 from bypass.steering_api import Steers
 from bypass.watch import KernelWatch
@@ -66,6 +67,9 @@ class Attachment(Protocol):
     def watch(self, core: CoreStack) -> Watch:
         """Tells the stack what it has to know, from now on."""
 
+    def tell_addresses(self) -> None:
+        """The host's addresses, as they are now, to the steering: for who has no stack, and so no watch()."""
+
     def turn(self, now_ns: int) -> None:
         """Before each turn of the stack."""
 
@@ -79,15 +83,23 @@ class Attachment(Protocol):
         """Lets go of the interface: packets go to the kernel again. The stack's sockets are closed after it."""
 
 
-def attach(policy: Policy, *, rx_csum_trust: bool = False) -> Attachment:
+def attach(policy: Policy, **options: Any) -> Attachment:
     """Opens the interface of a policy.
+
+    Args:
+        options: further arguments of `bypass.afxdp.AfxdpDevice` or `bypass.dpdk_backend.DpdkDevice`.
 
     Raises:
         PolicyError, PrivilegeError, DeviceError, SteeringError, ForeignProgramError.
     """
     if isinstance(policy.backend, DpdkBackend):
-        return DpdkAttachment(policy, rx_csum_trust)
-    return AfxdpAttachment(policy, rx_csum_trust)
+        return DpdkAttachment(policy, **options)
+    return AfxdpAttachment(policy, **options)
+
+
+def _kernels_addresses() -> set[Any]:
+    with NetlinkSocket() as requests:
+        return set(steerable(read_addresses(requests)))
 
 
 class AfxdpAttachment:
@@ -95,7 +107,7 @@ class AfxdpAttachment:
 
     flags: int = lib.BYPASS_F_RST
 
-    def __init__(self, policy: Policy, rx_csum_trust: bool) -> None:
+    def __init__(self, policy: Policy, **options: Any) -> None:
         from bypass.afxdp import AfxdpDevice, interface_queues
         from bypass.doctor import choose_mode
         from bypass.steering import Steering
@@ -118,7 +130,7 @@ class AfxdpAttachment:
                 ring_size=b.ring_size,
                 frames=b.frames,
                 frame_size=b.frame_size,
-                rx_csum_trust=rx_csum_trust,
+                **options,
             )
             undo.callback(self.device.close)
             for queue, fd in self.device.fds.items():
@@ -131,6 +143,9 @@ class AfxdpAttachment:
 
     def watch(self, core: CoreStack) -> Watch:
         return KernelWatch(self.ifname, core, self.steering, self.device)
+
+    def tell_addresses(self) -> None:
+        self.steering.set_locals(_kernels_addresses())
 
     def turn(self, now_ns: int) -> None:
         return
@@ -162,7 +177,7 @@ class AfxdpAttachment:
 class DpdkAttachment:
     """A whole port: whatever is not the stack's goes to the kernel by a TAP device, or there is no kernel."""
 
-    def __init__(self, policy: Policy, rx_csum_trust: bool) -> None:
+    def __init__(self, policy: Policy, **options: Any) -> None:
         from bypass.dpdk_backend import DpdkDevice
         from bypass.dpdk_backend.filter import ExceptionPath, FilterDevice
         from bypass.dpdk_backend.steering import SoftSteering
@@ -178,7 +193,7 @@ class DpdkAttachment:
                 undo.callback(self.exception.close)
             else:
                 self.flags |= lib.BYPASS_F_ARP | lib.BYPASS_F_PING
-            self.device = DpdkDevice(self.ifname, b, rx_csum_trust=rx_csum_trust)
+            self.device = DpdkDevice(self.ifname, b, **options)
             undo.callback(self.device.close)
             self.steering = SoftSteering(policy, self.ifname)
             undo.callback(self.steering.close)
@@ -208,6 +223,14 @@ class DpdkAttachment:
 
     def watch(self, core: CoreStack) -> Watch:
         return PortWatch(self, core) if self.exception is not None else AloneWatch(self, core)
+
+    def tell_addresses(self) -> None:
+        self.steering.set_mac(self.mac)
+        self.steering.set_locals(self.own_addresses() if self.exception is None else _kernels_addresses())
+
+    def own_addresses(self) -> list[ipaddress.IPv4Address]:
+        """Where there is no kernel."""
+        return [a.ip for a in self.policy.dpdk.addresses if isinstance(a, ipaddress.IPv4Interface)]
 
     def turn(self, now_ns: int) -> None:
         self.filter.now(now_ns)
@@ -295,8 +318,7 @@ class AloneWatch:
             core.addr_add(str(address.ip), address.network.prefixlen)
         for _, via in b.routes:
             core.gateway_set(str(via))
-        port.steering.set_locals([a.ip for a in self._addresses])
-        port.steering.set_mac(port.mac)
+        port.tell_addresses()
 
     def fileno(self) -> int:
         return self._fd

@@ -6,9 +6,9 @@
             for frame in port.recv():
                 port.send([answer(frame.data)], queue=frame.queue)
 
-What lives here: `RawPort` over any netdev (AF_XDP or simulated), and `open_port()`, which steers flows of a policy
-into one. Frames are copied, a batch at a time in C (bypass/afxdp/raw.c). A netdev has one user: not a RawPort and a
-stack.
+What lives here: `RawPort` over any netdev (AF_XDP, DPDK or simulated), and `open_port()`, which steers flows of a
+policy into one. Frames are copied, a batch at a time in C (bypass/afxdp/raw.c). A netdev has one user: not a RawPort
+and a stack.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bypass.errors import DeviceError, SteeringError
 if TYPE_CHECKING:
     from bypass.policy import Policy
     from bypass.status import StatusServer
-    from bypass.steering import Steering
+    from bypass.steering_api import Steers
 
 __all__ = ["Endpoint", "Frame", "RawPort", "open_port"]
 
@@ -38,6 +38,7 @@ Endpoint = tuple[str, str | None, int] | tuple[str, str | None, int, str, int]
 """("udp" or "tcp", local address or None for any, local port), and a peer's address and port for its flow alone."""
 
 MAX_BATCH = 1024
+IP_FREEBIND = 15  # linux/in.h; the socket module has it from 3.13 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,10 @@ class RawPort:
     """Sends and receives frames on a netdev. A context manager; not thread-safe.
 
     Args:
-        device: `bypass.afxdp.AfxdpDevice`, a port of a simulated wire (`bypass.sim`), or a cffi
-            `struct bypass_netdev *`.
+        device: `bypass.afxdp.AfxdpDevice`, `bypass.dpdk_backend.DpdkDevice`, a port of a simulated wire
+            (`bypass.sim`), or a cffi `struct bypass_netdev *`.
         on_close: called once by `close()`, for what the port stands on.
+        turn: called with the time before frames are received, for devices that have to know it.
 
     Attributes:
         device: as given.
@@ -73,12 +75,19 @@ class RawPort:
             descriptor is readable. None: not of `open_port()`.
     """
 
-    def __init__(self, device: Any, *, on_close: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        device: Any,
+        *,
+        on_close: Callable[[], object] | None = None,
+        turn: Callable[[int], object] | None = None,
+    ) -> None:
         self.device = device  # keeps the owner of the memory alive
-        self.steering: Steering | None = None
+        self.steering: Steers | None = None
         self.status: StatusServer | None = None
         self._netdev: Any = getattr(device, "netdev", None) or getattr(device, "dev", device)
         self._on_close = on_close
+        self._turn = turn
         self._buffer = ffi.new("uint8_t[]", MAX_BATCH * self._netdev.stride)
         self._frames = ffi.new("struct rawport_frame[]", MAX_BATCH)
 
@@ -99,6 +108,8 @@ class RawPort:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
+            if self._turn is not None:
+                self._turn(time.monotonic_ns())
             n = int(
                 lib.rawport_recv(
                     self._live(),
@@ -231,48 +242,42 @@ def open_port(
     """Steers flows off the interface of a policy into a raw port; `close()` gives them back to the kernel.
 
     Each port is reserved in the kernel by a bound socket, so that no other program takes it meanwhile. Answers to ARP
-    and ICMP echo stay the kernel's. Packets count as ours when they are sent to an address that the host has now.
+    and ICMP echo stay the kernel's (on a DPDK port the kernel gets its
+    frames, and sends its own, while recv() is called; with `exception: none` recv() returns them too). Packets count as
+    ours when they are sent to an address that the host has now.
 
     Args:
         policy: a policy or the path of one. Its rules have to grant the endpoints.
         endpoints: whose packets to take.
-        options: further arguments of `bypass.afxdp.AfxdpDevice`; mode, queues and sizes are the policy's.
+        options: further arguments of the device; mode, queues and sizes are the policy's.
 
     Raises:
         PolicyError, GrantError, DeviceError, SteeringError, ForeignProgramError, PrivilegeError.
         OSError: EADDRINUSE, a program of the kernel's listens on that port.
     """
-    from bypass.afxdp import AfxdpDevice, interface_queues
-    from bypass.netlink import NetlinkSocket, read_addresses, steerable
+    from bypass.backends import attach
     from bypass.policy import Policy, load_policy
     from bypass.status import Snapshot, StatusServer
-    from bypass.steering import Steering
 
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
-    b, ifname = policy.afxdp, policy.interface
-    sizes: dict[str, Any] = {"ring_size": b.ring_size, "frames": b.frames, "frame_size": b.frame_size}
+    ifname = policy.interface
     with ExitStack() as undo:
+        attached = attach(policy, **options)
+        undo.callback(attached.close)
         for endpoint in endpoints:
-            undo.callback(_reserve(endpoint).close)
-        queues: Any = "all" if b.queues is None else b.queues
-        device = undo.enter_context(AfxdpDevice(ifname, queues=queues, mode=b.mode, **sizes, **options))
-        # closed before the device: packets go to the kernel again, none into a closing socket
-        steering = undo.enter_context(
-            Steering(policy, ifname, queues=interface_queues(ifname), mode=device.xdp_mode)
-        )
-        with NetlinkSocket() as requests:
-            steering.set_locals(steerable(read_addresses(requests)))
-        for queue, fd in device.fds.items():
-            steering.set_socket(0, queue, fd)
+            undo.callback(_reserve(endpoint, policy.backend.kind == "dpdk").close)
+        attached.tell_addresses()
         for endpoint in endpoints:
-            _make_live(steering, endpoint)
-        status = undo.enter_context(StatusServer(ifname, Snapshot(steering, device, name="raw")))
-        port = RawPort(device, on_close=undo.pop_all().close)
-        port.steering, port.status = steering, status
+            _make_live(attached.steering, endpoint)
+        snapshot = Snapshot(attached.steering, attached.device, name="raw", more=attached.counters)
+        status = undo.enter_context(StatusServer(ifname, snapshot))
+        port = RawPort(attached.netdev, on_close=undo.pop_all().close, turn=attached.turn)
+        port.device = attached.device
+        port.steering, port.status = attached.steering, status
         return port
 
 
-def _make_live(steering: Steering, endpoint: Endpoint) -> None:
+def _make_live(steering: Steers, endpoint: Endpoint) -> None:
     """TCP connections that the kernel holds on the port at the moment stay the kernel's."""
     from bypass.netlink import NETLINK_SOCK_DIAG, NetlinkSocket, tcp_connections
 
@@ -293,13 +298,14 @@ def _kind_of(kind: str) -> int:
     return kinds[kind]
 
 
-def _reserve(endpoint: Endpoint) -> socket.socket:
+def _reserve(endpoint: Endpoint, anywhere: bool) -> socket.socket:
     """A kernel socket that holds the port and never receives from it. SO_REUSEADDR lets connections that the kernel
-    still has on the port live on."""
+    still has on the port live on. `anywhere`: the address need not be the kernel's."""
     tcp = _kind_of(endpoint[0]) == socket.IPPROTO_TCP
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
     try:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if tcp else socket.SO_RCVBUF, int(tcp))
+        s.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, int(anywhere))
         s.bind((endpoint[1] or "", endpoint[2]))
     except OSError as e:
         s.close()

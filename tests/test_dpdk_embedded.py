@@ -190,6 +190,23 @@ def dials(address: list[Any]) -> str:
         return f"{sock.getsockname()[1]} {sock.recv(100).decode()}"
 
 
+@in_child
+def turns_round(text: str) -> dict[str, Any]:
+    """Whole frames: UDP comes back as it went, with its addresses exchanged."""
+    from bypass import raw
+
+    with raw.open_port(parse_policy(text), [("udp", SERVER_IP, 5353)]) as port:
+        say("up")
+        while True:
+            for frame in port.recv(timeout=WAIT_S):
+                d = frame.data
+                if frame.rule is not None:
+                    back = d[6:12] + d[:6] + d[12:26] + d[30:34] + d[26:30] + d[36:38] + d[34:36] + d[38:]
+                    assert port.send([back], queue=frame.queue) == 1
+                    if d.endswith(b"last"):
+                        return {"rule": frame.rule, **port.status._source.stats(1)["more"]}  # type: ignore[union-attr]
+
+
 # ---- The peer's side ---------------------------------------------------------------------------------------------
 def client(lab: Lab, address: tuple[str, int]) -> socket.socket:
     return netns.run(lab.client_ns, lambda: socket.create_connection(address, WAIT_S))
@@ -347,7 +364,7 @@ def test_a_device_that_is_removed_is_told(wire: Lab, device: str) -> None:
 def test_a_name_that_is_taken_is_one_clear_error(wire: Lab) -> None:
     ip(wire, "link", "add", "bypass0", "type", "veth")
     text = refused(dpdk_policy(RULES), netns=wire.server_ns)
-    assert text.startswith("DeviceError: bypass0: a device of this name exists"), text
+    assert text.startswith("NameTakenError: bypass0: a device of this name exists"), text
 
 
 def test_without_a_kernel_the_stack_is_the_host(wire: Lab) -> None:
@@ -364,6 +381,23 @@ def test_without_a_kernel_the_stack_is_the_host(wire: Lab) -> None:
     assert result["conserved"]
     assert "exception" not in result["counters"]
     assert result["counters"]["filter"]["passed"] > 2
+
+
+def test_raw_frames_on_a_port(wire: Lab) -> None:
+    """Beside the kernel, which answers ping and ARP while they are read."""
+    with (
+        running(wire, turns_round, dpdk_policy(RULES)) as child,
+        netns.run(wire.client_ns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as s,
+    ):
+        assert "2 received" in ping(wire)
+        s.settimeout(WAIT_S)
+        for text in (b"first", b"last"):
+            s.sendto(text, (SERVER_IP, 5353))
+            assert s.recv(100) == text
+        result = child.result()
+    assert result["rule"] == 2
+    assert result["filter"]["steered"] == 2
+    assert result["exception"]["passed"] >= 2
 
 
 def test_the_tools_tell_of_the_port(wire: Lab) -> None:
