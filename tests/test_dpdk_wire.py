@@ -25,6 +25,7 @@ from dpdk_support import (
     hear,
     in_child,
     needs_dpdk,
+    places,
     say,
     serve_echo,
     until,
@@ -33,6 +34,7 @@ from dpdk_support import (
 from bypass import netns
 from bypass.dpdk_backend import DpdkDevice
 from bypass.lab import SERVER_IP, WIRE_IFNAME, Lab
+from bypass.raw import RawPort
 
 __all__ = ["needs_dpdk"]
 
@@ -145,10 +147,40 @@ def served_on(device: str, size: int, options: dict[str, Any]) -> dict[str, Any]
         return {
             "driver": about.driver,
             "mtu": about.mtu,
+            "packets": sum(q["tx_packets"] for q in node.device.statistics().values()),
             "queues_used": sum(q["rx_packets"] > 0 for q in node.device.statistics().values()),
             "trouble": sorted(node.trouble),
             "after": node.settled(),
             "affinity": len(os.sched_getaffinity(0)) == os.cpu_count(),
+        }
+
+
+@in_child
+def several_flows(device: str) -> dict[str, Any]:
+    """Echoes datagrams of 32 flows, each by the queue that it came by."""
+    with DpdkDevice(None, backend(device, queues=2)) as port:
+        raw, done = RawPort(port), 0
+        say("ready")
+        mac = bytes(raw.mac)
+        while done < 32:
+            for f in raw.recv(64, 1.0):
+                d = bytearray(f.data)
+                if d[12:14] == b"\x08\x06" and d[21] == 1:  # who has it?
+                    d[0:6], d[6:12], d[21] = d[6:12], mac, 2
+                    d[22:42] = mac + d[38:42] + d[22:32]
+                elif d[12:14] == b"\x08\x00" and d[23] == 17 and d[36:38] == PORT.to_bytes(2, "big"):
+                    d[0:6], d[6:12] = d[6:12], mac
+                    d[26:34], d[34:38] = d[30:34] + d[26:30], d[36:38] + d[34:36]
+                    done += 1
+                else:
+                    continue
+                raw.send([bytes(d)], queue=f.queue)
+        hear()
+        ours = port.statistics().values()
+        return {
+            "rx": [q["rx_packets"] for q in ours],
+            "tx": [q["tx_packets"] for q in ours],
+            "after": places(port),
         }
 
 
@@ -188,6 +220,7 @@ def test_a_port_on_a_veth_speaks_with_the_kernel_at_its_other_end(wire: Lab) -> 
         assert server.line() == "ready"
         assert talk(wire, size)
         got = server.result()
+    assert got.pop("packets") > size / 1500
     assert got == {
         "driver": "net_af_packet",
         "mtu": 1500,
@@ -196,6 +229,41 @@ def test_a_port_on_a_veth_speaks_with_the_kernel_at_its_other_end(wire: Lab) -> 
         "after": CLEAN,
         "affinity": True,
     }
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("wire", [{"mtu": 9000}], indirect=True)
+def test_jumbo_frames_are_sent_and_received(wire: Lab) -> None:
+    size, options = MIB, {"frame_size": 16384, "mtu": 9000, "rx_csum_trust": True}
+    with served_on.start(
+        f"net_af_packet0,iface={WIRE_IFNAME}", size, options, netns=wire.server_ns
+    ) as server:
+        assert server.line() == "ready"
+        assert talk(wire, size)
+        got = server.result()
+    assert (got["mtu"], got["after"]) == (9000, CLEAN)
+    assert got["packets"] < size / 3000, "acknowledgments included"
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("wire", [{"queues": 2}], indirect=True)
+def test_flows_are_spread_over_queues(wire: Lab) -> None:
+    device = f"net_af_packet0,iface={WIRE_IFNAME},qpairs=2"
+    with several_flows.start(device, netns=wire.server_ns) as server:
+        assert server.line() == "ready"
+        sockets = [kernel_socket(wire, socket.SOCK_DGRAM) for _ in range(32)]
+        for s in sockets:
+            s.sendto(b"datagram", (SERVER_IP, PORT))
+        assert all(s.recv(100) == b"datagram" for s in sockets)
+        for s in sockets:
+            s.close()
+        server.tell("end")
+        got = server.result()
+    assert all(queue >= 1 for queue in got["tx"]), "both queues were used"
+    assert all(tx <= rx for rx, tx in zip(got["rx"], got["tx"], strict=True)), (
+        "answers go by the question's queue"
+    )
+    assert got["after"] == CLEAN
 
 
 @pytest.mark.netns

@@ -20,6 +20,7 @@ enum {
     HOLD_STACK = BYPASS_HOLD_STACK,
     HOLD_DEV = BYPASS_HOLD_DEV,
     BURST = 64,
+    TSO_REFUSALS = 16,
     STUCK_REAPS = 16, /* reaps that find the oldest frame with the driver, until the others are looked at too */
 };
 
@@ -122,7 +123,8 @@ static uint8_t rx_flags(const struct dpdk_port *d, struct queue *q, const struct
     if (l4 == RTE_MBUF_F_RX_L4_CKSUM_BAD) {
         q->n.rx_csum_bad++; /* the stack computes it itself, and has the last word */
     }
-    return d->csum_trust || l4 == RTE_MBUF_F_RX_L4_CKSUM_GOOD ? BYPASS_RX_CSUM_OK : 0;
+    return d->csum_trust || l4 == RTE_MBUF_F_RX_L4_CKSUM_GOOD || l4 == RTE_MBUF_F_RX_L4_CKSUM_NONE ? BYPASS_RX_CSUM_OK
+                                                                                                   : 0;
 }
 
 /* Takes one received mbuf over. false: it was of no use, and is the driver's or the pool's again. */
@@ -264,37 +266,91 @@ static void take_back(struct rte_mbuf *mbuf)
     mbuf_meta(mbuf)->holders &= (uint8_t)~HOLD_DEV;
 }
 
+/* Frames become what the driver gets: one packet each, or several in a chain. The number of packets. */
+static int pack(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, struct rte_mbuf **mbufs,
+                struct tso_packet *packets)
+{
+    for (int i = 0; i < n; i++) {
+        mbufs[i] = describe(d, pkts[i]);
+        packets[i].frames = 1;
+    }
+    return d->tso_pieces && n > 1 && !d->queue[qi].tso_pause ? tso_join(d, mbufs, n, packets) : n;
+}
+
+static void count_sent(struct queue *q, const struct pool *pool, const bypass_pkt *pkts,
+                       const struct tso_packet *packets, int sent)
+{
+    for (int i = 0; i < sent; i++) {
+        q->n.tso_packets += packets[i].frames > 1;
+        q->n.tso_segments += packets[i].frames > 1 ? (uint64_t)packets[i].frames : 0;
+        for (int j = 0; j < packets[i].frames; j++) {
+            q->n.tx_bytes += mbuf_meta(frame_mbuf(pool, *pkts++))->len;
+            q->n.tx_packets++;
+        }
+    }
+}
+
+/* A driver may refuse a large packet for reasons of its own (net_tap: one whose segments with headers exceed the IP MTU).
+ * Traffic goes on without, and so it stays when it never takes one. */
+static void note_refusal(struct dpdk_port *d, struct queue *q, const struct tso_packet *packets, int sent)
+{
+    if (sent == 0) {
+        q->tso_pause = q->tso_pause || packets[0].frames > 1;
+        return;
+    }
+    for (int i = 0; i < sent; i++) {
+        q->tso_refused = packets[i].frames > 1 ? 0 : q->tso_refused;
+    }
+    if (q->tso_pause && ++q->tso_refused == TSO_REFUSALS) {
+        d->tso_pieces = 0;
+    }
+    q->tso_pause = false;
+}
+
+static int frames_in(const struct tso_packet *packets, int n)
+{
+    int sum = 0;
+
+    for (int i = 0; i < n; i++) {
+        sum += packets[i].frames;
+    }
+    return sum;
+}
+
 /* n frames for one queue, at most BURST, valid. The number that the driver took. *err: what is wrong with the next. */
 static int tx_queue(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, int *err)
 {
     struct queue *q = &d->queue[qi];
     struct tx_fifo *f = &q->fifo;
     struct rte_mbuf *mbufs[BURST];
-    int ready = n, sent;
+    struct tso_packet packets[BURST];
+    int packed = pack(d, qi, pkts, n, mbufs, packets), ready = packed, sent, taken, given;
 
     *err = 0;
-    for (int i = 0; i < n; i++) {
-        mbufs[i] = describe(d, pkts[i]);
-    }
     if (d->tx_csum) { /* some drivers have to put something into the packet for it */
-        ready = rte_eth_tx_prepare(d->id, (uint16_t)qi, mbufs, (uint16_t)n);
-        *err = ready < n && (rte_errno == EINVAL || rte_errno == ENOTSUP) ? -EINVAL : 0;
+        ready = rte_eth_tx_prepare(d->id, (uint16_t)qi, mbufs, (uint16_t)packed);
+        *err = ready < packed && (rte_errno == EINVAL || rte_errno == ENOTSUP) ? -EINVAL : 0;
     }
-    for (int i = 0; i < ready; i++) { /* before the driver has them: it may be done with them at once */
+    given = frames_in(packets, ready);
+    for (int i = 0; i < given; i++) { /* before the driver has them: it may be done with them at once */
         f->frame[f->tail++ & f->mask] = pkts[i];
     }
     sent = ready ? rte_eth_tx_burst(d->id, (uint16_t)qi, mbufs, (uint16_t)ready) : 0;
-    f->tail -= (uint32_t)(ready - sent);
-    for (int i = sent; i < n; i++) {
-        take_back(mbufs[i]);
+    taken = frames_in(packets, sent);
+    f->tail -= (uint32_t)(given - taken);
+    for (int i = sent; i < packed; i++) {
+        tso_take_back(mbufs[i], &packets[i]);
     }
-    for (int i = 0; i < sent; i++) {
-        q->n.tx_bytes += mbuf_meta(mbufs[i])->len;
+    for (int i = taken; i < n; i++) {
+        take_back(frame_mbuf(&d->pool, pkts[i]));
     }
-    q->n.tx_packets += (uint64_t)sent;
+    count_sent(q, &d->pool, pkts, packets, sent);
+    if (d->tso_pieces) {
+        note_refusal(d, q, packets, sent);
+    }
     q->n.tx_full += sent < ready;
     q->n.tx_invalid += *err != 0;
-    return sent;
+    return taken;
 }
 
 static uint32_t queue_of(const struct dpdk_port *d, bypass_pkt p)

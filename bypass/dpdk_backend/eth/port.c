@@ -26,7 +26,14 @@
 
 #include "eth/port.h"
 
-enum { MIN_FRAMES = 64, MAX_FRAMES = 1 << 22, MIN_MTU = 68, DEFAULT_RING = 1024, DEFAULT_IDLE_US = 100 };
+enum {
+    MIN_FRAMES = 64,
+    MAX_FRAMES = 1 << 22,
+    MIN_MTU = 68,
+    DEFAULT_RING = 1024,
+    DEFAULT_IDLE_US = 100,
+    AF_PACKET_HEADER = 96 /* the kernel's, in front of a packet in the ring (tpacket2_hdr, alignment) */
+};
 
 /* DPDK's probing and removing is for one thread at a time. */
 static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;
@@ -241,6 +248,19 @@ static int members_first(struct dpdk_port *d, char *out, size_t size, struct dpd
     return 0;
 }
 
+static bool is_af_packet(const char *name) { return strncmp(name, "net_af_packet", 13) == 0; }
+
+/* Its ring's frames are of 2,048 bytes unless somebody says more, and longer packets would be cut off without a word. */
+static void ring_for_jumbo(const struct dpdk_port *d, char *devargs, size_t size)
+{
+    size_t at = strlen(devargs);
+
+    if (is_af_packet(devargs) && d->cfg.frame_size > 2048 && !strstr(devargs, "framesz=")) {
+        snprintf(devargs + at, size - at, ",framesz=%u,blocksz=%u,framecnt=256", d->cfg.frame_size,
+                 d->cfg.frame_size * 2);
+    }
+}
+
 static int find_device(struct dpdk_port *d, struct dpdk_error *error)
 {
     char devargs[sizeof d->cfg.device + 64];
@@ -252,6 +272,7 @@ static int find_device(struct dpdk_port *d, struct dpdk_error *error)
         members_first(d, devargs, sizeof devargs, error)) {
         return error->err;
     }
+    ring_for_jumbo(d, devargs, sizeof devargs);
     id = probe(devargs, d->name, error);
     if (id < 0) {
         return -id;
@@ -280,7 +301,8 @@ static uint32_t kernel_mtu(struct dpdk_port *d)
 
 static int choose_mtu(struct dpdk_port *d, struct dpdk_error *error)
 {
-    uint32_t hold = d->cfg.frame_size - MAX_HEADER, kernel = kernel_mtu(d), most = d->info.max_mtu;
+    uint32_t hold = d->cfg.frame_size - MAX_HEADER - (is_af_packet(d->name) ? AF_PACKET_HEADER : 0),
+             kernel = kernel_mtu(d), most = d->info.max_mtu;
     uint16_t own = RTE_ETHER_MTU;
 
     rte_eth_dev_get_mtu(d->id, &own);
@@ -289,6 +311,10 @@ static int choose_mtu(struct dpdk_port *d, struct dpdk_error *error)
     if (kernel && d->cfg.mtu > kernel) {
         return complain(error, EINVAL, "%s: an MTU of %u: the kernel's device below it has %u: ip link set ... mtu %u",
                         d->name, d->cfg.mtu, kernel, d->cfg.mtu);
+    }
+    if (d->cfg.mtu > hold) {
+        return complain(error, EINVAL, "%s: an MTU of %u: frames of frame_size %u hold %u with this driver", d->name,
+                        d->cfg.mtu, d->cfg.frame_size, hold);
     }
     if (!kernel && (d->cfg.mtu > most || d->cfg.mtu < d->info.min_mtu)) {
         return complain(error, EINVAL, "%s: an MTU of %u: the driver %s takes %u to %u", d->name, d->cfg.mtu,
@@ -338,6 +364,18 @@ static int failed(struct dpdk_port *d, struct dpdk_error *error, const char *doi
  * Without the offload the host completes them. */
 static bool sums_left_out(const struct dpdk_port *d) { return strncmp(d->info.driver_name, "net_virtio", 10) == 0; }
 
+/* Large packets for the device to cut up: as chains of mbufs, whose IPv4 checksums it makes itself. */
+static void choose_segmentation(struct dpdk_port *d)
+{
+    uint64_t all = RTE_ETH_TX_OFFLOAD_TCP_TSO | RTE_ETH_TX_OFFLOAD_MULTI_SEGS | RTE_ETH_TX_OFFLOAD_IPV4_CKSUM;
+    uint16_t most = d->info.tx_desc_lim.nb_seg_max;
+
+    if ((d->info.tx_offload_capa & all) == all) {
+        d->conf.txmode.offloads |= all;
+        d->tso_pieces = most ? most : UINT16_MAX;
+    }
+}
+
 static void choose_offloads(struct dpdk_port *d)
 {
     struct rte_eth_conf *conf = &d->conf;
@@ -357,6 +395,7 @@ static void choose_offloads(struct dpdk_port *d)
     if ((d->info.tx_offload_capa & csum) == csum) {
         conf->txmode.offloads |= csum;
         d->tx_csum = true;
+        choose_segmentation(d);
     }
     if (d->cfg.mtu > RTE_ETHER_MTU) { /* a driver may have smaller buffers than we: it comes in pieces */
         conf->rxmode.offloads |= RTE_ETH_RX_OFFLOAD_SCATTER & d->info.rx_offload_capa;
@@ -371,8 +410,8 @@ static int configure(struct dpdk_port *d, struct dpdk_error *error)
     choose_offloads(d);
     log_mark();
     err = rte_eth_dev_configure(d->id, n, n, &d->conf);
-    if (err == -EINVAL && d->if_index && d->cfg.mtu != RTE_ETHER_MTU) {
-        /* A driver that says it takes 1,500 bytes when the kernel's device below it takes what it takes. */
+    if (err == -EINVAL && !is_pci(d->name) && d->cfg.mtu != RTE_ETHER_MTU) {
+        /* Virtual devices say that they take 1,500 bytes, and take what their memory or the kernel below them does. */
         d->conf.rxmode.mtu = 0;
         err = rte_eth_dev_configure(d->id, n, n, &d->conf);
     }

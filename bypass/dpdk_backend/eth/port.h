@@ -5,6 +5,7 @@
  *   eal.c     EAL, once a process; DPDK's messages
  *   pool.c    the frames: one mempool with a uniform stride, its free list, who holds what
  *   port.c    opening, configuring and closing; every failure as one sentence
+ *   tso.c     segments joined for a device that cuts them up
  *   netdev.c  the per-packet path: bypass_netdev_ops over rte_eth_rx_burst() and rte_eth_tx_burst()
  *   link.c    link, removal, members of a bonding device
  *   stats.c   what a port became and counts
@@ -85,6 +86,8 @@ struct tx_fifo { /* frames with the driver, in the order in which they were give
 
 struct queue {
     struct tx_fifo fifo;
+    bool tso_pause;      /* the driver took nothing that began with a large packet: next time without */
+    uint8_t tso_refused; /* it then took something, times in a row */
     struct dpdk_counters n;
 } __attribute__((aligned(64)));
 
@@ -101,8 +104,9 @@ struct dpdk_port {
     struct pool pool;
     uint16_t id; /* of ethdev */
     bool started;
-    bool csum_trust, tx_csum, tso;
-    uint32_t gone; /* closed since it was removed: ethdev's functions are not called any more */
+    bool csum_trust, tx_csum;
+    int tso_pieces; /* mbufs that the device takes as one large segment; 0: it has no segmentation */
+    uint32_t gone;  /* closed since it was removed: ethdev's functions are not called any more */
     uint32_t next_queue;
     uint32_t bad_free;
     int timer_fd; /* what wait_fd gives: armed by a look that finds nothing */
@@ -151,6 +155,20 @@ void port_check(struct dpdk_port *port, const char *where);
 #else
 static inline void port_check(struct dpdk_port *port, const char *where) { (void)port, (void)where; }
 #endif
+
+/* tso.c */
+struct tso_undo {
+    uint16_t ip_len, ip_sum, tcp_sum;
+    uint8_t tcp_flags;
+};
+struct tso_packet { /* one mbuf or chain for the driver */
+    int frames;     /* of the stack in it */
+    struct tso_undo undo;
+};
+/* Joins what can be joined of n described mbufs, in place. Number of packets, each described in out. */
+int tso_join(struct dpdk_port *port, struct rte_mbuf **mbufs, int n, struct tso_packet *out);
+/* The driver did not take it: its frames are as before. */
+void tso_take_back(struct rte_mbuf *first, const struct tso_packet *packet);
 
 /* link.c */
 int link_watch(struct dpdk_port *port, struct dpdk_error *error); /* when it has been started */
