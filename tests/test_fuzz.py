@@ -14,9 +14,13 @@ import pytest
 from c_programs import CFLAGS, ENV, INCLUDE, ROOT, VARIANTS, run, stack_objects
 
 CORPUS = ROOT / "tests/corpus"
-HARNESSES = ("options", "reass", "frames", "ops", "fwd")
+HARNESSES = ("options", "reass", "frames", "ops", "fwd", "classify")
 WRAP = [f"-Wl,--wrap=bypass_{name}" for name in ("recv", "recvfrom", "send", "destroy")]
 FWD = ["-Ibypass", *(f"bypass/fwd/{name}.c" for name in ("port", "peer", "lease", "check", "forward"))]
+CLASSIFY = [
+    "-Ibypass",
+    *(f"bypass/dpdk_backend/classify{name}.c" for name in ("", "_mem", "_rules", "_table")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,9 @@ def harness(name: str, objects: tuple[str, ...], folder: Path, wrong: int = 0) -
     if name == "fwd":  # no stack is in it
         lie = [f"-DFUZZ_PASS={wrong}", "-Wl,--wrap=check_send"] if wrong else []
         objects = tuple(FWD)
+    if name == "classify":
+        lie = [f"-DFUZZ_LIE={wrong}", "-Wl,--wrap=classify_burst"] if wrong else []
+        objects = tuple(CLASSIFY)
     sources = ["tests/c/fuzz_replay.c", f"tests/c/fuzz_{name}.c"]
     run("gcc", *CFLAGS, "-DBYPASS_DEBUG", *INCLUDE, *VARIANTS["san"], *lie, *sources, *objects, "-o", out)
     return out
@@ -72,6 +79,7 @@ def test_the_corpus_finds_nothing_wrong(
         ("fwd", 11, "from "),
         ("fwd", 14, "nobody began"),
         ("fwd", 16, "from port"),
+        ("classify", 1, "then"),
     ],
     ids=[
         "a byte read differs",
@@ -83,6 +91,7 @@ def test_the_corpus_finds_nothing_wrong(
         "another address leaves",
         "a fragment leaves",
         "another port leaves",
+        "a burst is judged otherwise",
     ],
 )
 def test_a_stack_that_lies_is_noticed(

@@ -2,7 +2,7 @@
 /*
  * classify_mem.c - a classifier's range: where what lies, locks of the writers, counters. Nothing here looks at packets.
  */
-#define _GNU_SOURCE
+#define _POSIX_C_SOURCE 200809L /* robust mutexes */
 #include <errno.h>
 
 #include "classify_mem.h"

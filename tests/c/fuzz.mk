@@ -8,7 +8,8 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -Wall -Wextra -W
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 STACK := $(patsubst bypass/stack/%.c,$(OUT)/stack/%.o,$(wildcard bypass/stack/*.c))
 FWD := $(patsubst %,$(OUT)/fwd/%.o,port peer lease check forward)
-HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[rw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c))
+CLASSIFY := $(patsubst bypass/dpdk_backend/%.c,$(OUT)/dpdk_backend/%.o,$(wildcard bypass/dpdk_backend/classify*.c))
+HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[rw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c tests/c/fuzz_classify.c))
 
 MAKEFLAGS += --no-builtin-rules
 
@@ -22,6 +23,13 @@ $(OUT)/fwd/%.o: bypass/fwd/%.c
 	@mkdir -p $(@D)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass -MMD -MP -c $< -o $@
 
+$(OUT)/dpdk_backend/%.o: bypass/dpdk_backend/%.c
+	@mkdir -p $(@D)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass -MMD -MP -c $< -o $@
+
+$(OUT)/fuzz_classify: tests/c/fuzz_classify.c $(wildcard tests/c/*.h) $(CLASSIFY)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(CLASSIFY) -o $@
+
 $(OUT)/fuzz_fwd: tests/c/fuzz_fwd.c $(wildcard tests/c/*.h) $(FWD)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(FWD) -o $@
 
@@ -29,6 +37,6 @@ $(OUT)/%: tests/c/%.c $(wildcard tests/c/*.h) $(STACK)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass/stack $< $(STACK) -o $@
 
 .PHONY: all
-.SECONDARY: $(STACK) $(FWD)
+.SECONDARY: $(STACK) $(FWD) $(CLASSIFY)
 
--include $(STACK:.o=.d) $(FWD:.o=.d)
+-include $(STACK:.o=.d) $(FWD:.o=.d) $(CLASSIFY:.o=.d)
