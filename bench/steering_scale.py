@@ -8,6 +8,7 @@
               each, so the program itself is cold too: an upper bound.
     masks     a flow that matches under the last of 1 to 16 masks
     verdicts  the same flow: for another host, passed, dropped, steered, drained
+    classifier  the first table's hot flow in the C classifier of the DPDK backend, in bursts
 
 The first table's `load s` is what it takes to load such a policy once it is checked and compiled to masks and keys.
 
@@ -32,6 +33,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bypass.dpdk_backend.steering import SoftSteering
 from bypass.policy import AfxdpBackend, Policy
 from bypass.rules import Action, PortRange, Rule
 from bypass.steering import Steering
@@ -100,7 +102,7 @@ def rows(found: dict[str, list[int]]) -> list[Row]:
     ]
 
 
-def hot(s: Steering, data: bytes, repeat: int) -> Callable[[], int]:
+def hot(s: Steering | SoftSteering, data: bytes, repeat: int) -> Callable[[], int]:
     return lambda: s.test_run(data, repeat=repeat).duration_ns
 
 
@@ -118,6 +120,20 @@ def by_rules(counts: list[int], rounds: int, repeat: int) -> list[Row]:
             extra.append({"random_ns": statistics.median(cold), "load_s": round(seconds, 2)})
             cases[f"{count:,}"] = hot(s, frame(count // 2), repeat)
         return [row | more for row, more in zip(rows(interleaved(cases, rounds)), extra, strict=True)]
+
+
+def by_rules_in_c(counts: list[int], rounds: int, repeat: int) -> list[Row]:
+    """The same hot flows, classified without XDP."""
+    with ExitStack() as stack:
+        cases = {}
+        for count in counts:
+            policy = policy_of([rule(i, plen=32, peer=i) for i in range(count)])
+            s = stack.enter_context(SoftSteering(policy, "lo"))
+            s.set_locals([HOST])
+            s.add_endpoint(TCP, HOST, PORT)
+            assert s.test_run(frame(count // 2)).reason == "steered"
+            cases[f"{count:,}"] = hot(s, frame(count // 2), repeat)
+        return rows(interleaved(cases, rounds))
 
 
 def by_masks(rounds: int, repeat: int) -> list[Row]:
@@ -171,11 +187,13 @@ def main(rounds: int, repeat: int, most: int) -> None:
     counts = [n for n in (1, 1000, 100_000, 1_000_000) if n <= most]
     result = {
         "rules": by_rules(counts, rounds, repeat),
+        "classifier": by_rules_in_c(counts, rounds, repeat),
         "masks": by_masks(rounds, repeat),
         "verdicts": by_verdict(rounds, repeat),
     }
     console = Console(width=100)
     show(console, "Rules of one mask: a hot flow; random flows, program cold", "rules", result["rules"])
+    show(console, "The same hot flow in the classifier of the DPDK backend", "rules", result["classifier"])
     show(console, "Masks: a flow that only the last one matches", "masks", result["masks"])
     show(console, "Verdicts: one rule", "verdict", result["verdicts"])
     OUT.parent.mkdir(exist_ok=True)

@@ -259,9 +259,11 @@ static inline int apply(struct classifier *c, const struct view *v, const struct
     return action == ACTION_DROP ? REASON_RULE_DROP : REASON_RULE_PASS;
 }
 
-static inline struct packet packet_of(const uint8_t *frame, uint32_t len)
+static inline void packet_begin(struct packet *p, const uint8_t *frame, uint32_t len)
 {
-    return (struct packet){.data = frame, .len = len};
+    memset(p, 0, sizeof *p); /* in place: a copy would read back what was just written, in other pieces */
+    p->data = frame;
+    p->len = len;
 }
 
 /* From a packet that was parsed, or has its reason; -1: the rules were exchanged meanwhile. */
@@ -311,9 +313,10 @@ int classify(struct classifier *c, const uint8_t *frame, uint32_t len, uint32_t 
     int reason = -1;
 
     for (int i = 0; i < TRIES && reason < 0; i++) {
-        struct packet p = packet_of(frame, len);
+        struct packet p;
         struct view v;
 
+        packet_begin(&p, frame, len);
         result_clear(out);
         if (view_take(c, &v)) {
             reason = judge(c, &v, &p, parse_packet(c, &p, &v.depth), queue, out);
@@ -352,7 +355,7 @@ static void burst(struct classifier *c, const struct classify_frame *in, uint32_
         return;
     }
     for (uint32_t i = 0; i < n; i++) {
-        p[i] = packet_of(in[i].data, in[i].len);
+        packet_begin(&p[i], in[i].data, in[i].len);
         reason[i] = parse_packet(c, &p[i], &v.depth);
         if (reason[i] == GO_ON) {
             fetch_rule(c, &v, &p[i].flow);
