@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 import wire as w
 from bypass._core import ffi, lib
-from filter_support import DROP, FILTER_LOOKS, FILTER_QUEUE, PASS, STEER, Scene, frame
+from filter_support import DROP, FILTER_LOOKS, FILTER_QUEUE, PASS, STEER, Scene, frame, judge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_ports import burst, meta_of, udp_frame
 from support import examples
 
-from bypass.sim import Network
+from bypass.core import CoreStack
+from bypass.dpdk_backend.filter import FilterDevice
+from bypass.sim import Faults, Network
+from bypass.stack_api import Stack
 
 WRITES, READS = lib.EXCEPTION_WRITES, lib.EXCEPTION_READS
 
@@ -270,6 +276,61 @@ def test_the_kernels_frames_are_tagged_by_the_kernel(net: Network) -> None:
         s.received()
         assert s.on_wire() == [frame(b"K", vlan=7), frame(b"K", vlan=9), frame(b"K")]
         s.reap()
+
+
+def tagged_stack(net: Network, address: str, vlan: int, ends: ExitStack) -> Stack:
+    """A stack on the network's wire, all of whose frames have a tag there."""
+    port = net.default_wire.port(caps=lib.BYPASS_CAP_TX_CSUM | lib.BYPASS_CAP_RX_CSUM)
+    filtered = FilterDevice(port.dev, ffi.NULL, None, vlan, judge)
+    ends.callback(filtered.close)
+    env = ffi.new("struct bypass_env *")
+    assert lib.sim_env(net.c, env, vlan) == 0
+    flags = lib.BYPASS_F_ARP | lib.BYPASS_F_PING | lib.BYPASS_F_RST
+    core = CoreStack(filtered.dev, flags=flags, now_ns=net.now_ns(), env=env, owner=(net, filtered))
+    core.addr_add(address, 24)
+    number = lib.sim_stack_add(net.c, core.c, port.dev)
+    stack = net._stacks[number] = Stack(core, net, name=address, port=port)
+    return stack
+
+
+def test_stacks_talk_through_a_vlan_and_lost_frames(net: Network) -> None:
+    """ARP, handshakes, retransmissions and checksums that the device completes, all with a tag in front."""
+    with ExitStack() as ends:
+        net.wire(faults=Faults(loss=0.03, reorder=0.02, delay_ns=50_000))
+        seen = net.raw_port()
+        a, b, other = (tagged_stack(net, f"10.0.0.{n}", v, ends) for n, v in ((1, 7), (2, 7), (3, 9)))
+        data = random.Random(1).randbytes(300_000)
+        with b.create_server(("10.0.0.2", 80)) as server, a.socket() as client, other.socket() as stranger:
+            got = exchange(net, client, server, data)
+            assert got == data
+            stranger.settimeout(1)
+            with pytest.raises(OSError, match=r"timed out|No route"):
+                stranger.connect(("10.0.0.2", 80))
+        assert a.stats()["tcp_out_retransmits"] > 0
+        tags = {frame[12:16] for _, frame in seen.recv()}
+        assert tags == {b"\x81\x00\x00\x07", b"\x81\x00\x00\x09"}
+        for stack in (a, b, other):
+            stack.close()
+
+
+def exchange(net: Network, client: Any, server: Any, data: bytes) -> bytes:
+    """Sends all through a connection; what arrives."""
+    client.setblocking(False)
+    server.setblocking(False)
+    client.connect_ex(("10.0.0.2", 80))
+    connection, sent, got = None, 0, b""
+    while len(got) < len(data):
+        assert net.now_ns() < 600 * 10**9, "it stands still"
+        net.run(duration_ns=10**6)
+        with suppress(BlockingIOError, OSError):
+            if sent < len(data):
+                sent += client.send(data[sent:])
+        with suppress(BlockingIOError):
+            connection = connection or server.accept()[0]
+            connection.setblocking(False)
+            got += connection.recv(1 << 20)
+    connection.close()  # type: ignore[union-attr]
+    return got
 
 
 # ---- Anything -------------------------------------------------------------------------------------------------
