@@ -227,6 +227,17 @@ def test_an_hour_of_silence_fills_the_bucket_once(pair: tuple[ExceptionPath, soc
         assert given == burst
 
 
+def test_a_full_bucket_stays_full(pair: tuple[ExceptionPath, socket.socket]) -> None:
+    path, _ = pair
+    lib.exception_adopt(path.c, path.c.fd, 10, 8)
+    for time_ns in (1, 700_000_001, 1_400_000_001):
+        lib.exception_round(path.c, time_ns)
+    given = 0
+    while lib.exception_admit(path.c):
+        given += 1
+    assert given == 8
+
+
 def test_a_round_has_so_many_writes_and_reads(pair: tuple[ExceptionPath, socket.socket]) -> None:
     path, kernel = pair
     frame, buf = b"f" * 60, ffi.new("char[]", 100)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import wire as w
 from bypass._core import ffi, lib
-from filter_support import DROP, FILTER_LOOKS, FILTER_QUEUE, PASS, STEER, Scene, frame, judge
+from filter_support import DROP, FILTER_LOOKS, FILTER_QUEUE, PASS, STEER, Scene, frame, judge, pass_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_ports import burst, meta_of, udp_frame
@@ -19,7 +19,7 @@ from support import examples
 
 from bypass.core import CoreStack
 from bypass.dpdk_backend.filter import FilterDevice
-from bypass.sim import Faults, Network
+from bypass.sim import DeviceFaults, Faults, Network
 from bypass.stack_api import Stack
 
 WRITES, READS = lib.EXCEPTION_WRITES, lib.EXCEPTION_READS
@@ -52,6 +52,17 @@ def test_without_a_kernel_what_it_would_get_is_handed_up(net: Network) -> None:
         meta: list[object] = []
         assert s.received(meta=meta) == frames[:2]
         assert [m.flags for m in meta] == [lib.BYPASS_RX_VERDICT, 0]  # type: ignore[attr-defined]
+
+
+def test_a_verdict_of_the_device_below_is_not_taken_for_ours(net: Network) -> None:
+    with Scene(net, kernel=False) as s, ExitStack() as ends:
+        above = FilterDevice(s.dev, ffi.NULL, None, None, pass_all)
+        ends.callback(above.close)
+        s.send([frame(STEER)])
+        out = ffi.new("bypass_pkt[8]")
+        assert above.dev.ops.rx_burst(above.dev, out, 8) == 1
+        assert meta_of(s.port.dev, out[0]).flags & lib.BYPASS_RX_VERDICT == 0
+        above.dev.ops.free(above.dev, out, 1)
 
 
 def test_the_rate_holds_and_what_exceeds_it_is_counted(net: Network) -> None:
@@ -139,6 +150,20 @@ def test_the_kernels_frames_leave_by_the_port(net: Network) -> None:
         assert s.filter.counters()["from_kernel"] == 3
 
 
+def test_a_device_that_stops_in_the_middle_is_kicked_again(net: Network) -> None:
+    with Scene(net) as s:
+        assert s.kernel is not None
+        s.port.set_device_faults(DeviceFaults(kick_again=1))
+        s.kernel.send(frame(b"K"))
+        s.received()
+        assert s.is_awake()
+        s.port.set_device_faults(DeviceFaults())
+        s.received()
+        s.received()
+        assert not s.is_awake()
+        s.reap()
+
+
 def test_so_many_of_the_kernels_frames_a_call(net: Network) -> None:
     with Scene(net) as s:
         assert s.kernel is not None
@@ -192,8 +217,11 @@ def test_a_ring_that_stays_full_costs_the_kernel_its_frame(net: Network) -> None
         assert s.kernel is not None
         assert s.transmit([frame(STEER)]) == 1
         s.kernel.send(frame(b"K"))
+        s.received()
+        assert s.is_awake(), "no descriptor tells when the ring has room"
         for _ in range(2000):
             s.received()
+        assert not s.is_awake()
         assert s.filter.counters()["from_kernel_full"] == 1
         assert s.port.stats().held == 0
         s.reap()

@@ -198,7 +198,6 @@ int exception_write(struct exception_path *e, const void *frame, size_t len)
         return EXCEPTION_PASSED;
     }
     if (errno == EAGAIN || errno == EINTR || errno == ENOBUFS) {
-        e->writes = 0; /* not in this round any more */
         return EXCEPTION_LATER;
     }
     (void)note_gone(e);
