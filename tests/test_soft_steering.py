@@ -275,7 +275,38 @@ def test_the_kernel_is_asked_for_real() -> None:
             assert reason(s, frame(port, ACK, **ours)) == "draining"  # type: ignore[arg-type]
 
 
+def test_a_successor_holds_on_to_connections_while_it_asks(kernel: Kernel) -> None:
+    first = made(kernel, policy(rule(0, 8080), rule(1, 8081)))
+    kernel.has(40000)
+    kernel.has(40000, port=8081)
+    for port in (8080, 8081):
+        first.add_endpoint(TCP, None, port, drain=True)
+    left = left_by(first)
+    seen: list[str] = []
+
+    def asked(port: int) -> Iterable[TcpFlow]:
+        seen.extend((reason(first, frame(8080)), reason(first, frame(8081))))
+        return kernel(port)
+
+    with first, SoftSteering(first.policy, "eth1", left=left, kernel_flows=asked):
+        assert seen == ["draining"] * 4
+
+
 # ---- The memory
+
+
+def test_what_is_not_used_costs_no_memory(steering: SoftSteering, kernel: Kernel) -> None:
+    def used() -> int:
+        return os.fstat(steering.endpoints_fd).st_blocks * 512
+
+    before = used()
+    assert before < 256 << 10
+    for port in range(50):
+        kernel.has(40000 + port)
+    entry = steering.add_endpoint(TCP, None, 8080, drain=True)
+    steering.set_drain(entry, True)
+    steering.set_locals([HOST, "192.0.2.11"])
+    assert used() - before < 512 << 10  # each in a page of its own at worst
 
 
 def test_nobody_can_shrink_the_memory(steering: SoftSteering) -> None:
@@ -307,6 +338,10 @@ def test_a_successor_goes_on_with_what_is_live(kernel: Kernel) -> None:
         fresh = second.add_endpoint(TCP, HOST, 8080)
         assert fresh not in (kept, draining)
         second.remove_endpoint(kept)
+        second.remove_endpoint(draining)
+        assert held(second) == 0, "what the first had held has gone, too"
+        second.set_locals(["192.0.2.11"])
+        assert reason(second, frame()) == "not_local"
 
 
 def test_a_successor_settles_what_a_killed_one_left_unsettled(kernel: Kernel) -> None:

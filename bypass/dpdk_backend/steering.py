@@ -53,7 +53,7 @@ CLASSIFIER_REASONS = REASONS + build.reasons(macro="CLASSIFY_REASONS")
 """Why packets were steered, passed or dropped, by number."""
 MEMORY = "classifier"
 """Name of the one descriptor in `map_fds`."""
-MAX_HELD = 1 << 17
+MAX_HELD = 1 << 16
 """Connections of the kernel on ports that drain, at once."""
 _ACTIONS = {lib.CLASSIFY_PASS: "pass", lib.CLASSIFY_DROP: "drop", lib.CLASSIFY_STEER: "redirect"}
 _SETS = {4: lib.CLASSIFY_LOCALS4, 6: lib.CLASSIFY_LOCALS6}
@@ -137,9 +137,11 @@ class SoftSteering:
         self._previous: Policy | None = None  # readers may have counted for it until just now
         self._counts = RuleCounts()
         self._endpoints = Endpoints(ifname, owners)
-        self._held: dict[
-            int, dict[bytes, int]
-        ] = {}  # by entry: the kernel's connections that it leaves alone
+        # By entry: the kernel's connections that it leaves alone, by key, with flags.
+        self._held: dict[int, dict[bytes, int]] = {}
+        # What was written, so that the memory need not be searched for it: flows that are held, members by set.
+        self._told: dict[bytes, int] = {}
+        self._members: dict[int, set[bytes]] = {}
         self._packed: tuple[Policy, Any, list[Any]] | None = None
         self._memory: _Memory | None = self._attached(left.maps) if left else self._made()
         try:
@@ -180,19 +182,29 @@ class SoftSteering:
 
     def _go_on(self) -> None:
         """With endpoints that are live."""
-        at, key, value = (
-            ffi.new("uint32_t *"),
-            ffi.new("struct classify_key *"),
+        at, key = ffi.new("uint32_t *"), ffi.new("struct classify_key *")
+        value, flags, member = (
             ffi.new("struct classify_endpoint *"),
+            ffi.new("uint32_t *"),
+            ffi.new("uint8_t[16]"),
         )
         found = []
         while lib.classify_endpoint_next(self.classifier, at, key, value):
             found.append(_endpoint_of(key, value))
         self._endpoints.go_on(found)
-        for endpoint in found:
-            if endpoint.drain:
-                self._hold(endpoint)
-                self._set_flags(endpoint)  # who made it may have been killed before it was settled
+        at[0] = 0
+        while lib.classify_held_next(self.classifier, at, key, flags):
+            self._told[bytes(ffi.buffer(key))] = flags[0]
+        for number in range(lib.CLASSIFY_SETS):
+            at[0], self._members[number] = 0, set()
+            while lib.classify_set_next(self.classifier, number, at, member):
+                self._members[number].add(bytes(ffi.buffer(member)))
+        drain = [endpoint for endpoint in found if endpoint.drain]
+        for endpoint in drain:
+            self._held[endpoint.entry] = self._flows(endpoint)
+        self._tell_held()  # those of all at once: what one entry holds stays held meanwhile
+        for endpoint in drain:
+            self._set_flags(endpoint)  # who made it may have been killed before it was settled
 
     def __enter__(self) -> Self:
         return self
@@ -326,20 +338,23 @@ class SoftSteering:
 
     def _hold(self, endpoint: Endpoint) -> None:
         """Its packets of connections that the kernel has now are the kernel's."""
+        self._held[endpoint.entry] = self._flows(endpoint)
+        self._tell_held()
+
+    def _flows(self, endpoint: Endpoint) -> dict[bytes, int]:
+        """Connections that the kernel has on its ports."""
         if endpoint.proto != TCP:
-            return
-        flows = self._kernel_flows(0 if endpoint.block else endpoint.lport)
-        self._held[endpoint.entry] = {
+            return {}
+        return {
             endpoint_key(Endpoint(0, TCP, f.local, f.local_port, f.remote, f.remote_port, 0, False)): (
                 lib.CLASSIFY_TIME_WAIT if f.waits else 0
             )
-            for f in flows
+            for f in self._kernel_flows(0 if endpoint.block else endpoint.lport)
             if f.local.version == 4
             and f.remote.version == 4
             and endpoint.lport <= f.local_port <= endpoint.last_port
             and endpoint.laddr in (None, f.local)
         }
-        self._tell_held()
 
     def _let_go(self, entry: int) -> None:
         if self._held.pop(entry, None) is not None:
@@ -354,15 +369,13 @@ class SoftSteering:
             raise SteeringError(
                 f"{self.ifname}: the kernel has {len(wanted)} connections on ports that drain; {MAX_HELD} can be held"
             )
-        at, key, flags = ffi.new("uint32_t *"), ffi.new("struct classify_key *"), ffi.new("uint32_t *")
-        present = {}
-        while lib.classify_held_next(self.classifier, at, key, flags):
-            present[bytes(ffi.buffer(key))] = flags[0]
-        for flow in present.keys() - wanted.keys():
+        for flow in self._told.keys() - wanted.keys():
             check(lib.classify_held_del(self.classifier, _key(flow)))
+            del self._told[flow]
         for flow, what in wanted.items():
-            if present.get(flow) != what:
+            if self._told.get(flow) != what:
                 check(lib.classify_held_add(self.classifier, _key(flow), what))
+                self._told[flow] = what
 
     def find(
         self, proto: int, laddr: str, lport: int, peer: tuple[str, int] | None, *, block: bool
@@ -407,14 +420,13 @@ class SoftSteering:
 
     def _set(self, number: int, members: set[bytes]) -> None:
         self._open()
-        wanted = {m.ljust(16, b"\0") for m in members}
-        at, member, present = ffi.new("uint32_t *"), ffi.new("uint8_t[16]"), set()
-        while lib.classify_set_next(self.classifier, number, at, member):
-            present.add(bytes(ffi.buffer(member)))
-        for new in wanted - present:
+        wanted, told = {m.ljust(16, b"\0") for m in members}, self._members.setdefault(number, set())
+        for new in wanted - told:
             check(lib.classify_set_add(self.classifier, number, new))
-        for old in present - wanted:
+            told.add(new)
+        for old in told - wanted:
             check(lib.classify_set_del(self.classifier, number, old))
+            told.discard(old)
 
     def set_mac(self, mac: bytes) -> None:
         """The port's MAC address."""
