@@ -39,7 +39,6 @@ from bypass.policy_backend import (
 )
 from bypass.policy_fields import (
     BACKENDS,
-    MAX_RULES,
     NO_ALLOW_MODEL,
     NO_QUOTA_MODEL,
     TEXTS,
@@ -58,6 +57,7 @@ from bypass.policy_fields import (
     backend_kind,
     policy_schema,
 )
+from bypass.policy_values import MAX_RULES
 from bypass.policy_yaml import (
     Document,
     Oddity,
