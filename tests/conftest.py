@@ -15,6 +15,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from backends import DIFFERENCES, LABS
+from bypass._core import ffi, lib
 from c_library import Library
 from support import FUZZ
 
@@ -55,6 +57,25 @@ def require_netns() -> None:
         missing(what)
 
 
+def require_dpdk() -> None:
+    """Goes on only where the DPDK plug-in was built and its libraries are there."""
+    error = ffi.new("struct dpdk_error *")
+    if lib.dpdk_load(ffi.NULL, error) == ffi.NULL:
+        missing([ffi.string(error.text).decode()])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("backends") and "lab" in metafunc.fixturenames:
+        metafunc.parametrize("lab", list(LABS.values()), ids=list(LABS), indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = f"{item.path.stem}::{getattr(item, 'originalname', item.name)}"
+        if name in DIFFERENCES and "dpdk" in item.keywords:
+            item.add_marker(pytest.mark.xfail(reason=DIFFERENCES[name], strict=True))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("netns"):
@@ -67,7 +88,10 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 
     `@pytest.mark.parametrize("lab", [{"queues": 4}], indirect=True)` for one that differs.
     """
-    with Lab(lab_name(), **getattr(request, "param", {})) as it:
+    param = getattr(request, "param", {})
+    if param.get("wire"):
+        require_dpdk()
+    with Lab(lab_name(), **param) as it:
         yield it
 
 

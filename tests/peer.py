@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from backends import policy_for
 from support import WAIT_S
 
 from bypass import netns
@@ -42,7 +43,7 @@ class Peer:
         self.lab = lab
         self.folder = folder
         path = folder / "policy.yaml"
-        path.write_text(policy)
+        path.write_text(policy_for(lab, policy))
         argv = [sys.executable, str(TESTS / "peer_server.py"), str(path), str(folder)]
         self.process = subprocess.Popen(
             lab.command("server", argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from backends import finds, policy_for
 from peer import (
     POLICY,
     SERVER_PORT,
@@ -33,7 +34,7 @@ from bypass import netns
 from bypass.demo import make_body
 from bypass.lab import CLIENT_IP, SERVER_IP, Lab
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.netns, pytest.mark.backends, pytest.mark.timeout(300)]
 
 URL = f"http://{SERVER_IP}:{SERVER_PORT}"
 SYN, RST, PSH, ACK = 2, 4, 8, 16
@@ -59,7 +60,7 @@ def quiet_audit(peer: Peer) -> dict:
 
 
 def test_a_gigabyte_each_way_arrives_unharmed(lab: Lab, tmp_path: Path) -> None:
-    size = 1_000_000_000
+    size = 200_000_000 if lab.wire else 1_000_000_000  # net_af_packet is a system call a packet and a copy
     digest = make_body(tmp_path / "body.bin", size)
     with Peer(lab, tmp_path) as peer:
         peer.do("listen", port=SERVER_PORT)
@@ -297,7 +298,7 @@ def test_no_reset_meets_a_live_connection_whatever_is_thrown_at_it(lab: Lab, tmp
         mine = [r for r in sniffer.resets if r == (SERVER_PORT, us[1])]
         assert mine == []
         audit = peer.do("audit")
-        assert audit["reasons"]["tcp_fragment"] >= 200
+        assert not finds(lab, "fragments") or audit["reasons"]["tcp_fragment"] >= 200
         assert audit["stats"]["tcp_in_reset_ignored"] > 0
 
 
@@ -389,7 +390,7 @@ asyncio.run(main())
 
 
 def test_a_stack_is_opened_and_closed_inside_a_coroutine(lab: Lab, tmp_path: Path) -> None:
-    (tmp_path / "policy.yaml").write_text(POLICY)
+    (tmp_path / "policy.yaml").write_text(policy_for(lab, POLICY))
     with client_socket(lab) as listener:
         listener.bind((CLIENT_IP, 8000))
         listener.listen()

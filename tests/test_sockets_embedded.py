@@ -18,6 +18,7 @@ from pathlib import Path
 
 import dpkt
 import pytest
+from backends import policy_for
 
 from bypass import Stack, aio, netns
 from bypass.control import PolicyControl
@@ -26,7 +27,7 @@ from bypass.errors import DeviceError, GrantError
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends]
 
 POLICY = f"""
 version: 1
@@ -52,7 +53,7 @@ flows:
 def stack(lab: Lab) -> Iterator[Stack]:
     """A stack in the server's namespace; the test's thread is in that namespace too."""
     with netns.entered(lab.server_ns):
-        it = Stack.from_policy(parse_policy(POLICY))
+        it = Stack.from_policy(parse_policy(policy_for(lab, POLICY)))
         yield it
         it.close(linger=0.2)
 
@@ -246,6 +247,7 @@ def test_connections_of_the_kernel_drain(stack: Stack, lab: Lab) -> None:
         old.bind((SERVER_IP, 8080))
         old.listen()
         client = connected(lab, (SERVER_IP, 8080))
+        assert serving(stack, lambda: readable(old))
         kept, _ = old.accept()
     with stack.create_server((SERVER_IP, 8080)) as server:
         assert [e.drain for e, _ in control(stack).steering.entries().values()] == [True]
@@ -253,10 +255,13 @@ def test_connections_of_the_kernel_drain(stack: Stack, lab: Lab) -> None:
         connection, _ = server.accept()
         client.setblocking(True)
         client.sendall(b"of the kernel's")
+        assert serving(stack, lambda: readable(kept))
         assert kept.recv(100) == b"of the kernel's"
         kept.sendall(b"still here")
+        assert serving(stack, lambda: readable(client))
         assert client.recv(100) == b"still here"
         client.close()
+        assert serving(stack, lambda: readable(kept))  # else both ends would wait in TIME_WAIT
         kept.close()
         assert serving(
             stack, lambda: not any(e.drain for e, _ in control(stack).steering.entries().values()), 90
@@ -273,7 +278,7 @@ def test_link_down_and_up_again(stack: Stack, lab: Lab) -> None:
     with stack.create_server((SERVER_IP, 8080)) as server, IPRoute() as ip:
         client = connected(lab, (SERVER_IP, 8080))
         connection, _ = server.accept()
-        index = ip.link_lookup(ifname=SERVER_IFNAME)[0]
+        index = ip.link_lookup(ifname=lab.server_ifname)[0]
         ip.link("set", index=index, state="down")
         connection.sendall(b"while it was down")
         stack.run(timeout=0.5)
@@ -377,7 +382,7 @@ def test_closing_the_stack_ends_calls_that_wait(stack: Stack) -> None:
 def test_a_stack_in_the_background_works_while_the_program_does_not_call(lab: Lab) -> None:
     with netns.entered(lab.server_ns):
         with (
-            Stack.from_policy(parse_policy(POLICY), background=True) as stack,
+            Stack.from_policy(parse_policy(policy_for(lab, POLICY)), background=True) as stack,
             stack.create_server((SERVER_IP, 8080)) as server,
             kernel_socket(lab) as client,
         ):
@@ -395,7 +400,7 @@ def test_a_capture_shows_what_tcpdump_cannot_see(lab: Lab, tmp_path: Path) -> No
     path = tmp_path / "steered.pcapng"
     with (
         netns.entered(lab.server_ns),
-        Stack.from_policy(parse_policy(POLICY), capture=path) as stack,
+        Stack.from_policy(parse_policy(policy_for(lab, POLICY)), capture=path) as stack,
         stack.create_server((SERVER_IP, 8080)) as server,
     ):
         client = connected(lab, (SERVER_IP, 8080))
@@ -508,7 +513,7 @@ def test_asyncio_learns_of_a_deleted_interface(stack: Stack, lab: Lab) -> None:
 def test_close_leaves_nothing_and_may_come_twice(lab: Lab) -> None:
     with netns.entered(lab.server_ns):
         before = len(os.listdir("/proc/self/fd"))
-        stack = Stack.from_policy(parse_policy(POLICY))
+        stack = Stack.from_policy(parse_policy(policy_for(lab, POLICY)))
         assert isinstance(stack.driver, DeviceDriver)
         server = stack.create_server((SERVER_IP, 8080))
         client = connected(lab, (SERVER_IP, 8080))
@@ -521,4 +526,4 @@ def test_close_leaves_nothing_and_may_come_twice(lab: Lab) -> None:
             sock.close()
         assert len(os.listdir("/proc/self/fd")) == before
         with kernel_socket(lab, side="server") as other:
-            other.bind((SERVER_IP, 8080))
+            other.bind(("", 8080))

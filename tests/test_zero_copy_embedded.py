@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from backends import policy_for
 
 from bypass import Stack, netns
 from bypass.embedded import DeviceDriver
@@ -16,7 +17,7 @@ from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 from bypass.sockets import Socket
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends]
 
 POLICY = f"""
 version: 1
@@ -34,7 +35,7 @@ DATA = bytes((i * 7 + (i >> 8)) & 0xFF for i in range(SIZE))
 @pytest.fixture
 def stack(lab: Lab) -> Iterator[Stack]:
     with netns.entered(lab.server_ns):
-        it = Stack.from_policy(parse_policy(POLICY))
+        it = Stack.from_policy(parse_policy(policy_for(lab, POLICY)))
         yield it
         it.close(linger=0.2)
 

@@ -18,6 +18,7 @@ from typing import Any
 from bypass._core import ffi, lib
 from bypass.errors import DeviceError, NameTakenError, PrivilegeError
 from bypass.nic import driver_of
+from bypass.offloop import off_loop
 from bypass.policy import DpdkBackend, Policy
 
 MAX_NAME = 15  # IFNAMSIZ without the zero
@@ -75,6 +76,7 @@ def _names() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 
 
+@off_loop
 def dress(policy: Policy, mac: bytes, mtu: int) -> None:
     """Gives the device MAC address and MTU of the port, and what the policy says; sets it up. May be repeated.
 
