@@ -181,14 +181,18 @@ class DpdkAttachment:
         from bypass.dpdk_backend import DpdkDevice
         from bypass.dpdk_backend.filter import ExceptionPath, FilterDevice
         from bypass.dpdk_backend.steering import SoftSteering
+        from bypass.dpdk_backend.taken import device_taken
         from bypass.dpdk_backend.tap import open_tap
 
         self.policy, self.ifname = policy, policy.interface
         b = policy.dpdk
         self.exception: ExceptionPath | None = None
         self.flags = lib.BYPASS_F_RST
+        self._taken = ExitStack()
         with ExitStack() as undo:
-            if b.exception == "tap":  # first: it fails at once where the name is taken
+            undo.callback(self._taken.close)
+            self._taken.enter_context(device_taken(b))  # its interface may have the name that the TAP gets
+            if b.exception == "tap":  # early: it fails at once where the name is taken
                 self.exception = ExceptionPath(open_tap(policy), b.exception_rate)
                 undo.callback(self.exception.close)
             else:
@@ -246,6 +250,7 @@ class DpdkAttachment:
 
     def close(self) -> None:
         with ExitStack() as end:
+            end.callback(self._taken.close)
             if self.exception is not None:
                 end.callback(self.exception.close)
             end.callback(self.device.close)
