@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from bypass.broker import blocks
 from bypass.broker.shared import site_of
 from bypass.broker.tools import listening
 from bypass.errors import NameTakenError
-from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab, dpdk_policy
+from bypass.fwd import Forwarder
+from bypass.lab import CLIENT_IFNAME, CLIENT_IP, SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab, dpdk_policy
 from bypass.policy import load_policy
 
 pytestmark = [
@@ -82,7 +84,7 @@ def policy(lab: Lab, tmp_path: Path) -> Iterator[Path]:
         finally:
             for pid in others(lab):
                 os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: interfaces() == {"lo", WIRE_IFNAME})
+        wait_until(lambda: interfaces() <= {"lo", WIRE_IFNAME})
         assert blocks.RESERVED.read_text() == "\n"
         assert [name for name in listening() if "bypass" in name] == []
 
@@ -153,10 +155,58 @@ def tools_tell(name: str, pid: int) -> None:
     (stats,) = json.loads(good("stats", SERVER_IFNAME, "--json"))["processes"]
     assert (stats["mode"], stats["queues"]) == ("dpdk", [0])
     assert stats["rings"]["0"]["rx_packets"] == sum(r["packets"] for r in stats["reasons"])
+    more = stats["more"]
+    assert more["filter"]["passed"] == more["exception"]["passed"] > 0, "to the kernel"
+    assert more["filter"]["from_kernel"] == more["exception"]["from_kernel"] > 0
+    assert more["filter"]["steered"] + more["filter"]["passed"] == stats["rings"]["0"]["rx_packets"]
     flow = f"tcp {CLIENT_IP}:40000 > {SERVER_IP}:8080"
     explained = json.loads(good("explain", SERVER_IFNAME, flow, "--json", "--socket", name))
     assert (explained["pids"], explained["mode"], explained["queue"]) == ([pid], "shared", 0)
     assert f"{CLIENT_IP}:{PORT}" in good("conns", "--socket", name)
+
+
+def test_a_lost_link_is_the_kernels_too_and_comes_back(broker: tuple[str, int], lab: Lab) -> None:
+    name, _ = broker
+
+    def link(state: str) -> None:
+        argv = ["ip", "-n", lab.client_ns, "link", "set", CLIENT_IFNAME, state]
+        subprocess.run(argv, check=True, timeout=60)
+
+    def tap() -> str:
+        argv = ["ip", "-o", "link", "show", SERVER_IFNAME]
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    (where,) = (n for n in listening() if n.startswith(f"@bypass/fwd/{SERVER_IFNAME}/"))
+    with Program(name) as program, Forwarder.connect(where, broker=False) as looks:
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        with Load(lab, 2) as load:
+            load.goes_on()
+            link("down")
+            wait_until(lambda: "NO-CARRIER" in tap())
+            assert looks.stats()["link"] == 1
+            link("up")
+            wait_until(lambda: "NO-CARRIER" not in tap())
+            load.goes_on()
+            assert looks.stats()["link"] == 0
+            assert " 0% packet loss" in ping(lab)
+        down(name)
+
+
+def test_a_port_that_is_removed_is_told_and_not_asked_for_ever(broker: tuple[str, int], lab: Lab) -> None:
+    name, _ = broker
+    (where,) = (n for n in listening() if n.startswith(f"@bypass/fwd/{SERVER_IFNAME}/"))
+    with Program(name) as program, Forwarder.connect(where, broker=False) as looks:
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        with Load(lab, 1) as load:
+            load.goes_on()
+        subprocess.run(["ip", "link", "del", WIRE_IFNAME], check=True, timeout=60)
+        wait_until(lambda: looks.stats()["link"] == 2)
+        before = looks.stats()["rounds"]
+        time.sleep(0.2)
+        assert looks.stats()["rounds"] - before < 50, "it does not sleep any more"
+        assert leases(name) == [f"{SERVER_IP}:8080"], "the broker lives"
+        down(name)
+        assert SERVER_IFNAME not in interfaces()
 
 
 def test_a_new_broker_goes_on_with_what_a_killed_one_left(

@@ -61,6 +61,13 @@ class DpdkSite(PortsSite):
     def _view(self) -> DeviceView:
         return _PortView(self)
 
+    def _counters(self) -> dict[str, dict[str, int]]:
+        try:
+            counted = self.forwarder.dpdk_stats(0)
+        except ForwarderError:
+            return {}  # it has just ended, and so does the broker
+        return {"filter": counted["filter"], "exception": counted["kernel"], "port": counted["port"]}
+
     def _open_device(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         b = self.policy.dpdk
         about = self.forwarder.dpdk_open(

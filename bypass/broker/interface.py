@@ -102,7 +102,8 @@ class InterfaceSite(Site):
             self.watch = KernelWatch(self.ifname, self, self.steering, self)
             undo.callback(self.watch.close)
             self.entries = LiveEntries(self.steering, self.watch)
-            self.status = StatusServer(self.ifname, Snapshot(self.steering, self._view(), name="broker"))
+            told = Snapshot(self.steering, self._view(), name="broker", more=self._counters)
+            self.status = StatusServer(self.ifname, told)
             undo.callback(self.status.close)
             about: dict[str, Any] = {"socket": name, "device": left.about.get("device") if left else None}
             about |= {"policy": {key: repr(getattr(policy, key)) for key in FIXED}}
@@ -118,6 +119,10 @@ class InterfaceSite(Site):
     @abstractmethod
     def _view(self) -> DeviceView:
         """What tools are told of the device."""
+
+    def _counters(self) -> dict[str, dict[str, int]]:
+        """More for `bypass stats`, by what they count."""
+        return {}
 
     def grants(self, user: User) -> Grants:
         return Grants(self.policy, self.access.permits(user))

@@ -14,7 +14,6 @@
 #include "program.h"
 
 enum {
-    HEALTH_NS = 1000000000,
     PORT_CAPS = BYPASS_CAP_RX_CSUM | BYPASS_CAP_TX_CSUM, /* of the device, that a port has too */
 };
 
@@ -91,7 +90,7 @@ void device_health(struct program *w)
     if (!d || w->now_ns < w->health_ns) {
         return;
     }
-    w->health_ns = w->now_ns + HEALTH_NS;
+    w->health_ns = w->now_ns + d->look_ns;
     err = d->kind->health(d);
     told.state = err == -ENXIO ? 2 : err == -ENETDOWN ? 1 : 0;
     if (told.state == 0) {
@@ -103,6 +102,9 @@ void device_health(struct program *w)
     }
     if (told.state != w->forward.link) {
         forward_link(&w->forward, told.state);
+    }
+    if (told.state == 2 && w->link_told != 2) {
+        program_unwatch(w, d->wait_fd); /* it may be readable for ever: nothing is read there any more */
     }
     if (told.state != w->link_told) {
         w->link_told = told.state;

@@ -20,7 +20,7 @@ struct device_kind {
     void (*describe)(const struct device *d, struct fwd_device_info *a);
     /* Before each round of frames: the time. NULL: it needs none. */
     void (*turn)(struct device *d, uint64_t now_ns);
-    /* Asked once a second: 0, -ENETDOWN, -ENXIO (gone for good). Brings MTU and MAC of the netdev up to date. */
+    /* Asked every look_ns: 0, -ENETDOWN, -ENXIO (gone for good). Brings MTU and MAC of the netdev up to date. */
     int (*health)(struct device *d);
     /* Serves queues that it got since, and tells the broker. NULL: its queues never change. */
     void (*grow)(struct device *d, struct program *w);
@@ -32,6 +32,7 @@ struct device { /* the first member of a kind's own struct */
     const struct device_kind *kind;
     struct bypass_netdev *netdev;
     int wait_fd; /* readable when there may be frames */
+    uint64_t look_ns;
 };
 
 /* Opens it as the message says, and keeps the descriptors that it needs. 0, or as refuse(). */

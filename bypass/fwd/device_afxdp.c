@@ -15,7 +15,7 @@
 #include "maps.h"
 #include "program.h"
 
-enum { CLOSE_MS = 100 };
+enum { CLOSE_MS = 100, LOOK_NS = 1000000000 };
 
 struct afxdp_device {
     struct device device;
@@ -164,6 +164,7 @@ int device_afxdp_open(struct request *q, struct device **out)
         return refuse(q, ENOMEM, "no memory for a device");
     }
     x->device.kind = &kind;
+    x->device.look_ns = LOOK_NS;
     x->device.wait_fd = x->xsks_fd = -1;
     x->slot = m->slot;
     err = begin(x, q, &cfg);

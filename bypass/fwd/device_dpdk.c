@@ -23,7 +23,7 @@
 #include "program.h"
 #include "steer_mem.h"
 
-enum { CLOSE_MS = 100, WORDS_MAX = 64 };
+enum { CLOSE_MS = 100, WORDS_MAX = 64, LOOK_MS = 100 };
 
 struct dpdk_device {
     struct device device; /* its netdev is the filter's */
@@ -31,6 +31,7 @@ struct dpdk_device {
     struct dpdk_port *port;
     struct steer_mem steer;
     struct exception_path kernel;
+    bool carrier; /* of the TAP: the port's link, as the kernel knows it */
 };
 
 static struct dpdk_device *dpdk_of(const struct device *d)
@@ -50,9 +51,13 @@ static void dpdk_turn(struct device *d, uint64_t now_ns) { filter_now(d->netdev,
 
 static int dpdk_health(struct device *d)
 {
-    int err = dpdk_of(d)->plugin->health(dpdk_of(d)->port);
+    struct dpdk_device *x = dpdk_of(d);
+    int err = x->plugin->health(x->port);
 
     filter_refresh(d->netdev);
+    if (x->carrier != (err == 0) && exception_carrier(&x->kernel, err == 0) == 0) {
+        x->carrier = err == 0;
+    }
     return err;
 }
 
@@ -131,6 +136,8 @@ static int begin(struct dpdk_device *x, struct request *q)
     }
     exception_adopt(&x->kernel, q->fds[1], m->exception_rate, 0);
     q->fds[1] = -1;
+    x->carrier = true;
+    x->device.look_ns = (m->cfg.link_poll_ms ? m->cfg.link_poll_ms : LOOK_MS) * 1000000ull;
     x->device.netdev = filter_create(x->plugin->netdev(x->port), &cfg);
     if (!x->device.netdev) {
         return refuse(q, errno, "%.64s: no memory or descriptors for the exception path", m->cfg.device);
