@@ -27,7 +27,9 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 UNSEEN = re.compile(
     "bits set behind its prefix|ends before it begins|is the name of the flow|contradicts|different masks"
     "|but local is|is IPv4 inside IPv6|is no address that a packet has|is not spoken over|too few for the rings"
-    "|is longer than 15 bytes|are not all of the rule's"
+    "|is longer than 15 bytes|are not all of the rule's|leaves the port without any address|has a route already"
+    "|is in no prefix of addresses|but the route is for|is the port's own address|is not for all destinations"
+    "|is IPv6, which the stack|is never seen here|is not an address that a port may have|address of|is no gateway's"
 )
 
 
@@ -66,7 +68,8 @@ JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2, 80, 4094, 4095, 65535, 65536, 1.5, "", "tcp", "TCP", "all", "80", "0-1", "80-90",
     "90-80", "1-65536", "steer", "pass", "auto", "192.0.2.10", "192.0.2.0/24", "192.0.2.1/24", "0.0.0.0/0", "0.0.0.0",
     "256.0.0.1", "192.0.2.10/33", "2001:db8::1", "2001:db8::/32", "::1/129", "a b", "eth1", "sixteen-letters-", "..",
-    [], [0], [0, 0], {}, {"a": 1}, "afxdp", 2048, 4096, 100,
+    [], [0], [0, 0], {}, {"a": 1}, "afxdp", 2048, 4096, 100, "dpdk", "none", "tap", "64M", "192.0.2.1",
+    ["192.0.2.10/24"], ["192.0.2.0/24"], "net_null0", "192.0.2.1/24", "2001:db8::2", "::/0",
 ]  # fmt: skip
 KEYS = [
     "version",
@@ -81,6 +84,7 @@ KEYS = [
     "queues",
     "ring_size",
 ]
+KEYS += ["device", "mtu", "eal", "exception", "addresses", "routes", "to", "via", "hugepages", "memory"]
 KEYS += ["frames", "frame_size", "proto", "local", "local_port", "remote", "remote_port", "vlan", "unknown"]
 
 

@@ -245,11 +245,50 @@ def policy_text(rules: list[Rule], interface: str = "eth1") -> str:
 
 
 @st.composite
+def dpdk_ports(draw: st.DrawFn) -> dict[str, Any]:
+    """`backend`, `addresses` and `routes` of a whole port."""
+    queues, ring = draw(st.integers(1, 16)), draw(st.sampled_from([64, 1024]))
+    keys: dict[str, st.SearchStrategy[Any]] = {
+        "frames": st.integers(3 * ring * queues, 1 << 20),
+        "frame_size": st.sampled_from([2048, 4096, 8192, 16384]),
+        "mtu": st.integers(576, 9702),
+        "offloads": st.sampled_from(["auto", "none"]),
+        "idle_us": st.integers(1, 1_000_000),
+        "link_poll_ms": st.integers(10, 60_000),
+        "exception_rate": st.integers(1, 10_000_000),
+        "eal": st.fixed_dictionaries(
+            {},
+            optional={
+                "lcores": st.lists(st.integers(0, 8191), min_size=1, unique=True),
+                "memory": st.sampled_from([1 << 26, "64M", "1G"]),
+                "hugepages": st.booleans(),
+                "drivers": st.just("/opt/pmds"),
+                "devices": st.just(["0000:03:00.0", "net_null7,size=64"]),
+            },
+        ),
+    }
+    chosen = draw(st.fixed_dictionaries({}, optional=keys))
+    device = draw(st.sampled_from(["0000:03:00.0", "net_af_packet0,iface=eth1", "net_null0"]))
+    port = {"kind": "dpdk", "device": device, "queues": queues, "ring_size": ring, **chosen}
+    whole: dict[str, Any] = {"backend": port}
+    if draw(st.booleans()):
+        whole["addresses"] = ["192.0.2.10/24", "198.51.100.1/31", "2001:db8::1/64"]
+        whole["routes"] = [{"to": "0.0.0.0/0", "via": "192.0.2.1"}, {"to": "::/0", "via": "2001:db8::2"}]
+    if draw(st.booleans()):
+        whole |= {"addresses": ["192.0.2.10/24"], "routes": [{"to": "0.0.0.0/0", "via": "192.0.2.1"}]}
+        port["exception"] = draw(st.sampled_from(["tap", "none"]))
+    return whole
+
+
+@st.composite
 def policy_documents(draw: st.DrawFn) -> dict[str, Any]:
     """Valid policies as plain data: what `yaml.safe_load` reads of a policy file. `yaml.safe_dump` writes one."""
     interface = draw(st.from_regex(r"[a-z][a-z0-9.@_-]{0,14}", fullmatch=True))
     rules = draw(rule_lists().filter(bool))
     whole = document(rules, interface, draw(backends())) | draw(tunings()) | draw(sharing())
+    if draw(st.integers(0, 3)) == 0:
+        whole |= draw(dpdk_ports())
+        whole.pop("mode", None)
     for flow in whole["flows"]:
         if flow["action"] == "steer" and "local_port" not in flow["match"] and draw(st.booleans()):
             flow["allow"] = draw(allows())
