@@ -2,8 +2,8 @@
 """The backends that the same tests run on, and where they differ.
 
 A module or test with `pytest.mark.backends` runs once on AF_XDP and once on DPDK: its `lab` is a veth that the kernel
-keeps, or a wire that DPDK reads whole (net_af_packet), and `policy_for()` says the same rules for either. What DPDK cannot
-do, or does in another way, stands in DIFFERENCES and nowhere else: such a test has to fail there.
+keeps, or a wire that DPDK reads whole (net_af_packet), and `policy_for()` says the same rules for either. What DPDK
+cannot do, or does in another way, stands in DIFFERENCES and nowhere else: such a test has to fail there.
 """
 
 from __future__ import annotations
