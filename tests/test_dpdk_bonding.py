@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A port of several members by DPDK's bonding driver: failover when a link goes or a member is removed."""
+"""A port of several members by DPDK's bonding driver: failover when a link goes, when a member is removed, and LACP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import lab_name
-from dpdk_support import CLEAN, Node, backend, in_child, needs_dpdk, say, serve_echo, until
+from dpdk_support import CLEAN, Node, ask_echo, backend, in_child, needs_dpdk, say, serve_echo, until
 
 from bypass import netns
 from bypass.dpdk_backend import DpdkDevice
@@ -131,3 +131,37 @@ def test_a_transfer_goes_on_by_the_other_member(pair: Pair, fault: str) -> None:
     assert got["before"] == [["0", True, True], ["1", True, False]]
     assert got["now"] == [["0", False, False], ["1", True, True]]
     assert got["after"] == CLEAN
+
+
+# ---- LACP ----------------------------------------------------------------------------------------------------------
+@in_child
+def lacp_server(size: int) -> dict[str, Any]:
+    with DpdkDevice(None, backend(bond(4, "s"), link_poll_ms=10)) as device:
+        node = Node(device, SERVER)
+        sock = node.listen(PORT)
+        say("ready")
+        serve_echo(node, sock, size)
+        return {"mode": device.about().bonding_mode, "members": members(device), "after": node.settled()}
+
+
+@in_child
+def lacp_client(size: int) -> dict[str, Any]:
+    with DpdkDevice(None, backend(bond(4, "c"), link_poll_ms=10)) as device:
+        node = Node(device, CLIENT)
+        until(lambda: all(active for _, _, active in members(device)), node)
+        data = hashlib.shake_128(b"lacp").digest(4096) * (size // 4096)
+        same = ask_echo(node, (SERVER, PORT), data) == data
+        return {"same": same, "members": members(device), "after": node.settled()}
+
+
+@pytest.mark.netns
+def test_two_bonds_agree_on_their_links_by_lacp(pair: Pair) -> None:
+    """The driver's own frames go out only when it is called: also while the stack has nothing to send."""
+    size = MIB // 4
+    with lacp_server.start(size, netns=pair.server) as server:
+        assert server.line() == "ready"
+        client = lacp_client(size, netns=pair.client)
+        got = server.result()
+    both = [["0", True, True], ["1", True, True]]
+    assert (client["same"], client["members"], client["after"]) == (True, both, CLEAN)
+    assert (got["mode"], got["members"], got["after"]) == (4, both, CLEAN)

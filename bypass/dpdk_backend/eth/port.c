@@ -507,7 +507,9 @@ static int start(struct dpdk_port *d, struct dpdk_error *error)
         return failed(d, error, "starting", err);
     }
     /* What a filter of the device would keep from the kernel behind the exception path. Not all drivers have either. */
-    rte_eth_allmulticast_enable(d->id);
+    if (rte_eth_allmulticast_enable(d->id) < 0 && d->member_count) {
+        rte_eth_promiscuous_enable(d->id); /* with LACP the driver drops even broadcasts without one of the two */
+    }
     if ((d->cfg.flags & DPDK_F_PROMISCUOUS) && rte_eth_promiscuous_enable(d->id) < 0 && !d->if_index) {
         return complain(error, ENOTSUP, "%s: the driver %s has no promiscuous mode", d->name, d->info.driver_name);
     }
