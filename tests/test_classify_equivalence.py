@@ -40,7 +40,7 @@ def bench() -> Iterator[Bench]:
         yield it
 
 
-@pytest.mark.timeout(60 + FRAMES // 500)
+@pytest.mark.timeout(60 + FRAMES // 100)
 def test_program_and_classifier_agree_on_frames_derived_from_rules(bench: Bench) -> None:
     histogram: Counter[str] = Counter()
     policies = 0
