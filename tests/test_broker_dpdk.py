@@ -285,6 +285,8 @@ def test_what_cannot_be_says_why_and_leaves_nothing(policy: Path, broker: tuple[
         site_of(load_policy(str(policy)), f"{name}.second")
     assert e.value.ours, "which a private broker waits for"
     policy.write_text(text.replace("192.0.2.10/24", "192.0.2.11/24"))
+    assert f"addresses and routes are given to {SERVER_IFNAME}" in bypass("reload", "--socket", name).stderr
+    policy.write_text(text.replace("memory: 64M", "memory: 65M"))
     assert "backend is not what it was" in bypass("reload", "--socket", name).stderr
     down(name)
     policy.write_text(text.replace(WIRE_IFNAME, "nosuch0"))

@@ -23,9 +23,9 @@ from bypass.broker.ports import PortsSite
 from bypass.broker.takeover import Left
 from bypass.dpdk_backend import eal, tap
 from bypass.dpdk_backend.steering import SoftSteering
-from bypass.errors import DeviceError
+from bypass.errors import BypassError, DeviceError
 from bypass.fwd import ForwarderError
-from bypass.policy import Policy
+from bypass.policy import DpdkBackend, Policy
 from bypass.rss import Queue
 
 LINK_CODES = {"up": 0, "down": errno.ENETDOWN, "gone": errno.ENXIO}
@@ -85,6 +85,15 @@ class DpdkSite(PortsSite):
         super()._opened(about, queues)
         self.device_mode, self.device_reason = "dpdk", f"{about['driver']}, bypass-fwd has the port"
         self.watch.update()  # what the device was dressed with
+
+    def prepare(self, policy: Policy) -> None:
+        old, new = self.policy.dpdk, policy.backend
+        if isinstance(new, DpdkBackend) and (new.addresses, new.routes) != (old.addresses, old.routes):
+            raise BypassError(
+                f"{policy.path}: addresses and routes are given to {self.ifname} when the broker starts: change them "
+                "there (`ip address`, `ip route`), and leave these as they were; or start anew"
+            )
+        super().prepare(policy)
 
     def arrival(self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]) -> Queue:
         if len(self.queues) == 1:
