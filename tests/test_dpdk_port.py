@@ -120,6 +120,32 @@ def test_a_frame_that_is_no_packet_is_refused() -> None:
     assert misuse() == [-22, -22, -22, -22, 1, True, 4]
 
 
+@in_child
+def sleeps_with_nothing_to_receive() -> dict[str, Any]:
+    with DpdkDevice(None, backend("net_ring0", idle_us=100)) as device:
+        port = RawPort(device)
+
+        def woken() -> int:
+            before = device.statistics()[0]["rx_idle"]
+            port.recv(1, 0.5)
+            return int(device.statistics()[0]["rx_idle"]) - before
+
+        first = woken()
+        port.send([FRAME])
+        port.recv(1, 1)
+        port.recv(1, 0)
+        text = Path(f"/proc/self/fdinfo/{device.netdev.ops.wait_fd(device.netdev)}").read_text()
+        seconds, ns = text.split("it_value: (")[1].split(")")[0].split(",")
+        return {"woken": first, "left_ns": int(seconds) * 10**9 + int(ns)}
+
+
+def test_who_waits_long_is_woken_less_often() -> None:
+    """Half a second would be 5,000 times 100 us; what arrives makes it 100 us again."""
+    got = sleeps_with_nothing_to_receive()
+    assert 1 <= got["woken"] < 1000
+    assert got["left_ns"] <= 100_000
+
+
 # ---- Opening and closing -------------------------------------------------------------------------------------------
 @in_child
 def again_and_again() -> dict[str, Any]:

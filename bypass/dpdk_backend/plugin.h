@@ -38,14 +38,15 @@ struct dpdk_error {
     char text[500]; /* one line: what, where, what to do */
 };
 
-struct dpdk_config {       /* zeroed, then filled; 0 takes the default in brackets */
-    char device[512];      /* devargs: "net_af_packet0,iface=eth1", or a PCI address "0000:03:00.0" with arguments */
-    uint32_t queues;       /* receive and transmit queues each; RSS spreads flows over them [1] */
-    uint32_t ring_size;    /* descriptors of each ring; the driver's limits adjust it [1024] */
-    uint32_t frames;       /* in the pool [what rings and driver can hold, and twice as many again] */
-    uint32_t frame_size;   /* packet bytes that a frame holds, headroom not included: 2048, 4096, 8192, 16384 [2048] */
-    uint32_t mtu;          /* largest IP packet, bytes [the device's own, or what a frame holds where that is less] */
-    uint32_t idle_us;      /* how long wait_fd sleeps after nothing was received, microseconds [100] */
+struct dpdk_config {     /* zeroed, then filled; 0 takes the default in brackets */
+    char device[512];    /* devargs: "net_af_packet0,iface=eth1", or a PCI address "0000:03:00.0" with arguments */
+    uint32_t queues;     /* receive and transmit queues each; RSS spreads flows over them [1] */
+    uint32_t ring_size;  /* descriptors of each ring; the driver's limits adjust it [1024] */
+    uint32_t frames;     /* in the pool [what rings and driver can hold, and twice as many again] */
+    uint32_t frame_size; /* packet bytes that a frame holds, headroom not included: 2048, 4096, 8192, 16384 [2048] */
+    uint32_t mtu;        /* largest IP packet, bytes [the device's own, or what a frame holds where that is less] */
+    uint32_t
+        idle_us; /* how long wait_fd sleeps after nothing was received, microseconds; up to 2000 after a while [100] */
     uint32_t link_poll_ms; /* between looks at the link and at a bonding device's members [100] */
     uint32_t flags;        /* DPDK_F_* */
 };

@@ -21,7 +21,10 @@ enum {
     HOLD_DEV = BYPASS_HOLD_DEV,
     BURST = 64,
     TSO_REFUSALS = 16,
-    STUCK_REAPS = 16, /* reaps that find the oldest frame with the driver, until the others are looked at too */
+    IDLE_PATIENCE = 16,     /* sleeps of idle_us, with nothing received, until they become longer */
+    IDLE_DOUBLINGS = 5,     /* to 2^5 times as long, but not */
+    IDLE_MOST_NS = 2000000, /* longer than that */
+    STUCK_REAPS = 16,       /* reaps that find the oldest frame with the driver, until the others are looked at too */
 };
 
 static struct dpdk_port *port_of(struct bypass_netdev *nd) { return (struct dpdk_port *)nd; }
@@ -175,18 +178,25 @@ static int rx_queue(struct dpdk_port *d, uint32_t qi, bypass_pkt *out, int max)
     return got;
 }
 
-/* The timer goes off idle_us after the first look that found nothing, and stays readable until the next such look. */
+/* The timer goes off idle_us after the first look that found nothing, and stays readable until the next such look. Where
+ * nothing comes for long it goes off less and less often: each time costs a sleeper tens of microseconds. */
 static void arm(struct dpdk_port *d)
 {
-    struct itimerspec when = {
-        .it_value = {.tv_sec = (time_t)(d->idle_ns / 1000000000u), .tv_nsec = (long)(d->idle_ns % 1000000000u)}};
-    uint64_t now = rte_rdtsc();
+    uint64_t now = rte_rdtsc(), ns = d->idle_ns;
+    struct itimerspec when = {0};
 
     if (now < d->armed_tsc) {
         return;
     }
+    if (d->idle_arms >= IDLE_PATIENCE && ns < IDLE_MOST_NS) {
+        ns <<= d->idle_arms - IDLE_PATIENCE < IDLE_DOUBLINGS ? d->idle_arms - IDLE_PATIENCE + 1 : IDLE_DOUBLINGS;
+        ns = ns < IDLE_MOST_NS ? ns : IDLE_MOST_NS;
+    }
+    d->idle_arms++;
+    when.it_value.tv_sec = (time_t)(ns / 1000000000u);
+    when.it_value.tv_nsec = (long)(ns % 1000000000u);
     timerfd_settime(d->timer_fd, 0, &when, NULL);
-    d->armed_tsc = now + d->idle_tsc;
+    d->armed_tsc = now + d->tsc_us * (ns / 1000);
 }
 
 static int eth_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
@@ -206,6 +216,9 @@ static int eth_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
     if (got == 0) {
         d->queue[0].n.rx_idle++;
         arm(d);
+    } else if (d->idle_arms) {
+        d->idle_arms = 0;
+        d->armed_tsc = 0; /* not how long it slept before this, but idle_us again */
     }
     count_free(d);
     port_check(d, "rx_burst");

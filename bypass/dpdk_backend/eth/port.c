@@ -488,7 +488,7 @@ static int make_netdev(struct dpdk_port *d, struct dpdk_error *error)
         nd->caps |= BYPASS_CAP_RX_CSUM;
     }
     d->idle_ns = d->cfg.idle_us * 1000ull;
-    d->idle_tsc = rte_get_tsc_hz() / 1000000 * d->cfg.idle_us;
+    d->tsc_us = rte_get_tsc_hz() / 1000000;
     d->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     if (d->timer_fd < 0) {
         return complain(error, errno, "%s: no descriptor to sleep on: %s", d->name, strerror(errno));

@@ -112,7 +112,8 @@ struct dpdk_port {
     int timer_fd; /* what wait_fd gives: armed by a look that finds nothing */
     uint64_t idle_ns;
     uint64_t armed_tsc; /* when it goes off */
-    uint64_t idle_tsc;
+    uint64_t tsc_us;    /* ticks of a microsecond */
+    uint32_t idle_arms; /* times that it was armed since something was received */
     int control_fd;     /* for questions about the kernel's device, in the namespace of opening */
     uint32_t if_index;  /* of it; 0: none */
     bool kernel_driver; /* it lives in the kernel: its link is the kernel's */
