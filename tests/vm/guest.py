@@ -522,7 +522,8 @@ def through_the_port(ifname: str, policy: Path, address: str) -> dict[str, str]:
     check(ifname not in interfaces(), "nothing is left of the kernel's side when the server has ended")
     about = server.about
     rx, tx = (sum(n[i] for n in about["queues"].values()) for i in (0, 1))
-    check(rx > 0 and tx > 0, f"{about['mode_reason']}: {rx} frames received, {tx} sent")
+    used = all(min(counts) > 0 for counts in about["queues"].values())
+    check(used, f"{about['mode_reason']}: {rx} frames received, {tx} sent; by queue: {about['queues']}")
     exception = about["more"]["exception"]
     lost = {name: exception[name] for name in ("over_rate", "full", "errors", "read_errors")}
     passed, back = exception["passed"], exception["from_kernel"]
