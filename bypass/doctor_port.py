@@ -58,7 +58,7 @@ class Needs:
         if policy is None or policy.backend.kind != "dpdk":
             return None
         backend = policy.backend
-        named = backend.device.partition(",")[0]
+        named = backend.device.partition(",")[0].removeprefix("pci:")
         memory = (
             backend.eal.memory or backend.default_frames() * (backend.frame_size + FRAME_EXTRA) + EAL_BYTES
         )
@@ -184,6 +184,5 @@ def check_device(address: str, bus: Bus | None = None) -> Check:
         return Check("dpdk", "device", "ok", has)
     if device.driver in ON_KERNEL_DRIVER:
         return Check("dpdk", "device", "ok", f"{has}, on top of which DPDK's works")
-    return Check(
-        "dpdk", "device", "fail", f"{has}, which keeps it from programs", f"bypass nic bind {device.address}"
-    )
+    found = f"{has}: a stack in one program takes it while it runs, a broker needs it bound before"
+    return Check("dpdk", "device", "warn", found, f"bypass nic bind {device.address}")

@@ -47,7 +47,7 @@ def test_what_a_policy_needs_is_read_from_it() -> None:
     frames = 4 * 1024 * (2048 + doctor_port.FRAME_EXTRA) + doctor_port.EAL_BYTES
     assert needs() == Needs(frames, "")
     assert needs("0000:03:00.0", "eal: {memory: 256M}") == Needs(256 << 20, "0000:03:00.0")
-    assert needs("03:00.0,arg=1", "eal: {hugepages: false}") == Needs(0, "03:00.0")
+    assert needs("pci:03:00.0,arg=1", "eal: {hugepages: false}") == Needs(0, "03:00.0")
     assert Needs.of(parse_policy(AFXDP)) is None
     assert Needs.of(None) is None
 
@@ -102,13 +102,13 @@ def test_old_libraries_are_no_libraries() -> None:
         assert named(check_port(replace(GOOD, libraries=version), Needs(0, "")), "DPDK").verdict == verdict
 
 
-def test_the_device_has_to_be_the_programs(tmp_path: Path) -> None:
+def test_the_device_is_the_programs_or_will_be(tmp_path: Path) -> None:
     machine = FakeMachine(tmp_path)
     machine.device()
     machine.device("0000:04:00.0", "mlx5_core", "eth2", group="9")
     bus = Bus(machine)
     bad = doctor_port.check_device(NIC, bus)
-    assert (bad.verdict, bad.fix) == ("fail", f"bypass nic bind {NIC}")
+    assert (bad.verdict, bad.fix) == ("warn", f"bypass nic bind {NIC}")
     bind(NIC, machine=machine)
     assert doctor_port.check_device("03:00.0", bus).verdict == "ok"
     assert "on top of which" in doctor_port.check_device("04:00.0", bus).found

@@ -245,7 +245,9 @@ def test_what_somebody_depends_on_is_taken_by_force_only(
 ) -> None:
     before = machine.state()
     machine.about["wan0"] = facts
-    with pytest.raises(DeviceError, match=rf"refused \(--force does it all the same\): {says}"):
+    with pytest.raises(
+        DeviceError, match=rf"refused \(bypass nic bind --force does it all the same\): {says}"
+    ):
         bind("wan0", machine=machine)
     assert machine.state() == before
     assert machine.writes == []

@@ -219,7 +219,9 @@ def _check(bus: Bus, device: Device, driver: str, force: bool, no_iommu: bool) -
             f"without an IOMMU between {device.address} and memory, a program that has it can read and write everything"
         )
     if reasons and not force:
-        raise DeviceError(f"{device.address} is refused (--force does it all the same): {'; '.join(reasons)}")
+        raise DeviceError(
+            f"{device.address} is refused (bypass nic bind --force does it all the same): {'; '.join(reasons)}"
+        )
     return warnings + [f"forced: {reason}" for reason in reasons]
 
 
@@ -232,7 +234,7 @@ def _no_iommu_text(machine: Machine, device: Device) -> str:
         else "boot with intel_iommu=on (AMD's needs no word), and switch on VT-d or AMD-Vi in the firmware"
     )
     return (
-        f"{device.address} has no IOMMU, which vfio-pci needs: {how}; or --no-iommu (vfio's unsafe mode) "
+        f"{device.address} has no IOMMU, which vfio-pci needs: {how}; or bypass nic bind --no-iommu (unsafe) "
         "where whoever gets the device may write to all memory"
     )
 
