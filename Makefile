@@ -114,7 +114,7 @@ bench: setup ## Rates, latency and CPU against the kernel and a bare ring-to-rin
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
-bench-dpdk: setup ## The stack on DPDK ports: rates in memory, instructions (ROUNDS=5, ~1 min); leaves build/dpdk.json
+bench-dpdk: setup ## DPDK against testpmd, AF_XDP and the kernel, and in memory (ROUNDS=5, ~4 min); leaves build/dpdk.json
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench.dpdk $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 

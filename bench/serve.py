@@ -4,10 +4,10 @@
     bare     rings only: what came in goes out, by afxdp_echo (UDP and a stateless TCP; echo port only)
     bypass   the stack: an event loop in C over the public API (bench/server_bypass.c)
     python   the stack: bypass.aio streams in Python (echo port, TCP only)
+    dpdk     as bypass, on a DPDK port, in a lab whose server's end is a wire
 
-`bare` and `bypass` come as -spin, which never sleep, and as -sleep, which sleep whenever nothing is there. All use
-the same steering program with the same rules. Prints "ready", serves until its input ends, prints what the device
-counted as one JSON object.
+`bare`, `bypass` and `dpdk` come as -spin, which never sleep, and as -sleep, which sleep whenever nothing is there. All
+have the same rules. Prints "ready", serves until its input ends, prints what was counted as one JSON object.
 """
 
 from __future__ import annotations
@@ -30,13 +30,23 @@ from bench.programs import ROOT, program
 from bypass import netns
 from bypass._build_core import declarations
 from bypass.afxdp import AfxdpDevice
+from bypass.backends import DpdkAttachment
 from bypass.core import address_bytes
-from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
+from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab, dpdk_policy
 from bypass.policy import parse_policy
 from bypass.steering import Steering
 
 ECHO, DISCARD, CHARGEN = 7, 9, 19
-VARIANTS = ("bare-spin", "bare-sleep", "bypass-spin", "bypass-sleep", "bypass-csum", "python")
+VARIANTS = (
+    "bare-spin",
+    "bare-sleep",
+    "bypass-spin",
+    "bypass-sleep",
+    "bypass-csum",
+    "python",
+    "dpdk-spin",
+    "dpdk-sleep",
+)
 
 POLICY = f"""
 version: 1
@@ -70,6 +80,18 @@ def steered() -> Iterator[AfxdpDevice]:
         yield device
 
 
+@contextlib.contextmanager
+def steered_dpdk() -> Iterator[DpdkAttachment]:
+    """The same on a DPDK port."""
+    attachment = DpdkAttachment(parse_policy(dpdk_policy(POLICY)))
+    with contextlib.closing(attachment):
+        attachment.tell_addresses()
+        attachment.steering.add_endpoint(socket.IPPROTO_UDP, SERVER_IP, ECHO)
+        for port in (ECHO, DISCARD, CHARGEN):
+            attachment.steering.add_endpoint(socket.IPPROTO_TCP, SERVER_IP, port)
+        yield attachment
+
+
 def server_library() -> tuple[cffi.FFI, Any]:
     """build/bench/libserver.so, with the declarations of its header and of bypass.h."""
     ffi = cffi.FFI()
@@ -79,7 +101,9 @@ def server_library() -> tuple[cffi.FFI, Any]:
     return ffi, ffi.dlopen(program("libserver.so"))
 
 
-def serve_bypass(device: AfxdpDevice, lab: Lab, spin: bool, stop: threading.Event) -> dict[str, int]:
+def serve_bypass(
+    device: AfxdpDevice | DpdkAttachment, lab: Lab, spin: bool, stop: threading.Event
+) -> dict[str, int]:
     """Returns the stack's counters that are not 0."""
     ffi, lib = server_library()
     sides = lab.sides()
@@ -148,8 +172,13 @@ def main(variant: str, lab_name: str) -> None:
             serve_python(stop)
             print("{}")
             return
+        if variant.startswith("dpdk"):
+            with steered_dpdk() as port:
+                counters = serve_bypass(port, lab, variant.endswith("spin"), stop)
+                print(json.dumps({"stack": counters}))
+            return
         with steered() as device:
-            counters: dict[str, int] = {}
+            counters = {}
             if variant.startswith("bare"):
                 serve_bare(device, variant.endswith("spin"), stop)
             else:

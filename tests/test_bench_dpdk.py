@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from conftest import missing
 
-from bench import instructions
-from bench.dpdk import memory
+from bench import instructions, network
+from bench.dpdk import memory, veth
 from bench.programs import ROOT
 from bypass.dpdk_backend.eal import load_plugin
 from bypass.errors import BypassError
@@ -46,6 +46,15 @@ def test_two_processes_answer_each_other_in_memory(result: dict[str, Any]) -> No
         for found in about["variants"].values():
             assert found["rate"]["median"] > 0
             assert ("p50_us" in found) == (test.mode == "tcp" or test.parallel == 1)
+
+
+@pytest.mark.netns
+def test_a_client_of_the_kernel_meets_each_server(result: dict[str, Any]) -> None:
+    for test in network.TESTS:
+        about = result["veth"][test.name]
+        assert list(about["variants"]) == [v for v in veth.VARIANTS if veth.applies(v, test)]
+        assert set(about["ratios"]) >= {"dpdk/kernel", "dpdk/afxdp"}
+        assert all(found["rate"]["median"] > 0 for found in about["variants"].values())
 
 
 def test_instructions_are_told_apart(result: dict[str, Any]) -> None:

@@ -14,12 +14,35 @@ from rich.table import Table
 
 from bench import instructions
 from bench.command import save, start
-from bench.dpdk import memory
+from bench.dpdk import memory, veth
 from bench.programs import ROOT, require_two_cores
-from bypass import __version__
+from bypass import __version__, probe
+
+
+def show_veth(tests: dict[str, Any], console: Console) -> None:
+    table = Table(title="Over a veth, the client is the kernel's")
+    for name in ("test", "server", "rate", "CPU s", "p50 us", "p99 us"):
+        table.add_column(name, justify="left" if name in ("test", "server") else "right")
+    for test in tests.values():
+        for variant, about in test["variants"].items():
+            table.add_row(
+                test["title"],
+                veth.VARIANTS[variant],
+                f"{about['rate']['median']:,.5g} {test['unit']}",
+                f"{about['cpu_s']['median']:g}",
+                *(f"{about[key]['median']:g}" if key in about else "" for key in ("p50_us", "p99_us")),
+            )
+        for name, ratio in test["ratios"].items():
+            table.add_row(
+                "", f"  {name}", f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})", "", "", ""
+            )
+        table.add_section()
+    console.print(table)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
+    if "veth" in result:
+        show_veth(result["veth"], console)
     table = Table(title="In memory (memif), both ends spin")
     for name in ("test", "answers", "rate per second", "p50 us", "p99 us", "stack/bare"):
         table.add_column(name, justify="left" if name in ("test", "answers") else "right")
@@ -57,17 +80,20 @@ def main(rounds: int, quick: bool, output: Path) -> None:
     require_two_cores()
     console = Console(width=None if sys.stdout.isatty() else 120)
     rounds = 1 if quick else rounds
+    lacking = "; ".join(filter(None, [*probe.missing_for_xdp(), veth.missing()]))
     warmup_ms, measure_ms = (20, 100) if quick else (100, 600)
     result: dict[str, Any] = {"version": 1, "bypass": __version__, "rounds": rounds}
     with Progress(
         BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
         TextColumn("{task.description}"), console=console, transient=True,
     ) as progress:  # fmt: skip
-        task = progress.add_task("", total=rounds * memory.RUNS + 2)
+        task = progress.add_task("", total=rounds * (memory.RUNS + (0 if lacking else veth.runs())) + 2)
 
         def step(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
+        if not lacking:
+            result["veth"] = veth.run(rounds, warmup_ms, measure_ms, step)
         result["memory"] = memory.run(rounds, warmup_ms, measure_ms, step)
         if not instructions.missing():
             result["instructions"] = []
@@ -75,6 +101,8 @@ def main(rounds: int, quick: bool, output: Path) -> None:
                 step("instructions of a request")
                 result["instructions"].append(memory.count(200 if quick else 10_000, connections))
     show(result, console)
+    if lacking:
+        console.print(f"[yellow]Over a veth: not measured, missing: {lacking}")
     save(result, output)
     console.print(f"all figures: {output}")
 
