@@ -10,6 +10,7 @@ stack on a port, driven by hand.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -226,6 +227,8 @@ def ask_echo(node: Node, address: tuple[str, int], data: bytes) -> bytes:
         more = core.recv(sock, 1 << 16)
         if isinstance(more, bytes):
             got += more
+        elif more not in (-errno.EAGAIN, -errno.ENOTCONN):
+            raise OSError(-more, os.strerror(-more))
         return len(got) >= len(data)
 
     until(step, node)

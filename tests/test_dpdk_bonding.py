@@ -141,6 +141,7 @@ def lacp_server(size: int) -> dict[str, Any]:
         sock = node.listen(PORT)
         say("ready")
         serve_echo(node, sock, size)
+        until(lambda: all(active for _, _, active in members(device)), node)
         return {"mode": device.about().bonding_mode, "members": members(device), "after": node.settled()}
 
 

@@ -30,7 +30,16 @@ static struct {
     int (*primary_set)(uint16_t bond, uint16_t member);
     int (*remove)(uint16_t bond, uint16_t member);
     int (*monitor)(uint16_t bond, uint32_t ms);
+    int (*lacp_info)(uint16_t bond, uint16_t member, void *out);
 } bonding;
+
+/* The beginning of what rte_eth_bond_8023ad_slave_info() tells, whose type has changed its name. */
+struct lacp_info {
+    int32_t selected;
+    uint8_t actor_state; /* IEEE 802.1AX 6.4.2.3 */
+    uint8_t rest[251];
+};
+enum { LACP_COLLECTING = 0x10, LACP_DISTRIBUTING = 0x20 };
 
 static int find_library(struct dl_phdr_info *info, size_t size, void *out)
 {
@@ -69,6 +78,7 @@ static bool bonding_there(void)
     *(void **)&bonding.primary_set = dlsym(so, "rte_eth_bond_primary_set");
     *(void **)&bonding.monitor = dlsym(so, "rte_eth_bond_link_monitoring_set");
     *(void **)&bonding.active = symbol(so, "rte_eth_bond_active_members_get", "rte_eth_bond_active_slaves_get");
+    *(void **)&bonding.lacp_info = symbol(so, "rte_eth_bond_8023ad_member_info", "rte_eth_bond_8023ad_slave_info");
     *(void **)&bonding.remove = symbol(so, "rte_eth_bond_member_remove", "rte_eth_bond_slave_remove");
     return bonding.mode != NULL;
 }
@@ -211,6 +221,16 @@ static bool look_at_members(struct dpdk_port *d)
     return any;
 }
 
+/* With LACP a member takes part once both sides have agreed on it. */
+static bool agreed(const struct dpdk_port *d, const struct member *m)
+{
+    struct lacp_info info = {0};
+    uint8_t both = LACP_COLLECTING | LACP_DISTRIBUTING;
+
+    return !d->lacp_tsc || !bonding.lacp_info ||
+           (bonding.lacp_info(d->id, m->port_id, &info) == 0 && (info.actor_state & both) == both);
+}
+
 void link_members(struct dpdk_port *d, struct dpdk_about *out)
 {
     uint16_t active[DPDK_MAX_MEMBERS] = {0};
@@ -229,7 +249,8 @@ void link_members(struct dpdk_port *d, struct dpdk_about *out)
         memcpy(out->member[i].name, m->name, sizeof m->name);
         out->member[i].link_up = m->link_up;
         for (int j = 0; j < n; j++) {
-            out->member[i].active |= !m->gone && active[j] == m->port_id && (primary < 0 || primary == m->port_id);
+            out->member[i].active |=
+                !m->gone && active[j] == m->port_id && (primary < 0 || primary == m->port_id) && agreed(d, m);
         }
     }
 }
