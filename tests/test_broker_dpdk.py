@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,13 @@ from test_broker_takeover import (
 from test_cli_broker import BYPASS, bypass, folder, good, others, wait_until  # noqa: F401 (fixture)
 
 from bypass import netns
-from bypass.broker import blocks
+from bypass.broker import blocks, dpdk
 from bypass.broker.shared import site_of
 from bypass.broker.tools import listening
-from bypass.errors import NameTakenError
+from bypass.errors import DeviceError, NameTakenError
 from bypass.fwd import Forwarder
 from bypass.lab import CLIENT_IFNAME, CLIENT_IP, SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab, dpdk_policy
-from bypass.policy import load_policy
+from bypass.policy import DpdkBackend, load_policy
 
 pytestmark = [
     pytest.mark.netns,
@@ -305,6 +306,40 @@ def test_what_cannot_be_says_why_and_leaves_nothing(policy: Path, broker: tuple[
     assert (done.returncode, done.stdout) == (2, "")
     assert "/nowhere/bypass-dpdk.so cannot be read" in done.stderr
     assert interfaces() == {"lo", WIRE_IFNAME}
+
+
+def test_a_device_is_taken_before_all_and_given_back_after_all(
+    policy: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the kernel's driver, which is only told here (tests/test_pci_*.py)."""
+    seen: list[tuple[str, set[str], list[str]]] = []
+
+    def look(what: str) -> None:
+        seen.append((what, interfaces(), list(others(lab).values())))
+
+    @contextmanager
+    def taken(backend: DpdkBackend) -> Iterator[bool]:
+        assert backend.device.startswith("net_af_packet0")
+        look("taken")
+        try:
+            yield True
+        finally:
+            look("given back")
+
+    monkeypatch.setattr(dpdk, "device_taken", taken)
+    site = site_of(load_policy(str(policy)))
+    look("used")
+    site.close()
+    alone = {"lo", WIRE_IFNAME}
+    assert seen == [
+        ("taken", alone, []),
+        ("used", alone | {SERVER_IFNAME}, ["bypass-fwd"]),
+        ("given back", alone, []),
+    ]
+    policy.write_text(policy.read_text().replace(WIRE_IFNAME, "nosuch0"))
+    with pytest.raises(DeviceError, match="nosuch0"):
+        site_of(load_policy(str(policy)))
+    assert seen[3:] == [("taken", alone, []), ("given back", alone, [])]
 
 
 SERVE_ONE = f"""

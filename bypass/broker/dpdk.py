@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -23,6 +23,7 @@ from bypass.broker.ports import PortsSite
 from bypass.broker.takeover import Left
 from bypass.dpdk_backend import eal, tap
 from bypass.dpdk_backend.steering import SoftSteering
+from bypass.dpdk_backend.taken import device_taken
 from bypass.errors import BypassError, DeviceError
 from bypass.fwd import ForwarderError
 from bypass.policy import DpdkBackend, Policy
@@ -44,16 +45,20 @@ class DpdkSite(PortsSite):
             )
         self._link_code = 0  # of the port
         self._tap = -1
-        if left is None:
-            self._tap = tap.open_tap(
-                policy
-            )  # before bypass-fwd is started: a second broker finds the name taken
-        try:
-            super().__init__(policy, name, left)
-        finally:
-            if self._tap >= 0:
-                os.close(self._tap)  # bypass-fwd has it
-                self._tap = -1
+        with ExitStack() as undo:
+            # First: its interface may have the name that the TAP gets.
+            undo.enter_context(device_taken(policy.dpdk))
+            if left is None:
+                # Before bypass-fwd is started: a second broker finds the name taken.
+                self._tap = tap.open_tap(policy)
+            try:
+                self._taken = ExitStack()  # close() is called where the port cannot be opened
+                super().__init__(policy, name, left)
+            finally:
+                if self._tap >= 0:
+                    os.close(self._tap)  # bypass-fwd has it
+                    self._tap = -1
+            self._taken = undo.pop_all()
 
     def _steer(self, policy: Policy, left: Left | None) -> SoftSteering:
         return SoftSteering(policy, policy.interface, left=left.attached if left else None)
@@ -99,6 +104,12 @@ class DpdkSite(PortsSite):
         if len(self.queues) == 1:
             return Queue(0, "the only one")
         return Queue(None, "the port's driver spreads flows over its queues by a key of its own")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._taken.close()  # bypass-fwd has ended
 
     # ---- the port's link, beside the TAP's
     def _state(self, code: int) -> int:
