@@ -57,6 +57,13 @@ def test_a_client_of_the_kernel_meets_each_server(result: dict[str, Any]) -> Non
         assert all(found["rate"]["median"] > 0 for found in about["variants"].values())
 
 
+def test_a_vhost_user_socket_joins_two_stacks_too(result: dict[str, Any]) -> None:
+    """As a switch in user space has it."""
+    for test in memory.TESTS[-2:]:
+        found = memory.once("stack", test, 20, 100, vhost=True)
+        assert found["ops"] > test.parallel
+
+
 def test_instructions_are_told_apart(result: dict[str, Any]) -> None:
     if instructions.missing():
         missing([instructions.missing()])

@@ -327,7 +327,7 @@ class SharedLauncher(BypassLauncher):
 
 
 class DpdkLauncher(SharedLauncher):
-    """The same on a port of DPDK. No event tells that frames have come: it is looked at every 100 us, later every 2 ms."""
+    """The same on a port of DPDK. No event tells that frames have come: it looks every 100 us, later every 2 ms."""
 
     name = "dpdk"
     title = "bypass, DPDK"

@@ -49,23 +49,31 @@ SERVERS = ("stack", "bare")
 RUNS = sum(2 if t.mode == "udp" else 1 for t in TESTS)  # of a round
 
 
+VHOST_MAC = "56:48:4f:53:54:00"  # of net_vhost0, which takes no other
+
+
 def memif(role: str, folder: Path, mac: str) -> str:
     return f"net_memif0,role={role},socket={folder}/memif.sock,socket-abstract=no,mac={mac}"
 
 
-def once(server: str, test: Test, warmup_ms: int, measure_ms: int) -> dict[str, Any]:
-    """One run of the client against a server of its own."""
+def once(server: str, test: Test, warmup_ms: int, measure_ms: int, *, vhost: bool = False) -> dict[str, Any]:
+    """One run of the client against a server of its own. vhost: joined by a vhost-user socket in place of memif."""
     with tempfile.TemporaryDirectory(prefix="bypass-bench-") as name:
         folder = Path(name)
-        argv = [program("dpdk_answer"), server, memif("server", folder, SERVER_MAC), CLIENT_MAC]
+        if vhost:
+            mac, ends = VHOST_MAC, [f"net_vhost0,iface={folder}/vhost.sock"]
+            ends.append(f"net_virtio_user0,path={folder}/vhost.sock,mac={CLIENT_MAC}")
+        else:
+            mac = SERVER_MAC
+            ends = [memif("server", folder, mac), memif("client", folder, CLIENT_MAC)]
+        argv = [program("dpdk_answer"), server, ends[0], CLIENT_MAC]
         with subprocess.Popen(
             pinned(SERVER_CORE, argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         ) as answering:
             assert answering.stdout is not None
             if answering.stdout.readline().strip() != "ready":
                 raise BenchError(f"{' '.join(argv)} did not start")
-            device = memif("client", folder, CLIENT_MAC)
-            ask = [program("dpdk_ask"), test.mode, device, SERVER_MAC, str(test.parallel)]
+            ask = [program("dpdk_ask"), test.mode, ends[1], mac, str(test.parallel)]
             raw = run_json(
                 pinned(CLIENT_CORE, [*ask, str(warmup_ms), str(measure_ms), str(answering.pid)]),
                 timeout=60 + (warmup_ms + measure_ms) / 1000,
