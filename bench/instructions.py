@@ -37,7 +37,7 @@ def count(operations: int = 10_000, connections: int = 1) -> dict[str, Any]:
         (the rest), and the largest `functions` and `files`.
     """
     answered, functions, files = counted("callgrind_rr", [str(operations), str(connections)])
-    total, device, own = sum(functions.values()), files["memport.h"], files["callgrind_rr.c"]
+    total, device, own = sum(functions.values()), files["memport.h"], files["rr_counted.h"]
     return {
         "operations": answered,
         "connections": connections,

@@ -7,34 +7,10 @@
  *
  * Run under: valgrind --tool=callgrind --collect-atstart=no count OPERATIONS CONNECTIONS SERVER_DEVICE CLIENT_DEVICE
  */
-#include <valgrind/callgrind.h>
-
 #include "dpdk_port.h"
-#include "memhost.h"
+#include "rr_counted.h"
 
-enum { SIZE = 64, MAX_CONNS = 64, FRAMES = 4096 };
-
-static bypass_sock server_sock[MAX_CONNS], client_sock[MAX_CONNS];
-
-/* The measured part. Number of requests answered. */
-static int serve(struct host *server)
-{
-    struct bypass_event ev[BATCH];
-    uint8_t buf[SIZE];
-    int done = 0, n;
-    CALLGRIND_TOGGLE_COLLECT;
-    (void)bypass_poll(&server->stack, now_ns, BATCH);
-    while ((n = bypass_events(&server->stack, ev, BATCH)) > 0) {
-        for (int i = 0; i < n; i++) {
-            int64_t got = bypass_recv(&server->stack, ev[i].sock, buf, sizeof buf, 0);
-            if (got > 0 && bypass_send(&server->stack, ev[i].sock, buf, (size_t)got, 0) == got)
-                done++;
-        }
-    }
-    (void)bypass_flush(&server->stack);
-    CALLGRIND_TOGGLE_COLLECT;
-    return done;
-}
+enum { FRAMES = 4096 };
 
 static void turns(struct host *x, struct host *y)
 {
@@ -52,34 +28,12 @@ static void open_all(struct host *server, struct host *client, int conns)
     bypass_sock listener = listen_on(server, FIRST_PORT, BATCH);
 
     for (int i = 0; i < conns; i++) {
-        client_sock[i] = connect_to(client, FIRST_PORT);
+        socks.client[i] = connect_to(client, FIRST_PORT);
         turns(client, server);
-        server_sock[i] = bypass_accept(&server->stack, listener);
-        if (server_sock[i] < 0)
-            die("accept", server_sock[i]);
+        socks.server[i] = bypass_accept(&server->stack, listener);
+        if (socks.server[i] < 0)
+            die("accept", socks.server[i]);
     }
-}
-
-static void ask(struct host *client, int conns, const uint8_t *request)
-{
-    for (int i = 0; i < conns; i++) {
-        int64_t n = bypass_send(&client->stack, client_sock[i], request, SIZE, 0);
-        if (n != SIZE)
-            die("request", n < 0 ? n : -EIO);
-    }
-    (void)bypass_flush(&client->stack);
-}
-
-static void take_answers(struct host *client, int conns, const uint8_t *request)
-{
-    uint8_t buf[SIZE];
-    (void)bypass_poll(&client->stack, now_ns, 2 * MAX_CONNS);
-    for (int i = 0; i < conns; i++) {
-        int64_t n = bypass_recv(&client->stack, client_sock[i], buf, sizeof buf, 0);
-        if (n != SIZE || memcmp(buf, request, SIZE) != 0)
-            die("response", n < 0 ? n : -EIO);
-    }
-    forget_events(client);
 }
 
 int main(int argc, char **argv)
@@ -87,7 +41,7 @@ int main(int argc, char **argv)
     static struct host server, client;
     int ops = argc == 5 ? atoi(argv[1]) : 0, conns = argc == 5 ? atoi(argv[2]) : 0, done = 0;
     uint8_t request[SIZE];
-    if (ops < 1 || conns < 1 || conns > MAX_CONNS) {
+    if (ops < 1 || conns < 1 || conns > BATCH) {
         fprintf(stderr, "usage: count OPERATIONS CONNECTIONS (at most 64) SERVER_DEVICE CLIENT_DEVICE\n");
         return 2;
     }
@@ -103,6 +57,7 @@ int main(int argc, char **argv)
         ask(&client, conns, request);
         done += serve(&server);
         take_answers(&client, conns, request);
+        forget_events(&client);
     }
     printf("%d\n", done);
     bypass_destroy(&server.stack);

@@ -11,12 +11,12 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import instructions
 from bench.figures import ratios, spread
+from bench.network import Test
 from bench.programs import (
     CLIENT_CORE,
     ROOT,
@@ -28,14 +28,6 @@ from bench.programs import (
 )
 
 SERVER_MAC, CLIENT_MAC = "02:00:00:00:00:01", "02:00:00:00:00:02"
-
-
-@dataclass(frozen=True)
-class Test:
-    name: str
-    title: str
-    mode: str
-    parallel: int
 
 
 TESTS = (
@@ -128,6 +120,6 @@ def count(operations: int, connections: int) -> dict[str, Any]:
         "per_request": total / answered,
         "stack": stack / answered,
         "netdev": netdev / answered,
-        "driver": (total - stack - netdev - files["count.c"]) / answered,
+        "driver": (total - stack - netdev - files["rr_counted.h"]) / answered,
         "functions": {name: n / answered for name, n in functions.most_common(instructions.TOP)},
     }
