@@ -68,7 +68,9 @@ def adds_up(device: DpdkDevice) -> bool:
 
 # ---- Memory between two processes ----------------------------------------------------------------------------------
 def memif(role: str, path: str) -> str:
-    return f"net_memif0,role={role},id=0,socket={path},socket-abstract=no"
+    """With a MAC address that stays: another one for the same address, a moment after the first, is not believed."""
+    mac = {"server": "02:00:00:00:00:01", "client": "02:00:00:00:00:02"}[role]
+    return f"net_memif0,role={role},id=0,socket={path},socket-abstract=no,mac={mac}"
 
 
 @in_child

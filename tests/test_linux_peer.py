@@ -304,10 +304,10 @@ def test_no_reset_meets_a_live_connection_whatever_is_thrown_at_it(lab: Lab, tmp
 
 def test_a_killed_server_leaves_the_port_to_the_kernel(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "small").write_text("small")
-    with Peer(lab, tmp_path) as peer:
+    with contextlib.ExitStack() as undo, Peer(lab, tmp_path) as peer:
         peer.do("listen", port=SERVER_PORT)
         assert curl(lab, f"{URL}/small").stdout == b"small"
-        open_one = client_socket(lab)
+        open_one = undo.enter_context(client_socket(lab))
         open_one.connect((SERVER_IP, SERVER_PORT))
         peer.kill()
         deadline = time.monotonic() + 5
@@ -321,10 +321,9 @@ def test_a_killed_server_leaves_the_port_to_the_kernel(lab: Lab, tmp_path: Path)
                 except TimeoutError:
                     pass
             assert time.monotonic() < deadline, "nobody answers for the port"
-        with open_one:
-            open_one.sendall(b"x")
-            with pytest.raises(ConnectionResetError):
-                open_one.recv(1)
+        open_one.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            open_one.recv(1)
     with Peer(lab, tmp_path) as again:
         again.do("listen", port=SERVER_PORT)
         assert curl(lab, f"{URL}/small").stdout == b"small"
