@@ -26,7 +26,7 @@ def refused(device: str, **options: Any) -> str:
     try:
         DpdkDevice(None, backend(device, **options)).close()
     except BypassError as error:
-        return str(error)
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -200,8 +200,8 @@ def failures() -> dict[str, str]:
 def test_each_failure_is_one_sentence_and_nothing_of_it_is_left() -> None:
     said = failures()
     for name, words in {
-        "driver": ["net_nonsense0", "no DPDK device"],
-        "interface": ["nowhere9", "No such device"],
+        "driver": ["DeviceError", "net_nonsense0", "no DPDK device"],
+        "interface": ["DeviceError", "nowhere9", "No such device"],
         "frames": ["100 frames", "576 at least", "ring_size"],
         "queues": ["2 queues", "it has 1", "qpairs=2"],
         "mtu": ["3000", "frame_size 2048"],
@@ -239,7 +239,7 @@ def no_plugin() -> str:
 
 def test_a_plugin_that_is_missing_is_named() -> None:
     assert no_plugin() == (
-        "the DPDK plug-in /nowhere/bypass-dpdk.so cannot be read: No such file or directory"
+        "DeviceError: the DPDK plug-in /nowhere/bypass-dpdk.so cannot be read: No such file or directory"
     )
 
 

@@ -144,6 +144,15 @@ static int port_id(const char *name)
     return -1;
 }
 
+/* Drivers of virtual devices say -1, which is -EPERM, whatever was wrong; what they log says more. */
+static int probe_error(int err, const char *why)
+{
+    if (err >= 0 || (err == -EPERM && !strstr(why, strerror(EPERM)))) {
+        return ENODEV;
+    }
+    return -err;
+}
+
 /* The port of these devargs, or a negative errno. */
 static int probe(const char *devargs, char *name, struct dpdk_error *error)
 {
@@ -168,7 +177,7 @@ static int probe(const char *devargs, char *name, struct dpdk_error *error)
                              "IOMMU group free?)",
                              name, why);
         }
-        return -complain(error, err < 0 ? -err : ENODEV, "there is no DPDK device %s: %s", devargs, why);
+        return -complain(error, probe_error(err, why), "there is no DPDK device %s: %s", devargs, why);
     }
     return id;
 }
