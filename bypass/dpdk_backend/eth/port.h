@@ -4,6 +4,7 @@
  *
  *   eal.c     EAL, once a process; DPDK's messages
  *   pool.c    the frames: one mempool with a uniform stride, its free list, who holds what
+ *   device.c  from devargs to a port of ethdev, and back; members of a bonding device
  *   port.c    opening, configuring and closing; every failure as one sentence
  *   tso.c     segments joined for a device that cuts them up
  *   netdev.c  the per-packet path: bypass_netdev_ops over rte_eth_rx_burst() and rte_eth_tx_burst()
@@ -142,6 +143,14 @@ void log_mark(void);
 const char *log_why(void);
 __attribute__((format(printf, 3, 4))) int complain(struct dpdk_error *error, int err, const char *format,
                                                    ...); /* err */
+
+/* device.c */
+bool device_is_pci(const char *name); /* of EAL's names */
+bool device_is_af_packet(const char *name);
+/* Takes the device of cfg.device, and its members before it: id, name, info, member. 0, or a positive errno. */
+int device_find(struct dpdk_port *port, struct dpdk_error *error);
+/* Stops, closes and removes it. */
+void device_unplug(uint16_t id);
 
 /* port.c */
 struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *error);
