@@ -8,12 +8,28 @@ import hashlib
 import socket
 import subprocess
 from collections.abc import Iterator
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bypass._core import ffi, lib
+from c_programs import run
 from conftest import lab_name
-from dpdk_support import CLEAN, Node, backend, hear, in_child, needs_dpdk, say, serve_echo
+from dpdk_support import (
+    CLEAN,
+    Node,
+    backend,
+    finish,
+    hear,
+    in_child,
+    needs_dpdk,
+    places,
+    say,
+    serve_echo,
+    until,
+)
+from sim_ports import meta_of
 
 from bypass import netns
 from bypass.dpdk_backend import DpdkDevice
@@ -118,6 +134,104 @@ def test_without_offloads_the_stack_does_it_all(namespace: str) -> None:
     assert got["after"] == CLEAN
 
 
+# ---- A port of a vhost-user switch ---------------------------------------------------------------------------------
+WRONG = ("ip_in_bad_header", "ip_in_bad_checksum", "ip_in_truncated", "tcp_in_bad_checksum")
+
+
+def nothing_vouched_for(netdev: Any) -> Any:
+    """The stack on it checks each checksum itself, whatever the driver says of it. What has to stay alive."""
+    real = netdev.ops.rx_burst
+
+    @ffi.callback("int(struct bypass_netdev *, bypass_pkt *, int)")
+    def rx_burst(dev: Any, out: Any, most: int) -> int:
+        got = int(real(dev, out, most))
+        for i in range(got):
+            meta_of(dev, out[i]).flags = 0
+        return got
+
+    ops = ffi.new("struct bypass_netdev_ops *", netdev.ops[0])
+    ops.rx_burst = rx_burst
+    netdev.ops = ops
+    return ops, rx_burst
+
+
+@in_child
+def behind_vhost(path: str, size: int, large: int) -> dict[str, Any]:
+    """Takes bytes of a virtio port whose large segments nobody cuts up. The driver completes the TCP checksums that it
+    finds left out, which are right when their beginning was."""
+    device = backend(f"net_vhost0,iface={path},tso={large}", frame_size=16384, offloads="none")
+    with DpdkDevice(None, device) as device:
+        kept = nothing_vouched_for(device.netdev)
+        node = Node(device, "192.0.2.1", rcvbuf=14_000)  # so that what is in flight fits a frame
+        sock = node.listen(PORT)
+        say("ready")
+        conn = until(lambda: max(node.core.accept(sock), 0), node)
+        got = b""
+
+        def more() -> bool:
+            nonlocal got
+            piece = node.core.recv(conn, 1 << 16)
+            got += piece if isinstance(piece, bytes) else b""
+            return len(got) >= size
+
+        until(more, node)
+        ours, stats = device.statistics()[0], node.core.stats()
+        finish(node, conn)
+        assert kept
+        return {
+            "hash": hashlib.sha256(got).hexdigest(),
+            "rx_packets": ours["rx_packets"],
+            "wrong": [ours["rx_bad"], ours["rx_csum_bad"], *(stats[name] for name in WRONG)],
+            "after": node.settled(),
+        }
+
+
+@in_child
+def on_virtio(path: str, size: int) -> dict[str, Any]:
+    with DpdkDevice(None, backend(f"net_virtio_user0,path={path}")) as device:
+        node = Node(device, "192.0.2.2")
+        core, data = node.core, hashlib.shake_128(b"virtio").digest(size)
+        sock = core.socket(lib.BYPASS_STREAM)
+        core.connect(sock, ("192.0.2.1", PORT))
+        sent = 0
+
+        def step() -> bool:
+            nonlocal sent
+            sent += max(0, core.send(sock, data[sent : sent + 65536]))
+            return sent == size
+
+        until(step, node)
+        finish(node, sock)
+        ours, about = device.statistics()[0], device.about()
+        return {
+            "hash": hashlib.sha256(data).hexdigest(),
+            "used": about.tx_used,
+            "tso": [ours["tso_packets"], ours["tso_segments"]],
+            "retransmits": core.stats()["tcp_out_retransmits"],
+            "after": node.settled(),
+        }
+
+
+@pytest.mark.parametrize("large", [1, 0])
+def test_virtio_gets_large_segments_where_its_host_takes_them(tmp_path: Path, large: int) -> None:
+    path, size = str(tmp_path / "vhost.sock"), 1 << 20
+    with behind_vhost.start(path, size, large) as taker:
+        assert taker.line() == "ready"
+        sender = on_virtio(path, size)
+        got = taker.result()
+    packets, segments = sender["tso"]
+    assert got["hash"] == sender["hash"]
+    assert (set(got["wrong"]), sender["retransmits"]) == ({0}, 0)
+    assert {"TCP_CKSUM", "UDP_CKSUM"} <= set(sender["used"])
+    assert ("TCP_TSO" in sender["used"]) == bool(large)
+    if large:
+        assert segments > 2 * packets > 0
+        assert got["rx_packets"] < size // 1448, "what is large arrives large"
+    else:
+        assert (packets, segments) == (0, 0)
+    assert (got["after"], sender["after"]) == (CLEAN, CLEAN)
+
+
 # ---- Packets larger than a frame -----------------------------------------------------------------------------------
 def memif(role: str, path: str) -> str:
     return f"net_memif0,role={role},id=0,socket={path},socket-abstract=no"
@@ -169,3 +283,63 @@ def test_a_packet_that_comes_in_pieces_becomes_one_frame_or_is_counted(
     assert got["lengths"] == lengths
     assert got["bad"] == 3 - len(lengths)
     assert (got["intact"], got["conserved"], got["held"]) == (True, True, 0)
+
+
+def chain_maker(folder: Path) -> str:
+    """tests/c/dpdk_chain.c as a library."""
+    flags = run("pkg-config", "--cflags", "libdpdk").split()
+    libs = run("pkg-config", "--libs-only-L", "libdpdk").split()
+    out = folder / "dpdk_chain.so"
+    system = [f.replace("-I", "-isystem") if f.startswith("-I") else f for f in flags]
+    run(
+        *("gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", *system),
+        *("tests/c/dpdk_chain.c", *libs, "-lrte_mbuf", "-lrte_mempool", "-lrte_ring", "-lrte_eal", "-o", out),
+    )
+    return str(out)
+
+
+def numbered(size: int) -> bytes:
+    return b"\xff" * 6 + b"\x02" * 6 + b"\x08\x00" + bytes(i % 251 for i in range(size - 14))
+
+
+@in_child
+def takes_chains(library: str, pool: str) -> dict[str, Any]:
+    """A port is given packets in pieces of 100 bytes, of the pool: as long as a frame holds, longer, and (where the
+    pool is not the port's) one while the port has no frame left."""
+    with DpdkDevice(None, backend("net_ring0", frames=600)) as device:
+        maker, name, port = CDLL(library), pool.encode(), RawPort(device)
+        foreign = pool != "bypass0"  # the port's own
+        assert not foreign or maker.chain_pool(name) == 0
+        free = maker.chain_free_in(name)
+
+        def put(size: int) -> bool:
+            data = numbered(size)
+            assert maker.chain_put(b"ETH_RXTX0_net_ring0", name, data, size, 100) == 0
+            return [f.data for f in port.recv(10, 0.05)] == [data]
+
+        right = [put(size) for size in (90, 101, 1514, 2048, 2049, 1000)]
+        if foreign:
+            taken = maker.chain_take_all(b"bypass0")
+            right += [taken > 500 and put(1000)]
+            maker.chain_give_back()
+            right += [put(1000)]
+        ours = device.statistics()[0]
+        return {
+            "right": right,
+            "bad": ours["rx_bad"],
+            "joined": ours["rx_linearized"],
+            "leaked": free - maker.chain_free_in(name),
+            "after": places(device),
+        }
+
+
+@pytest.mark.parametrize("pool", ["bypass0", "another"])
+def test_pieces_are_joined_where_they_fit_and_none_is_lost(tmp_path: Path, pool: str) -> None:
+    got = takes_chains(chain_maker(tmp_path), pool)
+    right = [True, True, True, True, False, True]
+    if pool == "another":
+        right += [False, True]
+    assert got["right"] == right
+    assert got["bad"] == right.count(False)
+    assert got["joined"] == right.count(True) - 1, "the first one is whole"
+    assert (got["leaked"], got["after"]) == (0, CLEAN)

@@ -20,7 +20,8 @@ enum {
     HOLD_STACK = BYPASS_HOLD_STACK,
     HOLD_DEV = BYPASS_HOLD_DEV,
     BURST = 64,
-    TSO_REFUSALS = 16,
+    TSO_REFUSALS = 16,      /* large packets in a row that a driver did not take, until it gets none any more */
+    TSO_WAITS = 16,         /* times that one which takes them is believed to be full */
     IDLE_PATIENCE = 16,     /* sleeps of idle_us, with nothing received, until they become longer */
     IDLE_DOUBLINGS = 5,     /* to 2^5 times as long, but not */
     IDLE_MOST_NS = 2000000, /* longer than that */
@@ -280,14 +281,14 @@ static void take_back(struct rte_mbuf *mbuf)
 }
 
 /* Frames become what the driver gets: one packet each, or several in a chain. The number of packets. */
-static int pack(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, struct rte_mbuf **mbufs,
+static int pack(struct dpdk_port *d, bool join, const bypass_pkt *pkts, int n, struct rte_mbuf **mbufs,
                 struct tso_packet *packets)
 {
     for (int i = 0; i < n; i++) {
         mbufs[i] = describe(d, pkts[i]);
         packets[i].frames = 1;
     }
-    return d->tso_pieces && n > 1 && !d->queue[qi].tso_pause ? tso_join(d, mbufs, n, packets) : n;
+    return join ? tso_join(d, mbufs, n, packets) : n;
 }
 
 static void count_sent(struct queue *q, const struct pool *pool, const bypass_pkt *pkts,
@@ -303,23 +304,6 @@ static void count_sent(struct queue *q, const struct pool *pool, const bypass_pk
     }
 }
 
-/* A driver may refuse a large packet for reasons of its own (net_tap: one whose segments with headers exceed the IP MTU).
- * Traffic goes on without, and so it stays when it never takes one. */
-static void note_refusal(struct dpdk_port *d, struct queue *q, const struct tso_packet *packets, int sent)
-{
-    if (sent == 0) {
-        q->tso_pause = q->tso_pause || packets[0].frames > 1;
-        return;
-    }
-    for (int i = 0; i < sent; i++) {
-        q->tso_refused = packets[i].frames > 1 ? 0 : q->tso_refused;
-    }
-    if (q->tso_pause && ++q->tso_refused == TSO_REFUSALS) {
-        d->tso_pieces = 0;
-    }
-    q->tso_pause = false;
-}
-
 static int frames_in(const struct tso_packet *packets, int n)
 {
     int sum = 0;
@@ -330,40 +314,82 @@ static int frames_in(const struct tso_packet *packets, int n)
     return sum;
 }
 
-/* n frames for one queue, at most BURST, valid. The number that the driver took. *err: what is wrong with the next. */
-static int tx_queue(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, int *err)
+struct attempt {
+    int packed, ready, sent; /* packets */
+    int first, taken;        /* frames: of the first packet; that the driver took */
+    int err;                 /* what is wrong with the next one */
+};
+
+/* n frames for one queue, at most BURST, valid. */
+static struct attempt attempt(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, bool join)
 {
     struct queue *q = &d->queue[qi];
     struct tx_fifo *f = &q->fifo;
     struct rte_mbuf *mbufs[BURST];
     struct tso_packet packets[BURST];
-    int packed = pack(d, qi, pkts, n, mbufs, packets), ready = packed, sent, taken, given;
+    struct attempt a = {.packed = pack(d, join, pkts, n, mbufs, packets)};
+    int given;
 
-    *err = 0;
+    a.ready = a.packed;
     if (d->tx_csum) { /* some drivers have to put something into the packet for it */
-        ready = rte_eth_tx_prepare(d->id, (uint16_t)qi, mbufs, (uint16_t)packed);
-        *err = ready < packed && (rte_errno == EINVAL || rte_errno == ENOTSUP) ? -EINVAL : 0;
+        a.ready = rte_eth_tx_prepare(d->id, (uint16_t)qi, mbufs, (uint16_t)a.packed);
+        a.err = a.ready < a.packed && (rte_errno == EINVAL || rte_errno == ENOTSUP) ? -EINVAL : 0;
     }
-    given = frames_in(packets, ready);
+    given = frames_in(packets, a.ready);
     for (int i = 0; i < given; i++) { /* before the driver has them: it may be done with them at once */
         f->frame[f->tail++ & f->mask] = pkts[i];
     }
-    sent = ready ? rte_eth_tx_burst(d->id, (uint16_t)qi, mbufs, (uint16_t)ready) : 0;
-    taken = frames_in(packets, sent);
-    f->tail -= (uint32_t)(given - taken);
-    for (int i = sent; i < packed; i++) {
+    a.sent = a.ready ? rte_eth_tx_burst(d->id, (uint16_t)qi, mbufs, (uint16_t)a.ready) : 0;
+    a.first = packets[0].frames;
+    a.taken = frames_in(packets, a.sent);
+    f->tail -= (uint32_t)(given - a.taken);
+    for (int i = a.sent; i < a.packed; i++) {
         tso_take_back(mbufs[i], &packets[i]);
     }
-    for (int i = taken; i < n; i++) {
+    for (int i = a.taken; i < n; i++) {
         take_back(frame_mbuf(&d->pool, pkts[i]));
     }
-    count_sent(q, &d->pool, pkts, packets, sent);
-    if (d->tso_pieces) {
-        note_refusal(d, q, packets, sent);
+    count_sent(q, &d->pool, pkts, packets, a.sent);
+    return a;
+}
+
+/* The driver took nothing that begins with a large packet. It is full: a large one needs a descriptor for each piece, and
+ * small ones put into what room there is would only keep it so. Or it refuses it for reasons of its own (net_tap: segments
+ * that with headers exceed the IP MTU), as it does when it takes more small ones at the same moment: traffic goes on with
+ * those, and so it stays when it never takes a large one. */
+static struct attempt large_refused(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n,
+                                    struct attempt large)
+{
+    struct queue *q = &d->queue[qi];
+    struct attempt small;
+
+    if (q->n.tso_packets && !large.err && ++q->tso_waits < TSO_WAITS) {
+        return large;
     }
-    q->n.tx_full += sent < ready;
-    q->n.tx_invalid += *err != 0;
-    return taken;
+    q->tso_waits = 0;
+    small = attempt(d, qi, pkts, n, false);
+    if (small.taken >= large.first && ++q->tso_refused == TSO_REFUSALS) {
+        d->tso_pieces = 0;
+    }
+    return small;
+}
+
+/* As above. The number that the driver took; *err: what is wrong with the next. */
+static int tx_queue(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, int *err)
+{
+    struct queue *q = &d->queue[qi];
+    uint64_t large = q->n.tso_packets;
+    struct attempt a = attempt(d, qi, pkts, n, d->tso_pieces && n > 1);
+
+    if (a.taken == 0 && a.first > 1) {
+        a = large_refused(d, qi, pkts, n, a);
+    } else if (q->n.tso_packets != large) {
+        q->tso_waits = q->tso_refused = 0;
+    }
+    q->n.tx_full += a.sent < a.ready;
+    q->n.tx_invalid += a.err != 0;
+    *err = a.err;
+    return a.taken;
 }
 
 static uint32_t queue_of(const struct dpdk_port *d, bypass_pkt p)

@@ -146,15 +146,18 @@ static int failed(struct dpdk_port *d, struct dpdk_error *error, const char *doi
  * Without the offload the host completes them. */
 static bool sums_left_out(const struct dpdk_port *d) { return strncmp(d->info.driver_name, "net_virtio", 10) == 0; }
 
-/* Large packets for the device to cut up: as chains of mbufs, whose IPv4 checksums it makes itself. */
+/* Large packets for the device to cut up, as chains of mbufs. A driver that does not offer IPv4 checksums (virtio: IP's is
+ * the driver's own) finds a right one in the large packet's header. */
 static void choose_segmentation(struct dpdk_port *d)
 {
-    uint64_t all = RTE_ETH_TX_OFFLOAD_TCP_TSO | RTE_ETH_TX_OFFLOAD_MULTI_SEGS | RTE_ETH_TX_OFFLOAD_IPV4_CKSUM;
+    uint64_t least = RTE_ETH_TX_OFFLOAD_TCP_TSO | RTE_ETH_TX_OFFLOAD_MULTI_SEGS;
+    uint64_t sum = RTE_ETH_TX_OFFLOAD_IPV4_CKSUM & d->info.tx_offload_capa;
     uint16_t most = d->info.tx_desc_lim.nb_seg_max;
 
-    if ((d->info.tx_offload_capa & all) == all) {
-        d->conf.txmode.offloads |= all;
+    if ((d->info.tx_offload_capa & least) == least) {
+        d->conf.txmode.offloads |= least | sum;
         d->tso_pieces = most ? most : UINT16_MAX;
+        d->tso_flags = RTE_MBUF_F_TX_TCP_SEG | (sum ? RTE_MBUF_F_TX_IP_CKSUM : 0);
     }
 }
 

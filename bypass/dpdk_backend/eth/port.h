@@ -87,8 +87,8 @@ struct tx_fifo { /* frames with the driver, in the order in which they were give
 
 struct queue {
     struct tx_fifo fifo;
-    bool tso_pause;      /* the driver took nothing that began with a large packet: next time without */
-    uint8_t tso_refused; /* it then took something, times in a row */
+    uint8_t tso_waits;   /* the driver took nothing that began with a large packet, times in a row; */
+    uint8_t tso_refused; /* ... and as many small ones at once, times in a row */
     struct dpdk_counters n;
 } __attribute__((aligned(64)));
 
@@ -106,8 +106,9 @@ struct dpdk_port {
     uint16_t id; /* of ethdev */
     bool started;
     bool csum_trust, tx_csum;
-    int tso_pieces; /* mbufs that the device takes as one large segment; 0: it has no segmentation */
-    uint32_t gone;  /* closed since it was removed: ethdev's functions are not called any more */
+    int tso_pieces;     /* mbufs that the device takes as one large segment; 0: it has no segmentation */
+    uint64_t tso_flags; /* of a large segment's mbuf */
+    uint32_t gone;      /* closed since it was removed: ethdev's functions are not called any more */
     uint32_t next_queue;
     uint32_t bad_free;
     int timer_fd; /* what wait_fd gives: armed by a look that finds nothing */

@@ -65,7 +65,7 @@ static bool follows(struct rte_mbuf *first, struct rte_mbuf *a, struct rte_mbuf 
            rte_be_to_cpu_32(tb->sent_seq) == rte_be_to_cpu_32(tcp_of(a)->sent_seq) + payload;
 }
 
-static void join(struct rte_mbuf **run, int n, struct tso_undo *undo)
+static void join(const struct dpdk_port *d, struct rte_mbuf **run, int n, struct tso_undo *undo)
 {
     struct rte_mbuf *first = run[0];
     struct rte_ipv4_hdr *ip = ip_of(first);
@@ -83,9 +83,12 @@ static void join(struct rte_mbuf **run, int n, struct tso_undo *undo)
     }
     first->nb_segs = (uint16_t)n;
     first->l4_len = headers - TCP_AT;
-    first->ol_flags |= RTE_MBUF_F_TX_TCP_SEG | RTE_MBUF_F_TX_IP_CKSUM;
+    first->ol_flags |= d->tso_flags;
     ip->total_length = rte_cpu_to_be_16((uint16_t)(first->pkt_len - IP_AT));
     ip->hdr_checksum = 0;
+    if (!(d->tso_flags & RTE_MBUF_F_TX_IP_CKSUM)) {
+        ip->hdr_checksum = rte_ipv4_cksum(ip);
+    }
     tcp->cksum = rte_ipv4_phdr_cksum(ip, first->ol_flags); /* without the length, which differs by segment */
 }
 
@@ -115,7 +118,7 @@ int tso_join(struct dpdk_port *d, struct rte_mbuf **mbufs, int n, struct tso_pac
 
         p->frames = run_of(d, mbufs + at, n - at);
         if (p->frames > 1) {
-            join(mbufs + at, p->frames, &p->undo);
+            join(d, mbufs + at, p->frames, &p->undo);
         }
         mbufs[packets] = mbufs[at]; /* at is never behind */
         at += p->frames;
