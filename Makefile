@@ -122,7 +122,7 @@ bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5
 	@$(MAKE) --no-print-directory -s -f bench/build.mk
 	@$(RUN) -m bench.goodput $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
-test-programs: setup programs ## Debian's programs, unmodified: do they work, who served? (~2 min; ARGS="--only redis")
+test-programs: setup programs ## Debian's programs, unmodified: do they work, who served? (~15 min; ARGS="--only redis --on dpdk")
 	@$(RUN) -m bench.apps $(ARGS)
 
 test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)

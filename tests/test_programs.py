@@ -20,16 +20,20 @@ import pytest
 from conftest import missing
 from dpdk_support import require_dpdk
 
-from bench.apps import hold, iperf, redis, web
+from bench.apps import __main__ as command
+from bench.apps import hold, iperf, redis, show, web
 from bench.apps.launch import LAUNCHERS, BypassLauncher, DpdkLauncher, Grant, KernelLauncher
 from bench.apps.place import Place, environment, find, lacking, place
-from bench.apps.run import APPS, idle_cpu, run
+from bench.apps.run import APPS, Verdict, idle_cpu, idle_users, run
 from bench.programs import BenchError
+from bypass.errors import DeviceError
 from bypass.lab import Lab
 from bypass.policy import parse_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE = 0.03
+ON_DPDK = ("redis", "nginx", "nginx-short", "memcached", "asyncio", "curl")
+"""Children, threads, one thread, a client. The others take longer: `make test-programs` runs all of them there."""
 
 pytestmark = pytest.mark.bench
 
@@ -42,6 +46,7 @@ def test_a_program_works_on_the_kernel_and_the_proof_says_so(name: str) -> None:
     verdict = run(APPS[name], KernelLauncher, scale=SCALE)
     assert verdict.problems == []
     assert verdict.figures
+    assert (verdict.rate or 0) > 0, f"no {verdict.unit}"
     assert verdict.elsewhere != []  # the kernel served, and the proof does not believe in bypass
     assert verdict.proof["active_opens"] + verdict.proof["passive_opens"] > 0
 
@@ -59,11 +64,12 @@ def test_a_program_works_on_bypass_and_the_kernel_sees_none_of_its_connections(n
 
 
 @pytest.mark.netns
-def test_redis_works_on_a_port_of_dpdk() -> None:
+@pytest.mark.parametrize("name", ON_DPDK)
+def test_a_program_works_on_a_port_of_dpdk_and_the_kernel_sees_none_of_its_connections(name: str) -> None:
     require_dpdk()
-    if lack := APPS["redis"].missing():
+    if lack := APPS[name].missing():
         missing(lack)
-    verdict = run(APPS["redis"], DpdkLauncher, scale=SCALE)
+    verdict = run(APPS[name], DpdkLauncher, scale=SCALE)
     assert verdict.problems == []
     assert verdict.elsewhere == []
     assert verdict.proof["active_opens"] + verdict.proof["passive_opens"] == 0
@@ -74,6 +80,48 @@ def test_the_command_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'fortune' is not one of" in done.stderr
+
+
+# ---- What is shown -----------------------------------------------------------------------------------------------
+PROOF = {"steered": 0.9996, "idle_cpu": 0.021, "active_opens": 0, "passive_opens": 0}
+SEEN = [
+    Verdict("curl", "kernel", rate=12.25, unit="files/s", proof=PROOF | {"steered": 0.0, "active_opens": 20}),
+    Verdict("redis", "dpdk", rate=76530.6, unit="GET/s", proof=PROOF),
+    Verdict("redis", "kernel", problems=["it did not start", "a process is left"], unit="GET/s"),
+]
+
+
+def test_verdicts_stand_side_by_side_a_line_a_program_and_a_column_a_world() -> None:
+    heads = [head.split() for head in show.columns(SEEN)]
+    figures = ["!", "rate", "steered", "idle", "opens"]
+    assert heads == [["program"], ["rate", "of"], ["kernel", *figures], ["dpdk", *figures]]
+    assert [[cell.split() for cell in row] for row in show.rows(SEEN)] == [
+        [["curl"], ["files/s"], ["0", "12.2", "0.0%", "2.1%", "20+0"], []],
+        [["redis"], ["GET/s"], ["2", "-", "-", "-", "-"], ["0", "76,531", "100.0%", "2.1%", "0+0"]],
+    ]
+    ends = {len(line) for row in show.rows(SEEN) for line in row[2:] if line}
+    assert ends == {len(show.columns(SEEN)[2].splitlines()[1])}, "figures stand below their heads"
+
+
+def test_the_same_stands_in_the_file_by_program_and_world() -> None:
+    found = show.programs(SEEN)
+    assert found["redis"]["dpdk"] == {"problems": 0, "rate": 76530.6} | PROOF
+    assert found["redis"]["kernel"] == {"problems": 2, "rate": None} | dict.fromkeys(PROOF)
+    assert found["curl"]["unit"] == "files/s"
+    assert "dpdk" not in found["curl"]
+
+
+def test_dpdk_is_left_out_where_it_is_not_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise DeviceError("no plug-in: apt-get install dpdk-dev")
+
+    monkeypatch.setattr(command, "load_plugin", absent)
+    launchers, left_out = command.chosen(())
+    assert launchers == ["kernel", "bypass", "shared"]
+    assert left_out == {"dpdk": "no plug-in: apt-get install dpdk-dev"}
+    with pytest.raises(BenchError, match="dpdk: no plug-in"):
+        command.chosen(("dpdk",))
+    assert command.chosen(("shared", "kernel", "shared")) == (["shared", "kernel"], {})
 
 
 # ---- Starting and ending -----------------------------------------------------------------------------------------
@@ -128,9 +176,9 @@ def test_a_server_that_dies_while_it_is_used_is_a_problem() -> None:
 def test_a_program_that_uses_the_processor_while_nobody_asks_is_noticed(here: Place) -> None:
     launcher = KernelLauncher(here, ())
     with launcher.start(["/bin/sleep", "1000"]):
-        assert idle_cpu(here.lab) < KernelLauncher.idle_cpu
+        assert idle_cpu(idle_users(here.lab)) < KernelLauncher.idle_cpu
     with launcher.start(["/bin/sh", "-c", "while :; do :; done"]):
-        assert idle_cpu(here.lab) > KernelLauncher.idle_cpu
+        assert idle_users(here.lab)["sh"] > KernelLauncher.idle_cpu
 
 
 def wait_until(condition: object) -> None:

@@ -35,6 +35,8 @@ class App(ABC):
     grants: ClassVar[tuple[Grant, ...]]
     files: ClassVar[int] = 0  # descriptors, where it needs more than usual
     stack: ClassVar[Mapping[str, int]] = {}  # of a policy, where the stack needs other sizes than usual
+    rated: ClassVar[tuple[str, ...]]  # the figure that stands for all of them, by its path
+    unit: ClassVar[str]  # of that one
 
     def __init__(self, place: Place, launcher: Launcher) -> None:
         self.place = place
@@ -44,6 +46,14 @@ class App(ABC):
     @classmethod
     def missing(cls) -> list[str]:
         return lacking(cls.needs)
+
+    @classmethod
+    def rate(cls, figures: Mapping[str, Any]) -> float | None:
+        """The figure that stands for all; None: it was not come to."""
+        found: Any = figures
+        for key in cls.rated:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return float(found) if found is not None else None
 
     @abstractmethod
     def session(self) -> AbstractContextManager[None]:

@@ -26,6 +26,8 @@ class Curl(App):
     title = "curl"
     needs = ("curl", "python3")
     grants = (Grant(PORT, remote=True), Grant(PORT + 1, remote=True))
+    rated = ("files_per_s",)
+    unit = "files/s"
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -54,7 +56,7 @@ class Curl(App):
     def exercise(self) -> dict[str, Any]:
         """One file by itself, then all of them at once, many times."""
         names = list(self.digests)
-        asked = 0
+        asked, began = 0, time.monotonic()
         for options, wanted in (
             ([], names[-1:]),
             ([], names),
@@ -67,8 +69,9 @@ class Curl(App):
                 wanted,
             )
             asked += len(wanted)
+        seconds = time.monotonic() - began
         self.attempt("curl to a closed port", self._refused)
-        return {"files": asked}
+        return {"files": asked, "files_per_s": round(asked / seconds, 1)}
 
     def _get(self, options: list[str], names: list[str]) -> None:
         out = self.place.folder

@@ -60,6 +60,8 @@ class IperfServer(ServerApp):
     title = "iperf3 -s"
     needs = ("iperf3",)
     grants = (Grant(PORT), Grant(PORT, "udp"))
+    rated = ("to the server", "mbit_per_s")
+    unit = "Mbit/s"
     end_codes = (0, 1)  # "the server has terminated"
 
     def argv(self) -> list[str]:
@@ -101,6 +103,8 @@ class IperfClient(App):
     title = "iperf3 -c"
     needs = ("iperf3",)
     grants = (Grant(PORT, remote=True), Grant(PORT, "udp", remote=True))
+    rated = ("to the server", "mbit_per_s")
+    unit = "Mbit/s"
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from typing import Any, ClassVar
 
 from bench.apps.app import ServerApp
@@ -66,6 +67,8 @@ class Memcached(ServerApp):
     title = "memcached, 4 threads"
     needs = ("memcached",)
     grants = (Grant(PORT),)
+    rated = ("asked_per_s",)
+    unit = "asked/s"
     threads: ClassVar[int] = 4
 
     def argv(self) -> list[str]:
@@ -84,10 +87,12 @@ class Memcached(ServerApp):
                 trouble.append(f"client {number}: {e!r}")
 
         threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+        began = time.monotonic()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        seconds = time.monotonic() - began
         self.problems += trouble
         connection = Connection(self.place.connect(PORT))
         stats = connection.stats()
@@ -96,7 +101,8 @@ class Memcached(ServerApp):
         self.expect(stats["threads"] == str(self.threads), f"{stats['threads']} threads")
         for name in ("cmd_set", "cmd_get", "get_hits"):
             self.expect(int(stats[name]) == asked, f"{name} is {stats[name]} and should be {asked}")
-        return {name: int(stats[name]) for name in ("cmd_get", "cmd_set", "total_connections")}
+        figures = {name: int(stats[name]) for name in ("cmd_get", "cmd_set", "total_connections")}
+        return figures | {"asked_per_s": round(2 * asked / seconds)}
 
     def _talk(self, number: int, rounds: int) -> None:
         rng = random.Random(number)

@@ -47,6 +47,8 @@ class Nginx(ServerApp):
     title = "nginx, 2 workers"
     needs: ClassVar[tuple[str, ...]] = ("nginx", "wrk")
     grants = (Grant(PORT),)
+    rated: ClassVar[tuple[str, ...]] = ("requests_per_s",)
+    unit = "GET/s"
     worker_processes: ClassVar[int] = 2
 
     def argv(self) -> list[str]:
@@ -197,6 +199,8 @@ class NginxShort(Nginx):
     name = "nginx-short"
     title = "nginx, 50,000 short connections"
     needs: ClassVar[tuple[str, ...]] = ("nginx",)
+    rated: ClassVar[tuple[str, ...]] = ("per_s",)
+    unit = "opened/s"
 
     def exercise(self) -> dict[str, Any]:
         total, parts = self.place.count(50_000, 1000), 5

@@ -28,6 +28,8 @@ class Postgres(ServerApp):
     title = "PostgreSQL"
     needs = ("postgres", "initdb", "pgbench", "psql")
     grants = (Grant(PORT),)
+    rated = ("select only, prepared",)
+    unit = "select/s"
     end_by = signal.SIGINT  # fast: it does not wait for clients
 
     @classmethod

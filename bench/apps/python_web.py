@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -44,8 +45,8 @@ asyncio.run(main())
 
 
 class _Clients(ServerApp):
-    def together(self, one: Any) -> None:
-        """one(number) in CLIENTS threads; what they raise are problems."""
+    def together(self, one: Any) -> float:
+        """one(number) in CLIENTS threads; what they raise are problems. Seconds that it took."""
         trouble: list[str] = []
 
         def load(number: int) -> None:
@@ -55,11 +56,13 @@ class _Clients(ServerApp):
                 trouble.append(f"client {number}: {e!r}")
 
         threads = [threading.Thread(target=load, args=(i,)) for i in range(CLIENTS)]
+        began = time.monotonic()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         self.problems += trouble
+        return time.monotonic() - began
 
 
 class HttpServer(_Clients):
@@ -67,6 +70,8 @@ class HttpServer(_Clients):
     title = "python3 -m http.server"
     needs = ("python3", "curl")
     grants = (Grant(HTTP_PORT),)
+    rated = ("per_s",)
+    unit = "GET/s"
 
     def argv(self) -> list[str]:
         self.digests = make_files(self.place.folder / "www")
@@ -87,7 +92,7 @@ class HttpServer(_Clients):
                     finally:
                         reader.close()
 
-        self.together(one)
+        seconds = self.together(one)
         url = f"http://{SERVER_IP}:{HTTP_PORT}/{LARGE}.bin"
         said = self.attempt(
             "curl",
@@ -95,7 +100,8 @@ class HttpServer(_Clients):
             ["/usr/bin/curl", "-sS", "-w", "%{size_download}", "-o", "/dev/null", url],
         )
         self.expect(said == str(LARGE), f"curl got {said} bytes of {LARGE}")
-        return {"requests": CLIENTS * rounds * len(self.digests) + 1}
+        asked = CLIENTS * rounds * len(self.digests)
+        return {"requests": asked + 1, "per_s": round(asked / seconds)}
 
 
 class AsyncioServer(_Clients):
@@ -103,6 +109,8 @@ class AsyncioServer(_Clients):
     title = "Python asyncio server"
     needs = ("python3",)
     grants = (Grant(ASYNCIO_PORT),)
+    rated = ("per_s",)
+    unit = "talks/s"
 
     def argv(self) -> list[str]:
         script = self.place.folder / "server.py"
@@ -119,8 +127,8 @@ class AsyncioServer(_Clients):
             for _ in range(rounds):
                 self._echo(body[: rng.choice(sizes)])
 
-        self.together(one)
-        return {"conversations": CLIENTS * rounds}
+        seconds = self.together(one)
+        return {"conversations": CLIENTS * rounds, "per_s": round(CLIENTS * rounds / seconds, 1)}
 
     def _echo(self, body: bytes) -> None:
         """Sends and receives at once: an echo stops reading when nobody reads it."""

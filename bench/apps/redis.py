@@ -84,6 +84,8 @@ class Redis(ServerApp):
     title = "redis-server"
     needs: ClassVar[tuple[str, ...]] = ("redis-server", "redis-benchmark", "redis-check-rdb")
     grants = (Grant(PORT),)
+    rated: ClassVar[tuple[str, ...]] = ("get",)
+    unit = "GET/s"
     clients: ClassVar[int] = 10_000
 
     def argv(self) -> list[str]:
@@ -171,6 +173,8 @@ class RedisMany(Redis):
     name = "redis-many"
     title = "redis-server, 19,000 connections held"
     needs: ClassVar[tuple[str, ...]] = ("redis-server",)
+    rated: ClassVar[tuple[str, ...]] = ("opened_per_s",)
+    unit = "opened/s"
     clients = 19_500
     files = 20_000
     stack: ClassVar[dict[str, int]] = {"conns": 24_000, "socks": 24_100}
@@ -185,6 +189,8 @@ class RedisMany(Redis):
         found: dict[str, Any] = self.attempt("connections", run_json, argv, 300) or {}
         self.problems += found.pop("problems", [])
         self.expect(found.get("held") == count, f"{found.get('held')} connections of {count} were held")
+        if found.get("opened_s"):
+            found["opened_per_s"] = round(found["held"] / found["opened_s"])
         with self.connection() as redis:
             seen = redis.info("stats")
             self.expect(

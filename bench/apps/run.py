@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +46,16 @@ APPS: dict[str, type[App]] = {
 @dataclass
 class Verdict:
     """What came of a run. `problems`: of the program and of what it left; empty: it works. `elsewhere`: why bypass did
-    not serve it; empty: it did. That is a problem only where it should have."""
+    not serve it; empty: it did. That is a problem only where it should have. `rate`, in `unit`: the figure that stands
+    for all of them."""
 
     app: str
     launcher: str
     problems: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+    unit: str = ""
     proof: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -65,7 +70,7 @@ def run(cls: type[App], launcher_of: type[Launcher], *, scale: float = 1.0, queu
         scale: how much of a full run.
         queues: of the lab's interface.
     """
-    verdict = Verdict(cls.name, launcher_of.name)
+    verdict = Verdict(cls.name, launcher_of.name, unit=cls.unit)
     began = time.monotonic()
     lab = Lab(f"{os.getpid()}-apps", queues=queues, wire=launcher_of.wire)
     with lab, place(lab, scale) as here:
@@ -91,31 +96,44 @@ def _use(app: App, lab: Lab, verdict: Verdict) -> set[tuple[str, int]]:
     with app.session():
         before = snapshot(lab)
         verdict.figures = app.exercise()
+        verdict.rate = app.rate(verdict.figures)
         evidence = Evidence(before, snapshot(lab))
-        idle = idle_cpu(lab)
+        users = idle_users(lab)
         objects = _bpf(lab)
-    verdict.proof, verdict.elsewhere = evidence.figures() | {"idle_cpu": idle}, evidence.problems()
+    idle = idle_cpu(users)
+    verdict.proof = evidence.figures() | {"idle_cpu": idle, "idle_users": users}
+    verdict.elsewhere = evidence.problems()
     if idle > app.launcher.idle_cpu:
-        verdict.problems.append(f"used {idle:.1%} of a core while nobody asked")
+        by = ", ".join(f"{name} {share:.1%}" for name, share in users.items())
+        verdict.problems.append(f"used {idle:.1%} of a core while nobody asked: {by}")
     return objects
 
 
-def idle_cpu(lab: Lab) -> float:
-    """Processor time that the processes of the server's namespace use while nobody asks, of the time of one core."""
+def idle_users(lab: Lab) -> dict[str, float]:
+    """Processor time that the processes of the server's namespace use while nobody asks, of the time of one core, by
+    their names; who uses most comes first."""
     time.sleep(IDLE_AFTER_S)
     before, began = _run_ns(lab), time.monotonic_ns()
     time.sleep(IDLE_S)
-    used = sum(ns - before[task] for task, ns in _run_ns(lab).items() if task in before)
-    return round(used / (time.monotonic_ns() - began), 4)
+    used: Counter[str] = Counter()
+    for (task, name), ns in _run_ns(lab).items():
+        used[name] += ns - before.get((task, name), ns)
+    passed = time.monotonic_ns() - began
+    return {name: round(ns / passed, 4) for name, ns in used.most_common() if ns}
 
 
-def _run_ns(lab: Lab) -> dict[Path, int]:
-    """Run time of every task (/proc/PID/task/TID/schedstat)."""
+def idle_cpu(users: Mapping[str, float]) -> float:
+    """Of all of them."""
+    return round(sum(users.values()), 4)
+
+
+def _run_ns(lab: Lab) -> dict[tuple[Path, str], int]:
+    """Run time of every task (/proc/PID/task/TID/schedstat), with its process' name."""
     found = {}
-    for pid in netns.processes(lab.server_ns):
+    for pid, name in netns.processes(lab.server_ns).items():
         for task in Path(f"/proc/{pid}/task").glob("*"):
             with suppress(FileNotFoundError, ProcessLookupError):
-                found[task] = int((task / "schedstat").read_text().split()[0])
+                found[task, name] = int((task / "schedstat").read_text().split()[0])
     return found
 
 
