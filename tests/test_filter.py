@@ -227,6 +227,24 @@ def test_a_ring_that_stays_full_costs_the_kernel_its_frame(net: Network) -> None
         s.reap()
 
 
+def test_a_frame_that_waits_goes_out_also_when_the_kernels_device_was_deleted(net: Network) -> None:
+    """Else who sleeps on the device would be woken for it for ever."""
+    with Scene(net, tx_ring=1) as s:
+        assert s.kernel is not None
+        assert s.exception is not None
+        assert s.transmit([frame(STEER)]) == 1
+        s.kernel.send(frame(b"K"))
+        s.received()
+        s.exception.c.gone = 1
+        s.received()
+        assert s.is_awake()
+        s.reap()
+        s.received()
+        assert not s.is_awake()
+        assert s.on_wire() == [frame(STEER), frame(b"K")]
+        s.reap()
+
+
 def test_without_free_frames_the_kernels_are_lost_and_counted(net: Network) -> None:
     with Scene(net, frames=64) as s:
         assert s.kernel is not None

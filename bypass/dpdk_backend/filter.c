@@ -219,7 +219,7 @@ static bool from_kernel(struct filter *f)
 {
     uint64_t before = f->n.from_kernel;
 
-    if (send_unsent(f)) {
+    if (send_unsent(f) && !f->tap_gone) {
         /* The stack's frames have priority where there is no room for both. */
         for (int n = f->short_of_ring ? 1 : EXCEPTION_READS; n > 0 && take_one(f); n--) {}
     }
@@ -349,7 +349,7 @@ static int filter_rx_burst(struct bypass_netdev *dev, bypass_pkt *out, int max)
     n = receive(f, out, max, &left);
     if (f->exception) {
         to_kernel(f);
-        if (!f->tap_gone && from_kernel(f) && f->lower->ops->kick(f->lower) == -EAGAIN) {
+        if (from_kernel(f) && f->lower->ops->kick(f->lower) == -EAGAIN) {
             left = true; /* it was stopped in the middle: the next call goes on */
         }
         left = left || f->unsent != BYPASS_PKT_NONE;
