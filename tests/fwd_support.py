@@ -61,7 +61,7 @@ class Port(Netdev):
         assert lib.peer_attach(self.peer, self.mem, size, self.config, self.fwd_end.fileno()) == 0
         self.nd = lib.port_netdev(self.port)
         self.one = ffi.new("struct bypass_pkt_meta *")
-        self.room = ffi.new("uint8_t[]", 2048)
+        self.room = ffi.new("uint8_t[]", (self.config.frame_size or 2048) - 256)
 
     def close(self) -> None:
         self.app_end.close()
@@ -110,7 +110,7 @@ class Port(Netdev):
         """What the application sent, at most max_ frames, given back to it: (bytes, queue)."""
         got = []
         for _ in range(self.lib.peer_tx_avail(self.peer, max_)):
-            if self.lib.peer_tx_take(self.peer, self.room, self.one):
+            if self.lib.peer_tx_take(self.peer, self.room, len(self.room), self.one):
                 got.append((bytes(self.room[0 : self.one.len]), self.one.queue))
         self.lib.peer_tx_publish(self.peer)
         return got

@@ -9,9 +9,10 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ pytestmark = [
 ]
 
 NOBODY, OTHER = 65534, 65533
+ETH_P_ALL = 3  # linux/if_ether.h: what is sent, too
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 PORT = 7000
 POLICY = f"""
 version: 1
@@ -164,6 +167,40 @@ def tools_tell(name: str, pid: int) -> None:
     explained = json.loads(good("explain", SERVER_IFNAME, flow, "--json", "--socket", name))
     assert (explained["pids"], explained["mode"], explained["queue"]) == ([pid], "shared", 0)
     assert f"{CLIENT_IP}:{PORT}" in good("conns", "--socket", name)
+
+
+def test_jumbo_frames_go_through_bypass_fwd(policy: Path, folder: Path, lab: Lab) -> None:  # noqa: F811
+    """Segments of more than 1,500 bytes, both ways; the kernel behind the TAP has the same MTU."""
+    mtu, name = 4000, str(folder / "broker.sock")
+    for ns, ifname in ((lab.server_ns, WIRE_IFNAME), (lab.client_ns, CLIENT_IFNAME)):
+        argv = ["ip", "-n", ns, "link", "set", ifname, "mtu", str(mtu)]
+        subprocess.run(argv, check=True, timeout=60)
+    policy.write_text(policy.read_text().replace("kind: dpdk", "kind: dpdk\n  frame_size: 8192"))
+    up(policy, name)
+    with Program(name) as program, netns.entered(lab.client_ns):
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        seen = to_the_kernel(lab)
+        data = os.urandom(1 << 16)
+        with (
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as wire,
+            socket.create_connection((SERVER_IP, 8080), 10) as sock,
+        ):
+            wire.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+            wire.bind((CLIENT_IFNAME, ETH_P_ALL))
+            threading.Thread(target=sock.sendall, args=(data,)).start()
+            assert sock.makefile("rb").read(len(data)) == data
+            wire.setblocking(False)
+            lengths = {True: 0, False: 0}  # the longest, by whether it came from the server
+            with suppress(BlockingIOError):
+                while True:
+                    frame, where = wire.recvfrom(1 << 16)
+                    came = where[2] != socket.PACKET_OUTGOING
+                    lengths[came] = max(lengths[came], len(frame))
+        assert lengths == {True: mtu + 14, False: mtu + 14}
+        big = ["ping", "-c", "1", "-M", "do", "-s", str(mtu - 28), "-W", "5", SERVER_IP]
+        subprocess.run(big, check=True, capture_output=True, timeout=60)
+        assert to_the_kernel(lab) == seen, "the kernel has seen packets of the stack's"
+    down(name)
 
 
 def test_a_lost_link_is_the_kernels_too_and_comes_back(broker: tuple[str, int], lab: Lab) -> None:

@@ -202,6 +202,9 @@ def test_the_audit_notices_when_the_books_are_wrong(port: Port, how: int) -> Non
         {"rx_ring": 64, "fill_target": 64},
         {"mtu": 1779},
         {"mtu": 67},
+        {"frame_size": 3000},
+        {"frame_size": 2 * 2048, "mtu": 1779 + 2048},
+        {"frame_size": 17 * 2048},
         {"queues": 0},
     ],
 )
@@ -218,6 +221,29 @@ def test_a_configuration_without_sense_is_refused_by_all(fwd_library: Library, w
     assert lib.port_mem_size(bad) == 0
     assert lib.port_init(mem, size, bad) == -errno.EINVAL
     assert lib.peer_attach(ffi.new("struct peer *"), mem, size, bad, -1) == -errno.EINVAL
+
+
+def test_jumbo_frames_go_both_ways_and_what_does_not_fit_goes_nowhere(fwd_library: Library) -> None:
+    port = Port(*fwd_library, mtu=9000, frame_size=10240)
+    try:
+        data = random.Random(9).randbytes(9014)
+        assert port.deliver(data)
+        port.publish()
+        assert port.receive() == [data]
+        port.send(data)
+        assert [sent for sent, _ in port.take()] == [data]
+        assert port.deliver(bytes(10240 - 256))
+        assert not port.deliver(bytes(10240 - 255))
+        port.publish()
+        assert port.receive() == [bytes(10240 - 256)]
+        port.room = port.ffi.new("uint8_t[]", 9013)  # of the device's frame
+        port.send(data)
+        assert port.take() == []
+        assert port.peer.n.tx_bad_slot == 1
+        port.reap()
+        port.audit()
+    finally:
+        port.close()
 
 
 def test_attaching_to_what_is_no_port_fails(fwd_library: Library) -> None:

@@ -30,7 +30,8 @@ from bypass.policy import Policy
 
 LEAST_BURST = 1 << 16  # bytes
 BURSTS_PER_SECOND = 50
-PORT_FRAMES = 8192
+PORT_FRAMES, PORT_BYTES = 8192, 32 << 20
+"""Of an application's port, whichever is less: frames are larger where the interface's MTU is."""
 
 
 class PortsSite(InterfaceSite):
@@ -130,16 +131,16 @@ class PortsSite(InterfaceSite):
         self.forwarder.spin(int(lib.FWD_SPIN_US) if spin_us is None else spin_us)
 
     def _port_config(self, quota: Quota) -> Any:
-        ring = self.policy.backend.ring_size
-        frames = min(
-            self.policy.backend.frames or PORT_FRAMES, quota.frames or PORT_FRAMES, lib.PORT_MAX_FRAMES
-        )
+        ring, mtu = self.policy.backend.ring_size, self._about["mtu"]
+        frame_size = _frame_size(mtu)
+        usual = min(PORT_FRAMES, PORT_BYTES // frame_size)
+        frames = min(self.policy.backend.frames or usual, quota.frames or usual, lib.PORT_MAX_FRAMES)
         while ring > 16 and 4 * ring > frames:
             ring //= 2
         config = ffi.new("struct port_config *")
         config.frames, config.rx_ring, config.tx_ring = frames, ring, ring
         config.caps, config.queues = self._about["caps"], len(self.queues)
-        config.mtu, config.mac = min(self._about["mtu"], lib.PORT_MAX_MTU), self._about["mac"]
+        config.mtu, config.mac, config.frame_size = mtu, self._about["mac"], frame_size
         return config
 
     def close_device(self, owner: int) -> None:
@@ -191,6 +192,12 @@ class PortsSite(InterfaceSite):
         super().update(now_ns)
         if self.forwarder.pending:
             self._holder_events()
+
+
+def _frame_size(mtu: int) -> int:
+    """Of a port's frames: what holds such a packet behind headroom and Ethernet header."""
+    stride = int(lib.PORT_STRIDE)
+    return -(-(mtu + int(lib.PORT_HEADROOM + lib.PORT_ETH_HEADER)) // stride) * stride
 
 
 def _lease(owner: int, key: Key) -> FwdLease:

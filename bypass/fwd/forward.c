@@ -274,7 +274,7 @@ static bool take_one(struct forwarder *f, struct forward_port *p, bypass_pkt pkt
     struct bypass_pkt_meta *m = meta_at(f->dev, pkt);
     enum fwd_refusal why;
 
-    if (!peer_tx_take(&p->peer, data_at(f->dev, pkt), m)) {
+    if (!peer_tx_take(&p->peer, data_at(f->dev, pkt), f->dev->stride - m->off, m)) {
         bucket_take(&p->packets, 1, now_ns);
         return false;
     }

@@ -20,7 +20,7 @@ enum {
     PORT_MAGIC = 0x54524f50, /* "PORT" */
     PORT_META = 64,
     PORT_PAGE = 4096,
-    PORT_ETH = 14,
+    PORT_ETH = PORT_ETH_HEADER,
 
     /* port_shared.app_sleeps */
     PORT_AWAKE = 0,
@@ -94,11 +94,18 @@ static inline uint32_t port_fill_target(const struct port_config *cfg)
     return cfg->fill_target ? cfg->fill_target : most;
 }
 
+static inline uint32_t port_frame_size(const struct port_config *cfg)
+{
+    return cfg->frame_size ? cfg->frame_size : PORT_STRIDE;
+}
+
 static inline bool port_config_valid(const struct port_config *cfg)
 {
     return cfg->frames >= 64 && cfg->frames <= PORT_MAX_FRAMES && port_pow2(cfg->rx_ring, PORT_MAX_FRAMES) &&
            port_pow2(cfg->tx_ring, PORT_MAX_FRAMES) && port_fill_target(cfg) <= cfg->rx_ring &&
-           port_fill_target(cfg) < cfg->frames && cfg->mtu >= 68 && cfg->mtu <= PORT_MAX_MTU && cfg->queues >= 1;
+           port_fill_target(cfg) < cfg->frames && port_frame_size(cfg) % PORT_STRIDE == 0 &&
+           port_frame_size(cfg) <= PORT_MAX_STRIDE && cfg->mtu >= 68 &&
+           cfg->mtu <= port_frame_size(cfg) - PORT_HEADROOM - PORT_ETH && cfg->queues >= 1;
 }
 
 static inline size_t port_align(size_t n, size_t to) { return (n + to - 1) & ~(to - 1); }
@@ -111,7 +118,7 @@ static inline struct port_places port_places(const struct port_config *cfg) /* a
     p.free_list = p.tx + cfg->tx_ring * sizeof(struct port_tx_slot);
     p.meta = port_align(p.free_list + cfg->frames * sizeof(uint32_t), 64);
     p.frames = port_align(p.meta + (size_t)cfg->frames * PORT_META, PORT_PAGE);
-    p.end = p.frames + (size_t)cfg->frames * PORT_STRIDE;
+    p.end = p.frames + (size_t)cfg->frames * port_frame_size(cfg);
     return p;
 }
 

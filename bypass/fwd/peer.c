@@ -28,6 +28,7 @@ int peer_attach(struct peer *p, void *mem, size_t size, const struct port_config
                        .rx = (struct port_rx_slot *)(base + at.rx),
                        .tx = (struct port_tx_slot *)(base + at.tx),
                        .frames = base + at.frames,
+                       .frame_size = port_frame_size(cfg),
                        .doorbell = doorbell};
     p->rx_posted = p->rx_done = READ_ONCE(p->sh->rx_done); /* any number will do: they are only compared, and masked */
     p->tx_posted = p->tx_done = READ_ONCE(p->sh->tx_done);
@@ -55,7 +56,7 @@ int peer_deliver(struct peer *p, const uint8_t *frame, const struct bypass_pkt_m
     struct port_rx_slot *slot = &p->rx[p->rx_done & (p->cfg.rx_ring - 1)];
     uint32_t to;
 
-    if (p->cut || m->len > PORT_STRIDE - PORT_HEADROOM ||
+    if (p->cut || m->len > p->frame_size - PORT_HEADROOM ||
         (p->rx_posted == p->rx_done &&
          distance(p, &p->sh->rx_posted, p->rx_done, p->cfg.rx_ring, &p->rx_posted) == 0)) {
         p->n.rx_full++;
@@ -69,7 +70,7 @@ int peer_deliver(struct peer *p, const uint8_t *frame, const struct bypass_pkt_m
         p->n.rx_bad_slot++;
         return 0;
     }
-    memcpy(p->frames + (size_t)to * PORT_STRIDE + PORT_HEADROOM, frame, m->len);
+    memcpy(p->frames + (size_t)to * p->frame_size + PORT_HEADROOM, frame, m->len);
     slot->off = PORT_HEADROOM;
     slot->len = m->len;
     slot->queue = m->queue;
@@ -123,12 +124,12 @@ uint32_t peer_tx_avail(struct peer *p, uint32_t max)
     return n < max ? n : max;
 }
 
-int peer_tx_take(struct peer *p, uint8_t *to, struct bypass_pkt_meta *m)
+int peer_tx_take(struct peer *p, uint8_t *to, uint32_t room, struct bypass_pkt_meta *m)
 {
     const struct port_tx_slot *slot = &p->tx[p->tx_done++ & (p->cfg.tx_ring - 1)];
     uint32_t frame = READ_ONCE(slot->frame), off = READ_ONCE(slot->off), len = READ_ONCE(slot->len);
 
-    if (frame >= p->cfg.frames || len < PORT_ETH || len > PORT_STRIDE - PORT_HEADROOM || off > PORT_STRIDE - len) {
+    if (frame >= p->cfg.frames || len < PORT_ETH || len > room || len > p->frame_size || off > p->frame_size - len) {
         p->n.tx_bad_slot++;
         return 0;
     }
@@ -137,7 +138,7 @@ int peer_tx_take(struct peer *p, uint8_t *to, struct bypass_pkt_meta *m)
     m->flags = READ_ONCE(slot->flags) & BYPASS_TX_CSUM;
     m->csum_start = READ_ONCE(slot->csum_start);
     m->csum_off = READ_ONCE(slot->csum_off);
-    memcpy(to, p->frames + (size_t)frame * PORT_STRIDE + off, len);
+    memcpy(to, p->frames + (size_t)frame * p->frame_size + off, len);
     p->n.tx_packets++;
     p->n.tx_bytes += len;
     return 1;

@@ -24,6 +24,7 @@ struct peer {
     struct port_config cfg;
     struct port_shared *sh;
     uint8_t *frames;
+    uint32_t frame_size;
     struct port_rx_slot *rx;
     struct port_tx_slot *tx;
     uint32_t rx_posted, rx_done; /* seen of the application; ours */
@@ -44,9 +45,9 @@ void peer_publish(struct peer *peer);
 
 /* Frames that it wants to send, at most max. */
 uint32_t peer_tx_avail(struct peer *peer, uint32_t max);
-/* Copies the oldest into `to` (PORT_STRIDE - PORT_HEADROOM bytes), with len, queue, flags and checksum request in
- * *meta. It is the application's again after peer_tx_publish(). 0: it made no sense, counted. */
-int peer_tx_take(struct peer *peer, uint8_t *to, struct bypass_pkt_meta *meta);
+/* Copies the oldest into `to`, with len, queue, flags and checksum request in *meta. It is the application's again after
+ * peer_tx_publish(). 0: it made no sense, or is longer than room; counted. */
+int peer_tx_take(struct peer *peer, uint8_t *to, uint32_t room, struct bypass_pkt_meta *meta);
 void peer_tx_publish(struct peer *peer);
 
 /* on 1: a post is to ring the doorbell from now on; then look at peer_tx_avail() once more. */

@@ -190,7 +190,7 @@ static bool rx_accept(struct port *p, const struct port_rx_slot *slot, bypass_pk
         st->n.rx_bad++;
         return false;
     }
-    if (len < PORT_ETH || off > PORT_STRIDE || len > PORT_STRIDE - off) {
+    if (len < PORT_ETH || off > p->nd.stride || len > p->nd.stride - off) {
         st->n.rx_bad++;
         frame_to_pool(p, frame);
         return false;
@@ -231,7 +231,7 @@ static int port_op_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
             const struct port_rx_slot *ahead = &p->rx[(st->rx_taken + 4) & mask];
 
             __builtin_prefetch(meta_at(p, ahead->frame), 1);
-            __builtin_prefetch(nd->mem + (size_t)ahead->frame * PORT_STRIDE + ahead->off);
+            __builtin_prefetch(nd->mem + (size_t)ahead->frame * nd->stride + ahead->off);
         }
         got += rx_accept(p, &p->rx[st->rx_taken++ & mask], &out[got]);
     }
@@ -250,8 +250,8 @@ static bool tx_valid(const struct port *p, bypass_pkt pkt)
 {
     const struct bypass_pkt_meta *m = meta_at(p, pkt);
 
-    return pkt < p->nd.frames && m->holders == HOLD_STACK && m->len >= PORT_ETH && m->off < PORT_STRIDE &&
-           m->len <= PORT_STRIDE - m->off && (!(m->flags & BYPASS_TX_CSUM) || (p->nd.caps & BYPASS_CAP_TX_CSUM));
+    return pkt < p->nd.frames && m->holders == HOLD_STACK && m->len >= PORT_ETH && m->off < p->nd.stride &&
+           m->len <= p->nd.stride - m->off && (!(m->flags & BYPASS_TX_CSUM) || (p->nd.caps & BYPASS_CAP_TX_CSUM));
 }
 
 static int port_op_tx_burst(struct bypass_netdev *nd, const bypass_pkt *pkts, int n)
@@ -411,7 +411,7 @@ static void view(struct port *p, void *mem, const struct port_config *cfg)
                        .nd = {.ops = &port_ops,
                               .mem = base + at.frames,
                               .meta = (struct bypass_pkt_meta *)(base + at.meta),
-                              .stride = PORT_STRIDE,
+                              .stride = port_frame_size(cfg),
                               .meta_stride = PORT_META,
                               .frames = cfg->frames,
                               .caps = cfg->caps,

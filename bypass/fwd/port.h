@@ -12,7 +12,7 @@
  * done with. Since it works in order, the second is also the completion: a frame sent is the application's again when
  * it is copied.
  *
- *   memory:  | struct port_shared | rx slots | tx slots | free list | metadata, 64 bytes a frame | frames, 2048 each |
+ *   memory:  | struct port_shared | rx slots | tx slots | free list | metadata, 64 bytes a frame | frames, frame_size each |
  *
  * All state lies in that memory without pointers: relatives by fork use one device, one caller at a time, each
  * with its own `struct port`. No memory is allocated here.
@@ -29,10 +29,11 @@
 #include "bypass.h"
 
 enum {
-    PORT_STRIDE = 2048,
+    PORT_STRIDE = 2048, /* a frame is one or several of these */
+    PORT_MAX_STRIDE = 32768,
     PORT_HEADROOM = 256,
-    PORT_MAX_MTU = 1778,     /* what a frame holds behind headroom and Ethernet header */
-    PORT_MAX_FRAMES = 65536, /* 128 MiB */
+    PORT_ETH_HEADER = 14,
+    PORT_MAX_FRAMES = 65536, /* 128 MiB, where a frame is one */
 };
 
 struct port_config {
@@ -41,9 +42,9 @@ struct port_config {
     uint32_t fill_target;      /* frames kept posted for reception; 0: as many as ring and half of the frames allow */
     uint32_t caps;             /* BYPASS_CAP_* of the interface */
     uint16_t mtu;
-    uint16_t queues; /* of the interface: answers go out by the queue that the question came by */
-    uint8_t mac[6];  /* the interface's */
-    uint8_t reserved[2];
+    uint16_t queues;     /* of the interface: answers go out by the queue that the question came by */
+    uint8_t mac[6];      /* the interface's */
+    uint16_t frame_size; /* bytes of a frame, PORT_HEADROOM included, a multiple of PORT_STRIDE; 0: PORT_STRIDE */
 };
 
 struct port_counters { /* of the application's half, since port_init() */

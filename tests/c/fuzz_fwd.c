@@ -112,6 +112,7 @@ static void add(struct world *w, uint32_t app)
 
     about.cfg.mtu = 1500;
     about.cfg.queues = 2;
+    about.cfg.frame_size = app == HOSTILE ? 2 * PORT_STRIDE : 0; /* larger than the device's frames */
     memcpy(about.cfg.mac, mac, 6);
     w->size = port_mem_size(&about.cfg);
     if (!w->mem[app]) {
@@ -295,7 +296,7 @@ static void post_frame(struct world *w, struct input *in)
 {
     struct port *a = &w->port[HOSTILE];
     uint32_t done = forward_port_find(w->f, HOSTILE)->peer.tx_done, what = in_u8(in), number = in_u8(in) % FRAMES;
-    uint8_t *b = a->nd.mem + (size_t)number * PORT_STRIDE + PORT_HEADROOM;
+    uint8_t *b = a->nd.mem + (size_t)number * a->nd.stride + PORT_HEADROOM;
     struct port_tx_slot *slot = &a->tx[done & (RING - 1)];
     uint32_t len = frame_put(b, (what & 7) % 7, in_u8(in) * 8u);
 
