@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from bypass._core import lib
 from bypass.core import CoreStack
 from bypass.errors import BypassError
-from bypass.netlink import NetlinkSocket, read_addresses, steerable
+from bypass.hwflow.inforce import host_addresses
 from bypass.policy import DpdkBackend, Policy
 from bypass.steering_api import Steers
 from bypass.watch import KernelWatch
@@ -97,11 +97,6 @@ def attach(policy: Policy, **options: Any) -> Attachment:
     return AfxdpAttachment(policy, **options)
 
 
-def _kernels_addresses() -> set[Any]:
-    with NetlinkSocket() as requests:
-        return set(steerable(read_addresses(requests)))
-
-
 class AfxdpAttachment:
     """AF_XDP sockets beside the kernel. The kernel answers ARP and ping; resets of live flows are the stack's alone."""
 
@@ -145,7 +140,7 @@ class AfxdpAttachment:
         return KernelWatch(self.ifname, core, self.steering, self.device)
 
     def tell_addresses(self) -> None:
-        self.steering.set_locals(_kernels_addresses())
+        self.steering.set_locals(host_addresses())
 
     def turn(self, now_ns: int) -> None:
         return
@@ -180,6 +175,7 @@ class DpdkAttachment:
     def __init__(self, policy: Policy, **options: Any) -> None:
         from bypass.dpdk_backend import DpdkDevice
         from bypass.dpdk_backend.filter import ExceptionPath, FilterDevice
+        from bypass.dpdk_backend.flows import put_flows
         from bypass.dpdk_backend.steering import SoftSteering
         from bypass.dpdk_backend.taken import device_taken
         from bypass.dpdk_backend.tap import open_tap
@@ -205,6 +201,8 @@ class DpdkAttachment:
             undo.callback(self.filter.close)
             if self.exception is not None:
                 self.dress()
+            addresses = host_addresses() if self.exception is not None else self.own_addresses()
+            self.device.hardware = put_flows(policy, addresses, self.device.put_flows)
             undo.pop_all()
 
     def dress(self) -> None:
@@ -230,7 +228,7 @@ class DpdkAttachment:
 
     def tell_addresses(self) -> None:
         self.steering.set_mac(self.mac)
-        self.steering.set_locals(self.own_addresses() if self.exception is None else _kernels_addresses())
+        self.steering.set_locals(self.own_addresses() if self.exception is None else host_addresses())
 
     def own_addresses(self) -> list[ipaddress.IPv4Address]:
         """Where there is no kernel."""

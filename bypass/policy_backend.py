@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any, Literal
 
-from bypass.policy_fields import AfxdpModel, HeadModel, Mode, Wrong, backend_kind
+from bypass.policy_fields import AfxdpModel, HardwareRules, HeadModel, Mode, Wrong, backend_kind
 from bypass.profiles import RING_SIZES
 from bypass.rules import Address, Network
 
@@ -35,6 +35,7 @@ class AfxdpBackend:
     ring_size: int = 2048
     frames: int | None = None
     frame_size: int = 2048
+    hardware_rules: HardwareRules = "none"
 
     def default_frames(self, queues: int) -> int:
         """Frames for this many queues: each queue's fill and receive rings full, and as many to send."""
@@ -78,6 +79,7 @@ class DpdkBackend:
         exception: `tap`: a TAP device of the policy's `interface` name; `none`: the port has no kernel.
         exception_rate: packets a second that the kernel is given at most.
         addresses, routes: what the port is given; a route is its destinations and its gateway.
+        hardware_rules: whether the port drops and chooses queues by rules of its own; `auto`: where it can.
     """
 
     device: str
@@ -95,6 +97,7 @@ class DpdkBackend:
     exception_rate: int = 10_000
     addresses: tuple[IPv4Interface | IPv6Interface, ...] = ()
     routes: tuple[tuple[Network, Address], ...] = ()
+    hardware_rules: HardwareRules = "none"
     kind: Literal["dpdk"] = "dpdk"
 
     def default_frames(self) -> int:

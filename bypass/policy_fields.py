@@ -46,6 +46,7 @@ from bypass.profiles import Profile
 from bypass.rules import PROTOCOLS, Action, Network
 
 Mode = Literal["auto", "zerocopy", "copy", "skb"]
+HardwareRules = Literal["none", "auto", "required"]
 CONGESTION = ("cubic", "reno", "dctcp", "bbr")
 """What the stack has built in (`CoreStack.cc_names`; a test compares): known here without the C core."""
 
@@ -100,6 +101,7 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("dpdk", "mtu"): _Text("is not an MTU", "576 to 9702 bytes"),
     ("dpdk", "vlan"): _Text("is not a VLAN identifier", "1 to 4094"),
     ("dpdk", "offloads"): _Text("is not a choice of offloads", "auto or none"),
+    ("dpdk", "hardware_rules"): _Text("is not a use of the port's own rules", "none, auto or required"),
     ("dpdk", "idle_us"): _Text("is not a time in microseconds", "1 to 1000000"),
     ("dpdk", "link_poll_ms"): _Text("is not a time in milliseconds", "10 to 60000"),
     ("dpdk", "eal"): _Text(
@@ -259,6 +261,11 @@ class DpdkModel(_Model):
     )
     offloads: Annotated[Literal["auto", "none"], *choice("auto", "none")] = Field(
         "auto", description="auto: what the port offers of checksums and segmentation."
+    )
+    hardware_rules: Annotated[HardwareRules, *choice("none", "auto", "required")] = Field(
+        "none",
+        description="auto: the port drops packets and chooses their queue by rules of its own (rte_flow) where it can. "
+        "required: or it is not opened.",
     )
     idle_us: Annotated[int, *count(1, 1_000_000)] = Field(
         100, description="How long a program sleeps when nothing has come, microseconds."

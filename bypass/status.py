@@ -275,6 +275,7 @@ class Snapshot:
 
     def _head(self) -> dict[str, Any]:
         policy = self._steering.policy
+        hardware = getattr(self._device, "hardware", None)  # bypass.hwflow.inforce.InForce
         return {
             "interface": self._device.ifname,
             "pid": os.getpid(),
@@ -284,6 +285,7 @@ class Snapshot:
             "mode_reason": self._device.mode_reason,
             "xdp_mode": getattr(self._device, "xdp_mode", ""),  # of DPDK's: there is no XDP
             "queues": list(self._device.queue_numbers),
+            "hardware": None if hardware is None else {"rules": hardware.rules, "reason": hardware.reason},
         }
 
     def flows(self, limit: int) -> Answer:

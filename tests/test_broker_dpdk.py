@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from dpdk_support import needs_dpdk  # noqa: F401 (fixture)
+from flow_support import hardware, shim  # noqa: F401 (fixtures)
 from preloaded import CLEAN
 from test_broker_takeover import (
     Load,
@@ -342,6 +343,51 @@ def test_what_cannot_be_says_why_and_leaves_nothing(policy: Path, broker: tuple[
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "/nowhere/bypass-dpdk.so cannot be read" in done.stderr
+    assert interfaces() == {"lo", WIRE_IFNAME}
+
+
+def test_rules_in_hardware_are_put_on_exchanged_and_taken_off(
+    hardware: Path,  # noqa: F811
+    policy: Path,
+    folder: Path,  # noqa: F811
+    lab: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By bypass-fwd, which has the port. What the new policy needs and the port refuses leaves all as it was."""
+    name = str(folder / "broker.sock")
+
+    def write(ports: str) -> None:
+        drop = f"{{proto: udp, local: {SERVER_IP}, local_port: {ports}}}"
+        text = dpdk_policy(f"{POLICY}  - name: bad\n    match: {drop}\n    action: drop\n")
+        policy.write_text(text.replace("kind: dpdk", "kind: dpdk\n  hardware_rules: required"))
+
+    def did() -> list[str]:
+        lines = hardware.read_text().splitlines()
+        hardware.write_text("")
+        return [f"{line.split()[0]} {line.split()[-1]}" for line in lines]
+
+    def told() -> dict[str, object]:
+        (stats,) = json.loads(good("stats", SERVER_IFNAME, "--json"))["processes"]
+        return dict(stats["hardware"])
+
+    write("9")
+    monkeypatch.setenv("BYPASS_FLOWS_ROOM", "2")
+    up(policy, name)
+    assert did() == ["create drop"]
+    assert told() == {"rules": 1, "reason": "1 drop"}
+    assert "hardware rules: 1 (1 drop)" in good("stats", SERVER_IFNAME)
+    write("7")
+    good("reload", "--socket", name)
+    assert did() == ["destroy 1", "create drop"]
+    write("7-8")
+    said = bypass("reload", "--socket", name)
+    assert said.returncode == 2
+    assert "does not take 'bad': No space left on device (table full)" in said.stderr
+    assert told() == {"rules": 1, "reason": "1 drop"}
+    assert did() == ["destroy 1", "create drop", "destroy 1", "create drop"], "the old ones are there again"
+    down(name)
+    assert did() == ["destroy 1"]
+    assert "backend.hardware_rules is required" in refused(policy, name)
     assert interfaces() == {"lo", WIRE_IFNAME}
 
 

@@ -50,7 +50,7 @@ def test_defaults() -> None:
 def test_every_field_is_read() -> None:
     keys = (
         "queues: 2, ring_size: 512, frames: 8192, frame_size: 4096, mtu: 3000, vlan: 7, offloads: none, "
-        "idle_us: 20, link_poll_ms: 50, exception: none, exception_rate: 77, "
+        "idle_us: 20, link_poll_ms: 50, exception: none, exception_rate: 77, hardware_rules: auto, "
         "eal: {lcores: [3, 1], memory: 128M, hugepages: false, drivers: /opt/pmds, devices: ['0000:03:00.1']}"
     )
     rest = "addresses: [192.0.2.10/24, 198.51.100.1/30]\nroutes: [{to: 0.0.0.0/0, via: 192.0.2.1}]\n"
@@ -70,6 +70,7 @@ def test_every_field_is_read() -> None:
         77,
         (ipaddress.IPv4Interface("192.0.2.10/24"), ipaddress.IPv4Interface("198.51.100.1/30")),
         ((ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_address("192.0.2.1")),),
+        "auto",
     )
 
 
@@ -109,6 +110,16 @@ ERRORS = [
     (dpdk("queues: all"), ["3:50: backend.queues: all is not a number of queues: 1 to 16"]),
     (dpdk("queues: [0]"), ["3:50: backend.queues: a list is not a number of queues: 1 to 16"]),
     (dpdk("offloads: off"), ["3:52: backend.offloads: off is a boolean in YAML: auto or none"]),
+    (
+        dpdk("hardware_rules: off"),
+        ["3:58: backend.hardware_rules: off is a boolean in YAML: none, auto or required"],
+    ),
+    (
+        dpdk("hardware_rules: requird"),
+        [
+            "3:58: backend.hardware_rules: requird is not a use of the port's own rules: did you mean required?",
+        ],
+    ),
     (dpdk("vlan: 4095"), ["3:48: backend.vlan: 4095 is not a VLAN identifier: 1 to 4094"]),
     (dpdk("mtu: 100"), ["3:47: backend.mtu: 100 is not an MTU: 576 to 9702 bytes"]),
     (

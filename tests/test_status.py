@@ -262,6 +262,7 @@ def test_a_snapshot_holds_the_busiest_rules_and_entries() -> None:
         "mode_reason": "",
         "xdp_mode": "native",
         "queues": [0],
+        "hardware": None,
         "rules": [
             {
                 "index": 1,

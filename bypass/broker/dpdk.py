@@ -22,10 +22,12 @@ from bypass.broker.interface import DeviceView
 from bypass.broker.ports import PortsSite
 from bypass.broker.takeover import Left
 from bypass.dpdk_backend import eal, tap
+from bypass.dpdk_backend.flows import Refused, put_flows
 from bypass.dpdk_backend.steering import SoftSteering
 from bypass.dpdk_backend.taken import device_taken
 from bypass.errors import BypassError, DeviceError
 from bypass.fwd import ForwarderError
+from bypass.hwflow.inforce import host_addresses
 from bypass.policy import DpdkBackend, Policy
 from bypass.rss import Queue
 
@@ -90,6 +92,26 @@ class DpdkSite(PortsSite):
         super()._opened(about, queues)
         self.device_mode, self.device_reason = "dpdk", f"{about['driver']}, bypass-fwd has the port"
         self.watch.update()  # what the device was dressed with
+        self.hardware = put_flows(self.policy, host_addresses(), self._put_flows)
+
+    # ---- rules of the port's hardware (docs/hardware.md)
+    def _put_flows(self, flows: Any, rest: int) -> Refused | None:
+        try:
+            refused = self.forwarder.dpdk_flows(flows, rest)
+        except OSError as e:
+            raise DeviceError(f"bypass-fwd: {e.strerror}") from e
+        return None if refused is None else Refused(*refused)
+
+    def swap(self, policy: Policy) -> None:
+        """Where rules are required and those of the new policy are refused, the old ones are put on again."""
+        old = self.policy
+        try:
+            hardware = put_flows(policy, host_addresses(), self._put_flows)
+            super().swap(policy)
+        except BaseException:
+            put_flows(old, host_addresses(), self._put_flows)
+            raise
+        self.hardware = hardware
 
     def prepare(self, policy: Policy) -> None:
         old, new = self.policy.dpdk, policy.backend

@@ -26,6 +26,7 @@ from bypass.broker.users import Access, User
 from bypass.errors import BypassError
 from bypass.fwd import ForwarderError, LinkState, PortCut, QueuesAdded
 from bypass.grants import Grants, Key, LiveEntries
+from bypass.hwflow.inforce import InForce
 from bypass.policy import Policy
 from bypass.rules import Rule
 from bypass.status import Snapshot, StatusServer
@@ -58,6 +59,10 @@ class DeviceView:
         return self._site.device_reason or "no application has the interface"
 
     @property
+    def hardware(self) -> InForce | None:
+        return self._site.hardware
+
+    @property
     def queue_numbers(self) -> tuple[int, ...]:
         return self._site.queues
 
@@ -83,6 +88,7 @@ class InterfaceSite(Site):
     # The kernel answers ARP and ping; resets of live flows are the stack's alone.
     flags: int = lib.BYPASS_F_RST
     blocks = True
+    hardware: InForce | None = None  # what the device does of the policy by rules of its own
 
     def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
         super().__init__()

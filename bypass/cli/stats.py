@@ -47,6 +47,9 @@ def print_stats(answer: dict[str, Any], show_all: bool) -> None:
         f"{answer['interface']}: process {answer['pid']}, {answer['mode']} mode ({answer['mode_reason']})"
         f"{xdp_text(answer)}\n"
     )
+    hardware = answer.get("hardware")
+    if hardware is not None:
+        click.echo(f"hardware rules: {hardware['rules'] or 'none'} ({hardware['reason']})\n")
     reasons = [r for r in answer["reasons"] if show_all or r["packets"]]
     print_table(
         ("STEERING", "VERDICT", "PACKETS", "BYTES", "MEANING"),

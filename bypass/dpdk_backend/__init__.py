@@ -26,6 +26,8 @@ from bypass.dpdk_backend.eal import explain, port_config, start_eal
 from bypass.errors import DeviceError
 
 if TYPE_CHECKING:
+    from bypass.dpdk_backend.flows import Refused
+    from bypass.hwflow.inforce import InForce
     from bypass.policy_backend import DpdkBackend
 
 __all__ = ["About", "DpdkDevice", "Member"]
@@ -96,6 +98,7 @@ class DpdkDevice:
         mode: 'poll': the driver is polled; nothing is copied between it and the stack. `mode_reason` names it.
         queue_numbers: 0 to queues - 1.
         fds: empty: a port has no sockets.
+        hardware: what the port does of the policy by rules of its own; set by who puts them on it.
 
     Args:
         ifname: the interface of the policy, for messages; None: the device.
@@ -123,6 +126,7 @@ class DpdkDevice:
         self._port = port
         self.queue_numbers: tuple[int, ...] = tuple(range(int(self.netdev.queues)))
         self.fds: dict[int, int] = {}
+        self.hardware: InForce | None = None
         about = self.about()
         self.mode_reason = f"{_text(self._plugin.version)}, driver {about.driver}"
 
@@ -172,6 +176,23 @@ class DpdkDevice:
     def take_new_queues(self) -> dict[int, int]:
         """There never are any."""
         return {}
+
+    def put_flows(self, flows: Any, rest: int) -> Refused | None:
+        """Has the port drop packets and choose queues by these rules, in place of those before (rte_flow).
+
+        Args:
+            flows: `struct dpdk_flow[]`, as bypass.dpdk_backend.flows.pack() makes it.
+            rest: the queue of what no rule matches; -1: as the port hashes.
+
+        Returns:
+            None; or what the port does not take: then no rule is in force.
+        """
+        from bypass.dpdk_backend.flows import Refused
+
+        at, error = ffi.new("uint32_t *"), ffi.new("struct dpdk_error *")
+        if self._plugin.flows(self._live(), flows, len(flows), rest, at, error) == 0:
+            return None
+        return Refused(int(at[0]), _text(error.text))
 
     # ---- Looking -----------------------------------------------------------------------------------------------
     def about(self) -> About:

@@ -22,10 +22,21 @@
 #include "bypass.h"
 
 enum {
-    DPDK_PLUGIN_ABI = 1, /* changes whenever a struct of this header changes its layout */
+    DPDK_PLUGIN_ABI = 2, /* changes whenever a struct of this header changes its layout */
     DPDK_MAX_QUEUES = 16,
     DPDK_MAX_MEMBERS = 8, /* of a bonding device */
     DPDK_HEADROOM = 128,  /* bytes in front of each packet, beyond frame_size */
+    DPDK_FLOWS = 4096,    /* rules of the device */
+    DPDK_FLOW_ITEMS = 4,
+    DPDK_FLOW_HEADER = 40, /* bytes of the longest header */
+
+    /* dpdk_flow_item.kind */
+    DPDK_FLOW_ETH = 1,
+    DPDK_FLOW_VLAN,
+    DPDK_FLOW_IPV4,
+    DPDK_FLOW_IPV6,
+    DPDK_FLOW_TCP,
+    DPDK_FLOW_UDP,
 
     /* dpdk_config.flags */
     DPDK_F_NO_OFFLOADS = 1,   /* none of checksum, segmentation, scatter, even where the driver has them */
@@ -114,6 +125,19 @@ struct dpdk_audit { /* every frame in exactly one place; sums to `frames` */
     uint32_t bad_free;  /* calls of free() for frames that the caller did not hold */
 };
 
+struct dpdk_flow_item { /* a header of a pattern, outermost first */
+    uint32_t kind;
+    uint8_t spec[DPDK_FLOW_HEADER], mask[DPDK_FLOW_HEADER]; /* as it is on the wire; mask 0: there has to be one */
+};
+
+struct dpdk_flow {     /* a rule of the device; without pointers, so that it may come from another process */
+    uint32_t priority; /* 0 first */
+    uint16_t items;
+    uint16_t queues; /* 0: what matches is dropped; several share by their hash */
+    uint16_t queue[DPDK_MAX_QUEUES];
+    struct dpdk_flow_item item[DPDK_FLOW_ITEMS];
+};
+
 struct dpdk_port;
 
 struct dpdk_plugin {
@@ -142,6 +166,11 @@ struct dpdk_plugin {
     int (*xstats)(struct dpdk_port *port, struct dpdk_xstat *out, uint32_t max);
     /* 0, or -EIO when the places do not add up. Walks all frames. */
     int (*audit)(struct dpdk_port *port, struct dpdk_audit *out);
+    /* Has the device drop packets and choose their queues by these rules (rte_flow), in place of those before; rest: the
+     * queue of what none matches, -1: as the port hashes. 0; or -errno, *error says why, *at is the number of the rule
+     * that was refused (count: the rest cannot be kept on a queue), and no rule is in force. close() takes them off. */
+    int (*flows)(struct dpdk_port *port, const struct dpdk_flow *flow, uint32_t count, int rest, uint32_t *at,
+                 struct dpdk_error *error);
     /* Waits up to wait_ms for transmissions to complete, then stops and removes the device and frees the pool: the same
      * device may be opened again. Number of frames that the driver had not completed by then. */
     int (*close)(struct dpdk_port *port, uint32_t wait_ms);

@@ -487,6 +487,28 @@ class Forwarder:
         )
         return _device(a) | {"driver": ffi.string(a.driver).decode()}
 
+    def dpdk_flows(self, flows: Any, rest: int) -> tuple[int, str] | None:
+        """Rules for the hardware of the DPDK port, in place of those before.
+
+        Args:
+            flows: `struct dpdk_flow[]`.
+            rest: the queue of what none matches; -1: as the port hashes.
+
+        Returns:
+            None; or the number of the rule that the port refuses, and why: then none is in force.
+        """
+        file = os.memfd_create("bypass-flows", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(file), "wb") as out:
+                out.write(ffi.buffer(flows))
+            values = {"count": len(flows), "rest": rest}
+            a = self._ask(
+                "DPDK_FLOWS", "struct fwd_flows", values, answer="struct fwd_flows_done", fds=[file]
+            )
+        finally:
+            os.close(file)
+        return (int(a.at), ffi.string(a.text).decode(errors="replace")) if a.err else None
+
     def device_close(self) -> None:
         self._ask("DEVICE_CLOSE")
 

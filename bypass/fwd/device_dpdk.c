@@ -186,3 +186,51 @@ int device_dpdk_stats(struct request *q)
     q->answer_len = sizeof *a;
     return 0;
 }
+
+/* ---- Rules of the port's hardware -------------------------------------------------------------------------- */
+
+/* The rules of a file; NULL: it does not hold so many, or there is no memory. Not mapped: it may be of any kind. */
+static struct dpdk_flow *read_flows(int fd, uint32_t count)
+{
+    size_t size = count * sizeof(struct dpdk_flow), at = 0;
+    struct dpdk_flow *flow = malloc(size + 1);
+
+    while (flow && at <= size) { /* one byte more: there is none */
+        ssize_t n = pread(fd, (char *)flow + at, size + 1 - at, (off_t)at);
+
+        if (n == 0 && at == size) {
+            return flow;
+        }
+        if (n <= 0) {
+            break;
+        }
+        at += (size_t)n;
+    }
+    free(flow);
+    return NULL;
+}
+
+int device_dpdk_flows(struct request *q)
+{
+    const struct fwd_flows *m = q->message;
+    const struct device *d = q->w->device;
+    struct fwd_flows_done *a = q->answer;
+    struct dpdk_error error = {0};
+    struct dpdk_flow *flow;
+
+    if (!d || d->kind != &kind) {
+        return refuse(q, ENODEV, "no port of DPDK is open");
+    }
+    flow = m->count <= DPDK_FLOWS ? read_flows(q->fds[0], m->count) : NULL;
+    if (!flow) {
+        return refuse(q, EINVAL, "rules come in a file that holds just them, at most %d", DPDK_FLOWS);
+    }
+    *a = (struct fwd_flows_done){.head = a->head};
+    if (dpdk_of(d)->plugin->flows(dpdk_of(d)->port, flow, m->count, m->rest, &a->at, &error) < 0) {
+        a->err = (uint32_t)error.err;
+        snprintf(a->text, sizeof a->text, "%.*s", FWD_TEXT - 1, error.text);
+    }
+    free(flow);
+    q->answer_len = sizeof *a;
+    return 0;
+}

@@ -24,7 +24,7 @@
 #include "port.h"
 
 enum {
-    FWD_ABI = 3,
+    FWD_ABI = 4,
     FWD_NAME = 64,           /* bytes of an item's name, with its 0 */
     FWD_BLOB = 4096,         /* bytes of an item */
     FWD_FDS = 128,           /* descriptors of an item, and of a message */
@@ -82,6 +82,9 @@ enum fwd_type {
     FWD_DPDK_STATS, /* fwd_app, app: the number of a queue -> fwd_dpdk_stats. ENODEV; EINVAL: no such queue */
 
     FWD_WATCHED, /* fwd_watched -> fwd_watched, `count` pidfds: the item's processes that are alive, from number `from` on */
+
+    FWD_DPDK_FLOWS, /* fwd_flows; a file with the rules -> fwd_flows_done: rules of the port's hardware, in place of those
+                       before; the port's own memory of them ends with it. ENODEV */
 };
 
 /* Why a frame of an application was not sent. */
@@ -197,6 +200,19 @@ struct fwd_dpdk {
     uint32_t exception_rate; /* packets a second to the TAP */
     uint32_t argc;
     char args[FWD_ARGS]; /* argc words for EAL, the program's name first, each with its 0; a message ends after them */
+};
+
+struct fwd_flows {
+    struct fwd_head head;
+    uint32_t count; /* of struct dpdk_flow in the file, which holds nothing else */
+    int32_t rest;   /* as in dpdk_plugin.flows() */
+};
+
+struct fwd_flows_done {
+    struct fwd_head head;
+    uint32_t err; /* positive errno: rule `at` is refused, and none is in force; 0: all are */
+    uint32_t at;
+    char text[FWD_TEXT]; /* why */
 };
 
 struct fwd_local {

@@ -228,8 +228,11 @@ def plan(
     if not ours and vf is None:
         raise DeviceError(f"{ifname}: no queue is the stack's")
     target = Target((ours or (0,))[:1], vf) if vf is not None else Target(ours)
-    turn, made = 0, []
+    turn, made, seen = 0, [], set()
     for r in translation.rules:
+        if r.match in seen:
+            continue  # the same again, behind: it is never asked
+        seen.add(r.match)
         if r.action == "drop":
             made.append(NtupleRule(r, None))
         elif r.action == "pass":

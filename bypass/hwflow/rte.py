@@ -148,18 +148,19 @@ def rte_rules(
         marks: a steered packet carries the number of its rule + 1. translate(by_rule=True) then.
     """
     tags = any(r.vlan is not None for r in translation.rules)
-    return [
-        RteRule(
-            r.rule.name,
-            r.rule.index,
-            group,
-            r.level,
-            pattern,
-            _actions(r, queues, vf, kernel_queues, marks),
-        )
-        for r in translation.rules
-        for pattern in _patterns(r, mac, port_vlan, tags)
-    ]
+    found: dict[tuple[Item, ...], RteRule] = {}
+    for r in translation.rules:
+        for pattern in _patterns(r, mac, port_vlan, tags):
+            made = RteRule(
+                r.rule.name,
+                r.rule.index,
+                group,
+                r.level,
+                pattern,
+                _actions(r, queues, vf, kernel_queues, marks),
+            )
+            found.setdefault(pattern, made)  # the same again, with a later level, is never asked
+    return list(found.values())
 
 
 def _patterns(r: HardwareRule, mac: str, port_vlan: int | None, tags: bool) -> Iterator[tuple[Item, ...]]:

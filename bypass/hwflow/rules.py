@@ -60,6 +60,19 @@ class HardwareRule:
     vlan: int | None
     level: int = 0
 
+    @property
+    def match(self) -> tuple[object, ...]:
+        """What it compares."""
+        return (
+            self.family,
+            self.proto,
+            self.local,
+            self.remote,
+            self.local_port,
+            self.remote_port,
+            self.vlan,
+        )
+
     def overlaps(self, other: HardwareRule) -> bool:
         """Some packet matches both."""
         return (

@@ -21,6 +21,7 @@ __attribute__((visibility("default"))) struct dpdk_plugin bypass_dpdk_plugin = {
     .stats = port_stats,
     .xstats = port_xstats,
     .audit = port_audit,
+    .flows = port_flows,
     .close = port_close,
 };
 

@@ -305,6 +305,7 @@ static int start(struct dpdk_port *d, struct dpdk_error *error)
 static void undo(struct dpdk_port *d)
 {
     link_unwatch(d);
+    flow_clear(d);
     if (d->started && !d->gone) {
         device_unplug(d->id);
     }

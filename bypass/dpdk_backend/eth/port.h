@@ -9,6 +9,7 @@
  *   tso.c     segments joined for a device that cuts them up
  *   netdev.c  the per-packet path: bypass_netdev_ops over rte_eth_rx_burst() and rte_eth_tx_burst()
  *   link.c    link, removal, members of a bonding device
+ *   flow.c    rules of the device (rte_flow)
  *   stats.c   what a port became and counts
  *   plugin.c  the table that the plug-in exports
  */
@@ -133,6 +134,7 @@ struct dpdk_port {
     struct rte_eth_dev_info info;
     struct rte_eth_conf conf;
     uint16_t rx_ring, tx_ring;
+    struct port_flows *flows; /* rules of the device; NULL: none */
     struct queue queue[DPDK_MAX_QUEUES];
 };
 _Static_assert(offsetof(struct dpdk_port, nd) == 0, "the netdev is the first member");
@@ -188,6 +190,11 @@ void link_unwatch(struct dpdk_port *port);
 int link_look(struct dpdk_port *port, bool now);
 int link_set(struct dpdk_port *port, int up);
 void link_members(struct dpdk_port *port, struct dpdk_about *out); /* what about() says of a bonding device's */
+
+/* flow.c: dpdk_plugin.flows() */
+int port_flows(struct dpdk_port *port, const struct dpdk_flow *flow, uint32_t count, int rest, uint32_t *at,
+               struct dpdk_error *error);
+void flow_clear(struct dpdk_port *port);
 
 /* stats.c */
 void port_about(struct dpdk_port *port, struct dpdk_about *out);
