@@ -67,7 +67,7 @@ RUN := $(RUN_$(VARIANT))
 JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
-.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing test-vm bench bench-dpdk bench-goodput bench-lossy bench-programs lint fuzz clean
+.PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing test-backends test-vm bench bench-dpdk bench-goodput bench-lossy bench-programs lint fuzz clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r t d; do \
@@ -127,6 +127,9 @@ test-programs: setup programs ## Debian's programs, unmodified: do they work, wh
 
 test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)
 	@$(RUN) -m bench.killing $(ARGS)
+
+test-backends: setup programs ## The tests of both backends, AF_XDP and DPDK, side by side (~15 min; root); leaves build/backends.json
+	@$(RUN) tests/side_by_side.py -n $(JOBS) --dist worksteal $(ARGS)
 
 test-vm: setup ## Real drivers (e1000e, virtio-net) in QEMU: AF_XDP on two queues, DPDK by vfio-pci and back (~1.5 min; root)
 	@scripts/vm

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import backends
 import hypothesis
 import pytest
-from backends import DIFFERENCES, LABS
 from bypass._core import ffi, lib
 from c_library import Library
 from support import FUZZ
@@ -65,15 +65,18 @@ def require_dpdk() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.definition.get_closest_marker("backends") and "lab" in metafunc.fixturenames:
-        metafunc.parametrize("lab", list(LABS.values()), ids=list(LABS), indirect=True)
+    backends.parametrize(metafunc)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        backend = backends.of(item)
+        if backend is None:
+            continue
+        item.user_properties.append(("backend", backend))
         name = f"{item.path.stem}::{getattr(item, 'originalname', item.name)}"
-        if name in DIFFERENCES and "dpdk" in item.keywords:
-            item.add_marker(pytest.mark.xfail(reason=DIFFERENCES[name], strict=True))
+        if name in backends.DIFFERENCES and backend == "dpdk":
+            item.add_marker(pytest.mark.xfail(reason=backends.DIFFERENCES[name], strict=True))
 
 
 @pytest.hookimpl(tryfirst=True)

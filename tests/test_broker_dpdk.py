@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from broker_support import running
 from dpdk_support import needs_dpdk  # noqa: F401 (fixture)
 from flow_support import hardware, shim  # noqa: F401 (fixtures)
 from preloaded import CLEAN
@@ -36,6 +37,7 @@ from test_cli_broker import BYPASS, bypass, folder, good, others, wait_until  # 
 
 from bypass import netns
 from bypass.broker import blocks, dpdk
+from bypass.broker.protocol import Kind
 from bypass.broker.shared import site_of
 from bypass.broker.tools import listening
 from bypass.errors import DeviceError, NameTakenError
@@ -315,6 +317,18 @@ def test_without_bypass_fwd_there_is_no_port(broker: tuple[str, int], lab: Lab) 
         wait_until(lambda: not os.path.exists(name))
         wait_until(lambda: list(others(lab)) == [program.process.pid])
         assert interfaces() == {"lo", WIRE_IFNAME}
+
+
+def test_the_end_of_bypass_fwd_is_told_though_its_device_ends_first(policy: Path, lab: Lab) -> None:
+    """The kernel tells that the addresses of the TAP are gone, for which bypass-fwd is not there any more."""
+    with running(lambda: site_of(load_policy(str(policy))), lab.server_ns) as broker:
+        client = broker.client()
+        client.hello()
+        os.kill(broker.site.forwarder.pid, signal.SIGKILL)
+        with pytest.raises(EOFError):
+            client.wait_for(Kind.REVOKED)  # nothing more comes
+        said = f"{SERVER_IFNAME}: bypass-fwd has ended; its port and the kernel's device of it are gone"
+        assert broker.server.broker.failure == said
 
 
 def test_what_cannot_be_says_why_and_leaves_nothing(policy: Path, broker: tuple[str, int], lab: Lab) -> None:

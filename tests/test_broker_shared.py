@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from backends import has_it, policy_for
 from broker_support import STREAM, BrokerError, Child, RunningBroker, running
 from bypass._core import lib
 from support import WAIT_S
 
-from bypass import libbpf, netns
+from bypass import netns
 from bypass.broker.protocol import Kind
-from bypass.broker.shared import SharedSite
+from bypass.broker.shared import site_of
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends]
 
 ALICE, BOB = 65534, 65533
 POLICY = f"""
@@ -52,7 +53,7 @@ def broker(lab: Lab) -> Iterator[RunningBroker]:
     """The test's thread is in the server's namespace."""
     with (
         netns.entered(lab.server_ns),
-        running(lambda: SharedSite(parse_policy(POLICY)), lab.server_ns) as it,
+        running(lambda: site_of(parse_policy(policy_for(lab, POLICY))), lab.server_ns) as it,
     ):
         yield it
 
@@ -181,10 +182,10 @@ def test_another_policy_changes_rates_and_spinning_of_what_runs(
         slower = POLICY.replace("rate: 1M", "rate: 8M").replace(
             "flows:", "stack: {spin_us: 7, batch: 9}\nflows:"
         )
-        assert broker.inside(lambda: broker.server.broker.swap(parse_policy(slower))) == 0
+        assert broker.inside(lambda: broker.server.broker.swap(parse_policy(policy_for(lab, slower)))) == 0
         headers = [broker.server.broker.apps[n].memory.header for n in numbers]
         assert [(h.spin_us, h.batch) for h in headers] == [(7, 9)] * 2
-        free = parse_policy(POLICY.replace(", quota: {rate: 1M}", ""))
+        free = parse_policy(policy_for(lab, POLICY.replace(", quota: {rate: 1M}", "")))
         assert broker.inside(lambda: broker.server.broker.swap(free)) == 0
     rates = [(args[0], kwargs["bytes_"]) for name, args, kwargs in told if name == "rate"]
     assert rates == [(numbers[0], 8 << 20), (numbers[1], 0), (numbers[0], 0), (numbers[1], 0)]
@@ -193,7 +194,7 @@ def test_another_policy_changes_rates_and_spinning_of_what_runs(
 
 def test_without_bypass_fwd_the_kernel_has_everything(lab: Lab) -> None:
     with netns.entered(lab.server_ns):
-        with running(lambda: SharedSite(parse_policy(POLICY)), lab.server_ns) as broker:
+        with running(lambda: site_of(parse_policy(policy_for(lab, POLICY))), lab.server_ns) as broker:
             client = broker.client()
             client.hello()
             with socket.create_server((SERVER_IP, 9090)) as sock:
@@ -201,11 +202,11 @@ def test_without_bypass_fwd_the_kernel_has_everything(lab: Lab) -> None:
                 os.kill(broker.site.forwarder.pid, signal.SIGKILL)
                 with pytest.raises(EOFError):
                     client.wait_for(Kind.REVOKED)
-        index = socket.if_nametoindex(SERVER_IFNAME)
         end = time.monotonic() + 10
-        while libbpf.xdp_attached(index) is not None:
+        while has_it(lab):
             assert time.monotonic() < end
             time.sleep(0.01)
+    assert refusal(lab, 9090) == errno.ECONNREFUSED
 
 
 def test_a_second_application_of_root_needs_no_other_port(broker: RunningBroker) -> None:

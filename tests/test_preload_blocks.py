@@ -19,6 +19,7 @@ from pathlib import Path
 
 import preloaded
 import pytest
+from backends import policy_for
 from broker_support import STREAM, RunningBroker, running
 from c_programs import run as run_tool
 
@@ -34,7 +35,7 @@ from bypass.policy import parse_policy
 from bypass.rules import PortRange, Rule
 from bypass.steering import BLOCK
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends(asked=True)]
 
 AHEAD = -1
 PORT = 7000
@@ -132,11 +133,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counter[int]:
     return counts
 
 
-@pytest.fixture(params=["direct", "shared"])
-def broker(
-    lab: Lab, asked: Counter[int], tmp_path: Path, request: pytest.FixtureRequest
-) -> Iterator[RunningBroker]:
-    policy = parse_policy(POLICY + f"mode: {request.param}\n")
+@pytest.fixture
+def broker(lab: Lab, mode: str, asked: Counter[int], tmp_path: Path) -> Iterator[RunningBroker]:
+    policy = parse_policy(policy_for(lab, POLICY + f"mode: {mode}\n"))
     with netns.entered(lab.server_ns):
         blocks.RESERVED.write_text(ADMINS)
     with kernel_echo(lab.client_ns):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import preloaded
 import pytest
+from backends import policy_for
 from broker_support import running
 from c_programs import run as run_tool
 
@@ -101,9 +102,9 @@ def active_opens(ns: str) -> int:
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize("mode", ["direct", "shared"])
+@pytest.mark.backends(asked=True)
 def test_relatives_of_who_is_killed_go_on_on_an_interface(program: Path, lab: Lab, mode: str) -> None:
-    policy = parse_policy(POLICY + f"mode: {mode}\n")
+    policy = parse_policy(policy_for(lab, POLICY + f"mode: {mode}\n"))
     seed = random.SystemRandom().getrandbits(16)
     with (
         kernel_echo(lab.client_ns),

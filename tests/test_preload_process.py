@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from backends import policy_for
 from broker_support import RunningBroker, running
 from preloaded import CLEAN, LIBRARY, SURFACES, run
 from support import WAIT_S
@@ -124,9 +125,10 @@ time.sleep(100)
 )
 
 
-@pytest.fixture(params=["direct", "shared"])
-def broker(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
-    with running(lambda: site_of(parse_policy(POLICY % request.param)), lab.server_ns) as it:
+@pytest.fixture
+def broker(lab: Lab, mode: str) -> Iterator[RunningBroker]:
+    policy = parse_policy(policy_for(lab, POLICY % mode))
+    with running(lambda: site_of(policy), lab.server_ns) as it:
         yield it
 
 
@@ -174,6 +176,7 @@ def until_end(sock: socket.socket) -> bytes:
 
 
 @pytest.mark.netns
+@pytest.mark.backends(asked=True)
 @pytest.mark.parametrize("size", [1024, SIZE])
 @pytest.mark.parametrize("source", [SENDS_AND_ENDS, SENDS_AND_FOLLOWS], ids=["exit", "exec"])
 def test_what_the_last_process_wrote_arrives_after_its_end(
@@ -197,6 +200,7 @@ def test_what_the_last_process_wrote_arrives_after_its_end(
 
 
 @pytest.mark.netns
+@pytest.mark.backends
 def test_a_program_is_started_for_each_connection_and_the_parent_closes_at_once(
     lab: Lab, broker: RunningBroker
 ) -> None:
@@ -212,6 +216,7 @@ def test_a_program_is_started_for_each_connection_and_the_parent_closes_at_once(
 
 
 @pytest.mark.netns
+@pytest.mark.backends
 def test_a_listener_survives_exec(lab: Lab, broker: RunningBroker) -> None:
     before = accepted_by_kernel(lab)
     with program(lab, broker, FOLLOWS):
@@ -223,6 +228,7 @@ def test_a_listener_survives_exec(lab: Lab, broker: RunningBroker) -> None:
 
 
 @pytest.mark.netns
+@pytest.mark.backends
 def test_workers_go_on_when_one_of_them_is_killed(lab: Lab, broker: RunningBroker) -> None:
     before = accepted_by_kernel(lab)
     with program(lab, broker, PREFORK) as server:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import preloaded
 import pytest
+from backends import policy_for
 from broker_support import running
 from c_programs import run as run_tool
 
@@ -36,7 +37,7 @@ flows:
     action: steer
 """
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def server(program: Path, lab: Lab, mode: str) -> Iterator[int]:
     """Its process."""
-    policy = parse_policy(POLICY + f"mode: {mode}\n")
+    policy = parse_policy(policy_for(lab, POLICY + f"mode: {mode}\n"))
     with running(lambda: site_of(policy), lab.server_ns) as broker:
         env = preloaded.CLEAN | {"LD_PRELOAD": str(preloaded.LIBRARY), "BYPASS_SOCKET": broker.name}
         argv = lab.command("server", [str(program), SERVER_IP, str(PORT)])
@@ -85,7 +86,6 @@ def sleeps(pid: int, tid: int) -> int:
     return int(told.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
 
-@pytest.mark.parametrize("mode", ["direct", "shared"])
 def test_who_accepts_is_not_woken_for_what_others_read(program: Path, lab: Lab, mode: str) -> None:
     with server(program, lab, mode) as pid, closing(connect(lab)) as sock:
         for _ in range(100):
@@ -98,7 +98,6 @@ def test_who_accepts_is_not_woken_for_what_others_read(program: Path, lab: Lab, 
     assert max(slept.values()) > EXCHANGES / 2, f"nobody slept for the requests: {slept}"
 
 
-@pytest.mark.parametrize("mode", ["direct", "shared"])
 def test_a_thread_that_computes_holds_up_nobody(program: Path, lab: Lab, mode: str) -> None:
     """It watched the interface before, and did not tell anybody that it would not be back soon."""
     with server(program, lab, mode), closing(connect(lab)) as computes, closing(connect(lab)) as asks:
@@ -123,10 +122,9 @@ print("as often as it likes")
 """
 
 
-@pytest.mark.parametrize("mode", ["direct", "shared"])
 def test_a_port_can_be_listened_at_again_at_once(lab: Lab, mode: str) -> None:
     """Whoever keeps the kernel's socket beside the program has let go of it when close() returns."""
-    policy = parse_policy(POLICY + f"mode: {mode}\n")
+    policy = parse_policy(policy_for(lab, POLICY + f"mode: {mode}\n"))
     with running(lambda: site_of(policy), lab.server_ns) as broker:
         env = preloaded.CLEAN | {"LD_PRELOAD": str(preloaded.LIBRARY), "BYPASS_SOCKET": broker.name}
         argv = lab.command("server", ["/usr/bin/python3", "-c", LISTENS_AGAIN])

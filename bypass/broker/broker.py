@@ -131,7 +131,7 @@ class Broker:
             self._departures.end(app, dead=False)
 
     def lost(self, why: str) -> None:
-        self.failure = f"{self.site.ifname}: {why}; the kernel has all of its flows"
+        self.failure = f"{self.site.ifname}: {why}; {self.site.without_fwd}"
         log.error("%s", self.failure)
         self._state.loop.stop()
 

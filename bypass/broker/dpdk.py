@@ -38,6 +38,7 @@ class DpdkSite(PortsSite):
     """A port that a driver of DPDK has."""
 
     steering: SoftSteering
+    without_fwd = "its port and the kernel's device of it are gone"
 
     def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
         if policy.dpdk.exception == "none":

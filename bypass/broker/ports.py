@@ -183,7 +183,10 @@ class PortsSite(InterfaceSite):
 
     def _locals_changed(self) -> None:
         if self._about:  # else they are told when the device is open
-            self._tell_locals()
+            with suppress(
+                ForwarderError
+            ):  # it has ended, which its descriptor tells; a TAP's addresses end with it
+                self._tell_locals()
 
     def due_ns(self) -> int | None:
         return 0 if self.forwarder.pending else super().due_ns()

@@ -129,6 +129,7 @@ class Server:
         """Again: nothing."""
         if self._epoll.closed:
             return
+        self._stopped = True  # nobody has to be woken any more
         for thread in list(self._threads):
             self._joined(thread)
         self._looks.close()
