@@ -14,12 +14,19 @@ import pytest
 from c_programs import CFLAGS, ENV, INCLUDE, ROOT, VARIANTS, run, stack_objects
 
 CORPUS = ROOT / "tests/corpus"
-HARNESSES = ("options", "reass", "frames", "ops", "fwd", "classify")
+HARNESSES = ("options", "reass", "frames", "ops", "fwd", "classify", "filter")
 WRAP = [f"-Wl,--wrap=bypass_{name}" for name in ("recv", "recvfrom", "send", "destroy")]
 FWD = ["-Ibypass", *(f"bypass/fwd/{name}.c" for name in ("port", "peer", "lease", "check", "forward"))]
 CLASSIFY = [
     "-Ibypass",
     *(f"bypass/dpdk_backend/classify{name}.c" for name in ("", "_mem", "_rules", "_table")),
+]
+
+FILTER = [
+    "-Ibypass",
+    "-U_GNU_SOURCE",
+    "-D_GNU_SOURCE=",  # as exception.c says it
+    *(f"bypass/dpdk_backend/{name}.c" for name in ("filter", "exception")),
 ]
 
 
@@ -49,6 +56,9 @@ def harness(name: str, objects: tuple[str, ...], folder: Path, wrong: int = 0) -
     if name == "classify":
         lie = [f"-DFUZZ_LIE={wrong}", "-Wl,--wrap=classify_burst"] if wrong else []
         objects = tuple(CLASSIFY)
+    if name == "filter":
+        lie = [f"-DFUZZ_LOSE={wrong}", "-Wl,--wrap=exception_write"] if wrong else []
+        objects = tuple(FILTER)
     sources = ["tests/c/fuzz_replay.c", f"tests/c/fuzz_{name}.c"]
     run("gcc", *CFLAGS, "-DBYPASS_DEBUG", *INCLUDE, *VARIANTS["san"], *lie, *sources, *objects, "-o", out)
     return out
@@ -80,6 +90,7 @@ def test_the_corpus_finds_nothing_wrong(
         ("fwd", 14, "nobody began"),
         ("fwd", 16, "from port"),
         ("classify", 1, "then"),
+        ("filter", 1, "the kernel has got"),
     ],
     ids=[
         "a byte read differs",
@@ -92,6 +103,7 @@ def test_the_corpus_finds_nothing_wrong(
         "a fragment leaves",
         "another port leaves",
         "a burst is judged otherwise",
+        "a frame does not reach the kernel",
     ],
 )
 def test_a_stack_that_lies_is_noticed(

@@ -9,7 +9,8 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -Wall -Wextra -W
 STACK := $(patsubst bypass/stack/%.c,$(OUT)/stack/%.o,$(wildcard bypass/stack/*.c))
 FWD := $(patsubst %,$(OUT)/fwd/%.o,port peer lease check forward)
 CLASSIFY := $(patsubst bypass/dpdk_backend/%.c,$(OUT)/dpdk_backend/%.o,$(wildcard bypass/dpdk_backend/classify*.c))
-HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[rw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c tests/c/fuzz_classify.c))
+FILTER := $(patsubst %,$(OUT)/dpdk_backend/%.o,filter exception)
+HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[riw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c tests/c/fuzz_classify.c))
 
 MAKEFLAGS += --no-builtin-rules
 
@@ -25,10 +26,13 @@ $(OUT)/fwd/%.o: bypass/fwd/%.c
 
 $(OUT)/dpdk_backend/%.o: bypass/dpdk_backend/%.c
 	@mkdir -p $(@D)
-	$(CLANG) $(CFLAGS) -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass -MMD -MP -c $< -o $@
+	$(CLANG) $(CFLAGS) -U_GNU_SOURCE -fsanitize=fuzzer-no-link -Ibypass/include -Ibypass -MMD -MP -c $< -o $@
 
 $(OUT)/fuzz_classify: tests/c/fuzz_classify.c $(wildcard tests/c/*.h) $(CLASSIFY)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(CLASSIFY) -o $@
+
+$(OUT)/fuzz_filter: tests/c/fuzz_filter.c $(wildcard tests/c/*.h) $(FILTER)
+	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(FILTER) -o $@
 
 $(OUT)/fuzz_fwd: tests/c/fuzz_fwd.c $(wildcard tests/c/*.h) $(FWD)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(FWD) -o $@
@@ -37,6 +41,6 @@ $(OUT)/%: tests/c/%.c $(wildcard tests/c/*.h) $(STACK)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass/stack $< $(STACK) -o $@
 
 .PHONY: all
-.SECONDARY: $(STACK) $(FWD) $(CLASSIFY)
+.SECONDARY: $(STACK) $(FWD) $(CLASSIFY) $(FILTER)
 
--include $(STACK:.o=.d) $(FWD:.o=.d) $(CLASSIFY:.o=.d)
+-include $(STACK:.o=.d) $(FWD:.o=.d) $(CLASSIFY:.o=.d) $(FILTER:.o=.d)
