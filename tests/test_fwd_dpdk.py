@@ -149,4 +149,6 @@ def test_a_port_without_sense_is_refused(forwarder: Forwarder, classifier: Class
         forwarder.dpdk_open({"device": b"net_null0"}, ["x" * 3003], classifier.fd, classifier.fd)
     with pytest.raises(OSError, match=r"no port of DPDK"):
         forwarder.dpdk_stats(0)
+    with pytest.raises(OSError, match=r"no port of DPDK"):
+        forwarder.dpdk_audit()
     assert "bypass-dpdk" not in Path(f"/proc/{forwarder.pid}/maps").read_text()

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import missing
+from conftest import missing, require_dpdk
 
 from bench.apps.place import Place, lacking
 from bench.killing import __main__ as killing
 from bench.killing import client
 from bench.killing.__main__ import Trial
 from bench.killing.busy import Busy, Spent
-from bench.killing.judge import OUTCOMES, Outcome, Seen, judge
+from bench.killing.judge import GONE, OUTCOMES, Outcome, Seen, judge
 from bench.killing.residue import Residue, Stay
 from bench.killing.worlds import WORLDS, Alive, World
 from bench.programs import BenchError
@@ -47,12 +47,15 @@ pytestmark = [pytest.mark.bench, pytest.mark.usefixtures("bench_programs")]
         ("echo", "application"),
         ("kernel-nginx", "worker"),
         ("kernel-redis", "application"),
+        ("dpdk", "fwd"),
     ],
 )
 def test_a_kill_ends_as_it_has_to_and_leaves_nothing(name: str, role: str, tmp_path: Path) -> None:
     """(With 2 s of time: how long it takes is told by `make test-killing`, on a machine that does nothing else.)"""
     if lack := lacking(WORLDS[name].needs):
         missing(lack)
+    if WORLDS[name].wire:
+        require_dpdk()
     output = tmp_path / "killing.json"
     argv = [
         sys.executable, "-m", "bench.killing", "--only", name, "--role", role, "--times", "2",
@@ -101,7 +104,7 @@ def judged(
     role: str, after: list[tuple[float, str]], *connections: dict[str, Any], until_ms: float = 150
 ) -> Seen:
     found = {"probes": probes(*after), "kept": list(connections), "ended": KILLED + until_ms / 1e3}
-    return judge(found, KILLED, OUTCOMES[role], WITHIN)
+    return judge(found, KILLED, OUTCOMES.get(role, GONE), WITHIN)
 
 
 def test_an_application_that_is_refused_and_reset_in_time_is_good() -> None:
@@ -133,6 +136,10 @@ def test_an_application_that_is_refused_and_reset_in_time_is_good() -> None:
             [kept(1), kept(answers_ms=(20,))],
             "connection 1 was not answered for 130 ms",
         ),
+        ("owner of a port", [(1, "silence"), (30, "served")], [kept()], "{'served': 1}"),
+        ("owner of a port", [(1, "refused"), (30, "refused")], [kept()], "never silence: {'refused': 2}"),
+        ("owner of a port", [(1, "silence")], [kept(answers_ms=(5, 140))], "answered 140 ms after the kill"),
+        ("owner of a port", [(1, "silence")], [kept(40)], "ended by reset"),
     ],
 )
 def test_what_should_not_happen_is_told(
@@ -146,6 +153,7 @@ def test_what_should_not_happen_is_told(
 def test_who_goes_on_has_to_be_answered_all_the_time() -> None:
     assert judged("broker", [(1, "served")], kept(answers_ms=(50, 100))).problems == []
     assert judged("fwd", [(1, "served")], kept(50), kept(answers_ms=(50, 100))).problems == []
+    assert judged("owner of a port", [(1, "served"), (4, "silence")], kept(answers_ms=(2,))).problems == []
     assert judged("worker", [(1, "eof"), (4, "served")], kept(3, "eof")).problems == []
 
 
@@ -372,6 +380,15 @@ def test_a_process_a_name_and_a_program_that_are_left_are_told(lab: Lab) -> None
         sleeper.wait()
         named.close()
     assert residue.check(set()) == []
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("lab", [{"wire": True}], indirect=True)
+def test_a_tap_that_is_left_is_told(lab: Lab) -> None:
+    residue = Residue(lab)
+    assert residue.check(set(), 0) == []
+    subprocess.run(["ip", "-n", lab.server_ns, "tuntap", "add", "bypass0", "mode", "tap"], check=True)
+    assert residue.check(set(), 0) == ["interface: bypass0"]
 
 
 @pytest.mark.netns

@@ -35,6 +35,7 @@ from bench.killing.worlds import WORLDS, Alive, World
 from bench.mixed.leftovers import bpf_objects
 from bench.programs import ROOT, BenchError
 from bypass import __version__, netns, probe
+from bypass.dpdk_backend.eal import load_plugin
 from bypass.errors import BypassError
 from bypass.lab import SERVER_IP, Lab
 
@@ -45,12 +46,12 @@ WATCH_S = 0.35  # the load goes on for so long after it
 AGAIN = 2  # times that a kill is tried once more, when it was late and the machine busy
 SAID_EVERY = 25
 NOTHING_SPENT = Spent(0, 0)
-USUAL = ("direct", "shared", "direct-nginx", "shared-nginx")
+USUAL = ("direct", "shared", "direct-nginx", "shared-nginx", "dpdk", "dpdk-nginx")
 
 
 def outcome_of(world: World, role: str) -> Outcome:
     """The kernel closes what a killed program of its own had: an end may then be a FIN as well."""
-    outcome = OUTCOMES[role]
+    outcome = world.outcomes.get(role, OUTCOMES[role])
     return outcome if world.on_bypass() else replace(outcome, how=("reset", "eof"))
 
 
@@ -287,6 +288,8 @@ def main(
     lack = probe.missing_for_xdp() or lacking(sorted({tool for name in only for tool in WORLDS[name].needs}))
     if lack:
         raise BenchError(f"missing: {'; '.join(lack)}")
+    if any(WORLDS[name].wire for name in only):
+        load_plugin()
     asked = {name: [role for role in WORLDS[name].roles if not roles or role in roles] for name in only}
     if not any(asked.values()):
         raise BenchError(f"{', '.join(only)} has no role {', '.join(roles)}")
@@ -296,7 +299,7 @@ def main(
         with ExitStack() as labs:
             every = []
             for name, mine in asked.items():
-                lab = labs.enter_context(Lab(f"{os.getpid()}-{name}"))
+                lab = labs.enter_context(Lab(f"{os.getpid()}-{name}", wire=WORLDS[name].wire))
                 series = Series(lab, WORLDS[name](), within / 1e3, partial(course.tell, name))
                 every.append((series, moments_of(seed, mine, times)))
             _all_of(every, jobs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["OUTCOMES", "Outcome", "Seen", "judge"]
+__all__ = ["GONE", "OUTCOMES", "Outcome", "Seen", "judge"]
 
 PATIENCE = {"silence", "unanswered"}  # results that tell of time only: the client would not wait longer
 
@@ -19,8 +19,9 @@ class Outcome:
     """What has to happen when a role is killed.
 
     Attributes:
-        new: the result of new connections from then on, `served` or `refused`.
-        kept: `end` (all of them), `go on` (all), `either` (each of them does one of both, and none hangs).
+        new: the result of new connections from then on: `served`, `refused`, or `silence`.
+        kept: `end` (all of them), `go on` (all), `either` (each of them does one of both, and none hangs), `hang` (all:
+            nobody answers).
         how: in which ways a kept connection may end.
         at_once: not one new connection may fail on the way there.
     """
@@ -37,6 +38,8 @@ OUTCOMES = {
     "broker": Outcome("served", "go on", at_once=True),
     "fwd": Outcome("served", "either"),
 }
+GONE = Outcome("silence", "hang", ())
+"""The owner of a DPDK port is killed: the kernel's device of the port ends with it, and nobody answers."""
 
 
 @dataclass
@@ -122,9 +125,16 @@ def _went_on(
     within_s: float,
     seen: Seen,
 ) -> None:
-    """A connection that did not end has to be answered, without a pause that is too long."""
+    """A connection that did not end has to be answered, without a pause that is too long; or not to be answered."""
     if outcome.kept == "end":
         seen.wrong.append(f"kept connection {number} did not end")
+        return
+    if outcome.kept == "hang":
+        after = [t - killed for t in answers if t - killed > within_s]
+        if after:
+            seen.wrong.append(
+                f"kept connection {number} was answered {after[-1] * 1e3:.0f} ms after the kill"
+            )
         return
     times = [killed, *(t for t in answers if t >= killed), until]
     longest = max(later - earlier for earlier, later in pairwise(times))

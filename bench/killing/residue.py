@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server that was killed may not leave: processes, BPF programs, maps and links, what is attached to the
-interface, socket files, names of sockets, files of shared memory. (A memfd ends with the last process that has it.)"""
+interface, interfaces (a TAP), socket files, names of sockets, files of shared memory and of DPDK, frames of a port. (A
+memfd ends with the last process that has it.)"""
 
 from __future__ import annotations
 
@@ -14,21 +15,24 @@ from pathlib import Path
 
 from bench.mixed.leftovers import still_there
 from bypass import netns
+from bypass.broker.tools import listening
+from bypass.fwd import Forwarder
 from bypass.lab import SERVER_IFNAME, Lab
 
-__all__ = ["Residue", "Stay"]
+__all__ = ["Residue", "Stay", "frames_of_port"]
 
 PORTS = Path("/run/bypass/ports")
 SO_NETNS_COOKIE = 71
 FOLDERS = (Path("/run/bypass"), Path("/dev/shm"), Path("/sys/fs/bpf"))
+DPDK_FOLDERS = (Path("/run/dpdk"), Path("/dev/hugepages"))
 
 
 def _attached(lab: Lab) -> set[str]:
     """XDP and tc programs of the interface."""
     found = set()
     for argv in (
-        ["ip", "-o", "link", "show", SERVER_IFNAME],
-        ["tc", "filter", "show", "dev", SERVER_IFNAME, "egress"],
+        ["ip", "-o", "link", "show", lab.server_ifname],
+        ["tc", "filter", "show", "dev", lab.server_ifname, "egress"],
     ):
         done = subprocess.run(lab.command("server", argv), capture_output=True, text=True, check=True)
         found |= {
@@ -53,7 +57,15 @@ def _files(lab: Lab) -> set[str]:
     found = {
         path for folder in FOLDERS if folder.is_dir() for path in folder.rglob("*") if "bypass" in str(path)
     }
-    return {f"file: {path}" for path in found if path.parent != PORTS or path.name.startswith(cookie)}
+    ours = {f"file: {path}" for path in found if path.parent != PORTS or path.name.startswith(cookie)}
+    dpdks = {
+        path for folder in DPDK_FOLDERS if folder.is_dir() for path in folder.rglob("*") if path.is_file()
+    }
+    return ours | ({f"file: {path}" for path in dpdks} if lab.wire else set())
+
+
+def _interfaces(lab: Lab) -> set[str]:
+    return {f"interface: {name}" for _, name in netns.run(lab.server_ns, socket.if_nameindex)}
 
 
 def _cookie() -> str:
@@ -71,7 +83,8 @@ class Residue:
 
     def _now(self) -> set[str]:
         processes = {f"process: {name} ({pid})" for pid, name in netns.processes(self.lab.server_ns).items()}
-        return processes | _attached(self.lab) | _socket_names(self.lab) | _files(self.lab)
+        names = _socket_names(self.lab) | _interfaces(self.lab)
+        return processes | _attached(self.lab) | names | _files(self.lab)
 
     def check(
         self, objects: set[tuple[str, int]], seconds: float = 3.0, objects_s: float = 10.0
@@ -84,6 +97,27 @@ class Residue:
         return sorted(left) + [
             f"BPF {kind} {number}" for kind, number in sorted(still_there(objects, objects_s))
         ]
+
+
+AT_REST = {"stack": 0, "stack_tx": 0, "misplaced": 0, "bad_free": 0}
+
+
+def frames_of_port(lab: Lab, seconds: float = 3.0) -> list[str]:
+    """Frames of the lab's DPDK port that are not free, nor with its driver, although nobody uses it any more."""
+
+    def look() -> dict[str, int]:
+        (name,) = (n for n in listening() if n.startswith(f"@bypass/fwd/{SERVER_IFNAME}/"))
+        forwarder = Forwarder.connect(name, broker=False)
+        try:
+            found = forwarder.dpdk_audit()
+        finally:
+            forwarder.close()
+        return {place: found[place] for place in AT_REST}
+
+    deadline = time.monotonic() + seconds
+    while (found := netns.run(lab.server_ns, look)) != AT_REST and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [] if found == AT_REST else [f"frames of the port: {found}"]
 
 
 class Stay:

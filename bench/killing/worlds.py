@@ -6,24 +6,32 @@ from __future__ import annotations
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from bench.apps.app import ServerApp
-from bench.apps.launch import BypassLauncher, KernelLauncher, Launcher, SharedLauncher, UpLauncher
+from bench.apps.launch import (
+    BypassLauncher,
+    DpdkLauncher,
+    KernelLauncher,
+    Launcher,
+    SharedLauncher,
+    UpLauncher,
+)
 from bench.apps.nginx import PORT as NGINX_PORT
 from bench.apps.nginx import Nginx
 from bench.apps.place import Place
 from bench.apps.redis import PORT as REDIS_PORT
 from bench.apps.redis import Redis
-from bench.killing.residue import Stay
+from bench.killing.judge import GONE, Outcome
+from bench.killing.residue import Stay, frames_of_port
 from bench.mixed.leftovers import descendants
 from bench.programs import ROOT, BenchError
 from bench.versus.servers import BLOCKING, RR_PORT
 from bypass import netns
-from bypass.lab import SERVER_IFNAME, SERVER_IP, wait_for
+from bypass.lab import SERVER_IFNAME, SERVER_IP, dpdk_policy, wait_for
 
 __all__ = ["WORLDS", "Alive", "World"]
 
@@ -60,6 +68,8 @@ class World(ABC):
     roles: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
     port: ClassVar[int]
+    wire: ClassVar[bool] = False  # the server's end of the lab is a DPDK port
+    outcomes: ClassVar[Mapping[str, Outcome]] = {}  # by role, where it is another than usual
     request: ClassVar[bytes]
     answer: ClassVar[bytes]
 
@@ -96,10 +106,11 @@ class Embedded(World):
     def running(self, here: Place) -> Iterator[Alive]:
         (here.folder / "500.bin").write_bytes(bytes(500))
         policy = here.folder / "policy.yaml"
-        policy.write_text(
+        text = (
             f"version: 1\ninterface: {SERVER_IFNAME}\nbackend: {{kind: afxdp, mode: auto}}\nflows:\n"
             f"  - {{name: web, match: {{proto: tcp, local: {SERVER_IP}, local_port: {self.port}}}, action: steer}}\n"
         )
+        policy.write_text(dpdk_policy(text) if self.wire else text)
         argv = [
             sys.executable, "-m", "bypass.webserver", "--policy", str(policy), "--directory", str(here.folder),
             f"{SERVER_IP}:{self.port}",
@@ -112,6 +123,13 @@ class Embedded(World):
             if process.poll() is None:
                 process.terminate()
             process.wait(20)
+
+
+class DpdkEmbedded(Embedded):
+    name = "dpdk-embedded"
+    title = "web server with an embedded stack, on a DPDK port"
+    wire = True
+    outcomes: ClassVar[Mapping[str, Outcome]] = {"application": GONE}
 
 
 class _Program(World):
@@ -256,6 +274,8 @@ class _Up(_Program):
             if role == "application":
                 self.end()
                 left = self._before.check() if self._before else []
+                if self.app.place.lab.wire:
+                    left += frames_of_port(self.app.place.lab)
                 self.start()
                 return left
             if role == "worker":
@@ -301,10 +321,25 @@ class SharedNginx(DirectNginx):
     launcher = SharedLauncher
 
 
+class DpdkRedis(DirectRedis):
+    name = "dpdk"
+    title = "redis-server, by bypass up on a DPDK port"
+    launcher = DpdkLauncher
+    wire = True
+    outcomes: ClassVar[Mapping[str, Outcome]] = {"fwd": GONE}
+
+
+class DpdkNginx(DirectNginx):
+    name = "dpdk-nginx"
+    title = "nginx with two workers, by bypass up on a DPDK port"
+    launcher = DpdkLauncher
+    wire = True
+
+
 WORLDS: dict[str, type[World]] = {
     cls.name: cls
     for cls in (
         Embedded, KernelNginx, KernelRedis, BypassEcho, BypassNginx, BypassRedis, DirectRedis, DirectNginx, SharedRedis,
-        SharedNginx,
+        SharedNginx, DpdkEmbedded, DpdkRedis, DpdkNginx,
     )
 }  # fmt: skip

@@ -585,6 +585,10 @@ class Forwarder:
         a = self._ask("DPDK_STATS", "struct fwd_app", {"app": queue}, answer="struct fwd_dpdk_stats")
         return {name: _fields(getattr(a, name)) for name in ("queue", "port", "filter", "kernel")}
 
+    def dpdk_audit(self) -> dict[str, int]:
+        """Where each frame of a DPDK port is: the fields of `struct dpdk_audit`; "misplaced" has to be 0."""
+        return _fields(self._ask("DPDK_AUDIT", answer="struct fwd_dpdk_audit").frames)
+
     def port_stats(self, app: int) -> dict[str, Any]:
         """The fields of `struct fwd_port_stats`; "refused": {reason: frames}, those that happened."""
         a = self._ask("PORT_STATS", "struct fwd_app", {"app": app}, answer="struct fwd_port_stats")

@@ -165,6 +165,7 @@ static const struct handler {
     [FWD_DEVICE_OPEN] = {device_open, sizeof(struct fwd_device), 1, false, true},
     [FWD_DPDK_OPEN] = {device_open_dpdk, offsetof(struct fwd_dpdk, args), 2, false, true},
     [FWD_DPDK_STATS] = {device_dpdk_stats, sizeof(struct fwd_app), 0, true},
+    [FWD_DPDK_AUDIT] = {device_dpdk_audit, sizeof(struct fwd_head), 0, true},
     [FWD_DPDK_FLOWS] = {device_dpdk_flows, sizeof(struct fwd_flows), 1, false, true},
     [FWD_DEVICE_CLOSE] = {device_close, sizeof(struct fwd_head), 0, false},
     [FWD_LOCALS] = {on_locals, offsetof(struct fwd_locals, local), 0, false},

@@ -187,6 +187,19 @@ int device_dpdk_stats(struct request *q)
     return 0;
 }
 
+int device_dpdk_audit(struct request *q)
+{
+    const struct device *d = q->w->device;
+    struct fwd_dpdk_audit *a = q->answer;
+
+    if (!d || d->kind != &kind) {
+        return refuse(q, ENODEV, "no port of DPDK is open");
+    }
+    dpdk_of(d)->plugin->audit(dpdk_of(d)->port, &a->frames);
+    q->answer_len = sizeof *a;
+    return 0;
+}
+
 /* ---- Rules of the port's hardware -------------------------------------------------------------------------- */
 
 /* The rules of a file; NULL: it does not hold so many, or there is no memory. Not mapped: it may be of any kind. */

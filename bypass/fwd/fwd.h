@@ -85,6 +85,7 @@ enum fwd_type {
 
     FWD_DPDK_FLOWS, /* fwd_flows; a file with the rules -> fwd_flows_done: rules of the port's hardware, in place of those
                        before; the port's own memory of them ends with it. ENODEV */
+    FWD_DPDK_AUDIT, /* fwd_head -> fwd_dpdk_audit: looks at each of the port's frames. ENODEV */
 };
 
 /* Why a frame of an application was not sent. */
@@ -295,6 +296,11 @@ struct fwd_dpdk_stats {
     struct dpdk_stats port;     /* the driver's, of the whole port */
     struct filter_counters filter;
     struct exception_counters kernel; /* of the exception path */
+};
+
+struct fwd_dpdk_audit {
+    struct fwd_head head;
+    struct dpdk_audit frames;
 };
 
 struct fwd_queues {

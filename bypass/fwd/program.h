@@ -117,6 +117,7 @@ void store_work(struct program *w); /* some keys of the dead */
 int device_open(struct request *q);
 int device_open_dpdk(struct request *q);
 int device_dpdk_stats(struct request *q);
+int device_dpdk_audit(struct request *q);
 int device_dpdk_flows(struct request *q);
 int device_close(struct request *q);
 int device_port_add(struct request *q);
