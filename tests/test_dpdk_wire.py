@@ -233,6 +233,36 @@ def test_a_port_on_a_veth_speaks_with_the_kernel_at_its_other_end(wire: Lab) -> 
     }
 
 
+@in_child
+def looks_late(device: str, ring_size: int, frames: int) -> int:
+    """Frames that have come when it looks for the first time after `frames` were sent."""
+    with DpdkDevice(None, backend(device, ring_size=ring_size)) as port:
+        say("ready")
+        hear()
+        raw, got = RawPort(port), 0
+        while n := sum(f.data[12:14] == b"\x08\x00" for f in raw.recv(64, 0.2)):
+            got += n
+        return got
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(("more", "kept"), [("", 1000), (",framecnt=512", 512)])
+def test_a_ring_holds_what_the_policy_says(wire: Lab, more: str, kept: int) -> None:
+    """The kernel's ring below net_af_packet, whose own size is 512."""
+    from bypass.lab import CLIENT_IFNAME
+
+    device = f"net_af_packet0,iface={WIRE_IFNAME}{more}"
+    with looks_late.start(device, 1024, 1000, netns=wire.server_ns) as port:
+        assert port.line() == "ready"
+        with netns.run(wire.client_ns, socket.socket, socket.AF_PACKET, socket.SOCK_RAW) as s:
+            s.bind((CLIENT_IFNAME, 0))
+            for _ in range(1000):
+                s.send(b"\x02" * 12 + b"\x08\x00" + bytes(100))
+        port.tell("look")
+        got = port.result()
+    assert got == kept if not more else got <= kept
+
+
 @pytest.mark.netns
 @pytest.mark.parametrize("wire", [{"mtu": 9000}], indirect=True)
 def test_jumbo_frames_are_sent_and_received(wire: Lab) -> None:

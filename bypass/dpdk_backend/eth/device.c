@@ -17,6 +17,10 @@
 
 #include "eth/port.h"
 
+/* Of net_af_packet's ring: at least as many as it has by itself, and of locked memory no more than this each way. */
+#define LEAST_PACKETS 512u
+#define PACKET_RING_BYTES (8u << 20)
+
 /* ---- Names ------------------------------------------------------------------------------------------------- */
 /* The device's name within EAL: "net_ring0" of "vdev:net_ring0,nodeaction=...", the long form of a PCI address. */
 static void device_name(const char *devargs, char *out)
@@ -138,15 +142,48 @@ void device_unplug(uint16_t id)
     }
 }
 
+bool device_is_af_packet(const char *name) { return strncmp(name, "net_af_packet", 13) == 0; }
+
+static void argument_unless_given(char *devargs, size_t size, const char *name, uint32_t value)
+{
+    size_t at = strlen(devargs);
+
+    if (!strstr(devargs, name)) {
+        snprintf(devargs + at, size - at, ",%s%u", name, value);
+    }
+}
+
+/* What a policy says of rings and frames, for a driver that is told by its device's arguments: the kernel drops what comes
+ * to a full ring of its own 512 frames while nobody looks, and cuts off without a word what is longer than 2,048 bytes. */
+static void packet_ring(const struct dpdk_config *c, char *devargs, size_t size)
+{
+    char name[RTE_ETH_NAME_MAX_LEN];
+    uint32_t frames;
+
+    device_name(devargs, name);
+    if (!device_is_af_packet(name)) {
+        return;
+    }
+    if (c->frame_size > 2048) {
+        argument_unless_given(devargs, size, "framesz=", c->frame_size);
+        argument_unless_given(devargs, size, "blocksz=", c->frame_size * 2);
+    }
+    frames = RTE_MIN(RTE_MAX(c->ring_size & ~1u, LEAST_PACKETS), PACKET_RING_BYTES / c->frame_size);
+    argument_unless_given(devargs, size, "framecnt=", frames);
+}
+
 static int add_member(struct dpdk_port *d, const char *devargs, struct dpdk_error *error)
 {
     struct member *m = &d->member[d->member_count];
+    char full[sizeof d->cfg.device + 64];
     int id;
 
     if (d->member_count == DPDK_MAX_MEMBERS) {
         return complain(error, EINVAL, "%s: more than %d members", d->name, DPDK_MAX_MEMBERS);
     }
-    id = probe(devargs, m->name, error);
+    snprintf(full, sizeof full, "%s", devargs);
+    packet_ring(&d->cfg, full, sizeof full);
+    id = probe(full, m->name, error);
     if (id < 0) {
         return -id;
     }
@@ -202,19 +239,6 @@ static int members_first(struct dpdk_port *d, char *out, size_t size, struct dpd
     return 0;
 }
 
-bool device_is_af_packet(const char *name) { return strncmp(name, "net_af_packet", 13) == 0; }
-
-/* Its ring's frames are of 2,048 bytes unless somebody says more, and longer packets would be cut off without a word. */
-static void ring_for_jumbo(const struct dpdk_port *d, char *devargs, size_t size)
-{
-    size_t at = strlen(devargs);
-
-    if (device_is_af_packet(devargs) && d->cfg.frame_size > 2048 && !strstr(devargs, "framesz=")) {
-        snprintf(devargs + at, size - at, ",framesz=%u,blocksz=%u,framecnt=256", d->cfg.frame_size,
-                 d->cfg.frame_size * 2);
-    }
-}
-
 int device_find(struct dpdk_port *d, struct dpdk_error *error)
 {
     char devargs[sizeof d->cfg.device + 64];
@@ -226,7 +250,7 @@ int device_find(struct dpdk_port *d, struct dpdk_error *error)
         members_first(d, devargs, sizeof devargs, error)) {
         return error->err;
     }
-    ring_for_jumbo(d, devargs, sizeof devargs);
+    packet_ring(&d->cfg, devargs, sizeof devargs);
     id = probe(devargs, d->name, error);
     if (id < 0) {
         return -id;

@@ -21,7 +21,7 @@ enum {
     IP_AT = ETH_HEADER,
     TCP_AT = IP_AT + sizeof(struct rte_ipv4_hdr),
     MAX_JOIN = 32,
-    MAX_PAYLOAD = 60000, /* the IP length has 16 bits */
+    MAX_PAYLOAD = UINT16_MAX - 120, /* the IP length has 16 bits */
     LAST_FLAGS = RTE_TCP_PSH_FLAG | RTE_TCP_FIN_FLAG,
 };
 
@@ -94,16 +94,17 @@ static void join(const struct dpdk_port *d, struct rte_mbuf **run, int n, struct
 
 static int run_of(const struct dpdk_port *d, struct rte_mbuf **m, int n)
 {
-    uint32_t payload;
+    uint32_t headers, payload;
     int run = 1;
 
     if (!candidate(m[0])) {
         return 1;
     }
-    payload = m[0]->data_len - header_len(m[0]);
-    while (run < n && run < MAX_JOIN && run < d->tso_pieces && candidate(m[run]) && payload < MAX_PAYLOAD &&
-           follows(m[0], m[run - 1], m[run])) {
-        payload += m[run]->data_len - header_len(m[0]);
+    headers = header_len(m[0]);
+    payload = m[0]->data_len - headers;
+    while (run < n && run < MAX_JOIN && run < d->tso_pieces && candidate(m[run]) && follows(m[0], m[run - 1], m[run]) &&
+           payload + m[run]->data_len - headers <= MAX_PAYLOAD) {
+        payload += m[run]->data_len - headers;
         run++;
     }
     return run;
