@@ -98,7 +98,7 @@ static void sleep_until(struct server *v, struct bypass_netdev *dev, uint64_t no
     if (ns > SLEEP_MAX_MS * 1000000ull)
         ns = SLEEP_MAX_MS * 1000000ull;
     struct timespec t = {.tv_nsec = (long)ns};
-    if (ns > 0)
+    if (ns > 0 && !(dev->ops->sleep && dev->ops->sleep(dev) > 0))
         (void)ppoll(&p, 1, &t, NULL);
 }
 

@@ -69,6 +69,10 @@ class Driver(ABC):
         """Lock held. This one of fds() is readable; poll() follows."""
         return
 
+    def frames_waiting(self) -> bool:
+        """Lock held. The caller is about to sleep on fds(), and has to know this. True: poll() has work already."""
+        return False
+
     def quiet(self) -> bool:
         """Lock held. No packet can matter to anybody: descriptors need no watching."""
         return True

@@ -78,6 +78,8 @@ class DeviceDriver(Driver):
         self._tick_wanted = True
         self._status_ns = 0
         self._device_fd = int(port.netdev.ops.wait_fd(port.netdev))
+        self._doze = port.netdev.ops.sleep or None  # a null pointer is false
+        self._netdev = port.netdev
         self._poll = select.poll()
         for fd in (*self.fds(), self._wake):
             self._poll.register(fd, select.POLLIN)
@@ -91,6 +93,9 @@ class DeviceDriver(Driver):
             self._news = True
         elif fd == self.status.fileno():
             self._status_ns = 0
+
+    def frames_waiting(self) -> bool:
+        return self._doze is not None and self._doze(self._netdev) > 0
 
     def quiet(self) -> bool:
         return self.core.closed or not any(self.core.conns())
@@ -224,7 +229,7 @@ class DeviceDriver(Driver):
         self.lock.acquire()
 
     def _sleep(self, until_ns: int, now_ns: int) -> None:
-        if until_ns <= now_ns:
+        if until_ns <= now_ns or self.frames_waiting():
             return
         timeout = None if until_ns == FOREVER else (until_ns - now_ns + 999_999) // 1_000_000
         self._sleeping_until = until_ns

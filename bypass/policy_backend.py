@@ -51,6 +51,7 @@ class EalOptions:
         memory: bytes that it may use; None: what the frames need.
         hugepages: False: ordinary pages.
         drivers: folder of the drivers to load; None: the system's.
+        vfio_intr: interrupts that vfio-pci is asked for; None: the first that the device has.
         devices: what has to be there before the port is opened, such as the members of a bond.
     """
 
@@ -59,6 +60,7 @@ class EalOptions:
     hugepages: bool = True
     drivers: str | None = None
     devices: tuple[str, ...] = ()
+    vfio_intr: Literal["msix", "msi", "legacy"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class DpdkBackend:
         mtu: largest IP packet; None: the port's.
         vlan: 802.1Q tag of all that the stack receives and sends; None: untagged.
         offloads: `auto`: what the port offers; `none`: everything in software.
-        idle_us: how long a program sleeps when nothing has come, microseconds.
+        idle_us: how long a program sleeps when nothing has come, microseconds, where a timer wakes it.
+        rx_interrupts: `auto`: what arrives wakes it where the driver can tell; `on`: or the port is not opened; `off`.
         link_poll_ms: how often the port's link is looked at, milliseconds.
         exception: `tap`: a TAP device of the policy's `interface` name; `none`: the port has no kernel.
         exception_rate: packets a second that the kernel is given at most.
@@ -98,6 +101,7 @@ class DpdkBackend:
     addresses: tuple[IPv4Interface | IPv6Interface, ...] = ()
     routes: tuple[tuple[Network, Address], ...] = ()
     hardware_rules: HardwareRules = "none"
+    rx_interrupts: Literal["auto", "on", "off"] = "auto"
     kind: Literal["dpdk"] = "dpdk"
 
     def default_frames(self) -> int:

@@ -103,6 +103,7 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("dpdk", "offloads"): _Text("is not a choice of offloads", "auto or none"),
     ("dpdk", "hardware_rules"): _Text("is not a use of the port's own rules", "none, auto or required"),
     ("dpdk", "idle_us"): _Text("is not a time in microseconds", "1 to 1000000"),
+    ("dpdk", "rx_interrupts"): _Text("is not a choice of interrupts", "auto, on or off"),
     ("dpdk", "link_poll_ms"): _Text("is not a time in milliseconds", "10 to 60000"),
     ("dpdk", "eal"): _Text(
         "is not a mapping of EAL's options", "a mapping such as {lcores: [2], memory: 256M, hugepages: false}"
@@ -112,6 +113,7 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("eal", "lcores"): _Text("is not a list of CPUs", "a list of numbers such as [2, 3]"),
     ("eal", "memory"): _Text("is not a size of memory", "bytes, or a number with K, M or G, such as 256M"),
     ("eal", "hugepages"): _Text("is neither true nor false", "true, or false to do without them"),
+    ("eal", "vfio_intr"): _Text("is not a kind of interrupt", "msix, msi or legacy"),
     ("eal", "drivers"): _Text(
         "is not an absolute path", "a folder of DPDK drivers, such as /usr/lib/dpdk-pmds"
     ),
@@ -227,6 +229,10 @@ class EalModel(_Model):
     drivers: Annotated[str | None, *text("/[^\\x00]*")] = Field(
         None, description="Folder of the drivers to load. Default: the system's, all of them."
     )
+    vfio_intr: Annotated[Literal["msix", "msi", "legacy"] | None, *choice("msix", "msi", "legacy")] = Field(
+        None,
+        description="Interrupts that vfio-pci is asked for. Default: the first that the device has, MSI-X before all.",
+    )
     devices: DpdkDevices = Field(
         (), description="Devices that are there before the port is opened, such as the members of a bond."
     )
@@ -268,7 +274,13 @@ class DpdkModel(_Model):
         "required: or it is not opened.",
     )
     idle_us: Annotated[int, *count(1, 1_000_000)] = Field(
-        100, description="How long a program sleeps when nothing has come, microseconds."
+        100,
+        description="How long a program sleeps when nothing has come, microseconds, where a timer wakes it.",
+    )
+    rx_interrupts: Annotated[Literal["auto", "on", "off"], *choice("auto", "on", "off")] = Field(
+        "auto",
+        description="auto: what arrives wakes a program where the driver can tell, else a timer. on: nothing but that. "
+        "off: a timer.",
     )
     link_poll_ms: Annotated[int, *count(10, 60_000)] = Field(
         100, description="How often the port's link is looked at, milliseconds."

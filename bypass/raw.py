@@ -123,7 +123,10 @@ class RawPort:
                 return [self._frame(self._frames[i]) for i in range(n)]
             if n < 0:
                 self._fail(-n)
-            if timeout == 0 or not self._wait(deadline):
+            if timeout == 0:
+                if not self._dozes():  # the caller may sleep on fileno() now
+                    return []
+            elif not self._wait(deadline):
                 return []
 
     def _frame(self, info: Any) -> Frame:
@@ -132,9 +135,16 @@ class RawPort:
             return Frame(data, info.queue, info.entry, info.rule, info.hash)
         return Frame(data, info.queue, None, None, 0)
 
+    def _dozes(self) -> bool:
+        """Tells the device that somebody is about to sleep on its descriptor. Whether frames have come already."""
+        sleep = self._live().ops.sleep
+        return bool(sleep) and int(sleep(self._netdev)) > 0
+
     def _wait(self, deadline: float | None) -> bool:
         """Sleeps until frames arrive or the deadline (False) has passed."""
         fds = [self.fileno()] if self.status is None else [self.fileno(), self.status.fileno()]
+        if self._dozes():
+            return True
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = select.select(fds, [], [], left)[0]

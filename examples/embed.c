@@ -103,8 +103,8 @@ static int cable_wait_fd(struct bypass_netdev *dev)
     return -ENOTSUP;
 }
 
-static const struct bypass_netdev_ops cable_ops = {cable_alloc, cable_free, cable_rx,     cable_tx,
-                                                   cable_reap,  cable_kick, cable_wait_fd};
+static const struct bypass_netdev_ops cable_ops = {cable_alloc, cable_free, cable_rx,      cable_tx,
+                                                   cable_reap,  cable_kick, cable_wait_fd, NULL};
 
 static void cable_init(struct cable_end *e, struct cable_end *other, uint8_t last_mac_byte)
 {

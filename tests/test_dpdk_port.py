@@ -133,8 +133,10 @@ def sleeps_with_nothing_to_receive() -> dict[str, Any]:
         first = woken()
         port.send([FRAME])
         port.recv(1, 1)
-        port.recv(1, 0)
-        text = Path(f"/proc/self/fdinfo/{device.netdev.ops.wait_fd(device.netdev)}").read_text()
+        port.recv(1, 0)  # and sleeps, as far as the port knows
+        wait_fd = device.netdev.ops.wait_fd(device.netdev)
+        timer = int(Path(f"/proc/self/fdinfo/{wait_fd}").read_text().split("tfd:")[1].split()[0])
+        text = Path(f"/proc/self/fdinfo/{timer}").read_text()
         seconds, ns = text.split("it_value: (")[1].split(")")[0].split(",")
         return {"woken": first, "left_ns": int(seconds) * 10**9 + int(ns)}
 

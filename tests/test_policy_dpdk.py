@@ -51,7 +51,9 @@ def test_every_field_is_read() -> None:
     keys = (
         "queues: 2, ring_size: 512, frames: 8192, frame_size: 4096, mtu: 3000, vlan: 7, offloads: none, "
         "idle_us: 20, link_poll_ms: 50, exception: none, exception_rate: 77, hardware_rules: auto, "
-        "eal: {lcores: [3, 1], memory: 128M, hugepages: false, drivers: /opt/pmds, devices: ['0000:03:00.1']}"
+        "rx_interrupts: 'on', "
+        "eal: {lcores: [3, 1], memory: 128M, hugepages: false, drivers: /opt/pmds, vfio_intr: msi, "
+        "devices: ['0000:03:00.1']}"
     )
     rest = "addresses: [192.0.2.10/24, 198.51.100.1/30]\nroutes: [{to: 0.0.0.0/0, via: 192.0.2.1}]\n"
     assert parse_policy(dpdk(keys, rest)).dpdk == DpdkBackend(
@@ -65,12 +67,13 @@ def test_every_field_is_read() -> None:
         "none",
         20,
         50,
-        EalOptions((1, 3), 128 << 20, False, "/opt/pmds", ("0000:03:00.1",)),
+        EalOptions((1, 3), 128 << 20, False, "/opt/pmds", ("0000:03:00.1",), "msi"),
         "none",
         77,
         (ipaddress.IPv4Interface("192.0.2.10/24"), ipaddress.IPv4Interface("198.51.100.1/30")),
         ((ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_address("192.0.2.1")),),
         "auto",
+        "on",
     )
 
 

@@ -121,6 +121,9 @@ class Hub:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._watched and self.driver.frames_waiting():  # the loop may sleep now
+            self._timer = self.loop.call_later(0.0, self._pump)
+            return
         next_ns = self.driver.next_ns()
         if next_ns != FOREVER:
             self._timer = self.loop.call_later(max(0.0, self.driver.seconds_until(next_ns)), self._pump)

@@ -147,6 +147,13 @@ class DpdkSite(PortsSite):
 class _PortView(DeviceView):
     _site: DpdkSite
 
+    @property
+    def mode_reason(self) -> str:
+        reason = super().mode_reason
+        with suppress(ForwarderError):  # it has just ended, and so does the broker
+            reason += f", woken by {self._site.forwarder.dpdk_wake()}"
+        return reason
+
     def statistics(self) -> dict[int, dict[str, int]]:
         found = {}
         with suppress(ForwarderError):  # it has just ended, and so does the broker

@@ -51,6 +51,7 @@ class About:
         rx_ring, tx_ring: descriptors of each queue. stride: bytes of memory for each frame.
         speed_mbps: None: unknown.
         if_index: of the kernel's device below it; 0: none.
+        wake: what wakes a program that sleeps; why not interrupts, where it is a timer.
         numa: memory node; None: any.
         rx_offered, rx_used, tx_offered, tx_used: names of offloads, as DPDK has them.
         bonding_mode: DPDK's number (1 active-backup, 4 LACP); None: no bonding device.
@@ -69,6 +70,7 @@ class About:
     link_up: bool
     speed_mbps: int | None
     if_index: int
+    wake: str
     numa: int | None
     rx_offered: tuple[str, ...]
     rx_used: tuple[str, ...]
@@ -95,7 +97,7 @@ class DpdkDevice:
 
     Attributes:
         ifname: for messages: the interface of the policy, or the device.
-        mode: 'poll': the driver is polled; nothing is copied between it and the stack. `mode_reason` names it.
+        mode: 'poll': the driver is polled; nothing is copied between it and the stack.
         queue_numbers: 0 to queues - 1.
         fds: empty: a port has no sockets.
         hardware: what the port does of the policy by rules of its own; set by who puts them on it.
@@ -127,8 +129,7 @@ class DpdkDevice:
         self.queue_numbers: tuple[int, ...] = tuple(range(int(self.netdev.queues)))
         self.fds: dict[int, int] = {}
         self.hardware: InForce | None = None
-        about = self.about()
-        self.mode_reason = f"{_text(self._plugin.version)}, driver {about.driver}"
+        self._reason = self.mode_reason
 
     # ---- Using -------------------------------------------------------------------------------------------------
     @property
@@ -139,6 +140,14 @@ class DpdkDevice:
         if self._port is None:
             raise DeviceError(f"the DPDK port of {self.ifname} is closed")
         return self._port
+
+    @property
+    def mode_reason(self) -> str:
+        """DPDK's version, the driver, and what wakes a program that sleeps."""
+        if self._port is not None:
+            about = self.about()
+            self._reason = f"{_text(self._plugin.version)}, driver {about.driver}, woken by {about.wake}"
+        return self._reason
 
     @property
     def netdev(self) -> Any:
@@ -204,6 +213,7 @@ class DpdkDevice:
             driver=_text(out.driver),
             device=_text(out.device),
             mac=self.mac,
+            wake=_text(out.wake),
             link_up=bool(out.link_up),
             speed_mbps=int(out.speed_mbps) if 0 < out.speed_mbps < 0xFFFFFFFF else None,
             numa=int(out.numa) if out.numa >= 0 else None,

@@ -35,6 +35,8 @@ def eal_arguments(backend: DpdkBackend) -> list[str]:
     cpus = eal.lcores if eal.lcores is not None else (min(os.sched_getaffinity(0)),)
     args = ["bypass", "-l", ",".join(map(str, cpus)), "--no-telemetry", "-a", NO_PCI_DEVICE]
     args += _memory(eal)
+    if eal.vfio_intr is not None:
+        args += ["--vfio-intr", eal.vfio_intr]
     if eal.drivers is not None:
         args += ["-d", eal.drivers]
     members = set(_members(backend.device))
@@ -67,6 +69,9 @@ def port_config(backend: DpdkBackend, *, rx_csum_trust: bool = False) -> dict[st
         name = other.partition(",")[0]
         device = re.sub(rf",slave={re.escape(name)}(?=,|$)", lambda _, o=other: f",slave=({o})", device)  # type: ignore[misc]
     flags = lib.DPDK_F_NO_OFFLOADS if backend.offloads == "none" else 0
+    flags |= {"auto": 0, "on": lib.DPDK_F_RX_INTERRUPTS_ON, "off": lib.DPDK_F_RX_INTERRUPTS_OFF}[
+        backend.rx_interrupts
+    ]
     return {
         "device": device.encode(),
         "queues": backend.queues,

@@ -417,6 +417,13 @@ static int filter_kick(struct bypass_netdev *dev)
 
 static int filter_wait_fd(struct bypass_netdev *dev) { return filter_of(dev)->epoll; }
 
+static int filter_sleep(struct bypass_netdev *dev)
+{
+    struct filter *f = filter_of(dev);
+
+    return f->lower->ops->sleep ? mirrored(f, f->lower->ops->sleep(f->lower)) : 0;
+}
+
 static const struct bypass_netdev_ops filter_ops = {
     .alloc = filter_alloc,
     .free = filter_free,
@@ -425,6 +432,7 @@ static const struct bypass_netdev_ops filter_ops = {
     .reap = filter_reap,
     .kick = filter_kick,
     .wait_fd = filter_wait_fd,
+    .sleep = filter_sleep,
 };
 
 /* ---- Creation -------------------------------------------------------------------------------------------- */

@@ -22,7 +22,7 @@
 #include "bypass.h"
 
 enum {
-    DPDK_PLUGIN_ABI = 2, /* changes whenever a struct of this header changes its layout */
+    DPDK_PLUGIN_ABI = 3, /* changes whenever a struct of this header changes its layout */
     DPDK_MAX_QUEUES = 16,
     DPDK_MAX_MEMBERS = 8, /* of a bonding device */
     DPDK_HEADROOM = 128,  /* bytes in front of each packet, beyond frame_size */
@@ -39,9 +39,11 @@ enum {
     DPDK_FLOW_UDP,
 
     /* dpdk_config.flags */
-    DPDK_F_NO_OFFLOADS = 1,   /* none of checksum, segmentation, scatter, even where the driver has them */
-    DPDK_F_RX_CSUM_TRUST = 2, /* received L4 checksums are taken as right: memory between two processes, a veth */
-    DPDK_F_PROMISCUOUS = 4,   /* also frames for other MAC addresses */
+    DPDK_F_NO_OFFLOADS = 1,       /* none of checksum, segmentation, scatter, even where the driver has them */
+    DPDK_F_RX_CSUM_TRUST = 2,     /* received L4 checksums are taken as right: memory between two processes, a veth */
+    DPDK_F_PROMISCUOUS = 4,       /* also frames for other MAC addresses */
+    DPDK_F_RX_INTERRUPTS_OFF = 8, /* who sleeps is woken by a timer */
+    DPDK_F_RX_INTERRUPTS_ON = 16, /* by interrupts alone, or the port cannot be opened. Neither: where there are some */
 };
 
 struct dpdk_error {
@@ -49,15 +51,14 @@ struct dpdk_error {
     char text[500]; /* one line: what, where, what to do */
 };
 
-struct dpdk_config {     /* zeroed, then filled; 0 takes the default in brackets */
-    char device[512];    /* devargs: "net_af_packet0,iface=eth1", or a PCI address "0000:03:00.0" with arguments */
-    uint32_t queues;     /* receive and transmit queues each; RSS spreads flows over them [1] */
-    uint32_t ring_size;  /* descriptors of each ring; the driver's limits adjust it [1024] */
-    uint32_t frames;     /* in the pool [what rings and driver can hold, and twice as many again] */
-    uint32_t frame_size; /* packet bytes that a frame holds, headroom not included: 2048, 4096, 8192, 16384 [2048] */
-    uint32_t mtu;        /* largest IP packet, bytes [the device's own, or what a frame holds where that is less] */
-    uint32_t
-        idle_us; /* how long wait_fd sleeps after nothing was received, microseconds; up to 2000 after a while [100] */
+struct dpdk_config {       /* zeroed, then filled; 0 takes the default in brackets */
+    char device[512];      /* devargs: "net_af_packet0,iface=eth1", or a PCI address "0000:03:00.0" with arguments */
+    uint32_t queues;       /* receive and transmit queues each; RSS spreads flows over them [1] */
+    uint32_t ring_size;    /* descriptors of each ring; the driver's limits adjust it [1024] */
+    uint32_t frames;       /* in the pool [what rings and driver can hold, and twice as many again] */
+    uint32_t frame_size;   /* packet bytes that a frame holds, headroom not included: 2048, 4096, 8192, 16384 [2048] */
+    uint32_t mtu;          /* largest IP packet, bytes [the device's own, or what a frame holds where that is less] */
+    uint32_t idle_us;      /* where a timer wakes: how long it sleeps, microseconds; up to 2000 after a while [100] */
     uint32_t link_poll_ms; /* between looks at the link and at a bonding device's members [100] */
     uint32_t flags;        /* DPDK_F_* */
 };
@@ -82,6 +83,7 @@ struct dpdk_about { /* what a port became */
     int32_t numa;                 /* socket, -1: any */
     uint64_t rx_offered, rx_used; /* DPDK's offload bits; offload_name() says what they are */
     uint64_t tx_offered, tx_used;
+    char wake[128];        /* what wakes a sleeper, and why not interrupts */
     uint32_t members;      /* of a bonding device */
     uint32_t bonding_mode; /* DPDK's number; only with members */
     struct dpdk_member member[DPDK_MAX_MEMBERS];
@@ -100,6 +102,9 @@ struct dpdk_counters { /* of one queue, since open; ours */
     uint64_t tso_packets;   /* large packets handed to the device for segmentation */
     uint64_t tso_segments;  /* frames of the stack in them */
     uint64_t rx_idle;       /* looks that found nothing */
+    uint64_t rx_interrupts; /* sleeps that the queue's interrupt (or socket) ended */
+    uint64_t rx_timers;     /* that the timer ended; with queue 0, as the next */
+    uint64_t rx_late;       /* of these: with frames that no interrupt had told of */
 };
 
 struct dpdk_stats { /* of the device, since open (rte_eth_stats) */

@@ -589,6 +589,11 @@ class Forwarder:
         """Where each frame of a DPDK port is: the fields of `struct dpdk_audit`; "misplaced" has to be 0."""
         return _fields(self._ask("DPDK_AUDIT", answer="struct fwd_dpdk_audit").frames)
 
+    def dpdk_wake(self) -> str:
+        """What wakes bypass-fwd when something comes to its DPDK port, such as "interrupts"."""
+        a = self._ask("DPDK_STATS", "struct fwd_app", {"app": 0}, answer="struct fwd_dpdk_stats")
+        return str(ffi.string(a.wake).decode())
+
     def port_stats(self, app: int) -> dict[str, Any]:
         """The fields of `struct fwd_port_stats`; "refused": {reason: frames}, those that happened."""
         a = self._ask("PORT_STATS", "struct fwd_app", {"app": app}, answer="struct fwd_port_stats")

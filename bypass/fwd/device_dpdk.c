@@ -171,6 +171,7 @@ int device_dpdk_stats(struct request *q)
     const struct device *d = q->w->device;
     struct fwd_dpdk_stats *a = q->answer;
     struct fwd_head head = a->head;
+    struct dpdk_about about;
 
     if (!d || d->kind != &kind) {
         return refuse(q, ENODEV, "no port of DPDK is open");
@@ -183,6 +184,8 @@ int device_dpdk_stats(struct request *q)
     dpdk_of(d)->plugin->stats(dpdk_of(d)->port, &a->port);
     filter_counters(d->netdev, &a->filter);
     a->kernel = dpdk_of(d)->kernel.n;
+    dpdk_of(d)->plugin->about(dpdk_of(d)->port, &about);
+    memcpy(a->wake, about.wake, sizeof a->wake);
     q->answer_len = sizeof *a;
     return 0;
 }

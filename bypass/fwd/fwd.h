@@ -24,7 +24,7 @@
 #include "port.h"
 
 enum {
-    FWD_ABI = 4,
+    FWD_ABI = 5,
     FWD_NAME = 64,           /* bytes of an item's name, with its 0 */
     FWD_BLOB = 4096,         /* bytes of an item */
     FWD_FDS = 128,           /* descriptors of an item, and of a message */
@@ -296,6 +296,7 @@ struct fwd_dpdk_stats {
     struct dpdk_stats port;     /* the driver's, of the whole port */
     struct filter_counters filter;
     struct exception_counters kernel; /* of the exception path */
+    char wake[128];                   /* what wakes bypass-fwd, struct dpdk_about */
 };
 
 struct fwd_dpdk_audit {

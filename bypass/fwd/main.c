@@ -147,6 +147,14 @@ static void tell_cuts(struct program *w)
     }
 }
 
+/* The device is told of the sleep, and wakes it. */
+static bool frames_waiting(struct program *w)
+{
+    struct bypass_netdev *d = w->device ? w->device->netdev : NULL;
+
+    return d && d->ops->sleep && d->ops->sleep(d) > 0;
+}
+
 static void sleep_until_needed(struct program *w)
 {
     uint64_t until_ns, now_ns = w->now_ns;
@@ -155,7 +163,7 @@ static void sleep_until_needed(struct program *w)
         if (w->device && w->health_ns < until_ns) {
             until_ns = w->health_ns;
         }
-        if (until_ns > now_ns) {
+        if (until_ns > now_ns && !frames_waiting(w)) {
             look(w, until_ns == UINT64_MAX ? UINT64_MAX : until_ns - now_ns);
         }
     }

@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 enum {
-    BYPASS_ABI = 2, /* changes whenever a struct of this header changes its layout */
+    BYPASS_ABI = 3, /* changes whenever a struct of this header changes its layout */
 };
 
 /* ---- Frames ------------------------------------------------------------------------------------
@@ -116,6 +116,9 @@ struct bypass_netdev_ops {
     int (*kick)(struct bypass_netdev *dev);
     /* A descriptor that becomes readable when frames arrive, or -ENOTSUP. */
     int (*wait_fd)(struct bypass_netdev *dev);
+    /* May be NULL. The caller has found nothing and is about to sleep on wait_fd: the device switches on what wakes it.
+     * > 0: frames have come meanwhile, do not sleep. Who has called it once calls it before each sleep. */
+    int (*sleep)(struct bypass_netdev *dev);
 };
 
 enum {

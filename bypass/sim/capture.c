@@ -229,6 +229,12 @@ static int capture_dev_wait_fd(struct bypass_netdev *dev)
     return c->lower->ops->wait_fd(c->lower);
 }
 
+static int capture_dev_sleep(struct bypass_netdev *dev)
+{
+    struct capture_dev *c = capture_dev_of(dev);
+    return c->lower->ops->sleep ? mirrored(c, c->lower->ops->sleep(c->lower)) : 0;
+}
+
 static const struct bypass_netdev_ops capture_dev_ops = {
     .alloc = capture_dev_alloc,
     .free = capture_dev_free,
@@ -237,6 +243,7 @@ static const struct bypass_netdev_ops capture_dev_ops = {
     .reap = capture_dev_reap,
     .kick = capture_dev_kick,
     .wait_fd = capture_dev_wait_fd,
+    .sleep = capture_dev_sleep,
 };
 
 struct bypass_netdev *capture_dev_create(struct bypass_netdev *lower, struct capture *cap, uint16_t interface)

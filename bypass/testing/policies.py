@@ -254,6 +254,7 @@ def dpdk_ports(draw: st.DrawFn) -> dict[str, Any]:
         "mtu": st.integers(576, 9702),
         "offloads": st.sampled_from(["auto", "none"]),
         "idle_us": st.integers(1, 1_000_000),
+        "rx_interrupts": st.sampled_from(["auto", "on", "off"]),
         "link_poll_ms": st.integers(10, 60_000),
         "exception_rate": st.integers(1, 10_000_000),
         "eal": st.fixed_dictionaries(
@@ -263,6 +264,7 @@ def dpdk_ports(draw: st.DrawFn) -> dict[str, Any]:
                 "memory": st.sampled_from([1 << 26, "64M", "1G"]),
                 "hugepages": st.booleans(),
                 "drivers": st.just("/opt/pmds"),
+                "vfio_intr": st.sampled_from(["msix", "msi", "legacy"]),
                 "devices": st.just(["0000:03:00.0", "net_null7,size=64"]),
             },
         ),

@@ -45,6 +45,7 @@ static void device_name(const char *devargs, char *out)
     }
 }
 
+bool device_is_af_packet(const char *name) { return strncmp(name, "net_af_packet", 13) == 0; }
 bool device_is_pci(const char *name) { return isxdigit((unsigned char)name[0]) && strchr(name, ':'); }
 
 /* ---- Probing ------------------------------------------------------------------------------------------------ */
@@ -114,6 +115,9 @@ static int probe(const char *devargs, char *name, struct dpdk_error *error)
     if (device_is_pci(name) && check_pci(name, error)) {
         return -error->err;
     }
+    if (device_is_af_packet(name)) {
+        wake_remember();
+    }
     log_mark();
     err = rte_dev_probe(devargs);
     id = port_id(name);
@@ -141,8 +145,6 @@ void device_unplug(uint16_t id)
         rte_dev_remove(info.device);
     }
 }
-
-bool device_is_af_packet(const char *name) { return strncmp(name, "net_af_packet", 13) == 0; }
 
 static void argument_unless_given(char *devargs, size_t size, const char *name, uint32_t value)
 {

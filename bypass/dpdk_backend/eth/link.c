@@ -159,6 +159,7 @@ static void device_gone(struct dpdk_port *d)
         d->member[i].if_index = 0;
     }
     link_unwatch(d);
+    wake_stop(d);
     close_device(d->id, d->device);
     abandon(d);
     d->gone = 1;

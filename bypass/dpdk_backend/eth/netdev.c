@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * netdev.c - the per-packet path: bypass_netdev_ops over ethdev's bursts. Nothing is copied, and no system call is
- * made but to arm the timer that stands for "nothing was received".
+ * made but to sleep and wake (wake.c).
  *
  * Completion: a frame goes to the driver with two references to its mbuf; the driver drops one when it is done, whenever
  * that is (many free a descriptor's mbuf only when they reuse the descriptor), and reap() finds one left. Frames of a queue
@@ -9,7 +9,6 @@
  */
 #include <errno.h>
 #include <string.h>
-#include <sys/timerfd.h>
 
 #include <rte_cycles.h>
 #include <rte_errno.h>
@@ -20,12 +19,9 @@ enum {
     HOLD_STACK = BYPASS_HOLD_STACK,
     HOLD_DEV = BYPASS_HOLD_DEV,
     BURST = 64,
-    TSO_REFUSALS = 16,      /* large packets in a row that a driver did not take, until it gets none any more */
-    TSO_WAITS = 16,         /* times that one which takes them is believed to be full */
-    IDLE_PATIENCE = 16,     /* sleeps of idle_us, with nothing received, until they become longer */
-    IDLE_DOUBLINGS = 5,     /* to 2^5 times as long, but not */
-    IDLE_MOST_NS = 2000000, /* longer than that */
-    STUCK_REAPS = 16,       /* reaps that find the oldest frame with the driver, until the others are looked at too */
+    TSO_REFUSALS = 16, /* large packets in a row that a driver did not take, until it gets none any more */
+    TSO_WAITS = 16,    /* times that one which takes them is believed to be full */
+    STUCK_REAPS = 16,  /* reaps that find the oldest frame with the driver, until the others are looked at too */
 };
 
 static struct dpdk_port *port_of(struct bypass_netdev *nd) { return (struct dpdk_port *)nd; }
@@ -158,7 +154,7 @@ static bool rx_accept(struct dpdk_port *d, uint32_t qi, struct rte_mbuf *mbuf, b
     return true;
 }
 
-static int rx_queue(struct dpdk_port *d, uint32_t qi, bypass_pkt *out, int max)
+int rx_queue(struct dpdk_port *d, uint32_t qi, bypass_pkt *out, int max)
 {
     struct rte_mbuf *mbufs[BURST];
     int got = 0, n;
@@ -179,35 +175,16 @@ static int rx_queue(struct dpdk_port *d, uint32_t qi, bypass_pkt *out, int max)
     return got;
 }
 
-/* The timer goes off idle_us after the first look that found nothing, and stays readable until the next such look. Where
- * nothing comes for long it goes off less and less often: each time costs a sleeper tens of microseconds. */
-static void arm(struct dpdk_port *d)
-{
-    uint64_t now = rte_rdtsc(), ns = d->idle_ns;
-    struct itimerspec when = {0};
-
-    if (now < d->armed_tsc) {
-        return;
-    }
-    if (d->idle_arms >= IDLE_PATIENCE && ns < IDLE_MOST_NS) {
-        ns <<= d->idle_arms - IDLE_PATIENCE < IDLE_DOUBLINGS ? d->idle_arms - IDLE_PATIENCE + 1 : IDLE_DOUBLINGS;
-        ns = ns < IDLE_MOST_NS ? ns : IDLE_MOST_NS;
-    }
-    d->idle_arms++;
-    when.it_value.tv_sec = (time_t)(ns / 1000000000u);
-    when.it_value.tv_nsec = (long)(ns % 1000000000u);
-    timerfd_settime(d->timer_fd, 0, &when, NULL);
-    d->armed_tsc = now + d->tsc_us * (ns / 1000);
-}
-
 static int eth_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
 {
     struct dpdk_port *d = port_of(nd);
-    int got = 0;
+    int got;
 
     if (unlikely(link_look(d, false) == -ENXIO)) {
         return -ENXIO;
     }
+    wake_before(d);
+    got = wake_early(d, out, max);
     for (uint32_t i = 0; i < nd->queues && got < max; i++) {
         uint32_t qi = d->next_queue;
 
@@ -216,10 +193,9 @@ static int eth_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
     }
     if (got == 0) {
         d->queue[0].n.rx_idle++;
-        arm(d);
-    } else if (d->idle_arms) {
-        d->idle_arms = 0;
-        d->armed_tsc = 0; /* not how long it slept before this, but idle_us again */
+        wake_nothing(d);
+    } else {
+        wake_found(d);
     }
     count_free(d);
     port_check(d, "rx_burst");
@@ -556,7 +532,8 @@ static int eth_kick(struct bypass_netdev *nd)
     return link_look(d, false);
 }
 
-static int eth_wait_fd(struct bypass_netdev *nd) { return port_of(nd)->timer_fd; }
+static int eth_wait_fd(struct bypass_netdev *nd) { return port_of(nd)->wake.epoll; }
+static int eth_sleep(struct bypass_netdev *nd) { return wake_arm(port_of(nd)); }
 
 const struct bypass_netdev_ops eth_ops = {
     .alloc = eth_alloc,
@@ -566,4 +543,5 @@ const struct bypass_netdev_ops eth_ops = {
     .reap = eth_reap,
     .kick = eth_kick,
     .wait_fd = eth_wait_fd,
+    .sleep = eth_sleep,
 };

@@ -12,7 +12,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <rte_cycles.h>
@@ -187,18 +186,42 @@ static void choose_offloads(struct dpdk_port *d)
     }
 }
 
-static int configure(struct dpdk_port *d, struct dpdk_error *error)
+static int try_configuration(struct dpdk_port *d)
 {
     uint16_t n = (uint16_t)d->cfg.queues;
     int err;
 
-    choose_offloads(d);
     log_mark();
     err = rte_eth_dev_configure(d->id, n, n, &d->conf);
     if (err == -EINVAL && !device_is_pci(d->name) && d->cfg.mtu != RTE_ETHER_MTU) {
         /* Virtual devices say that they take 1,500 bytes, and take what their memory or the kernel below them does. */
         d->conf.rxmode.mtu = 0;
         err = rte_eth_dev_configure(d->id, n, n, &d->conf);
+    }
+    return err;
+}
+
+/* A driver may refuse what it does with interrupts, and work without. Whether it is to be tried so. */
+static bool without_interrupts(struct dpdk_port *d)
+{
+    bool with = d->conf.intr_conf.rxq;
+
+    if (with) {
+        snprintf(d->wake.why, sizeof d->wake.why, "%s", *log_why() ? log_why() : "the driver refuses them");
+        d->conf.intr_conf.rxq = 0;
+    }
+    return with;
+}
+
+static int configure(struct dpdk_port *d, struct dpdk_error *error)
+{
+    int err;
+
+    choose_offloads(d);
+    d->conf.intr_conf.rxq = wake_by_driver(d);
+    err = try_configuration(d);
+    if (err < 0 && without_interrupts(d)) {
+        err = try_configuration(d);
     }
     if (err < 0) {
         return failed(d, error, "configuring", err);
@@ -272,14 +295,7 @@ static int make_netdev(struct dpdk_port *d, struct dpdk_error *error)
     if (d->csum_trust || (d->conf.rxmode.offloads & RTE_ETH_RX_OFFLOAD_TCP_CKSUM)) {
         nd->caps |= BYPASS_CAP_RX_CSUM;
     }
-    d->idle_ns = d->cfg.idle_us * 1000ull;
-    d->tsc_us = rte_get_tsc_hz() / 1000000;
-    d->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-    if (d->timer_fd < 0) {
-        return complain(error, errno, "%s: no descriptor to sleep on: %s", d->name, strerror(errno));
-    }
-    timerfd_settime(d->timer_fd, 0, &(struct itimerspec){.it_value.tv_nsec = 1}, NULL);
-    return 0;
+    return wake_open(d, error);
 }
 
 static int start(struct dpdk_port *d, struct dpdk_error *error)
@@ -288,6 +304,13 @@ static int start(struct dpdk_port *d, struct dpdk_error *error)
 
     log_mark();
     err = rte_eth_dev_start(d->id);
+    if (err < 0 && without_interrupts(d) && try_configuration(d) == 0) {
+        if (set_up_queues(d, error)) {
+            return error->err;
+        }
+        log_mark();
+        err = rte_eth_dev_start(d->id);
+    }
     if (err < 0) {
         return failed(d, error, "starting", err);
     }
@@ -306,6 +329,7 @@ static void undo(struct dpdk_port *d)
 {
     link_unwatch(d);
     flow_clear(d);
+    wake_close(d);
     if (d->started && !d->gone) {
         device_unplug(d->id);
     }
@@ -317,9 +341,6 @@ static void undo(struct dpdk_port *d)
     pool_destroy(&d->pool);
     for (uint32_t qi = 0; qi < DPDK_MAX_QUEUES; qi++) {
         free(d->queue[qi].fifo.frame);
-    }
-    if (d->timer_fd >= 0) {
-        close(d->timer_fd);
     }
     if (d->control_fd >= 0) {
         close(d->control_fd);
@@ -353,7 +374,7 @@ struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *er
     }
     memset(d, 0, sizeof *d);
     d->cfg = *cfg;
-    d->timer_fd = d->control_fd = -1;
+    d->wake.epoll = d->wake.timer = d->control_fd = -1;
     defaults(&d->cfg);
     pthread_mutex_lock(&opening);
     if (open_steps(d, error)) {

@@ -8,6 +8,7 @@
  *   port.c    opening, configuring and closing; every failure as one sentence
  *   tso.c     segments joined for a device that cuts them up
  *   netdev.c  the per-packet path: bypass_netdev_ops over rte_eth_rx_burst() and rte_eth_tx_burst()
+ *   wake.c    what wakes a program that sleeps
  *   link.c    link, removal, members of a bonding device
  *   flow.c    rules of the device (rte_flow)
  *   stats.c   what a port became and counts
@@ -101,6 +102,32 @@ struct member {
     char name[64];
 };
 
+enum { DPDK_EARLY = 32 };
+struct waker { /* wake.c */
+    enum { WAKE_TIMER, WAKE_INTERRUPTS, WAKE_SOCKETS } source;
+    int epoll; /* what wait_fd gives */
+    int timer;
+    int fd[DPDK_MAX_QUEUES];
+    bool level;   /* these stay readable; else only what is new is an event */
+    bool prompt;  /* the driver does not hold interrupts back */
+    bool trusted; /* one has come */
+    bool told;    /* the caller says when it sleeps */
+    bool slept;   /* and what woke it has not been looked at */
+    bool timed;   /* the timer did */
+    bool slow;    /* which was to look at the link only */
+    uint32_t on;  /* bits: queues that may interrupt */
+    uint32_t fired;
+    uint32_t misses;
+    uint32_t refused;             /* by the driver, to switch interrupts on */
+    uint32_t idle;                /* times that the timer was armed since something was received */
+    uint64_t timer_tsc;           /* when it goes off */
+    uint64_t refresh_tsc;         /* when the descriptors are looked at */
+    uint64_t tsc_us;              /* ticks of a microsecond */
+    bypass_pkt early[DPDK_EARLY]; /* early_at..early_n: received when interrupts were switched on */
+    uint32_t early_at, early_n;
+    char why[96]; /* not by interrupts */
+};
+
 struct dpdk_port {
     struct bypass_netdev nd; /* first: the netdev is the port */
     struct pool pool;
@@ -112,11 +139,7 @@ struct dpdk_port {
     uint32_t gone;      /* closed since it was removed: ethdev's functions are not called any more */
     uint32_t next_queue;
     uint32_t bad_free;
-    int timer_fd; /* what wait_fd gives: armed by a look that finds nothing */
-    uint64_t idle_ns;
-    uint64_t armed_tsc; /* when it goes off */
-    uint64_t tsc_us;    /* ticks of a microsecond */
-    uint32_t idle_arms; /* times that it was armed since something was received */
+    struct waker wake;
     int control_fd;     /* for questions about the kernel's device, in the namespace of opening */
     uint32_t if_index;  /* of it; 0: none */
     bool kernel_driver; /* it lives in the kernel: its link is the kernel's */
@@ -163,6 +186,8 @@ int port_close(struct dpdk_port *port, uint32_t wait_ms);
 extern const struct bypass_netdev_ops eth_ops;
 /* Frames that the driver is not done with, of all queues. Those that it is done with are reaped. */
 uint32_t tx_settle(struct dpdk_port *port);
+/* Received frames of one queue, at most max; their number. */
+int rx_queue(struct dpdk_port *port, uint32_t queue, bypass_pkt *out, int max);
 #ifdef BYPASS_DEBUG
 void port_check(struct dpdk_port *port, const char *where);
 #else
@@ -182,6 +207,19 @@ struct tso_packet { /* one mbuf or chain for the driver */
 int tso_join(struct dpdk_port *port, struct rte_mbuf **mbufs, int n, struct tso_packet *out);
 /* The driver did not take it: its frames are as before. */
 void tso_take_back(struct rte_mbuf *first, const struct tso_packet *packet);
+
+/* wake.c */
+bool wake_by_driver(const struct dpdk_port *port); /* whether the driver is to be started with interrupts */
+void wake_remember(void);                          /* before a port of net_af_packet is made */
+int wake_open(struct dpdk_port *port, struct dpdk_error *error); /* when it has been started */
+void wake_stop(struct dpdk_port *port);                          /* the device is about to be closed */
+void wake_close(struct dpdk_port *port);
+int wake_arm(struct dpdk_port *port);      /* bypass_netdev_ops.sleep() */
+void wake_before(struct dpdk_port *port);  /* a look */
+void wake_found(struct dpdk_port *port);   /* it found something; */
+void wake_nothing(struct dpdk_port *port); /* nothing */
+int wake_early(struct dpdk_port *port, bypass_pkt *out, int max);
+void wake_about(const struct dpdk_port *port, char *out, size_t size);
 
 /* link.c */
 int link_watch(struct dpdk_port *port, struct dpdk_error *error); /* when it has been started */

@@ -41,6 +41,7 @@ void port_about(struct dpdk_port *d, struct dpdk_about *out)
         out->speed_mbps = rte_eth_link_get_nowait(d->id, &link) < 0 ? 0 : link.link_speed;
     }
     link_members(d, out);
+    wake_about(d, out->wake, sizeof out->wake);
 }
 
 const char *port_offload_name(int tx, uint64_t bit)
