@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from bypass._core import lib
 from bypass.core import CoreStack
-from bypass.errors import BypassError
+from bypass.errors import BypassError, DeviceError
 from bypass.hwflow.inforce import host_addresses
 from bypass.policy import DpdkBackend, Policy
 from bypass.steering_api import Steers
@@ -211,6 +211,19 @@ class DpdkAttachment:
 
         dress(self.policy, self.mac, self.mtu)
 
+    def changed(self) -> None:
+        """The port has another MAC address or MTU."""
+        from bypass.dpdk_backend.tap import follow
+
+        self.filter.refresh()
+        if self.exception is None:
+            self.steering.set_mac(self.mac)
+            return
+        try:
+            follow(self.policy, self.mac, self.mtu)  # of which the steering hears by the kernel
+        except DeviceError as e:
+            log.error("the port's MAC address is %s, its MTU %d: %s", self.mac.hex(":"), self.mtu, e)
+
     @property
     def mac(self) -> bytes:
         return bytes(self.device.netdev.mac)
@@ -241,7 +254,13 @@ class DpdkAttachment:
         return
 
     def counters(self) -> dict[str, Any]:
-        found = {"filter": self.filter.counters()}
+        from bypass.dpdk_backend import link_counters
+
+        about = self.device.about()
+        found = {
+            "link": link_counters(about.link_up, about.speed_mbps),
+            "filter": self.filter.counters(),
+        }
         if self.exception is not None:
             found["exception"] = self.exception.counters()
         return found | {"port": dict(self.device.extended_statistics())}
@@ -277,11 +296,7 @@ class _Look:
             port.exception.set_carrier(self.state == 0)
         if (port.mac, port.mtu) != self._is:
             self._is = (port.mac, port.mtu)
-            port.filter.refresh()
-            if port.exception is not None:
-                port.dress()
-            else:
-                port.steering.set_mac(port.mac)
+            port.changed()
         return self.state
 
 

@@ -114,6 +114,12 @@ def ping(lab: Lab) -> str:
         return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60).stdout
 
 
+def tap() -> str:
+    """What `ip` says of the kernel's device of the port."""
+    argv = ["ip", "-o", "link", "show", SERVER_IFNAME]
+    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 def refuses(lab: Lab, port: int) -> bool:
     """The kernel has the port, and nobody there."""
     with netns.entered(lab.client_ns):
@@ -161,8 +167,10 @@ def tools_tell(name: str, pid: int) -> None:
     assert rules_that_decided() == {"web", "other", "clients"}
     (stats,) = json.loads(good("stats", SERVER_IFNAME, "--json"))["processes"]
     assert (stats["mode"], stats["queues"]) == ("dpdk", [0])
+    assert stats["more"]["link"]["up"] == 1
     assert stats["rings"]["0"]["rx_packets"] == sum(r["packets"] for r in stats["reasons"])
     more = stats["more"]
+    assert {"rx_good_packets", "rx_q0_packets"} <= more["port"].keys(), "the driver's own counters"
     assert more["filter"]["passed"] == more["exception"]["passed"] > 0, "to the kernel"
     assert more["filter"]["from_kernel"] == more["exception"]["from_kernel"] > 0
     assert more["filter"]["steered"] + more["filter"]["passed"] == stats["rings"]["0"]["rx_packets"]
@@ -213,10 +221,6 @@ def test_a_lost_link_is_the_kernels_too_and_comes_back(broker: tuple[str, int], 
         argv = ["ip", "-n", lab.client_ns, "link", "set", CLIENT_IFNAME, state]
         subprocess.run(argv, check=True, timeout=60)
 
-    def tap() -> str:
-        argv = ["ip", "-o", "link", "show", SERVER_IFNAME]
-        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
-
     (where,) = (n for n in listening() if n.startswith(f"@bypass/fwd/{SERVER_IFNAME}/"))
     with Program(name) as program, Forwarder.connect(where, broker=False) as looks:
         assert program.do("listen", SERVER_IP, 8080) == "8080"
@@ -230,6 +234,39 @@ def test_a_lost_link_is_the_kernels_too_and_comes_back(broker: tuple[str, int], 
             load.goes_on()
             assert looks.stats()["link"] == 0
             assert " 0% packet loss" in ping(lab)
+        down(name)
+
+
+def test_another_mac_address_of_the_port_is_everybodys(
+    policy: Path, broker: tuple[str, int], lab: Lab
+) -> None:
+    """As an administrator sets it, or a bond at failover; also while no broker lives."""
+    name, pid = broker
+
+    def change(last: int) -> str:
+        mac = f"02:00:00:00:77:{last:02x}"
+        argv = ["ip", "link", "set", WIRE_IFNAME, "address", mac]
+        subprocess.run(argv, check=True, timeout=60)
+        return mac
+
+    with Program(name) as program:
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        with Load(lab, 2) as load:
+            load.goes_on()
+            mac = change(1)
+            wait_until(lambda: mac in tap())
+            load.goes_on()
+            assert " 0% packet loss" in ping(lab)
+            seen = to_the_kernel(lab)
+            echo_at(lab, 8080)
+            kill(pid, lab)
+            mac = change(2)
+            up(policy, name)
+            wait_until(lambda: mac in tap())
+            rejoined(name, program)
+            load.goes_on()
+            echo_at(lab, 8080)
+            assert to_the_kernel(lab) == seen, "the kernel has seen packets of the stack's"
         down(name)
 
 

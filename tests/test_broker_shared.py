@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from support import WAIT_S
 from bypass import netns
 from bypass.broker.protocol import Kind
 from bypass.broker.shared import site_of
-from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
+from bypass.lab import CLIENT_IFNAME, CLIENT_IP, SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab
 from bypass.policy import parse_policy
 
 pytestmark = [pytest.mark.netns, pytest.mark.backends]
@@ -98,6 +99,24 @@ def test_applications_of_two_users_serve_kernel_clients_at_the_same_time(
             stats = broker.inside(lambda number=number: broker.site.forwarder.port_stats(number))
             assert stats["rx_packets"] > 0
             assert stats["refused"] == {}
+
+
+def test_an_application_goes_on_with_another_mac_address_of_the_interface(
+    broker: RunningBroker, lab: Lab
+) -> None:
+    mac, ifname = "02:00:00:00:77:01", WIRE_IFNAME if lab.wire else SERVER_IFNAME
+    with Child(broker.name, BOB, lab.server_ns) as bob:
+        bob.do("hello")
+        bob.tell("serve", host=SERVER_IP, port=9090, connections=2)
+        assert bob.line() == {"serving": [SERVER_IP, 9090]}
+        echo(lab, 9090, b"before")
+        subprocess.run(["ip", "link", "set", ifname, "address", mac], check=True)
+        broker.inside(broker.site.forwarder.look)
+        neighbour = ["neigh", "replace", SERVER_IP, "lladdr", mac, "dev", CLIENT_IFNAME]
+        subprocess.run(["ip", "-n", lab.client_ns, *neighbour], check=True)
+        echo(lab, 9090, b"after")
+        assert bob.line() == {"bytes": 11}
+        assert broker.site.watch.watcher.interface.mac.hex(":") == mac, "the kernel's device of it too"
 
 
 def test_an_application_connects(broker: RunningBroker, lab: Lab) -> None:

@@ -297,6 +297,25 @@ def tcp_ports(sniffer: socket.socket) -> set[int]:
     return seen
 
 
+def test_another_mac_address_of_the_port_is_the_stacks_and_the_kernels(wire: Lab) -> None:
+    """As an administrator sets it, or a bond at failover."""
+    mac = "02:00:00:00:77:01"
+    with running(wire, echo_server) as child, client(wire, (SERVER_IP, 8080)) as s:
+        assert echoed(s, b"before") == b"before"
+        ip(wire, "link", "set", WIRE_IFNAME, "address", mac)
+        end = time.monotonic() + WAIT_S
+        while mac not in ip(wire, "-o", "link", "show", "bypass0"):
+            assert time.monotonic() < end, "the kernel's device keeps the old one"
+            time.sleep(0.01)
+        assert echoed(s, b"after") == b"after"
+        assert "2 received" in ping(wire)
+        child.tell("end")
+        result = child.result()
+    assert result["reasons"]["steered"] > 4
+    assert result["counters"]["link"]["up"] == 1
+    assert result["conserved"]
+
+
 def test_connections_of_the_kernel_drain(wire: Lab) -> None:
     with running(wire, idle) as child:
         with netns.run(wire.server_ns, lambda: socket.create_server((SERVER_IP, 8080))) as listener:

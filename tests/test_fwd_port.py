@@ -246,6 +246,16 @@ def test_jumbo_frames_go_both_ways_and_what_does_not_fit_goes_nowhere(fwd_librar
         port.close()
 
 
+def test_another_mac_address_and_mtu_of_the_device_are_the_ports(port: Port) -> None:
+    mac = bytes.fromhex("020000007701")
+    for how, mtu in ((port.receive, 1400), (port.kick, 1500), (port.receive, 9000)):
+        port.lib.peer_about(port.peer, mac, mtu)
+        how()
+        assert bytes(port.nd.mac) == mac
+        assert port.nd.mtu == min(mtu, 1778), "never more than a frame holds"
+        mac = mac[:5] + bytes([mac[5] + 1])
+
+
 def test_attaching_to_what_is_no_port_fails(fwd_library: Library) -> None:
     ffi, lib = fwd_library
     raw = ffi.new("uint8_t[]", 12288)

@@ -12,6 +12,7 @@ live here: the classifier (bypass.dpdk_backend.steering), the port (bypass.dpdk_
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -21,15 +22,17 @@ from typing import Any
 from bypass.broker.interface import DeviceView
 from bypass.broker.ports import PortsSite
 from bypass.broker.takeover import Left
-from bypass.dpdk_backend import eal, tap
+from bypass.dpdk_backend import eal, link_counters, tap
 from bypass.dpdk_backend.flows import Refused, put_flows
 from bypass.dpdk_backend.steering import SoftSteering
 from bypass.dpdk_backend.taken import device_taken
 from bypass.errors import BypassError, DeviceError
-from bypass.fwd import ForwarderError
+from bypass.fwd import ForwarderError, LinkState
 from bypass.hwflow.inforce import host_addresses
 from bypass.policy import DpdkBackend, Policy
 from bypass.rss import Queue
+
+log = logging.getLogger("bypass.broker")
 
 LINK_CODES = {"up": 0, "down": errno.ENETDOWN, "gone": errno.ENXIO}
 
@@ -72,9 +75,11 @@ class DpdkSite(PortsSite):
     def _counters(self) -> dict[str, dict[str, int]]:
         try:
             counted = self.forwarder.dpdk_stats(0)
+            port = self.forwarder.dpdk_xstats() or counted["port"]
         except ForwarderError:
             return {}  # it has just ended, and so does the broker
-        return {"filter": counted["filter"], "exception": counted["kernel"], "port": counted["port"]}
+        state = link_counters(self._link_code == 0, counted["link"]["speed_mbps"])
+        return {"link": state, "filter": counted["filter"], "exception": counted["kernel"], "port": port}
 
     def _open_device(self) -> tuple[dict[str, Any], tuple[int, ...]]:
         b = self.policy.dpdk
@@ -138,10 +143,23 @@ class DpdkSite(PortsSite):
     def _state(self, code: int) -> int:
         return max(code, self._link_code, key=list(LINK_CODES.values()).index)
 
-    def _port_link(self, state: str) -> None:
-        before, self._link_code = self._link_code, LINK_CODES[state]
+    def _port_link(self, link: LinkState) -> None:
+        before, self._link_code = self._link_code, LINK_CODES[link.state]
+        if link.state == "up" and (link.mac, link.mtu) != (self._about["mac"], self._about["mtu"]):
+            self._changed(link)
         if self._link_code != before:
             self.health()
+
+    def _changed(self, link: LinkState) -> None:
+        """The port has another MAC address or MTU, and so has the kernel's device of it, of which all others hear."""
+        self._about = {**self._about, "mac": link.mac, "mtu": link.mtu}
+        self.holder.tell(device=self._about | {"mac": link.mac.hex(), "numbers": list(self.queues)})
+        try:
+            tap.follow(self.policy, link.mac, link.mtu)
+            self.trouble = ""
+        except BypassError as e:
+            self.trouble = f"the port's MAC address is {link.mac.hex(':')}, its MTU {link.mtu}: {e}"
+            log.error("%s", self.trouble)
 
 
 class _PortView(DeviceView):

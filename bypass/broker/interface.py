@@ -266,7 +266,7 @@ class InterfaceSite(Site):
                 elif isinstance(event, QueuesAdded):
                     self._sockets_opened(event.queues)
                 elif isinstance(event, LinkState):
-                    self._port_link(event.state)
+                    self._port_link(event)
         except ForwarderError as e:
             self.told.lost(str(e))
 
@@ -274,8 +274,8 @@ class InterfaceSite(Site):
         """bypass-fwd has so many of them now, and has put them into the map."""
         return
 
-    def _port_link(self, state: str) -> None:
-        """bypass-fwd tells of its device: up, down, gone. The kernel tells the same of an interface of its own."""
+    def _port_link(self, link: LinkState) -> None:
+        """bypass-fwd tells of its device. The kernel tells the same of an interface of its own."""
         return
 
     def _state(self, code: int) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bypass.hwflow.inforce import InForce
     from bypass.policy_backend import DpdkBackend
 
-__all__ = ["About", "DpdkDevice", "Member"]
+__all__ = ["About", "DpdkDevice", "Member", "link_counters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,11 @@ class About:
     tx_used: tuple[str, ...]
     bonding_mode: int | None
     members: tuple[Member, ...]
+
+
+def link_counters(up: bool, speed_mbps: int | None) -> dict[str, int]:
+    """A port's link as `bypass stats` shows it, which leaves out what is 0."""
+    return {"up": int(up), "down": int(not up), "speed_mbps": speed_mbps or 0}
 
 
 def _struct(pointer: Any) -> dict[str, int]:

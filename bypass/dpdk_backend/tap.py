@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,35 @@ def _taken(name: str) -> str:
 
 def _names() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
+
+
+@off_loop
+def follow(policy: Policy, mac: bytes, mtu: int) -> None:
+    """The port has another MAC address or MTU, and the device gets it too. Its neighbours are told (RFC 5227 3).
+
+    Raises:
+        DeviceError: the kernel refuses it.
+    """
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    names = dict.fromkeys((tap_name(policy), policy.interface))  # the VLAN's is on top
+    name = ""
+    try:
+        with IPRoute() as ip:
+            for name in names:
+                _announces(name)
+                ip.link("set", index=_index(ip, name), address=mac.hex(":"), mtu=mtu)
+    except NetlinkError as e:
+        raise DeviceError(
+            f"{name}: the kernel refuses the port's address or MTU: {os.strerror(e.code)}"
+        ) from e
+
+
+def _announces(name: str) -> None:
+    """The kernel sends ARP requests for its own addresses when the MAC address changes (ip-sysctl.rst)."""
+    with suppress(OSError):  # read-only in a container: neighbours find out when they ask again
+        Path(f"/proc/sys/net/ipv4/conf/{name}/arp_notify").write_text("1")
 
 
 @off_loop

@@ -98,9 +98,15 @@ class PortCut:
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
-    """Of the interface: "up", "down" or "gone"."""
+    """Of the interface, when one of these has changed, and at the beginning of a connection.
+
+    Attributes:
+        state: "up", "down" or "gone".
+    """
 
     state: str
+    mac: bytes
+    mtu: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +330,8 @@ class Forwarder:
         elif kind == lib.FWD_QUEUES:
             self._events.append(QueuesAdded(ffi.cast("struct fwd_queues *", message).queues))
         elif kind == lib.FWD_LINK:
-            self._events.append(LinkState(LINK_STATES[ffi.cast("struct fwd_link *", message).state]))
+            link = ffi.cast("struct fwd_link *", message)
+            self._events.append(LinkState(LINK_STATES[link.state], bytes(link.mac), link.mtu))
 
     def events(self) -> list[Event]:
         """What happened since the last call. Does not wait.
@@ -581,9 +588,25 @@ class Forwarder:
 
     def dpdk_stats(self, queue: int) -> dict[str, dict[str, int]]:
         """Counters of a DPDK port: "queue" (of that queue), "port" (the driver's), "filter" (by verdict), "kernel" (the
-        exception path)."""
+        exception path); "link": whether it is up, and its speed (0: unknown)."""
         a = self._ask("DPDK_STATS", "struct fwd_app", {"app": queue}, answer="struct fwd_dpdk_stats")
-        return {name: _fields(getattr(a, name)) for name in ("queue", "port", "filter", "kernel")}
+        found = {name: _fields(getattr(a, name)) for name in ("queue", "port", "filter", "kernel")}
+        speed = a.about.speed_mbps
+        found["link"] = {"up": a.about.link_up, "speed_mbps": speed if speed < 0xFFFFFFFF else 0}
+        return found
+
+    def dpdk_xstats(self) -> dict[str, int]:
+        """All that the driver of the DPDK port counts, by its own names. Empty: nothing, or the port was removed."""
+        found: dict[str, int] = {}
+        size = ffi.offsetof("struct fwd_dpdk_xstats", "xstat")
+        asked = 0
+        while True:
+            a = self._ask("DPDK_XSTATS", "struct fwd_dpdk_xstats", {"from": asked}, size=size)
+            asked += a.count
+            for x in a.xstat[0 : a.count]:
+                found[ffi.string(x.name).decode(errors="replace")] = int(x.value)
+            if a.count < lib.FWD_LIST_MAX:
+                return found
 
     def dpdk_audit(self) -> dict[str, int]:
         """Where each frame of a DPDK port is: the fields of `struct dpdk_audit`; "misplaced" has to be 0."""
@@ -592,7 +615,7 @@ class Forwarder:
     def dpdk_wake(self) -> str:
         """What wakes bypass-fwd when something comes to its DPDK port, such as "interrupts"."""
         a = self._ask("DPDK_STATS", "struct fwd_app", {"app": 0}, answer="struct fwd_dpdk_stats")
-        return str(ffi.string(a.wake).decode())
+        return str(ffi.string(a.about.wake).decode())
 
     def port_stats(self, app: int) -> dict[str, Any]:
         """The fields of `struct fwd_port_stats`; "refused": {reason: frames}, those that happened."""

@@ -50,6 +50,8 @@ static int on_hello(struct request *q)
             }
         }
         q->from->broker = true;
+        w->told = (struct fwd_link){0}; /* it is told what has changed since the one before it */
+        w->health_ns = 0;
     }
     *a = (struct fwd_hello){.head = a->head, .abi = FWD_ABI, .flags = m->flags, .pid = (uint32_t)getpid()};
     a->items = w->items_n;
@@ -166,6 +168,7 @@ static const struct handler {
     [FWD_DPDK_OPEN] = {device_open_dpdk, offsetof(struct fwd_dpdk, args), 2, false, true},
     [FWD_DPDK_STATS] = {device_dpdk_stats, sizeof(struct fwd_app), 0, true},
     [FWD_DPDK_AUDIT] = {device_dpdk_audit, sizeof(struct fwd_head), 0, true},
+    [FWD_DPDK_XSTATS] = {device_dpdk_xstats, offsetof(struct fwd_dpdk_xstats, xstat), 0, true},
     [FWD_DPDK_FLOWS] = {device_dpdk_flows, sizeof(struct fwd_flows), 1, false, true},
     [FWD_DEVICE_CLOSE] = {device_close, sizeof(struct fwd_head), 0, false},
     [FWD_LOCALS] = {on_locals, offsetof(struct fwd_locals, local), 0, false},

@@ -31,6 +31,15 @@ static void release(struct program *w)
     }
 }
 
+static struct fwd_link link_of(const struct program *w, uint32_t state)
+{
+    const struct bypass_netdev *nd = w->device->netdev;
+    struct fwd_link l = {.state = state, .mtu = nd->mtu};
+
+    memcpy(l.mac, nd->mac, sizeof l.mac);
+    return l;
+}
+
 static void describe(const struct device *d, struct fwd_device_info *a)
 {
     a->caps = d->netdev->caps & PORT_CAPS;
@@ -61,7 +70,8 @@ static int open_by(struct request *q, int (*open)(struct request *q, struct devi
     }
     forward_device(&w->forward, w->device->netdev);
     forward_link(&w->forward, 0);
-    w->link_told = 0;
+    w->told = link_of(w, 0);
+    w->unwatched = false;
     w->health_ns = 0;
     describe(w->device, q->answer);
     q->answer_len = sizeof(struct fwd_device_info);
@@ -84,7 +94,7 @@ int device_close(struct request *q)
 void device_health(struct program *w)
 {
     struct device *d = w->device;
-    struct fwd_link told = {0};
+    struct fwd_link is;
     int err;
 
     if (!d || w->now_ns < w->health_ns) {
@@ -92,23 +102,23 @@ void device_health(struct program *w)
     }
     w->health_ns = w->now_ns + d->look_ns;
     err = d->kind->health(d);
-    told.state = err == -ENXIO ? 2 : err == -ENETDOWN ? 1 : 0;
-    if (told.state == 0) {
+    is = link_of(w, err == -ENXIO ? 2 : err == -ENETDOWN ? 1 : 0);
+    if (is.state == 0) {
         if (d->kind->grow) {
             d->kind->grow(d, w);
         }
-        memcpy(w->forward.check.mac, d->netdev->mac, 6);
-        w->forward.check.mtu = d->netdev->mtu;
+        forward_about(&w->forward);
     }
-    if (told.state != w->forward.link) {
-        forward_link(&w->forward, told.state);
+    if (is.state != w->forward.link) {
+        forward_link(&w->forward, is.state);
     }
-    if (told.state == 2 && w->link_told != 2) {
+    if (is.state == 2 && !w->unwatched) {
+        w->unwatched = true;
         program_unwatch(w, d->wait_fd); /* it may be readable for ever: nothing is read there any more */
     }
-    if (told.state != w->link_told) {
-        w->link_told = told.state;
-        control_tell(w, &told, sizeof told, FWD_LINK);
+    if (memcmp(&is, &w->told, sizeof is) != 0) {
+        w->told = is;
+        control_tell(w, &is, sizeof is, FWD_LINK);
     }
 }
 

@@ -171,7 +171,6 @@ int device_dpdk_stats(struct request *q)
     const struct device *d = q->w->device;
     struct fwd_dpdk_stats *a = q->answer;
     struct fwd_head head = a->head;
-    struct dpdk_about about;
 
     if (!d || d->kind != &kind) {
         return refuse(q, ENODEV, "no port of DPDK is open");
@@ -184,8 +183,7 @@ int device_dpdk_stats(struct request *q)
     dpdk_of(d)->plugin->stats(dpdk_of(d)->port, &a->port);
     filter_counters(d->netdev, &a->filter);
     a->kernel = dpdk_of(d)->kernel.n;
-    dpdk_of(d)->plugin->about(dpdk_of(d)->port, &about);
-    memcpy(a->wake, about.wake, sizeof a->wake);
+    dpdk_of(d)->plugin->about(dpdk_of(d)->port, &a->about);
     q->answer_len = sizeof *a;
     return 0;
 }
@@ -200,6 +198,36 @@ int device_dpdk_audit(struct request *q)
     }
     dpdk_of(d)->plugin->audit(dpdk_of(d)->port, &a->frames);
     q->answer_len = sizeof *a;
+    return 0;
+}
+
+int device_dpdk_xstats(struct request *q)
+{
+    const struct fwd_dpdk_xstats *m = q->message;
+    const struct device *d = q->w->device;
+    struct fwd_dpdk_xstats *a = q->answer;
+    struct dpdk_xstat *all;
+    int n;
+
+    if (!d || d->kind != &kind) {
+        return refuse(q, ENODEV, "no port of DPDK is open");
+    }
+    a->from = m->from;
+    a->count = 0;
+    n = dpdk_of(d)->plugin->xstats(dpdk_of(d)->port, NULL, 0); /* none: it has none, or is gone */
+    all = n > 0 ? calloc((size_t)n, sizeof *all) : NULL;
+    if (n > 0 && !all) {
+        return refuse(q, ENOMEM, "no memory for %d counters", n);
+    }
+    if (all) {
+        int got = dpdk_of(d)->plugin->xstats(dpdk_of(d)->port, all, (uint32_t)n);
+
+        for (int64_t i = a->from; i < got && i < n && a->count < FWD_LIST_MAX; i++) {
+            a->xstat[a->count++] = all[i];
+        }
+    }
+    free(all);
+    q->answer_len = offsetof(struct fwd_dpdk_xstats, xstat) + a->count * sizeof *a->xstat;
     return 0;
 }
 

@@ -43,8 +43,7 @@ void forward_device(struct forwarder *f, struct bypass_netdev *dev)
     }
     f->dev = dev;
     if (dev) {
-        memcpy(f->check.mac, dev->mac, sizeof f->check.mac);
-        f->check.mtu = dev->mtu;
+        forward_about(f);
     }
 }
 
@@ -86,6 +85,9 @@ int forward_port_add(struct forwarder *f, const struct fwd_port_add *about, void
     p->sender.owner = i + 1;
     p->sender.allow = about->allow;
     peer_link(&p->peer, (int)f->link);
+    if (f->dev) {
+        peer_about(&p->peer, f->check.mac, f->check.mtu);
+    }
     f->port[i] = p;
     f->ports = f->ports > i + 1 ? f->ports : i + 1;
     return 0;
@@ -172,6 +174,17 @@ int forward_rate(struct forwarder *f, const struct fwd_rate *rate, uint64_t now_
     bucket_set(&p->bytes, rate->bytes, rate->bytes_burst, now_ns);
     bucket_set(&p->packets, rate->packets, rate->packets_burst, now_ns);
     return 0;
+}
+
+void forward_about(struct forwarder *f)
+{
+    memcpy(f->check.mac, f->dev->mac, sizeof f->check.mac);
+    f->check.mtu = f->dev->mtu;
+    for (uint32_t i = 0; i < f->ports; i++) {
+        if (f->port[i]) {
+            peer_about(&f->port[i]->peer, f->check.mac, f->dev->mtu);
+        }
+    }
 }
 
 void forward_link(struct forwarder *f, uint32_t state)

@@ -51,6 +51,8 @@ struct forward_port *forward_port_find(const struct forwarder *f, uint32_t app);
 int forward_lease(struct forwarder *f, const struct fwd_lease *lease, int add);  /* -errno */
 int forward_entry(struct forwarder *f, uint32_t entry, uint32_t app);
 int forward_rate(struct forwarder *f, const struct fwd_rate *rate, uint64_t now_ns);
+/* The device's MAC address and MTU, which its netdev says, are these from now on: checked, and told to all. */
+void forward_about(struct forwarder *f);
 void forward_link(struct forwarder *f, uint32_t state); /* the device's: told to all applications */
 void forward_port_stats(const struct forward_port *p, struct fwd_port_stats *out);
 

@@ -24,7 +24,7 @@
 #include "port.h"
 
 enum {
-    FWD_ABI = 5,
+    FWD_ABI = 6,
     FWD_NAME = 64,           /* bytes of an item's name, with its 0 */
     FWD_BLOB = 4096,         /* bytes of an item */
     FWD_FDS = 128,           /* descriptors of an item, and of a message */
@@ -72,7 +72,7 @@ enum fwd_type {
     /* With seq 0, to the broker. */
     FWD_DIED, /* fwd_name: all processes of the item are dead, and what its watch says is done */
     FWD_CUT,  /* fwd_app: it broke the rules of its port, which is not served any more */
-    FWD_LINK, /* fwd_link: the interface's */
+    FWD_LINK, /* fwd_link: the interface's, whenever one of these has changed, and once to a broker that is new */
     FWD_QUEUES, /* fwd_queues: the interface has got more, which have sockets now. A veth runs no XDP program on them until
                  * one is attached anew: the broker's to do */
 
@@ -82,6 +82,8 @@ enum fwd_type {
     FWD_DPDK_STATS, /* fwd_app, app: the number of a queue -> fwd_dpdk_stats. ENODEV; EINVAL: no such queue */
 
     FWD_WATCHED, /* fwd_watched -> fwd_watched, `count` pidfds: the item's processes that are alive, from number `from` on */
+
+    FWD_DPDK_XSTATS, /* fwd_dpdk_xstats -> the same, `count` of the driver's own counters from number `from` on. ENODEV */
 
     FWD_DPDK_FLOWS, /* fwd_flows; a file with the rules -> fwd_flows_done: rules of the port's hardware, in place of those
                        before; the port's own memory of them ends with it. ENODEV */
@@ -296,7 +298,13 @@ struct fwd_dpdk_stats {
     struct dpdk_stats port;     /* the driver's, of the whole port */
     struct filter_counters filter;
     struct exception_counters kernel; /* of the exception path */
-    char wake[128];                   /* what wakes bypass-fwd, struct dpdk_about */
+    struct dpdk_about about;
+};
+
+struct fwd_dpdk_xstats { /* a message ends after count of them; a request before them */
+    struct fwd_head head;
+    uint32_t from, count;
+    struct dpdk_xstat xstat[FWD_LIST_MAX];
 };
 
 struct fwd_dpdk_audit {
@@ -312,6 +320,8 @@ struct fwd_queues {
 struct fwd_link {
     struct fwd_head head;
     uint32_t state; /* 0 up, 1 down, 2 gone */
+    uint16_t mtu;
+    uint8_t mac[6];
 };
 
 #endif

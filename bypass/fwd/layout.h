@@ -72,6 +72,7 @@ struct port_shared {
     } __attribute__((aligned(64)));
     struct { /* bypass-fwd writes */
         uint32_t rx_done, tx_done, link;
+        uint64_t about; /* of the device, as it is now: port_about(); 0: as in cfg */
     } __attribute__((aligned(64)));
     uint32_t fwd_sleeps __attribute__((aligned(64))); /* 1: ring the doorbell. Both write */
     uint32_t app_sleeps __attribute__((aligned(64))); /* PORT_AWAKE.. Both write */
@@ -106,6 +107,17 @@ static inline bool port_config_valid(const struct port_config *cfg)
            port_fill_target(cfg) < cfg->frames && port_frame_size(cfg) % PORT_STRIDE == 0 &&
            port_frame_size(cfg) <= PORT_MAX_STRIDE && cfg->mtu >= 68 &&
            cfg->mtu <= port_frame_size(cfg) - PORT_HEADROOM - PORT_ETH && cfg->queues >= 1;
+}
+
+/* A MAC address, its first byte lowest, and an MTU above it. */
+static inline uint64_t port_about(const uint8_t mac[6], uint16_t mtu)
+{
+    uint64_t about = mtu;
+
+    for (int i = 5; i >= 0; i--) {
+        about = about << 8 | mac[i];
+    }
+    return about;
 }
 
 static inline size_t port_align(size_t n, size_t to) { return (n + to - 1) & ~(to - 1); }

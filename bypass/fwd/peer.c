@@ -154,6 +154,11 @@ void peer_sleeps(struct peer *p, int on)
     }
 }
 
+void peer_about(struct peer *p, const uint8_t mac[6], uint16_t mtu)
+{
+    __atomic_store_n(&p->sh->about, port_about(mac, mtu), __ATOMIC_RELAXED);
+}
+
 void peer_link(struct peer *p, int link)
 {
     if (__atomic_exchange_n(&p->sh->link, (uint32_t)link, __ATOMIC_SEQ_CST) != (uint32_t)link) { /* also C */

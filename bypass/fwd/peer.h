@@ -52,6 +52,8 @@ void peer_tx_publish(struct peer *peer);
 
 /* on 1: a post is to ring the doorbell from now on; then look at peer_tx_avail() once more. */
 void peer_sleeps(struct peer *peer, int on);
+/* The device's MAC address and MTU, from now on. */
+void peer_about(struct peer *peer, const uint8_t mac[6], uint16_t mtu);
 void peer_link(struct peer *peer, int link); /* PORT_LINK_*; wakes it when that is news */
 
 #endif

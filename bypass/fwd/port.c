@@ -46,6 +46,22 @@ static bool is_gone(const struct port *p)
     return p->sh->st.gone || __atomic_load_n(&p->sh->link, __ATOMIC_RELAXED) == PORT_LINK_GONE;
 }
 
+/* The device's MAC address and MTU, when bypass-fwd has told that they changed. */
+static void follow(struct port *p)
+{
+    uint64_t about = __atomic_load_n(&p->sh->about, __ATOMIC_RELAXED);
+    uint32_t mtu = (uint32_t)(about >> 48), most = p->nd.stride - PORT_HEADROOM - PORT_ETH;
+
+    if (about == p->about) {
+        return;
+    }
+    p->about = about;
+    for (int i = 0; i < 6; i++) {
+        p->nd.mac[i] = (uint8_t)(about >> 8 * i);
+    }
+    p->nd.mtu = (uint16_t)(mtu < most ? mtu : most);
+}
+
 /* ---- The pool --------------------------------------------------------------------------------------------- */
 
 void port_sync(struct port *p) { p->nd.free_frames = p->sh->st.free_count; }
@@ -216,6 +232,7 @@ static int port_op_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
     uint32_t n = rx_avail(p, (uint32_t)max), mask = p->sh->cfg.rx_ring - 1, sleeps;
     int got = 0;
 
+    follow(p);
     sleeps = __atomic_load_n(&p->sh->app_sleeps, __ATOMIC_RELAXED);
     if (sleeps == PORT_RUNG || (sleeps == PORT_ASLEEP && (n == (uint32_t)max || st->announced))) {
         awake(p);
@@ -362,6 +379,7 @@ static int port_op_kick(struct bypass_netdev *nd)
     if (is_gone(p)) {
         return -ENXIO;
     }
+    follow(p);
     if (hungry(p)) {
         refill(p);
     }

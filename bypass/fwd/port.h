@@ -80,6 +80,7 @@ struct port {
     struct port_tx_slot *tx;
     uint32_t *free_list;
     int doorbell_out, doorbell_in;
+    uint64_t about; /* what was last seen of the device's MAC address and MTU */
 };
 
 /* Bytes of memory for cfg; 0: it makes no sense. */

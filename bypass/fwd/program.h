@@ -60,7 +60,8 @@ struct program {
     uint32_t items_n, pids_made;
     struct port_memory memory[FWD_PORTS_MAX];
     struct device *device; /* NULL: none is open */
-    uint32_t link_told;
+    struct fwd_link told;  /* of it, to the broker; mtu 0: nothing */
+    bool unwatched;        /* it is gone, and nobody waits for it */
     struct forwarder forward;
 };
 
@@ -118,6 +119,7 @@ int device_open(struct request *q);
 int device_open_dpdk(struct request *q);
 int device_dpdk_stats(struct request *q);
 int device_dpdk_audit(struct request *q);
+int device_dpdk_xstats(struct request *q);
 int device_dpdk_flows(struct request *q);
 int device_close(struct request *q);
 int device_port_add(struct request *q);

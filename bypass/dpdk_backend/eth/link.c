@@ -256,6 +256,24 @@ void link_members(struct dpdk_port *d, struct dpdk_about *out)
     }
 }
 
+/* ---- MAC address ------------------------------------------------------------------------------------------- */
+
+/* Somebody may change it: an administrator, or the bonding driver when a member goes. Rings and the like have none. */
+static void look_at_mac(struct dpdk_port *d)
+{
+    struct ifreq ifr = {.ifr_ifindex = (int)d->if_index};
+    struct rte_ether_addr mac = {{0}};
+
+    if (!d->if_index) {
+        rte_eth_macaddr_get(d->id, &mac);
+    } else if (ioctl(d->control_fd, SIOCGIFNAME, &ifr) == 0 && ioctl(d->control_fd, SIOCGIFHWADDR, &ifr) == 0) {
+        memcpy(mac.addr_bytes, ifr.ifr_hwaddr.sa_data, sizeof mac.addr_bytes);
+    }
+    if (!rte_is_zero_ether_addr(&mac)) {
+        memcpy(d->nd.mac, mac.addr_bytes, sizeof d->nd.mac);
+    }
+}
+
 /* ---- Looking ----------------------------------------------------------------------------------------------- */
 static void look(struct dpdk_port *d, uint64_t now)
 {
@@ -265,6 +283,7 @@ static void look(struct dpdk_port *d, uint64_t now)
     __atomic_store_n(&d->link_news, 0, __ATOMIC_RELAXED);
     if (d->member_count) {
         d->link_up = look_at_members(d);
+        look_at_mac(d);
         return;
     }
     link = d->removed ? -ENXIO : link_of(d, d->id, d->if_index);
@@ -272,6 +291,7 @@ static void look(struct dpdk_port *d, uint64_t now)
         device_gone(d);
     } else {
         d->link_up = link == 1;
+        look_at_mac(d);
     }
 }
 
