@@ -105,12 +105,15 @@ class AfxdpAttachment:
     def __init__(self, policy: Policy, **options: Any) -> None:
         from bypass.afxdp import AfxdpDevice, interface_queues
         from bypass.doctor import choose_mode
+        from bypass.hwflow.interface import InterfaceRules
         from bypass.steering import Steering
 
-        b, self.ifname = policy.afxdp, policy.interface
+        self.ifname = policy.interface
         self._queue_trouble = ""  # said already
         with ExitStack() as undo:
-            generic = choose_mode(self.ifname, b.mode)[0] == "skb"  # also where the driver has no native XDP
+            generic = (
+                choose_mode(self.ifname, policy.afxdp.mode)[0] == "skb"
+            )  # also where the driver has no native XDP
             self.steering = Steering(
                 policy,
                 self.ifname,
@@ -118,6 +121,10 @@ class AfxdpAttachment:
                 mode="skb" if generic else "native",
             )
             undo.callback(self.steering.close)
+            # Behind the program, which drivers begin their queues anew for; before sockets, whose queues they decide.
+            self.rules = InterfaceRules(policy)
+            undo.callback(self.rules.close)
+            b = self.rules.backend
             self.device = AfxdpDevice(
                 self.ifname,
                 queues="all" if b.queues is None else b.queues,
@@ -128,6 +135,7 @@ class AfxdpAttachment:
                 **options,
             )
             undo.callback(self.device.close)
+            self.device.hardware = self.rules.in_force
             for queue, fd in self.device.fds.items():
                 self.steering.set_socket(0, queue, fd)
             undo.pop_all()
@@ -165,6 +173,7 @@ class AfxdpAttachment:
 
     def close(self) -> None:
         with ExitStack() as end:
+            end.callback(self.rules.close)
             end.callback(self.device.close)
             end.callback(self.steering.close)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from bypass.errors import LabError
 
 RUN_DIR = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +31,12 @@ def _setns(fd: int) -> None:
     if libc.setns(fd, CLONE_NEWNET) != 0:
         err = ctypes.get_errno()
         raise OSError(err, f"setns: {os.strerror(err)}")
+
+
+def cookie() -> str:
+    """A name of the calling thread's network namespace that no other one ever has, until the next boot."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        return s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)[::-1].hex()
 
 
 def names(prefix: str = "") -> list[str]:

@@ -8,7 +8,7 @@ how each field is read (`policy_fields.py`), the rest of a policy (`policy.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ class AfxdpBackend:
         ring_size: descriptors of each of a queue's rings, a power of two.
         frames: frames of packet memory, all queues together; None: `default_frames` of the queues in use.
         frame_size: bytes of a frame, 2048 or 4096.
+        hardware_rules: whether the interface keeps all but steered flows off `queues` by rules of its own; `auto`:
+            where it can, else all queues are used.
     """
 
     kind: Literal["afxdp"] = "afxdp"
@@ -40,6 +42,11 @@ class AfxdpBackend:
     def default_frames(self, queues: int) -> int:
         """Frames for this many queues: each queue's fill and receive rings full, and as many to send."""
         return self.frames if self.frames is not None else 4 * self.ring_size * queues
+
+    def on_all(self, queues: int) -> AfxdpBackend:
+        """The same on all queues of an interface that has so many, with as many frames as they take at least."""
+        frames = None if self.frames is None else max(self.frames, 2 * self.ring_size * queues)
+        return replace(self, queues=None, frames=frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,9 @@ class DpdkBackend:
 def read_backend(head: HeadModel) -> AfxdpBackend | DpdkBackend:
     b = head.backend
     if isinstance(b, AfxdpModel):
-        return AfxdpBackend(b.kind, b.mode, b.queues, ring_size(head), b.frames, b.frame_size)
+        return AfxdpBackend(
+            b.kind, b.mode, b.queues, ring_size(head), b.frames, b.frame_size, b.hardware_rules
+        )
     said = b.model_dump(exclude={"eal", "ring_size"})
     return DpdkBackend(
         **said,
@@ -132,6 +141,9 @@ def across_head(head: HeadModel) -> Iterator[Wrong]:
             if name in head.model_fields_set:
                 right = f"with afxdp the interface is the kernel's: `{command}`"
                 yield Wrong((name,), "is for kind: dpdk", right, whole=True, at_key=True)
+        if b.hardware_rules != "none" and b.queues is None:
+            right = "name some in queues, such as queues: [3]: the kernel keeps the others"
+            yield Wrong(("backend", "hardware_rules"), "needs queues of the stack's own", right)
     else:
         # Drivers give frames back late: both rings may be full of what the stack has long forgotten.
         least = 3 * ring_size(head) * b.queues

@@ -89,6 +89,9 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("backend", "ring_size"): _Text("is not a ring size", "a power of two from 64 to 32768"),
     ("backend", "frames"): _Text("is not a number of frames", "128 to 4194304"),
     ("backend", "frame_size"): _Text("is not a frame size", "2048 or 4096"),
+    ("backend", "hardware_rules"): _Text(
+        "is not a use of the interface's own rules", "none, auto or required"
+    ),
     ("dpdk", "kind"): _Text("is not a backend", "afxdp or dpdk"),
     ("dpdk", "device"): _Text(
         "is not a DPDK device",
@@ -216,6 +219,11 @@ class AfxdpModel(_Model):
         None, description="Frames of packet memory, all queues together. Default: four for each descriptor."
     )
     frame_size: Annotated[int, *choice(2048, 4096)] = Field(2048, description="Bytes of a frame.")
+    hardware_rules: Annotated[HardwareRules, *choice("none", "auto", "required")] = Field(
+        "none",
+        description="auto: the interface keeps all but steered flows off `queues` by rules of its own (ethtool) "
+        "where it can; else all queues are bound. required: or it is not used.",
+    )
 
 
 class EalModel(_Model):

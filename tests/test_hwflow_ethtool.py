@@ -136,6 +136,8 @@ class FakeNic:
     """A device with a rule table, a hash table of 8 entries and RSS contexts, as the ioctls show it. `fails`: the how
     manieth change is refused."""
 
+    name = "eth1"
+
     def __init__(self, rings: int = 4, room: int = 64, *, special: bool = False, ntuple: bool = True) -> None:
         self.rings, self.room, self.special, self.ntuple = rings, room, special, ntuple
         self.flags = 0
@@ -151,7 +153,7 @@ class FakeNic:
         return self.flags, list(self.table), dict(self.rules), dict(self.contexts)
 
     def ask(self, ifname: str, question: bytes) -> bytes:
-        assert ifname == "eth1"
+        assert ifname == self.name
         (command,) = struct.unpack_from("=I", question)
         if command in self.lacks:
             raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -348,7 +350,7 @@ def test_what_cannot_be_undone_is_told_and_the_rest_is_undone() -> None:
         (
             FakeNic(rings=2),
             {"stack": (2, 3), "kernel": (0, 1)},
-            "eth1: has no RSS contexts: give the stack one queue: Invalid",
+            "eth1 has 2 receive queues: there is no queue 2",
         ),
     ],
 )
@@ -358,6 +360,17 @@ def test_what_the_device_is_too_small_for_is_said_and_nothing_stays(
     before = device.state()
     with pytest.raises(DeviceError, match=says):
         applied(planned(*TWO, **plans), device.ask).__enter__()
+    assert device.state() == before
+
+
+def test_a_device_without_contexts_gives_the_stack_one_queue() -> None:
+    device = FakeNic()
+    device.fails = {2: errno.EOPNOTSUPP}
+    before = device.state()
+    with pytest.raises(
+        DeviceError, match="eth1: has no RSS contexts: give the stack one queue: the driver has no"
+    ):
+        applied(planned(*TWO, stack=(2, 3), kernel=(0, 1)), device.ask).__enter__()
     assert device.state() == before
 
 

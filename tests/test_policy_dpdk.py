@@ -77,6 +77,15 @@ def test_every_field_is_read() -> None:
     )
 
 
+def test_rules_of_the_interface_are_for_named_queues() -> None:
+    b = parse_policy(afxdp("queues: [3], hardware_rules: required, ring_size: 512, frames: 2048")).afxdp
+    assert (b.queues, b.hardware_rules) == ((3,), "required")
+    everywhere = b.on_all(4)
+    assert (everywhere.queues, everywhere.frames, everywhere.hardware_rules) == (None, 4096, "required")
+    assert b.on_all(1).frames == 2048
+    assert parse_policy(afxdp("queues: [3]")).afxdp.on_all(4).frames is None
+
+
 def test_a_profile_sets_the_rings_and_a_key_overrides_it() -> None:
     assert parse_policy(dpdk("", "profile: throughput\n")).dpdk.ring_size == 4096
     assert parse_policy(dpdk("ring_size: 256", "profile: throughput\n")).dpdk.ring_size == 256
@@ -106,6 +115,23 @@ ERRORS = [
         [
             "3:24: backend.device: is for kind: dpdk: `interface` names the kernel's device",
             "3:43: backend.exception: is for kind: dpdk: leave it out with afxdp",
+        ],
+    ),
+    (
+        afxdp("hardware_rules: auto"),
+        [
+            "3:40: backend.hardware_rules: auto needs queues of the stack's own: name some in queues, such as "
+            "queues: [3]: the kernel keeps the others"
+        ],
+    ),
+    (
+        afxdp("queues: [3], hardware_rules: yes"),
+        ["3:53: backend.hardware_rules: yes is a boolean in YAML: none, auto or required"],
+    ),
+    (
+        afxdp("queues: [3], hardware_rules: requires"),
+        [
+            "3:53: backend.hardware_rules: requires is not a use of the interface's own rules: did you mean required?"
         ],
     ),
     (afxdp("vlan: 5"), ["3:24: backend.vlan: is for kind: dpdk: the kernel's VLAN device has it"]),

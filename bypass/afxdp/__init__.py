@@ -18,12 +18,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bypass._core import ffi, lib
 from bypass.afxdp.who import queue_holders
 from bypass.errors import BypassError, DeviceError, PrivilegeError, QueueBusyError
 from bypass.offloop import off_loop
+
+if TYPE_CHECKING:
+    from bypass.hwflow.inforce import InForce
 
 __all__ = ["AfxdpDevice", "Audit", "Memory", "Mode", "interface_queues"]
 
@@ -154,6 +157,7 @@ class AfxdpDevice:
         xdp_mode: how the XDP program has to be attached, 'native' or 'skb'.
         queue_numbers: the queues, in the order of their indices.
         fds: queue number -> AF_XDP socket.
+        hardware: what the interface does of the policy by rules of its own; set by who puts them on it.
 
     Args:
         ifname: the interface.
@@ -198,6 +202,7 @@ class AfxdpDevice:
         prefer_busy_poll: bool = False,
         memory: Memory | None = None,
     ) -> None:
+        self.hardware: InForce | None = None
         self._dev: Any = None
         self._memory: Memory = memory if memory is not None else OwnMemory()
         if mode not in ("auto", *MODES):

@@ -23,9 +23,10 @@ from bypass.broker.interface import DeviceView, InterfaceSite
 from bypass.broker.takeover import Left
 from bypass.doctor import choose_mode
 from bypass.errors import BypassError
+from bypass.hwflow.interface import InterfaceRules
 from bypass.netlink import settings_changed
 from bypass.nic import driver_of
-from bypass.policy import Policy
+from bypass.policy import AfxdpBackend, Policy
 from bypass.rss import Queue, queue_of
 from bypass.rss import read as read_rss
 from bypass.steering import Steering
@@ -49,10 +50,35 @@ class AfxdpSite(InterfaceSite):
         self._settings = settings_changed()
         try:
             super().__init__(policy, name, left)
+            self._begin_rules(left)
         except BaseException:
             if self._settings is not None:
                 self._settings.close()
             raise
+
+    def _begin_rules(self, left: Left | None) -> None:
+        """After the program, which drivers begin their queues anew for; before there are sockets."""
+        try:
+            self.rules = InterfaceRules(self.policy, self.keeper(), left=left is not None)
+        except BaseException:
+            InterfaceSite.close(self)
+            raise
+        self.hardware = self.rules.in_force
+
+    @property
+    def backend(self) -> AfxdpBackend:
+        """The policy's, with the queues that sockets are on."""
+        return self.rules.backend
+
+    def swap(self, policy: Policy) -> None:
+        old = self.policy
+        self.rules.exchange(policy)
+        try:
+            super().swap(policy)
+        except BaseException:
+            self.rules.exchange(old)
+            raise
+        self.hardware = self.rules.in_force
 
     def _steer(self, policy: Policy, left: Left | None) -> Steering:
         generic = left is None and choose_mode(policy.interface, policy.afxdp.mode)[0] == "skb"
@@ -94,7 +120,7 @@ class AfxdpSite(InterfaceSite):
     @property
     def _counting(self) -> bool:
         """A policy that names queues means those."""
-        return bool(self.queues) and self.policy.afxdp.queues is None and self._link != 2
+        return bool(self.queues) and self.backend.queues is None and self._link != 2
 
     def _settings_changed(self) -> None:
         """By ethtool, of any interface. That events were lost says the same (ENOBUFS)."""
@@ -142,6 +168,7 @@ class AfxdpSite(InterfaceSite):
         try:
             super().close()
         finally:
+            self.rules.close()
             if self._settings is not None:
                 self._settings.close()
 

@@ -46,7 +46,7 @@ class DirectSite(AfxdpSite):
         return self._owner != 0
 
     def open(self, memory: AppMemory, owner: int, quota: Quota) -> list[int]:
-        b = self.policy.afxdp
+        b = self.backend
         device = AfxdpDevice(
             self.ifname,
             queues="all" if b.queues is None else b.queues,
@@ -72,10 +72,10 @@ class DirectSite(AfxdpSite):
 
     def frames(self, quota: Quota) -> int | None:
         if quota.frames is None:
-            return self.policy.afxdp.frames
-        queues = self.policy.afxdp.queues
+            return self.backend.frames
+        queues = self.backend.queues
         count = interface_queues(self.ifname) if queues is None else len(queues)
-        return min(quota.frames, self.policy.afxdp.default_frames(count))
+        return min(quota.frames, self.backend.default_frames(count))
 
     def _describe(self, device: AfxdpDevice, header: Any) -> None:
         header.mtu = device.mtu

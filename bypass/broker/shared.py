@@ -28,7 +28,7 @@ class SharedSite(PortsSite, AfxdpSite):
     _asked = 0  # times that it was asked to serve new queues
 
     def _open_device(self) -> tuple[dict[str, Any], tuple[int, ...]]:
-        b = self.policy.afxdp
+        b = self.backend
         queues = tuple(range(interface_queues(self.ifname)) if b.queues is None else b.queues)
         config = {
             "ifname": self.ifname,

@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -44,8 +44,17 @@ ADDRESSES = {"lan0": "192.0.2.10", "fast0": "198.51.100.10"}
 PEER_ADDRESSES = ("192.0.2.20", "198.51.100.20")
 MTU = 1400  # of lan0: it has to be the same when the device has been away
 HTTP, ECHO, KERNEL = 8080, 8081, 8082
-PMDS = ("bus_pci", "bus_vdev", "mempool_ring", "net_e1000", "net_virtio")  # what the policies' drivers need
+PMDS = (
+    "bus_pci",
+    "bus_vdev",
+    "mempool_ring",
+    "net_e1000",
+    "net_tap",
+    "net_virtio",
+)  # what the policies' drivers need
 HUGEPAGES = "128M"
+TAP_ADDRESS, TAP_PEER = "203.0.113.2", "203.0.113.1"
+DATAGRAMS = 40
 BODY_BYTES = 4 << 20
 CONNECTIONS, PINGS = 16, 5
 WWW = Path("/run/www")
@@ -260,9 +269,10 @@ async def serve(stack: bypass.Stack, address: str, ready: Callable[[], None]) ->
     return web
 
 
-def work(policy: Path, address: str, out: int) -> None:
+def work(policy: Path, address: str, out: int, namespace: str = "") -> None:
     """The child: serves until SIGTERM, and tells by `out` what the device was and did."""
-    with bypass.Stack.from_policy(policy) as stack:
+    where = netns.entered(namespace) if namespace else nullcontext()
+    with where, bypass.Stack.from_policy(policy) as stack:
         web = asyncio.run(serve(stack, address, lambda: os.write(out, b"ready\n") and None))
         device, port = stack.driver.device, stack.driver.port
         about = {
@@ -273,6 +283,7 @@ def work(policy: Path, address: str, out: int) -> None:
             "audit": asdict(device.audit()),
             "requests": web.requests,
             "more": port.counters(),
+            "hardware": getattr(device, "hardware", None) and device.hardware.text(),
         }
     os.write(out, json.dumps(about).encode())
 
@@ -320,11 +331,11 @@ class Server:
 
 
 @contextmanager
-def served(policy: Path, address: str) -> Iterator[Server]:
-    """A stack in a child, as a policy says, with HTTP and echo."""
+def served(policy: Path, address: str, namespace: str = "") -> Iterator[Server]:
+    """A stack in a child, as a policy says, with HTTP and echo; in a network namespace, or where we are."""
     server = Server()
     begin = time.monotonic()
-    with forked(lambda out: work(policy, address, out)) as (child, said):
+    with forked(lambda out: work(policy, address, out, namespace)) as (child, said):
         ready = said.readline() == b"ready\n"
         check(ready, f"a stack serves {address} by {policy.name}, after {time.monotonic() - begin:.1f} s")
         yield server
@@ -535,6 +546,42 @@ def through_the_port(ifname: str, policy: Path, address: str) -> dict[str, str]:
     return {"path": about["mode_reason"], "http": rate, "echo": rtt, "ping": answers}
 
 
+def rules_in_hardware() -> None:
+    """net_tap puts rules of rte_flow into the kernel's tc, on the way of what the kernel sends there: its hardware."""
+    policy, ranges = HERE / "dpdk-tap.yaml", Path("/run/ranges.yaml")
+    ranges.write_text(policy.read_text().replace("local_port: 8080", "local_port: 8080-8081"))
+    said = refusal(ranges)
+    check("'web': Operation not supported" in said, f"tc has no masks of ports, and all is undone: {said}")
+    with served(policy, TAP_ADDRESS, "peer") as server:
+        sh(f"ip -n peer addr add {TAP_PEER}/24 dev dtap0 && ip -n peer link set dtap0 up")
+        rtt, rate, answers = echo(TAP_ADDRESS), fetch(TAP_ADDRESS), ping(TAP_ADDRESS)
+        with netns.run("peer", socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as s:
+            for _ in range(DATAGRAMS):
+                s.sendto(b"?", (TAP_ADDRESS, 9))
+        drops = tc_drops()
+    about = server.about
+    seen = about["more"]["filter"]
+    check(
+        (drops, seen["dropped"]) == (DATAGRAMS, 0),
+        f"a drop rule: {drops} of {DATAGRAMS} datagrams dropped by tc, {seen['dropped']} left to the classifier",
+    )
+    queues = {q: rx for q, (rx, _) in about["queues"].items()}
+    check(
+        queues["1"] == seen["steered"] > 0 < queues["0"],
+        f"steered frames are on queue 1, all else on queue 0: {queues}, {seen['steered']} steered",
+    )
+    check_frames(about)
+    row = {"device": "dtap0", "driver": about["mode_reason"], "path": about["hardware"]}
+    tell(row={**row, "http": rate, "echo": rtt, "ping": answers})
+
+
+def tc_drops() -> int:
+    """Packets that rules of tc have dropped on their way to the port."""
+    filters = json.loads(sh("tc -n peer -j -s filter show dev dtap0"))
+    actions = [a for f in filters for a in f.get("options", {}).get("actions", [])]
+    return sum(a["stats"]["drops"] for a in actions if a["control_action"]["type"] == "drop")
+
+
 def interfaces() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 
@@ -574,6 +621,7 @@ def main() -> None:
             "DPDK on virtio-net, taken by its server",
             lambda: taken_by_the_server("fast0", HERE / "dpdk-virtio.yaml"),
         )
+        part("rules in a port's hardware", rules_in_hardware)
         part("all given back", all_given_back)
     tell(end=True, failed=failed)
 

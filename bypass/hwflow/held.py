@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules on an interface for as long as a process runs, however that ends.
+
+    Held(plan)       put on; a record below /run/bypass/hwflow says what was changed, before it is
+    .exchange(plan)  other rules in their place
+    .close()         all taken off, the record removed
+    recover(ifname)  takes off what a killed process left: whoever uses the interface next calls it
+
+Nothing takes rules off a NIC when a process is killed. Until the next one comes they stay, and do no harm: they choose
+queues, and the kernel has the packets of all of them. A record names its network namespace and interface, and the
+process with which it ends (a successor of a killed broker finds that one alive, and goes on).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bypass import netns
+from bypass.errors import DeviceError
+from bypass.hwflow.apply import Ask, Device, Put, Traces
+from bypass.hwflow.ntuple import Plan
+from bypass.rss import ask
+
+__all__ = ["RECORDS", "Held", "Record", "found", "recover"]
+
+RECORDS = Path("/run/bypass/hwflow")
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is on an interface, and with which process it ends: its number, and when it began."""
+
+    ifname: str
+    keeper: tuple[int, int]
+    traces: Traces
+
+    @property
+    def alive(self) -> bool:
+        return _started(self.keeper[0]) == self.keeper[1]
+
+
+class Held:
+    """Rules of a plan on its interface, in the network namespace of the calling thread.
+
+    What a process that is dead left there is taken off before.
+
+    Args:
+        keeper: the process with whose end they are nobody's; None: this one.
+        exchange: whether rules that it has there already are exchanged; else they stay.
+        asking: asks the kernel; records: the folder of the records.
+
+    Raises:
+        DeviceError: another process has rules there; the interface refuses a step, and everything before it is undone.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        keeper: int | None = None,
+        asking: Ask | None = None,
+        records: Path | None = None,
+        *,
+        exchange: bool = True,
+    ) -> None:
+        self.ifname = plan.ifname
+        pid = os.getpid() if keeper is None else keeper
+        self._keeper = (pid, _started(pid) or 0)
+        self._path = _path(plan.ifname, records)
+        with _locked(self._path.parent):
+            before = _load(self._path)
+            if before is not None and before.alive and before.keeper != self._keeper:
+                raise DeviceError(
+                    f"{plan.ifname}: process {before.keeper[0]} has rules in its hardware: end it first"
+                )
+            if before is not None and not before.alive:
+                _clean(before, self._path, asking or ask)
+                before = None
+            traces = before.traces if before is not None else None
+            self._device = Device(plan.ifname, asking or ask, traces, self._keep)
+            if before is None:
+                self._put(plan)
+            elif exchange:
+                self._device.exchange(plan)
+
+    def _put(self, plan: Plan) -> None:
+        try:
+            self._device.put(plan)
+        except BaseException as error:
+            try:
+                self._device.undo()
+                self._path.unlink(missing_ok=True)
+            except DeviceError as more:
+                raise DeviceError(f"{error}; {more}") from error
+            raise
+
+    def _keep(self, traces: Traces) -> None:
+        _save(self._path, Record(self.ifname, self._keeper, traces))
+
+    def exchange(self, plan: Plan) -> None:
+        """The rules of another policy, for the same queues. DeviceError: refused, and those before are there."""
+        with _locked(self._path.parent):
+            self._device.exchange(plan)
+
+    def close(self) -> None:
+        """DeviceError: what could not be undone, which recover() tries again."""
+        with _locked(self._path.parent):
+            self._device.undo()
+            self._path.unlink(missing_ok=True)
+
+
+def recover(ifname: str, asking: Ask | None = None, records: Path | None = None) -> bool:
+    """Takes off what a process that is dead left on an interface; whether there was any.
+
+    Raises:
+        DeviceError: it cannot be undone.
+    """
+    path = _path(ifname, records)
+    if not path.exists():
+        return False
+    with _locked(path.parent):
+        record = _load(path)
+        if record is None or record.alive:
+            return False
+        _clean(record, path, asking or ask)
+        return True
+
+
+def found(ifname: str, records: Path | None = None) -> Record | None:
+    """What is on an interface by us. None: nothing. DeviceError: it cannot be read."""
+    return _load(_path(ifname, records))
+
+
+def _clean(record: Record, path: Path, asking: Ask) -> None:
+    def keep(traces: Traces) -> None:
+        _save(path, replace(record, traces=traces))
+
+    device = Device(record.ifname, asking, record.traces, keep)
+    device.only_present()
+    device.undo()
+    path.unlink(missing_ok=True)
+
+
+# ---- Records -------------------------------------------------------------------------------------------------------
+def _path(ifname: str, records: Path | None) -> Path:
+    """DeviceError: there is no such interface."""
+    try:
+        index = socket.if_nametoindex(ifname)
+    except OSError as error:
+        raise DeviceError(f"{ifname}: there is no such interface") from error
+    return (RECORDS if records is None else records) / f"{netns.cookie()}-{index}.json"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One change at a time. DeviceError: the folder cannot be made or used."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DeviceError(f"{folder}: {error.strerror}: rules in hardware need root") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in the kernel's ticks (proc(5), field 22). None: it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # dead, and its parent has not looked yet
+
+
+def _save(path: Path, record: Record) -> None:
+    """Whole or not at all."""
+    t = record.traces
+    rules = [[r.location, r.name, r.question.hex()] for r in t.rules]
+    data = {
+        "version": VERSION,
+        "ifname": record.ifname,
+        "keeper": record.keeper,
+        "ntuple": t.ntuple,
+        "context": t.context,
+        "rules": rules,
+        "table": t.table,
+        "transformation": t.transformation,
+    }
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_text(json.dumps(data))
+        fresh.rename(path)
+    except OSError as error:
+        raise DeviceError(
+            f"{path}: the record of {record.ifname} cannot be written: {error.strerror}"
+        ) from error
+
+
+def _load(path: Path) -> Record | None:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        if data["version"] != VERSION:
+            raise DeviceError(
+                f"{path}: written by another version of bypass: let that one take its rules off"
+            )
+        traces = Traces(
+            data["ntuple"],
+            data["context"],
+            tuple(Put(at, name, bytes.fromhex(question)) for at, name, question in data["rules"]),
+            None if data["table"] is None else tuple(data["table"]),
+            data["transformation"],
+        )
+        return Record(data["ifname"], (data["keeper"][0], data["keeper"][1]), traces)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DeviceError(
+            f"{path}: is no record: {error!r}; remove it when ethtool -n and -x show what they should"
+        ) from error
