@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import has_it
 from dpdk_support import Child, hear, in_child, say
 from nic_support import DROPPED, FileNic, hardware_nic, nic_shim
-from test_broker_takeover import Load, Program, down, echo_at, kill, policy, rejoined, up, xdp_attached
+from test_broker_takeover import POLICY, Load, Program, down, echo_at, kill, rejoined, up
 from test_cli_broker import bypass as command
-from test_cli_broker import folder, good, others
+from test_cli_broker import folder, good, others, wait_until
 
 import bypass
 from bypass import netns
@@ -27,7 +29,7 @@ from bypass.errors import BypassError
 from bypass.hwflow.held import RECORDS
 from bypass.lab import CLIENT_IFNAME, SERVER_IFNAME, SERVER_IP, Lab
 
-__all__ = ["folder", "hardware_nic", "nic_shim", "policy"]
+__all__ = ["folder", "hardware_nic", "nic_shim"]
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
 
 
@@ -128,7 +130,7 @@ def test_a_refusal_is_one_error_or_another_way(hardware_nic: FileNic, one_way: L
         assert said.endswith("its hash table cannot be set: No space left on device")
         assert child.result() == {}
     assert nic.untouched()
-    assert netns.run(ns, xdp_attached) is False
+    assert netns.run(ns, has_it, one_way) is False
     nic.refuse(2)
     with served.start(text("auto"), netns=ns) as child:
         told = child.line()
@@ -152,17 +154,35 @@ def test_a_veth_has_no_such_rules(one_way: Lab) -> None:
 
 
 # ---- Below a broker ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def policy(one_way: Lab, tmp_path: Path) -> Iterator[Path]:
+    """The test's thread is in the server's namespace, in which nothing is left afterwards."""
+    path = tmp_path / "policy.yaml"
+    with netns.entered(one_way.server_ns):
+        try:
+            yield path
+            wait_until(lambda: not others(one_way))
+        finally:
+            for pid in others(one_way):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not has_it(one_way))
+
+
+def with_rules(mode: str) -> str:
+    ours = "ring_size: 256, queues: [0], hardware_rules: required"
+    return POLICY.replace("MODE", mode).replace("ring_size: 256", ours)
+
+
 def stats() -> dict[str, Any]:
     (found,) = json.loads(good("stats", SERVER_IFNAME, "--json"))["processes"]
     return dict(found)
 
 
-@pytest.mark.parametrize("policy", ["shared"], indirect=True)
 def test_a_broker_puts_rules_on_and_its_successor_goes_on(
     hardware_nic: FileNic, policy: Path, folder: Path, one_way: Lab
 ) -> None:
     nic, name = hardware_nic, str(folder / "broker.sock")
-    plain = policy.read_text().replace(
+    plain = with_rules("shared")
         "ring_size: 256", "ring_size: 256, queues: [0], hardware_rules: required"
     )
     policy.write_text(plain + bad(9))
@@ -198,20 +218,17 @@ def test_a_broker_puts_rules_on_and_its_successor_goes_on(
     assert nic.untouched()
 
 
-@pytest.mark.parametrize("policy", ["direct"], indirect=True)
 def test_rules_go_with_the_last_of_those_that_they_are_for(
     hardware_nic: FileNic, policy: Path, folder: Path, one_way: Lab
 ) -> None:
     """Broker and application are killed: the next broker takes them off, and its own on; one that is refused ends."""
     nic, name = hardware_nic, str(folder / "broker.sock")
-    policy.write_text(
-        policy.read_text().replace("ring_size: 256", "ring_size: 256, queues: [0], hardware_rules: required")
-    )
+    policy.write_text(with_rules("direct"))
     pid = up(policy, name)
     with Program(name) as program:
         assert program.do("listen", SERVER_IP, 8080) == "8080"
         kill(pid, one_way)
-    _until_alone(one_way)
+    wait_until(lambda: not others(one_way))
     assert nic.table == {1}
     nic.refuse(1 + len(nic.rules) + 2)  # table and rules off, filters off, filters on again
     said = command("up", "-c", str(policy), "--socket", name)
@@ -222,10 +239,3 @@ def test_rules_go_with_the_last_of_those_that_they_are_for(
     assert nic.table == {1}
     down(name)
     assert nic.untouched()
-
-
-def _until_alone(lab: Lab) -> None:
-    from test_cli_broker import wait_until
-
-    wait_until(lambda: not others(lab))
-    assert os.path.exists(RECORDS)
