@@ -183,8 +183,6 @@ def test_a_broker_puts_rules_on_and_its_successor_goes_on(
 ) -> None:
     nic, name = hardware_nic, str(folder / "broker.sock")
     plain = with_rules("shared")
-        "ring_size: 256", "ring_size: 256, queues: [0], hardware_rules: required"
-    )
     policy.write_text(plain + bad(9))
     pid = up(policy, name)
     assert stats()["hardware"]["reason"] == "1 drop; steered flows on queues 0, the rest on 1"
