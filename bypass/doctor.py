@@ -20,7 +20,10 @@ from bypass.doctor_port import Check, Verdict
 from bypass.errors import DeviceError
 
 if TYPE_CHECKING:
+    from bypass.hwflow.held import Record
+    from bypass.hwflow.offered import Offer
     from bypass.policy import Policy
+    from bypass.policy_fields import HardwareRules
 
 SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "fail": 2}
 MODES = ("auto", "zerocopy", "copy", "skb")
@@ -100,13 +103,35 @@ def diagnose(ifname: str = "", policy: Policy | None = None) -> Report:
     Raises:
         DeviceError: no such interface.
     """
+    from bypass.hwflow.held import found
+    from bypass.hwflow.offered import of_interface, of_port
+
     checks = [*check_machine(), *doctor_port.check_port(doctor_port.read(), doctor_port.Needs.of(policy))]
+    if policy is not None and policy.backend.kind == "dpdk" and policy.backend.hardware_rules != "none":
+        checks.append(check_rules("dpdk", of_port(policy.backend.device), policy.backend.hardware_rules))
     if not ifname:
         return Report("", tuple(checks))
     facts = nic.read(ifname)
     checks += check_interface(facts)
+    wants: HardwareRules = "none"
+    if policy is not None and policy.backend.kind == "afxdp" and policy.interface == ifname:
+        wants = policy.backend.hardware_rules
+    checks.append(check_rules("interface", of_interface(ifname), wants, found(ifname)))
     mode, reason = choose(facts, "auto")
     return Report(ifname, tuple(checks), mode, reason)
+
+
+def check_rules(group: str, offer: Offer, wants: HardwareRules, left: Record | None = None) -> Check:
+    """Rules in hardware: what the device offers, what the policy wants, what a killed process left."""
+    name = "hardware rules"
+    if left is not None and not left.alive:
+        found = f"those of process {left.keeper[0]}, which was killed: whoever uses {left.ifname} next takes them off"
+        return Check(group, name, "warn", found, f"bypass nic rules --recover {left.ifname}")
+    if offer.has is not False or wants == "none":
+        return Check(group, name, "ok", offer.text)
+    if wants == "auto":
+        return Check(group, name, "warn", f"{offer.text}; the program does it alone")
+    return Check(group, name, "fail", offer.text, "hardware_rules: auto in the policy, or another device")
 
 
 # ---- The mode --------------------------------------------------------------------------------------------------

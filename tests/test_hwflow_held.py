@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ from test_hwflow_ethtool import TWO, FakeNic
 from test_hwflow_rules import WEB, policy
 
 from bypass import netns
+from bypass.cli import main
+from bypass.doctor import check_rules
+from bypass.doctor_port import Check
 from bypass.errors import DeviceError
-from bypass.hwflow import Plan, plan, translate
+from bypass.hwflow import Plan, held, plan, translate
 from bypass.hwflow.apply import Room, room_of
 from bypass.hwflow.held import Held, found, recover
+from bypass.hwflow.offered import Offer, of_interface, of_port
+from bypass.policy_fields import HardwareRules
 
 IFNAME = "lo"
+WANTS: tuple[HardwareRules, ...] = ("none", "auto", "required")
 
 
 class Nic(FakeNic):
@@ -46,7 +53,7 @@ def files(folder: Path) -> list[str]:
 def test_rules_are_there_until_close_with_a_record_of_what_was_changed(tmp_path: Path) -> None:
     device = Nic()
     before = device.state()
-    held = Held(planned(), None, device.ask, tmp_path)
+    ours = Held(planned(), None, device.ask, tmp_path)
     record = found(IFNAME, tmp_path)
     assert record is not None
     assert record.alive
@@ -54,7 +61,7 @@ def test_rules_are_there_until_close_with_a_record_of_what_was_changed(tmp_path:
     assert record.traces.table == tuple(before[1])
     assert [r.location for r in record.traces.rules] == [at for at in sorted(device.rules) if at != 1]
     assert recover(IFNAME, device.ask, tmp_path) is False, "they are ours"
-    held.close()
+    ours.close()
     assert device.state() == before
     assert files(tmp_path) == []
     assert found(IFNAME, tmp_path) is None
@@ -145,18 +152,18 @@ def test_rules_of_others_that_took_a_place_of_ours_stay(tmp_path: Path, dead: in
 
 def test_other_rules_take_their_place_and_a_refusal_brings_the_old_ones_back(tmp_path: Path) -> None:
     device = Nic()
-    held = Held(planned(), None, device.ask, tmp_path)
+    ours = Held(planned(), None, device.ask, tmp_path)
     first = device.state()
-    held.exchange(planned(WEB))
+    ours.exchange(planned(WEB))
     assert len(device.rules) == 2
-    held.exchange(planned())
+    ours.exchange(planned())
     assert device.state() == first
     for step in range(1, 4):  # of the rules that are put on, behind those that were taken off
         device.fails = {device.changes + len(planned().rules) + step: 28}
         with pytest.raises(DeviceError, match=r"p.yaml:\d+: '\w+' is refused: No space left on device"):
-            held.exchange(planned(*TWO, "dns: proto: udp, local: 192.0.2.10, local_port: 53 -> steer"))
+            ours.exchange(planned(*TWO, "dns: proto: udp, local: 192.0.2.10, local_port: 53 -> steer"))
         assert device.state() == first
-    held.close()
+    ours.close()
     assert device.state() == Nic().state()
 
 
@@ -188,14 +195,14 @@ def test_a_successor_of_the_same_keeper_goes_on_and_others_are_refused(tmp_path:
 def test_what_cannot_be_taken_off_is_told_and_tried_again(tmp_path: Path) -> None:
     device = Nic()
     before = device.state()
-    held = Held(planned(), None, device.ask, tmp_path)
+    ours = Held(planned(), None, device.ask, tmp_path)
     device.fails = {device.changes + 2: 5}
     with pytest.raises(DeviceError, match=r"lo: not undone: rule \d \('all'\): Input/output error"):
-        held.close()
+        ours.close()
     record = found(IFNAME, tmp_path)
     assert record is not None
     assert (record.traces.table, [r.name for r in record.traces.rules]) == (None, ["all"])
-    held.close()
+    ours.close()
     assert device.state() == before
     assert files(tmp_path) == []
 
@@ -217,12 +224,12 @@ def test_a_record_that_cannot_be_understood_is_named(tmp_path: Path, text: str) 
 def test_a_record_belongs_to_a_network_namespace(tmp_path: Path, netns_name: str) -> None:
     """Every one has a loopback of the same name and number."""
     device = Nic()
-    held = Held(planned(), None, device.ask, tmp_path)
+    ours = Held(planned(), None, device.ask, tmp_path)
     (name,) = files(tmp_path)
     assert name.startswith(netns.cookie())
     assert netns.run(netns_name, found, IFNAME, tmp_path) is None
     assert json.loads((tmp_path / name).read_text())["ifname"] == IFNAME
-    held.close()
+    ours.close()
 
 
 @pytest.fixture
@@ -241,6 +248,60 @@ def test_who_may_not_write_records_is_told(tmp_path: Path) -> None:
         Held(planned(), None, Nic().ask, tmp_path / "file" / "records")
     with pytest.raises(DeviceError, match="nosuch0: there is no such interface"):
         recover("nosuch0", None, tmp_path)
+
+
+def test_who_may_not_look_at_records_goes_on(tmp_path: Path) -> None:
+    """A stack with capabilities and no root: what was left there is not its to take off."""
+    Held(planned(), None, Nic().ask, tmp_path)
+    code = "import sys; from pathlib import Path; from bypass.hwflow.held import found, recover; "
+    code += "print(recover('lo', None, Path(sys.argv[1])), found('lo', Path(sys.argv[1])))"
+    as_user = ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(as_user, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False None\n"
+
+
+def test_the_command_takes_off_what_was_left(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = Nic()
+    before = device.state()
+    Held(planned(), dead, device.ask, tmp_path)
+    monkeypatch.setattr(held, "RECORDS", tmp_path)
+    monkeypatch.setattr(held, "ask", device.ask)
+    left = found(IFNAME)
+    says = f"those of process {dead}, which was killed: whoever uses lo next takes them off"
+    assert check_rules("interface", of_interface(IFNAME, device.ask), "required", left) == Check(
+        "interface", "hardware rules", "warn", says, "bypass nic rules --recover lo"
+    )
+    assert main(["nic", "rules", "--recover", IFNAME]) == 0
+    assert device.state() == before
+    assert main(["nic", "rules", "--recover", IFNAME]) == 0
+    assert capsys.readouterr().out == "lo: its rules are as they were\nlo: nobody who was killed left rules\n"
+    assert main(["nic", "rules", "--recover", "nosuch0"]) == 2
+    assert main(["nic", "rules"]) == 2
+
+
+def test_the_doctor_says_what_a_policy_can_have(dead: int) -> None:
+    has, lacks, unknown = (
+        of_interface(IFNAME, Nic().ask),
+        of_port("net_memif0,role=server"),
+        of_port("net_tap0"),
+    )
+    assert has == Offer(True, "room for 63 of 64; a hash table of 8 entries")
+    assert of_interface(IFNAME, Nic(special=True).ask).text.startswith("places of its driver's choice; ")
+    assert of_interface(IFNAME).has is False, "the loopback itself"
+    assert (lacks.has, unknown.has, of_port("0000:03:00.0").has) == (False, None, None)
+    verdicts = {
+        (offer.has, wants): check_rules("dpdk", offer, wants).verdict
+        for offer in (has, lacks, unknown)
+        for wants in WANTS
+    }
+    assert {pair for pair, verdict in verdicts.items() if verdict != "ok"} == {
+        (False, "auto"),
+        (False, "required"),
+    }
+    assert verdicts[False, "auto"] == "warn"
+    assert verdicts[False, "required"] == "fail"
 
 
 def test_what_an_interface_offers_is_known() -> None:

@@ -5,6 +5,7 @@ they match what they should is in test_hwflow_rules.py."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -158,11 +159,19 @@ flows:
 """
 
 
+OFFER = (
+    "(?:nope0: no rules: its features cannot be read: there is no such interface|"
+    r"the port: whether 0000:03:00.0 takes them is seen when it is opened \(bypass stats\))"
+)
+
+
 def run(file: Path, text: str, *args: str) -> str:
     file.write_text(text)
     argv = ["nic", "rules", "-c", str(file), *args]
     done = CliRunner().invoke(cli, argv, standalone_mode=False, catch_exceptions=False)
-    return done.output
+    *said, rest = re.split(f"^{OFFER}\n", done.output, flags=re.MULTILINE)
+    assert len(said) == 1, "once it is said what the device offers"
+    return said[0] + rest
 
 
 def test_the_command_prints_rules_and_what_is_left(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from bypass.cli.ask import ask_all
 from bypass.errors import BypassError, DeviceError
 from bypass.hwflow import Plan, Translation, plan, rte_rules, translate
+from bypass.hwflow.offered import offered
 from bypass.policy import Policy, load_policy
 from bypass.rules import PROTOCOLS, Address
 from bypass.steer_maps import BLOCK, Endpoint
@@ -34,7 +35,7 @@ def lines(
     port: int,
     limit: int,
 ) -> tuple[list[str], list[str]]:
-    """(commands or JSON, what is left to the program).
+    """(commands or JSON; what is left to the program, and whether the device has rules).
 
     Raises:
         BypassError: the policy is wrong, needs too many rules, or the queues are not known.
@@ -56,7 +57,15 @@ def lines(
         made = _ethtool(
             plan(translation, policy.interface, stack=stack, kernel=theirs, vf=vf), first, undo, as_json
         )
-    return made, [p.text(policy.path) for p in translation.left]
+    return made, [*(p.text(policy.path) for p in translation.left), _offer(policy, form)]
+
+
+def _offer(policy: Policy, form: str) -> str:
+    if form == "rte_flow" and policy.backend.kind != "dpdk":
+        return f"{policy.interface}: its rules of rte_flow are a DPDK driver's"
+    offer = offered(policy)
+    where = policy.interface if policy.backend.kind == "afxdp" else "the port"
+    return f"{where}: {'no rules: ' if offer.has is False else ''}{offer.text}"
 
 
 def _rte(

@@ -309,7 +309,10 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
 
 
 @nic.command("rules")
-@click.option("-c", "--config", "file", metavar="POLICY", required=True, help="The policy.")
+@click.option("-c", "--config", "file", metavar="POLICY", help="The policy.")
+@click.option(
+    "--recover", metavar="IFACE", help="Take off an interface the rules that a process left which was killed."
+)
 @click.option(
     "--format",
     "form",
@@ -333,20 +336,33 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
     "--limit", default=4096, show_default=True, type=click.IntRange(1), help="Rules of the device's table."
 )
 @JSON
-def rules_(file: str, form: str | None, as_json: bool, **said: Any) -> None:
-    """Print a policy's rules for network hardware, which chooses queues before any program runs. Nothing is applied.
+def rules_(file: str | None, recover: str | None, form: str | None, as_json: bool, **said: Any) -> None:
+    """Print a policy's rules for network hardware, which chooses queues before any program runs. Nothing is applied:
+    `backend: {hardware_rules: auto}` in a policy does that. On stderr: whether the device has such rules.
 
     ethtool: rules (-N) that send what is steered to the queues of the stack, and a hash table (-X) that keeps all else
     off them. rte_flow: the same for a port of DPDK, as commands of testpmd. The steering program still decides about
-    each packet. What hardware cannot say is left to it, and told on stderr with its place. Untried on hardware.
+    each packet. What hardware cannot say is left to it, and told on stderr with its place. No NIC was at hand to try.
 
     \b
     Examples:
       bypass nic rules -c policy.yaml --queues 3 --kernel-queues 0-2
       bypass nic rules -c policy.yaml --queues 3 --kernel-queues 0-2 --undo
       bypass nic rules -c dpdk.yaml --format rte_flow
+      bypass nic rules --recover eth1
     """
     from bypass.cli.hardware import lines
+
+    if recover is not None:
+        from bypass.hwflow.held import recover as take_off
+
+        done = take_off(recover)
+        click.echo(
+            f"{recover}: {'its rules are as they were' if done else 'nobody who was killed left rules'}"
+        )
+        return
+    if file is None:
+        raise click.UsageError("-c POLICY, or --recover IFACE")
 
     found, left = lines(file, form, as_json, **said)
     for text in left:

@@ -124,7 +124,7 @@ def recover(ifname: str, asking: Ask | None = None, records: Path | None = None)
         DeviceError: it cannot be undone.
     """
     path = _path(ifname, records)
-    if not path.exists():
+    if not os.access(path, os.F_OK):  # also where we may not look: only root puts rules on
         return False
     with _locked(path.parent):
         record = _load(path)
@@ -135,8 +135,9 @@ def recover(ifname: str, asking: Ask | None = None, records: Path | None = None)
 
 
 def found(ifname: str, records: Path | None = None) -> Record | None:
-    """What is on an interface by us. None: nothing. DeviceError: it cannot be read."""
-    return _load(_path(ifname, records))
+    """What is on an interface by us. None: nothing, or we may not know. DeviceError: it cannot be read."""
+    path = _path(ifname, records)
+    return _load(path) if os.access(path, os.R_OK) else None
 
 
 def _clean(record: Record, path: Path, asking: Ask) -> None:
