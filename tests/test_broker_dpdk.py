@@ -4,8 +4,12 @@ what is left when one of all these is killed. The port is a veth's end by net_af
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import os
+import pkgutil
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from broker_support import running
@@ -495,3 +500,72 @@ def test_a_program_alone_needs_no_broker(policy: Path, lab: Lab) -> None:
             echo_at(lab, 8080)
             assert to_the_kernel(lab) == seen
             assert program.wait(60) == 0
+
+
+def open_files() -> list[str]:
+    """Of this process, by what they are; without the one that the listing takes."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(re.sub(r"\d+", "N", name) for name in found if not name.startswith("/proc"))
+
+
+STEPS = (
+    # what fails, and whether it has done its work before
+    ("bypass.broker.dpdk.tap.open_tap", False),
+    ("os.memfd_create", False),
+    ("bypass.dpdk_backend.steering.SoftSteering._put_rules", True),
+    ("bypass.watch.KernelWatch._tell_addresses", False),
+    ("bypass.status.StatusServer._listen", True),
+    ("bypass.fwd.Forwarder.start", False),
+    ("bypass.broker.holder.Holder._put_steering", True),
+    ("bypass.fwd.Forwarder.watch", True),
+    ("bypass.fwd.Forwarder.dpdk_open", True),
+    ("bypass.dpdk_backend.tap._index", True),
+    ("bypass.dpdk_backend.tap._addresses", True),
+    ("bypass.broker.dpdk.put_flows", True),
+    ("bypass.fwd.Forwarder.locals", True),
+)
+
+
+def break_step(patch: pytest.MonkeyPatch, step: str, done: bool, error: BaseException) -> list[str]:
+    """Has it fail once; what is returned is not empty any more then."""
+    owner, _, name = step.rpartition(".")
+    real, failed = getattr(pkgutil.resolve_name(owner), name), list[str]()
+
+    def broken(*args: Any, **more: Any) -> Any:
+        if failed:  # undoing may take the same
+            return real(*args, **more)
+        failed.append(step)
+        if done:
+            real(*args, **more)
+        raise error
+
+    patch.setattr(step, broken)
+    return failed
+
+
+def test_whatever_fails_at_the_start_nothing_is_left(
+    policy: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is interrupted. What a step had done is undone."""
+    loaded = load_policy(str(policy))
+    site_of(loaded, "@test/injected").close()  # what is loaded once, and stays
+    before = open_files()
+    for number, (step, done) in enumerate(STEPS):
+        error = (OSError(errno.EIO, "injected"), DeviceError("injected"), KeyboardInterrupt("injected"))[
+            number % 3
+        ]
+        with monkeypatch.context() as patch:
+            failed = break_step(patch, step, done, error)
+            with pytest.raises((type(error), DeviceError)):
+                site_of(loaded, "@test/injected")
+        assert failed, step
+        wait_until(lambda: interfaces() == {"lo", WIRE_IFNAME})
+        wait_until(lambda: not others(lab))
+        error.__traceback__ = None  # it holds the frames, and what is in them
+        gc.collect()
+        assert open_files() == before, (step, done)
+        assert [name for name in listening() if "bypass" in name] == [], step
+    site_of(loaded).close()
