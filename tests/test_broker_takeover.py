@@ -296,6 +296,30 @@ def refused(policy: Path, name: str) -> str:
     return str(done.stderr)
 
 
+def test_down_waits_for_connections_when_asked_to(policy: Path, folder: Path, lab: Lab) -> None:  # noqa: F811
+    """And not for who listens, which has no end: new connections are the kernel's afterwards."""
+    name = str(folder / "broker.sock")
+    up(policy, name)
+    with Program(name) as program:
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        argv = [*BYPASS, "down", "--drain", "--socket", name]
+        with Load(lab, 2) as load:
+            load.goes_on()
+            draining = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+            assert draining.stdout is not None
+            assert draining.stdout.readline() == "waiting: 2 connections on the stack\n"
+            assert program.do("listen", SERVER_IP, 8081) == "8081"
+            assert leases(name) == [f"{SERVER_IP}:8080"], "nothing new is granted"
+            load.goes_on()
+        said = draining.communicate(timeout=60)[0].splitlines()[-1]
+        end = "the broker has ended; 2 connections came to an end before; 1 lease of 1 application went to the kernel"
+        assert said == end
+        if not lab.wire:  # there the kernel's device of the port has ended
+            seen = to_the_kernel(lab)
+            echo_at(lab, 8080)
+            assert to_the_kernel(lab) > seen
+
+
 def test_what_cannot_be_taken_over_is_said_and_goes_on(
     policy: Path,
     left: tuple[str, Program, Load],

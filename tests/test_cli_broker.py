@@ -28,7 +28,7 @@ from bypass.broker import private
 from bypass.broker.private import site_when_free
 from bypass.broker.protocol import Kind, Message
 from bypass.broker.site import LoopSite
-from bypass.broker.tools import ask
+from bypass.broker.tools import Asking, ask
 from bypass.errors import ForeignProgramError
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab
 
@@ -393,23 +393,32 @@ def test_down_tells_what_dies(broker: str, lab: Lab) -> None:
             client.read()
 
 
-def test_down_waits_for_leases_when_asked_to(broker: str, lab: Lab) -> None:
+def test_a_broker_that_drains_grants_nothing_and_ends_with_the_last_lease(broker: str, lab: Lab) -> None:
+    """As it does when `bypass down --drain` is interrupted."""
     with Client(broker) as client, socket.socket() as sock, socket.socket() as late:
         client.hello()
         sock.bind((SERVER_IP, 8080))
         lease = client.lease(sock, STREAM, (SERVER_IP, 8080)).lease
-        argv = [*BYPASS, "down", "--drain", "--socket", broker]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as draining:
-            assert draining.stdout is not None
-            assert draining.stdout.readline() == "waiting: 1 lease of 1 application are in use\n"
-            assert client.wait_for(Kind.DRAIN).flags == 0
-            answer, _ = client.ask(
-                Message(Kind.LEASE, kind=STREAM, local=(SERVER_IP, 8080)), (late.fileno(),)
-            )
-            assert answer.error
-            client.good(Message(Kind.RELEASE, lease=lease))
-            assert draining.stdout.read() == "the broker has ended; nothing was in use\n"
-            assert draining.wait(TIMEOUT) == 0
+        asking = Asking(broker)
+        answers = asking.ask({"do": "down", "drain": True})
+        assert next(answers) == {"apps": 1, "leases": 1}
+        assert client.wait_for(Kind.DRAIN).flags == 0
+        answer, _ = client.ask(Message(Kind.LEASE, kind=STREAM, local=(SERVER_IP, 8080)), (late.fileno(),))
+        assert answer.error
+        client.good(Message(Kind.RELEASE, lease=lease))
+        assert next(answers) == {"apps": 1, "leases": 0, "end": True}
+        asking.wait_for_end()
+        asking.close()
+
+
+def test_down_does_not_wait_for_who_only_listens(broker: str, lab: Lab) -> None:
+    with Client(broker) as client, socket.socket() as sock:
+        client.hello()
+        sock.bind((SERVER_IP, 8080))
+        client.lease(sock, STREAM, (SERVER_IP, 8080))
+        said = good("down", "--drain", "--socket", broker)
+        assert said == "the broker has ended; 1 lease of 1 application went to the kernel\n"
+        assert client.wait_for(Kind.DRAIN).flags == 0
 
 
 def with_socket(sock: socket.socket) -> list[str]:

@@ -79,16 +79,24 @@ class Asking:
     def close(self) -> None:
         self._sock.close()
 
-    def ask(self, question: dict[str, Any], wait_s: float | None = ANSWER_S) -> Iterator[dict[str, Any]]:
+    def ask(
+        self, question: dict[str, Any], wait_s: float = ANSWER_S, *, idle: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """The records of the answer, up to the last one.
 
+        Args:
+            idle: an empty record whenever the broker says nothing for wait_s; else that is an error.
+
         Raises:
-            BypassError: the broker refuses, has ended, or says nothing for so many seconds (None: for ever).
+            BypassError: the broker refuses, has ended, or says nothing for so many seconds.
         """
         with suppress(BrokenPipeError, ConnectionResetError):  # it has ended
             self._sock.send(json.dumps(question).encode())
         while True:
             if not select.select([self._sock], [], [], wait_s)[0]:
+                if idle:
+                    yield {}
+                    continue
                 raise BypassError(f"the broker at {self.name} does not answer")
             data = b""
             with suppress(ConnectionResetError):  # without having read the question

@@ -20,6 +20,7 @@ SOCKET = click.option(
 )
 
 
+DRAIN_LOOK_S = 0.5
 LIVE = ("ESTAB", "SYN-SENT", "SYN-RECV", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT", "CLOSING", "LAST-ACK")
 """States of connections that an end of the broker costs somebody."""
 
@@ -65,16 +66,18 @@ def up(policy: str | None, foreground: bool, name: str | None) -> None:
 
 @click.command()
 @click.option(
-    "--drain", is_flag=True, help="Wait until programs have given back all ports; nothing new is granted."
+    "--drain",
+    is_flag=True,
+    help="Wait until programs have no connection on the stack any more; nothing new is granted.",
 )
 @SOCKET
 def down(drain: bool, name: str | None) -> None:
     """End a broker. The kernel has all flows of its interface again.
 
     At once: connections on the stack die, and it is told how many, and leases. With --drain nothing new is
-    granted: ports that programs open from then on are the kernel's. A server that listens already keeps its port, new
-    connections included, until it closes it or ends; the broker ends with the last port. Interrupted, it goes on
-    draining.
+    granted: ports that programs open from then on are the kernel's. It waits for TCP connections, and says how many there
+    are. A server that listens already takes new ones until then, and goes on by the kernel afterwards. Interrupted, the
+    broker goes on draining, and ends when programs have given back all of their ports.
 
     \b
     Examples:
@@ -86,19 +89,33 @@ def down(drain: bool, name: str | None) -> None:
     asking = Asking(name)
     try:
         record: dict[str, int] = {}
-        for record in asking.ask({"do": "down", "drain": drain}, None if drain else 30.0):
-            if drain and not record.get("end"):
-                live = _with(", with {}", _connections(name))
-                click.echo(f"waiting: {_leases(record)}{live} are in use")
+        if not drain or not _drained(asking, name):
+            for record in asking.ask({"do": "down"}):
+                pass
         asking.wait_for_end()
     finally:
         asking.close()
     if not drain and record.get("leases"):
         click.echo(f"the broker has ended; {_leases(record)} died{_with(', with {}', had)}")
-    elif drain and had:
-        click.echo(f"the broker has ended; {_count(had, 'connection')} came to an end before")
-    else:
-        click.echo("the broker has ended; nothing was in use")
+        return
+    ended = f"; {_count(had, 'connection')} came to an end before" if had else ""
+    kernels = f"; {_leases(record)} went to the kernel" if record.get("leases") else ""
+    click.echo(f"the broker has ended{ended}{kernels}" + ("" if ended or kernels else "; nothing was in use"))
+
+
+def _drained(asking: Asking, name: str) -> bool:
+    """Waits until no program has a connection. Whether the broker has ended by itself: no program has a port either."""
+    said = 0
+    for record in asking.ask({"do": "down", "drain": True}, DRAIN_LOOK_S, idle=True):
+        if record.get("end"):
+            return True
+        live = _connections(name)
+        if not live:
+            break
+        if live != said:
+            click.echo(f"waiting: {_count(live, 'connection')} on the stack")
+        said = live
+    return False
 
 
 def _connections(name: str) -> int:
