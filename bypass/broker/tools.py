@@ -172,7 +172,7 @@ def _read(pipe: int, end: float) -> bytes:
     return os.read(pipe, 1 << 20)
 
 
-def ask(name: str, question: dict[str, Any], wait_s: float | None = ANSWER_S) -> list[dict[str, Any]]:
+def ask(name: str, question: dict[str, Any], wait_s: float = ANSWER_S) -> list[dict[str, Any]]:
     """All records of an answer. BypassError: there is none."""
     asking = Asking(name)
     try:

@@ -75,9 +75,9 @@ def down(drain: bool, name: str | None) -> None:
     """End a broker. The kernel has all flows of its interface again.
 
     At once: connections on the stack die, and it is told how many, and leases. With --drain nothing new is
-    granted: ports that programs open from then on are the kernel's. It waits for TCP connections, and says how many there
-    are. A server that listens already takes new ones until then, and goes on by the kernel afterwards. Interrupted, the
-    broker goes on draining, and ends when programs have given back all of their ports.
+    granted: ports that programs open from then on are the kernel's. It waits for TCP connections, and says how many
+    there are. A server that listens already takes new ones until then, and goes on by the kernel afterwards.
+    Interrupted, the broker goes on draining, and ends when programs have given back all of their ports.
 
     \b
     Examples:
@@ -90,8 +90,7 @@ def down(drain: bool, name: str | None) -> None:
     try:
         record: dict[str, int] = {}
         if not drain or not _drained(asking, name):
-            for record in asking.ask({"do": "down"}):
-                pass
+            record = list(asking.ask({"do": "down"}))[-1]
         asking.wait_for_end()
     finally:
         asking.close()
