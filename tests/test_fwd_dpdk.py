@@ -152,3 +152,31 @@ def test_a_port_without_sense_is_refused(forwarder: Forwarder, classifier: Class
     with pytest.raises(OSError, match=r"no port of DPDK"):
         forwarder.dpdk_audit()
     assert "bypass-dpdk" not in Path(f"/proc/{forwarder.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "code"),
+    [
+        (0, 0, errno.ENODEV),
+        (2, 2, errno.ENODEV),
+        (2, 1.5, errno.EINVAL),
+        (2, 3, errno.EINVAL),
+        (0, 1, errno.EINVAL),
+        (4097, 4097, errno.EINVAL),
+        (2**32 - 1, 1, errno.EINVAL),
+    ],
+)
+def test_rules_of_a_port_come_in_a_file_that_holds_just_them(
+    forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch, count: int, size: float, code: int
+) -> None:
+    """What is right has no port here."""
+    real = forwarder._ask
+
+    def lies(kind: str, struct: str, values: Any, **more: Any) -> Any:
+        os.ftruncate(more["fds"][0], int(size * ffi.sizeof("struct dpdk_flow")))
+        return real(kind, struct, values | {"count": count}, **more)
+
+    monkeypatch.setattr(forwarder, "_ask", lies)
+    with pytest.raises(OSError, match=r"rules come in a file|no port of DPDK") as e:
+        forwarder.dpdk_flows(ffi.new("struct dpdk_flow[]", 0), -1)
+    assert e.value.errno == code

@@ -191,6 +191,10 @@ def test_a_broker_puts_rules_on_and_its_successor_goes_on(
     with Program(name) as program:
         assert program.do("listen", SERVER_IP, 8080) == "8080"
         assert stats()["queues"] == [0]
+        flow = f"tcp 198.51.100.7:40000 > {SERVER_IP}:8080"
+        explained = json.loads(good("explain", SERVER_IFNAME, flow, "--json", "--socket", name))
+        assert explained["queue"] == 0
+        assert "a rule of the interface sends what 'web' steers there" in json.dumps(explained)
         with Load(one_way, 2) as load:
             load.goes_on()
             kill(pid, one_way)
@@ -219,7 +223,8 @@ def test_a_broker_puts_rules_on_and_its_successor_goes_on(
 def test_rules_go_with_the_last_of_those_that_they_are_for(
     hardware_nic: FileNic, policy: Path, folder: Path, one_way: Lab
 ) -> None:
-    """Broker and application are killed: the next broker takes them off, and its own on; one that is refused ends."""
+    """Broker and application are killed: the next broker takes them off. It needs its own and is refused: it ends; one
+    that does not need them has all queues."""
     nic, name = hardware_nic, str(folder / "broker.sock")
     policy.write_text(with_rules("direct"))
     pid = up(policy, name)
@@ -233,7 +238,14 @@ def test_rules_go_with_the_last_of_those_that_they_are_for(
     assert said.returncode == 2
     assert "backend.hardware_rules is required, and cannot be" in said.stderr
     assert nic.untouched()
+    policy.write_text(with_rules("direct").replace("required", "auto"))
+    nic.refuse(1)
     up(policy, name)
-    assert nic.table == {1}
+    with Program(name) as program:
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        assert stats()["queues"] == [0, 1], "without rules all are needed"
+        assert stats()["hardware"]["rules"] == 0
+        good("reload", "--socket", name)
+        assert nic.untouched()
+        echo_at(one_way, 8080)
     down(name)
-    assert nic.untouched()

@@ -23,7 +23,7 @@ from bypass.broker.interface import DeviceView
 from bypass.broker.ports import PortsSite
 from bypass.broker.takeover import Left
 from bypass.dpdk_backend import eal, link_counters, tap
-from bypass.dpdk_backend.flows import Refused, put_flows
+from bypass.dpdk_backend.flows import REST, Refused, put_flows
 from bypass.dpdk_backend.steering import SoftSteering
 from bypass.dpdk_backend.taken import device_taken
 from bypass.errors import BypassError, DeviceError
@@ -131,6 +131,12 @@ class DpdkSite(PortsSite):
     def arrival(self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]) -> Queue:
         if len(self.queues) == 1:
             return Queue(0, "the only one")
+        if self.hardware is not None and self.hardware.rules:
+            rule = self.decide(proto, local, remote)
+            if rule is None or rule.action != "steer":
+                return Queue(REST, "the port's rules keep on it what is not steered")
+            if len(self.queues) == 2:
+                return Queue(REST + 1, f"a rule of the port sends what '{rule.name}' steers there")
         return Queue(None, "the port's driver spreads flows over its queues by a key of its own")
 
     def close(self) -> None:

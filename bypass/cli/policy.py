@@ -113,9 +113,11 @@ def backend_text(checked: Policy) -> str:
         kernel = (
             f"kernel by {b.exception}, {b.exception_rate} packets/s" if b.exception == "tap" else "no kernel"
         )
-        return f"{b.device}, {b.queues} queue{'s' * (b.queues != 1)}, {kernel}"
+        rules = "" if b.hardware_rules == "none" else f", hardware rules {b.hardware_rules}"
+        return f"{b.device}, {b.queues} queue{'s' * (b.queues != 1)}, {kernel}{rules}"
     queues = "all queues" if b.queues is None else "queues " + ", ".join(map(str, b.queues))
-    return f"mode {b.mode}, {queues}"
+    rules = "" if b.hardware_rules == "none" else f", hardware rules {b.hardware_rules}"
+    return f"mode {b.mode}, {queues}{rules}"
 
 
 def print_summary(checked: Policy) -> None:

@@ -26,7 +26,7 @@ from bypass.hwflow.rules import HardwareRule, Translation, translate
 from bypass.policy import Policy
 from bypass.rules import Address
 
-__all__ = ["Flows", "Put", "Refused", "flows_of", "pack", "put_flows"]
+__all__ = ["REST", "Flows", "Put", "Refused", "flows_of", "pack", "put_flows"]
 
 KINDS: dict[str, int] = {
     name: int(getattr(lib, f"DPDK_FLOW_{name.upper()}"))

@@ -260,14 +260,14 @@ int device_dpdk_flows(struct request *q)
     const struct device *d = q->w->device;
     struct fwd_flows_done *a = q->answer;
     struct dpdk_error error = {0};
-    struct dpdk_flow *flow;
+    struct dpdk_flow *flow = m->count <= DPDK_FLOWS ? read_flows(q->fds[0], m->count) : NULL;
 
-    if (!d || d->kind != &kind) {
-        return refuse(q, ENODEV, "no port of DPDK is open");
-    }
-    flow = m->count <= DPDK_FLOWS ? read_flows(q->fds[0], m->count) : NULL;
     if (!flow) {
         return refuse(q, EINVAL, "rules come in a file that holds just them, at most %d", DPDK_FLOWS);
+    }
+    if (!d || d->kind != &kind) {
+        free(flow);
+        return refuse(q, ENODEV, "no port of DPDK is open");
     }
     *a = (struct fwd_flows_done){.head = a->head};
     if (dpdk_of(d)->plugin->flows(dpdk_of(d)->port, flow, m->count, m->rest, &a->at, &error) < 0) {
