@@ -64,11 +64,11 @@ static void to_pool(struct pool *p, struct rte_mbuf **mbufs, uint32_t n)
 static void eth_free(struct bypass_netdev *nd, const bypass_pkt *pkts, int n)
 {
     struct dpdk_port *d = port_of(nd);
-    struct rte_mbuf *back[BURST];
-    uint32_t count = 0;
+    struct pool *p = &d->pool;
 
+    rte_spinlock_lock(&p->lock); /* once: mostly they are few, and nobody else wants it */
     for (int i = 0; i < n; i++) {
-        struct rte_mbuf *mbuf = pkts[i] < nd->frames ? frame_mbuf(&d->pool, pkts[i]) : NULL;
+        struct rte_mbuf *mbuf = pkts[i] < nd->frames ? frame_mbuf(p, pkts[i]) : NULL;
         struct bypass_pkt_meta *m = mbuf ? mbuf_meta(mbuf) : NULL;
 
         if (!m || !(m->holders & HOLD_STACK)) {
@@ -77,16 +77,10 @@ static void eth_free(struct bypass_netdev *nd, const bypass_pkt *pkts, int n)
         }
         m->holders &= (uint8_t)~HOLD_STACK;
         if (m->holders == 0) {
-            back[count++] = mbuf;
-        }
-        if (count == BURST) {
-            to_pool(&d->pool, back, count);
-            count = 0;
+            p->list[p->count++] = mbuf;
         }
     }
-    if (count) {
-        to_pool(&d->pool, back, count);
-    }
+    rte_spinlock_unlock(&p->lock);
     count_free(d);
     port_check(d, "free");
 }
@@ -256,118 +250,6 @@ static void take_back(struct rte_mbuf *mbuf)
     mbuf_meta(mbuf)->holders &= (uint8_t)~HOLD_DEV;
 }
 
-/* Frames become what the driver gets: one packet each, or several in a chain. The number of packets. */
-static int pack(struct dpdk_port *d, bool join, const bypass_pkt *pkts, int n, struct rte_mbuf **mbufs,
-                struct tso_packet *packets)
-{
-    for (int i = 0; i < n; i++) {
-        mbufs[i] = describe(d, pkts[i]);
-        packets[i].frames = 1;
-    }
-    return join ? tso_join(d, mbufs, n, packets) : n;
-}
-
-static void count_sent(struct queue *q, const struct pool *pool, const bypass_pkt *pkts,
-                       const struct tso_packet *packets, int sent)
-{
-    for (int i = 0; i < sent; i++) {
-        q->n.tso_packets += packets[i].frames > 1;
-        q->n.tso_segments += packets[i].frames > 1 ? (uint64_t)packets[i].frames : 0;
-        for (int j = 0; j < packets[i].frames; j++) {
-            q->n.tx_bytes += mbuf_meta(frame_mbuf(pool, *pkts++))->len;
-            q->n.tx_packets++;
-        }
-    }
-}
-
-static int frames_in(const struct tso_packet *packets, int n)
-{
-    int sum = 0;
-
-    for (int i = 0; i < n; i++) {
-        sum += packets[i].frames;
-    }
-    return sum;
-}
-
-struct attempt {
-    int packed, ready, sent; /* packets */
-    int first, taken;        /* frames: of the first packet; that the driver took */
-    int err;                 /* what is wrong with the next one */
-};
-
-/* n frames for one queue, at most BURST, valid. */
-static struct attempt attempt(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, bool join)
-{
-    struct queue *q = &d->queue[qi];
-    struct tx_fifo *f = &q->fifo;
-    struct rte_mbuf *mbufs[BURST];
-    struct tso_packet packets[BURST];
-    struct attempt a = {.packed = pack(d, join, pkts, n, mbufs, packets)};
-    int given;
-
-    a.ready = a.packed;
-    if (d->tx_csum) { /* some drivers have to put something into the packet for it */
-        a.ready = rte_eth_tx_prepare(d->id, (uint16_t)qi, mbufs, (uint16_t)a.packed);
-        a.err = a.ready < a.packed && (rte_errno == EINVAL || rte_errno == ENOTSUP) ? -EINVAL : 0;
-    }
-    given = frames_in(packets, a.ready);
-    for (int i = 0; i < given; i++) { /* before the driver has them: it may be done with them at once */
-        f->frame[f->tail++ & f->mask] = pkts[i];
-    }
-    a.sent = a.ready ? rte_eth_tx_burst(d->id, (uint16_t)qi, mbufs, (uint16_t)a.ready) : 0;
-    a.first = packets[0].frames;
-    a.taken = frames_in(packets, a.sent);
-    f->tail -= (uint32_t)(given - a.taken);
-    for (int i = a.sent; i < a.packed; i++) {
-        tso_take_back(mbufs[i], &packets[i]);
-    }
-    for (int i = a.taken; i < n; i++) {
-        take_back(frame_mbuf(&d->pool, pkts[i]));
-    }
-    count_sent(q, &d->pool, pkts, packets, a.sent);
-    return a;
-}
-
-/* The driver took nothing that begins with a large packet. It is full: a large one needs a descriptor for each piece, and
- * small ones put into what room there is would only keep it so. Or it refuses it for reasons of its own (net_tap: segments
- * that with headers exceed the IP MTU), as it does when it takes more small ones at the same moment: traffic goes on with
- * those, and so it stays when it never takes a large one. */
-static struct attempt large_refused(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n,
-                                    struct attempt large)
-{
-    struct queue *q = &d->queue[qi];
-    struct attempt small;
-
-    if (q->n.tso_packets && !large.err && ++q->tso_waits < TSO_WAITS) {
-        return large;
-    }
-    q->tso_waits = 0;
-    small = attempt(d, qi, pkts, n, false);
-    if (small.taken >= large.first && ++q->tso_refused == TSO_REFUSALS) {
-        d->tso_pieces = 0;
-    }
-    return small;
-}
-
-/* As above. The number that the driver took; *err: what is wrong with the next. */
-static int tx_queue(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, int *err)
-{
-    struct queue *q = &d->queue[qi];
-    uint64_t large = q->n.tso_packets;
-    struct attempt a = attempt(d, qi, pkts, n, d->tso_pieces && n > 1);
-
-    if (a.taken == 0 && a.first > 1) {
-        a = large_refused(d, qi, pkts, n, a);
-    } else if (q->n.tso_packets != large) {
-        q->tso_waits = q->tso_refused = 0;
-    }
-    q->n.tx_full += a.sent < a.ready;
-    q->n.tx_invalid += a.err != 0;
-    *err = a.err;
-    return a.taken;
-}
-
 static uint32_t queue_of(const struct dpdk_port *d, bypass_pkt p)
 {
     uint16_t queue = mbuf_meta(frame_mbuf(&d->pool, p))->queue;
@@ -375,31 +257,128 @@ static uint32_t queue_of(const struct dpdk_port *d, bypass_pkt p)
     return queue < d->nd.queues ? queue : queue % d->nd.queues;
 }
 
+/* Valid frames for that queue, at most BURST, become what the driver gets. Their number. */
+static int describe_run(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, struct rte_mbuf **mbufs)
+{
+    int run = 0;
+
+    n = n < BURST ? n : BURST;
+    while (run < n && tx_valid(d, pkts[run]) && queue_of(d, pkts[run]) == qi) {
+        mbufs[run] = describe(d, pkts[run]);
+        run++;
+    }
+    return run;
+}
+
+/* As many packets as the driver takes. *ready: those with which nothing is wrong; *err: what is wrong with the next. */
+static int give(struct dpdk_port *d, uint32_t qi, struct rte_mbuf **mbufs, int n, int *ready, int *err)
+{
+    *ready = n;
+    *err = 0;
+    if (d->tx_csum) { /* some drivers have to put something into the packet for it */
+        *ready = rte_eth_tx_prepare(d->id, (uint16_t)qi, mbufs, (uint16_t)n);
+        *err = *ready < n && (rte_errno == EINVAL || rte_errno == ENOTSUP) ? -EINVAL : 0;
+    }
+    return *ready ? rte_eth_tx_burst(d->id, (uint16_t)qi, mbufs, (uint16_t)*ready) : 0;
+}
+
+/* The driver has the first n of these frames; those behind them, up to all, it has no room for. */
+static void note_sent(struct dpdk_port *d, struct queue *q, const bypass_pkt *pkts, int n, int all)
+{
+    struct tx_fifo *f = &q->fifo;
+
+    for (int i = 0; i < n; i++) {
+        q->n.tx_bytes += mbuf_meta(frame_mbuf(&d->pool, pkts[i]))->len;
+        f->frame[f->tail++ & f->mask] = pkts[i];
+    }
+    q->n.tx_packets += (uint64_t)n;
+    for (int i = n; i < all; i++) {
+        take_back(frame_mbuf(&d->pool, pkts[i]));
+    }
+}
+
+/* n described frames for one queue, a packet each. The number that the driver took; *err: what is wrong with the next. */
+static int tx_small(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, struct rte_mbuf **mbufs, int n, int *err)
+{
+    struct queue *q = &d->queue[qi];
+    int ready, sent = give(d, qi, mbufs, n, &ready, err);
+
+    note_sent(d, q, pkts, sent, n);
+    q->n.tx_full += sent < ready;
+    q->n.tx_invalid += *err != 0;
+    return sent;
+}
+
+/* The driver took nothing that begins with a large packet, of `first` frames. It is full: a large one needs a descriptor for
+ * each piece, and small ones put into what room there is would only keep it so. Or it refuses it for reasons of its own
+ * (net_tap: segments that with headers exceed the IP MTU), as it does when it takes more small ones at the same moment:
+ * traffic goes on with those, and so it stays when it never takes a large one. */
+static int large_refused(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, int n, int first, int *err)
+{
+    struct queue *q = &d->queue[qi];
+    struct rte_mbuf *mbufs[BURST];
+    int sent;
+
+    if (q->n.tso_packets && !*err && ++q->tso_waits < TSO_WAITS) {
+        q->n.tx_full++;
+        return 0;
+    }
+    q->tso_waits = 0;
+    describe_run(d, qi, pkts, n, mbufs);
+    sent = tx_small(d, qi, pkts, mbufs, n, err);
+    if (sent >= first && ++q->tso_refused == TSO_REFUSALS) {
+        d->tso_pieces = 0;
+    }
+    return sent;
+}
+
+/* As tx_small(), for a device that cuts up large packets. */
+static int tx_joined(struct dpdk_port *d, uint32_t qi, const bypass_pkt *pkts, struct rte_mbuf **mbufs, int n, int *err)
+{
+    struct queue *q = &d->queue[qi];
+    struct tso_packet packets[BURST];
+    int packed = tso_join(d, mbufs, n, packets), ready, sent = give(d, qi, mbufs, packed, &ready, err), taken = 0;
+
+    for (int i = 0; i < sent; i++) {
+        if (packets[i].frames > 1) {
+            q->n.tso_packets++;
+            q->n.tso_segments += (uint64_t)packets[i].frames;
+            q->tso_waits = q->tso_refused = 0;
+        }
+        taken += packets[i].frames;
+    }
+    for (int i = sent; i < packed; i++) {
+        tso_take_back(mbufs[i], &packets[i]);
+    }
+    note_sent(d, q, pkts, taken, n);
+    if (sent == 0 && packets[0].frames > 1) {
+        return large_refused(d, qi, pkts, n, packets[0].frames, err);
+    }
+    q->n.tx_full += sent < ready;
+    q->n.tx_invalid += *err != 0;
+    return taken;
+}
+
 static int eth_tx_burst(struct bypass_netdev *nd, const bypass_pkt *pkts, int n)
 {
     struct dpdk_port *d = port_of(nd);
-    int done = 0, err = 0;
+    struct rte_mbuf *mbufs[BURST];
+    int done = 0, err = 0, run = 0, sent = 0;
 
     if (d->gone) {
         return -ENXIO;
     }
-    while (done < n && !err) {
+    while (done < n && !err && sent == run) {
         uint32_t qi = pkts[done] < nd->frames ? queue_of(d, pkts[done]) : 0;
-        int run = 0, sent;
 
-        while (run < BURST && done + run < n && tx_valid(d, pkts[done + run]) && queue_of(d, pkts[done + run]) == qi) {
-            run++;
-        }
+        run = describe_run(d, qi, pkts + done, n - done, mbufs);
         if (run == 0) {
             d->queue[qi].n.tx_invalid++;
             err = -EINVAL;
             break;
         }
-        sent = tx_queue(d, qi, pkts + done, run, &err);
+        sent = (d->tso_pieces && run > 1 ? tx_joined : tx_small)(d, qi, pkts + done, mbufs, run, &err);
         done += sent;
-        if (sent < run) {
-            break;
-        }
     }
     port_check(d, "tx_burst");
     return done ? done : err;
