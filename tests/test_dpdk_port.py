@@ -109,7 +109,9 @@ def misuse() -> list[int]:
             results.append(nd.ops.tx_burst(nd, out, 1))
         results.append(nd.ops.tx_burst(nd, ffi.new("bypass_pkt[]", [nd.frames]), 1))
         meta.off, meta.len = nd.headroom, 60
-        results.append(nd.ops.tx_burst(nd, ffi.new("bypass_pkt[]", [out[0], out[0]]), 2))  # the second: the same
+        results.append(
+            nd.ops.tx_burst(nd, ffi.new("bypass_pkt[]", [out[0], out[0]]), 2)
+        )  # the second: the same
         nd.ops.free(nd, out, 2)
         nd.ops.reap(nd, out, 2)
         results.append(device.audit().free == nd.frames)
