@@ -288,8 +288,66 @@ def test_a_port_that_is_removed_is_told_and_not_asked_for_ever(broker: tuple[str
         time.sleep(0.2)
         assert looks.stats()["rounds"] - before < 50, "it does not sleep any more"
         assert leases(name) == [f"{SERVER_IP}:8080"], "the broker lives"
+        wait_until(lambda: SERVER_IFNAME not in interfaces())  # as an interface goes with its NIC
+        gone = f"{SERVER_IFNAME} is gone: its connections get nothing"
+        assert gone in good("ps", "--socket", name)
+        assert gone in good("stats", SERVER_IFNAME)
         down(name)
-        assert SERVER_IFNAME not in interfaces()
+
+
+OUTLASTS = f"""
+import os, select, socket, time
+
+def said(call, *args):
+    try:
+        return call(*args)
+    except OSError as e:
+        return e.errno
+
+waits, sends, keeps = (socket.create_connection(("{CLIENT_IP}", {PORT}), 20) for _ in range(3))
+waits.settimeout(None)
+sends.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
+for option, n in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 1)):
+    keeps.setsockopt(socket.IPPROTO_TCP, option, n)
+keeps.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+print("ready", flush=True)
+input()
+sends.settimeout(None)
+keeps.settimeout(None)
+while isinstance(ended := said(sends.send, bytes(1 << 16)), int) and ended > 1000:
+    pass
+print(ended, said(keeps.recv, 1), said(socket.create_connection, ("{CLIENT_IP}", {PORT}), 20),
+      said(socket.create_server, ("{SERVER_IP}", 8081)), said(select.select, [waits], [], [], 0), flush=True)
+before = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - before < 0.1, flush=True)
+"""
+
+
+def test_programs_see_a_removed_port_as_they_see_a_removed_nic_on_linux(
+    broker: tuple[str, int], lab: Lab
+) -> None:
+    """Sockets stay; what is unanswered times out, what is new is unreachable; who only waits goes on waiting."""
+    name, _ = broker
+    argv = [*BYPASS, "run", "--socket", name, "--user", "nobody", "--", "/usr/bin/python3", "-c", OUTLASTS]
+    pipe = subprocess.PIPE
+    with netns.entered(lab.client_ns):
+        peer = socket.create_server((CLIENT_IP, PORT))  # never accepts: the kernel does
+    with peer, subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env=CLEAN) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        subprocess.run(["ip", "link", "del", WIRE_IFNAME], check=True, timeout=60)
+        wait_until(lambda: SERVER_IFNAME not in interfaces())
+        print(file=program.stdin, flush=True)
+        told = program.stdout.readline().split(maxsplit=4)
+        assert int(told[0]) in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+        assert [int(t) for t in told[1:4]] == [errno.ETIMEDOUT, errno.ENETUNREACH, errno.EADDRNOTAVAIL]
+        assert told[4] == "([], [], [])\n", "a connection that only waits has nothing to be told"
+        assert program.stdout.readline() == "True\n", "it computes all the time"
+        assert program.wait(60) == 0
+        wait_until(lambda: "No application" in good("ps", "--socket", name))  # nobody waits for its peers
+    down(name)
 
 
 def test_a_new_broker_goes_on_with_what_a_killed_one_left(

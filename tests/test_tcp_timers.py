@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 
+import pytest
 from bypass._core import lib
 from conversation import PEER, PEER_MAC, SECOND
 from tcp_talk import Talk
@@ -164,6 +165,36 @@ def test_a_short_user_timeout_still_tries_once_more() -> None:
         t.hears("P. 1:101")
         t.at(0.2, "P. 1:101")
         t.advance(0.01)
+        assert t.stack.error(conn) == errno.ETIMEDOUT
+
+
+def test_a_user_timeout_limits_the_wait_for_a_next_hop() -> None:
+    """Each try that finds none is no reason to count anew."""
+    with Talk() as t:
+        conn = t.established(TCP_USER_TIMEOUT=3000)
+        t.stack.nexthop_set(PEER, None)
+        t.write(100)
+        for _ in range(5):
+            t.advance(0.5)
+            t.stack.nexthop_set(PEER, None)
+            assert t.stack.error(conn) == 0
+        t.advance(0.6)
+        assert t.stack.error(conn) == errno.EHOSTUNREACH
+
+
+@pytest.mark.parametrize(("options", "seconds"), [({}, 924), ({"TCP_USER_TIMEOUT": 3000}, 3)])
+def test_without_a_device_time_decides_as_on_a_silent_wire(options: dict[str, int], seconds: int) -> None:
+    """Frames for a device that was removed are lost, and the stack does not ask it all the time."""
+    with Talk() as t:
+        conn = t.established(**options)
+        t.faults(gone=1)
+        t.write(50_000)
+        t.advance(0.01)
+        assert t.stack.deadline() > t.now
+        t.advance(seconds - 1)
+        assert t.stack.error(conn) == 0
+        assert t.stack.deadline() > t.now
+        t.advance(2)
         assert t.stack.error(conn) == errno.ETIMEDOUT
 
 

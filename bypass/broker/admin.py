@@ -98,7 +98,7 @@ class Admin:
             "mode": site.mode,
             "interface": site.ifname,
             "queues": list(site.queues),
-            "trouble": site.trouble,
+            "trouble": site.ails(),
             "memory": app.memory.size,
             "lingering": app.lingering,
             "broker": os.getpid(),

@@ -117,7 +117,7 @@ class AfxdpSite(InterfaceSite):
             unserved = range(len(self.queues), interface_queues(self.ifname))
             why = self._take_queues(unserved) if unserved else ""
         except (BypassError, OSError) as e:
-            why = str(e)
+            why = "" if self.watch.update() == errno.ENXIO else str(e)  # it is gone, which is told by itself
         if why and why != self.trouble:
             log.error("%s", why)
         self.trouble = why

@@ -172,8 +172,11 @@ class _PortView(DeviceView):
     _site: DpdkSite
 
     @property
-    def mode_reason(self) -> str:
-        reason = super().mode_reason
+    def xdp_mode(self) -> str:
+        return ""  # there is none
+
+    def _reason(self) -> str:
+        reason = super()._reason()
         with suppress(ForwarderError):  # it has just ended, and so does the broker
             reason += f", woken by {self._site.forwarder.dpdk_wake()}"
         return reason

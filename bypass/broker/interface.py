@@ -56,6 +56,9 @@ class DeviceView:
 
     @property
     def mode_reason(self) -> str:
+        return "; ".join(filter(None, (self._reason(), self._site.ails())))
+
+    def _reason(self) -> str:
         return self._site.device_reason or "no application has the interface"
 
     @property
@@ -242,8 +245,22 @@ class InterfaceSite(Site):
         return 0
 
     def _tell_link(self, code: int) -> None:
-        self._link = {0: 0, errno.ENETDOWN: 1}.get(code, 2)
+        before, self._link = self._link, {0: 0, errno.ENETDOWN: 1}.get(code, 2)
+        if self._link != before:
+            log.warning("%s", self._link_trouble() or f"{self.ifname} is up again")
         self.told.link(self._link, self.watch.watcher.interface)
+
+    def _link_trouble(self) -> str:
+        """What the link means for programs; empty: it is up."""
+        return (
+            "",
+            f"{self.ifname} is down: connections wait for it",
+            f"{self.ifname} is gone: its connections get nothing and end when their time is over; new ones fail. "
+            "Once it is there again: `bypass down`, `bypass up`",
+        )[self._link]
+
+    def ails(self) -> str:
+        return "; ".join(filter(None, (self._link_trouble(), self.trouble)))
 
     def link_state(self) -> int:
         return self._link

@@ -75,7 +75,7 @@ class Site(ABC):
         flags: BYPASS_F_* of the stack.
         device: APP_DEV_*.
         cpus, numa: where applications run and their memory lies; None: as it comes.
-        trouble: what does not work at the moment, for the operator; empty: nothing.
+        trouble: what does not work at the moment besides the link, for the operator; empty: nothing.
         blocks: entries may be blocks of ports (bypass.grants.WHOLE_BLOCK).
         told: set by the broker.
         left: applications of a killed broker, to go on with.
@@ -100,6 +100,10 @@ class Site(ABC):
         self.queues: tuple[int, ...] = ()
         self.policy_path = ""
         self.left: list[App] = []
+
+    def ails(self) -> str:
+        """All that does not work at the moment, for the operator; empty: nothing."""
+        return self.trouble
 
     def prepare(self, policy: Policy) -> None:
         """Does the slow part of swap(), in any thread. BypassError: it cannot be."""

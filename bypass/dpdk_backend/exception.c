@@ -146,6 +146,7 @@ void exception_close(struct exception_path *e)
     if (e->fd >= 0) {
         close(e->fd);
         e->fd = -1;
+        e->gone = true;
     }
 }
 

@@ -49,13 +49,17 @@ static void dpdk_describe(const struct device *d, struct fwd_device_info *a)
 
 static void dpdk_turn(struct device *d, uint64_t now_ns) { filter_now(d->netdev, now_ns); }
 
+/* With a port that was removed the kernel's device of it goes, as an interface goes with its NIC: the kernel, and whoever
+ * asks it, has no address and no way there any more, and another port may get the name. */
 static int dpdk_health(struct device *d)
 {
     struct dpdk_device *x = dpdk_of(d);
     int err = x->plugin->health(x->port);
 
     filter_refresh(d->netdev);
-    if (x->carrier != (err == 0) && exception_carrier(&x->kernel, err == 0) == 0) {
+    if (err == -ENXIO) {
+        exception_close(&x->kernel);
+    } else if (x->carrier != (err == 0) && exception_carrier(&x->kernel, err == 0) == 0) {
         x->carrier = err == 0;
     }
     return err;

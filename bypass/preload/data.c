@@ -78,6 +78,15 @@ static int64_t stream_take(struct object *o, const struct iovec *iov, int count,
     return all;
 }
 
+/* An error that came while a call waited for more: what it has done counts, and the next call gets the error, as of
+ * tcp_sendmsg_locked() and tcp_recvmsg_locked() in net/ipv4/tcp.c. */
+static bool error_waits(const struct object *o)
+{
+    int ready = o->sock >= 0 ? bypass_ready(&me.stack, o->sock) : 0;
+
+    return ready > 0 && (ready & BYPASS_ERR);
+}
+
 /* How much a call waits for: socket(7), SO_RCVLOWAT; recv(2), MSG_WAITALL. */
 static int64_t least(struct object *o, int64_t want, int flags, bool block)
 {
@@ -119,7 +128,7 @@ static int64_t stream_receive(struct object *o, int fd, const struct iovec *iov,
             continue;
         }
         waited = wait_for(o, fd, POLLIN, o->rcvtimeo_ns, &since);
-        if (waited < 0) {
+        if (waited < 0 || (got && error_waits(o))) {
             return got ? got : waited;
         }
     }
@@ -299,7 +308,7 @@ static int64_t stream_send(struct object *o, int fd, const struct iovec *iov, in
             continue;
         }
         waited = wait_for(o, fd, POLLOUT, o->sndtimeo_ns, &since);
-        if (waited < 0) {
+        if (waited < 0 || (done && error_waits(o))) {
             return done ? done : waited;
         }
     }

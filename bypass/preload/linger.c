@@ -4,8 +4,9 @@
  * through, a relative is there again, or a limit is over. When only TIME_WAIT is left it stays for 3 s more, in which a
  * peer that has missed the last acknowledgment repeats its FIN four times (RFC 6298: 0.2 s, doubled), and not for the
  * whole minute: the interface may be wanted by the program that is started next. Without the broker it does not wait for
- * that, and 10 s at most for the rest: nobody may be left who moves the packets. The broker starts it as
- * the application's user, with BYPASS_SOCKET and BYPASS_APP in its environment: it is a relative like any other.
+ * that, and 10 s at most for the rest: nobody may be left who moves the packets. When the interface is gone for good it
+ * does not wait at all. The broker starts it as the application's user, with BYPASS_SOCKET and BYPASS_APP in its
+ * environment: it is a relative like any other.
  *
  *     bypass-linger [SECONDS]
  *
@@ -31,6 +32,9 @@ static uint64_t patience_ns(void)
 {
     if (!stack_used() || me.g->dead || me.g->relatives > 1) {
         return 0;
+    }
+    if (me.dev->ops->kick(me.dev) == -ENXIO) {
+        return 0; /* the interface is gone for good: no peer can be told */
     }
     if (me.broker_fd < 0) {
         return stack_busy() ? 10 * SECOND : 0;

@@ -92,6 +92,7 @@ class DeviceFaults:
         alloc_fail: probability that no frame is to be had; tx_short: that only a part of a batch is taken;
         kick_again: that the kick gives EAGAIN.
         down: no carrier.
+        gone: the device was removed: every call fails with ENXIO, frames on their way to it are lost.
         complete_ns: transmissions are completed so much later.
         keep: a transmission is completed only when so many more have followed it, as some drivers of DPDK do
             (`lib.BYPASS_CAP_TX_LAZY` of the port's caps tells the stack).
@@ -101,6 +102,7 @@ class DeviceFaults:
     tx_short: float = 0.0
     kick_again: float = 0.0
     down: bool = False
+    gone: bool = False
     complete_ns: int = 0
     keep: int = 0
 
@@ -109,6 +111,7 @@ class DeviceFaults:
         for name in ("alloc_fail", "tx_short", "kick_again"):
             setattr(f, f"{name}_ppm", round(getattr(self, name) * PPM))
         f.down = self.down
+        f.gone = self.gone
         f.keep = self.keep
         f.complete_ns = self.complete_ns
         return f

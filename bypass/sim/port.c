@@ -95,6 +95,9 @@ static int port_rx_burst(struct bypass_netdev *dev, bypass_pkt *out, int max)
 {
     struct port *p = port_of(dev);
     int n = 0;
+    if (p->bad.gone) {
+        return -ENXIO;
+    }
     for (; n < max && p->rxq_head != p->rxq_tail; n++) {
         out[n] = p->rxq[p->rxq_head++ & p->rxq_mask];
         meta_at(p, out[n])->holders = BYPASS_HOLD_STACK;
@@ -115,6 +118,9 @@ static bool tx_valid(const struct port *p, bypass_pkt pkt)
 static int port_tx_burst(struct bypass_netdev *dev, const bypass_pkt *pkts, int n)
 {
     struct port *p = port_of(dev);
+    if (p->bad.gone) {
+        return -ENXIO;
+    }
     if (n > 0 && prng_hit(&p->bad_prng, p->bad.tx_short_ppm)) {
         n = (int)prng_below(&p->bad_prng, (uint64_t)n);
     }
@@ -164,6 +170,9 @@ static int port_reap(struct bypass_netdev *dev, bypass_pkt *done, int max)
 static int port_kick(struct bypass_netdev *dev)
 {
     struct port *p = port_of(dev);
+    if (p->bad.gone) {
+        return -ENXIO;
+    }
     if (p->bad.down) {
         return -ENETDOWN;
     }
@@ -205,7 +214,7 @@ static uint16_t rx_queue(const struct port *p, const uint8_t *data, uint32_t len
 
 bypass_pkt port_rx_begin(struct port *p, const uint8_t *data, uint32_t len)
 {
-    if (p->bad.down) {
+    if (p->bad.down || p->bad.gone) {
         p->stats.down_dropped++;
         return BYPASS_PKT_NONE;
     }

@@ -126,7 +126,7 @@ static int stack_run(struct sim_stack *st, uint64_t now_ns)
     uint64_t sent = st->port->stats.tx_frames;
     st->touched = false;
     int got = bypass_poll(st->stack, now_ns, POLL_BUDGET);
-    if (got < 0 && got != -ENETDOWN) {
+    if (got < 0 && got != -ENETDOWN && got != -ENXIO) {
         return got;
     }
     st->stalled = got <= 0 && st->port->stats.tx_frames == sent && bypass_deadline(st->stack) <= now_ns;

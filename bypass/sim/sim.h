@@ -131,6 +131,7 @@ struct sim_device_faults {   /* what a bad day of the device itself looks like t
     uint32_t tx_short_ppm;   /* tx_burst takes only a part */
     uint32_t kick_again_ppm; /* kick gives -EAGAIN */
     uint32_t down;           /* 1: no carrier; frames are lost, kick gives -ENETDOWN */
+    uint32_t gone;           /* 1: removed; rx_burst, tx_burst and kick give -ENXIO */
     uint32_t keep;           /* a transmission is completed only when so many more followed it */
     uint64_t complete_ns;    /* transmissions are completed so much later */
 };

@@ -121,6 +121,11 @@ int bypass_flush(struct bypass_stack *s)
                 tx_done(s, 1);
                 continue;
             }
+            if (done == -ENXIO) { /* the device is gone for good: as on a wire that nobody hears, time decides */
+                tx_drop_all(s);
+                c->kick_again = 0;
+                return done;
+            }
             STAT(s, tx_ring_full);
             if (done < 0)
                 return done;

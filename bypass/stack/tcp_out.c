@@ -564,8 +564,9 @@ static void arm_after_output(struct bypass_stack *s, struct tcp_conn *c, bool se
             tcp_rtx_put_off(s, c);
         }
     } else if (c->sndq_next != BYPASS_PKT_NONE && c->rtx_at == 0) {
+        if (!(c->flags & TF_PROBING)) /* else a try that found no next hop: it waits for longer than this */
+            conn_cold(s, c)->unacked_since = now_ns(s);
         c->flags |= TF_PROBING;
-        conn_cold(s, c)->unacked_since = now_ns(s);
         c->rtx_at = now_ns(s) + max_u32(c->rto_us, RTO_MIN_US) * 1000ull;
         tcp_timer_update(s, c);
     }

@@ -214,6 +214,57 @@ CASE(a_reset_wakes_recv)
     EQ((intptr_t)finish(t), -ECONNRESET);
 }
 
+static void reset_by(int fd)
+{
+    struct linger hard = {.l_onoff = 1};
+    MUST(setsockopt(fd, SOL_SOCKET, SO_LINGER, &hard, sizeof(hard)));
+    MUST(close(fd));
+}
+
+enum { MUCH = 32 << 20 };
+
+/* More than all buffers hold. */
+static void *send_much(void *arg)
+{
+    static const char much[MUCH];
+    ssize_t n = send(*(int *)arg, much, sizeof(much), MSG_NOSIGNAL);
+    return (void *)(n < 0 ? -(intptr_t)errno : (intptr_t)n);
+}
+
+CASE(a_reset_in_the_middle_of_send_is_the_next_calls_error)
+{
+    int fds[2];
+    tcp_pair(fds);
+    pthread_t t = start(send_much, &fds[0]);
+    nap_ms(50);
+    reset_by(fds[1]);
+    intptr_t n = (intptr_t)finish(t);
+    CHECK(n > 0 && n < MUCH);
+    FAILS(ECONNRESET, send(fds[0], "x", 1, MSG_NOSIGNAL));
+    FAILS(EPIPE, send(fds[0], "x", 1, MSG_NOSIGNAL));
+}
+
+static void *recv_whole(void *arg)
+{
+    char buf[100];
+    ssize_t n = recv(*(int *)arg, buf, sizeof(buf), MSG_WAITALL);
+    return (void *)(n < 0 ? -(intptr_t)errno : (intptr_t)n);
+}
+
+CASE(a_reset_in_the_middle_of_recv_is_the_next_calls_error)
+{
+    int fds[2];
+    char c;
+    tcp_pair(fds);
+    pthread_t t = start(recv_whole, &fds[0]);
+    says(fds[1], "part");
+    nap_ms(50);
+    reset_by(fds[1]);
+    EQ((intptr_t)finish(t), 4);
+    FAILS(ECONNRESET, recv(fds[0], &c, 1, 0));
+    EQ(recv(fds[0], &c, 1, 0), 0);
+}
+
 struct echo {
     int in, done, polls;
 };
