@@ -23,7 +23,7 @@ from ipaddress import IPv4Address
 from bypass.errors import DeviceError
 from bypass.rules import TCP
 
-__all__ = ["Queue", "Rss", "ask", "queue_of", "read", "toeplitz"]
+__all__ = ["Queue", "Rss", "ask", "ask_by", "queue_of", "read", "toeplitz"]
 
 SIOCETHTOOL = 0x8946
 GRXFH, GRXCLSRLCNT, GRSSH = 0x29, 0x2E, 0x46
@@ -156,8 +156,13 @@ def _asked(ifname: str, command: int, flow: int) -> tuple[int | None, ...]:
 
 def ask(ifname: str, question: bytes) -> bytes:
     """An ioctl of ethtool, in the calling thread's network namespace: the struct as the kernel left it. OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        return ask_by(s, ifname, question)
+
+
+def ask_by(s: socket.socket, ifname: str, question: bytes) -> bytes:
+    """ask() in the network namespace of a socket."""
     data = ctypes.create_string_buffer(question, len(question))
     request = struct.pack("16sP16x", ifname.encode(), ctypes.addressof(data))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        fcntl.ioctl(s, SIOCETHTOOL, request)
+    fcntl.ioctl(s, SIOCETHTOOL, request)
     return data.raw

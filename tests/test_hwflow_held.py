@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,31 @@ def test_a_record_belongs_to_a_network_namespace(tmp_path: Path, netns_name: str
     assert netns.run(netns_name, found, IFNAME, tmp_path) is None
     assert json.loads((tmp_path / name).read_text())["ifname"] == IFNAME
     ours.close()
+
+
+def test_who_closes_may_be_in_another_namespace_and_the_interface_have_another_name(
+    tmp_path: Path, netns_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, cookies = Nic(), set()
+    before = device.state()
+
+    def ask_by(s: socket.socket, ifname: str, question: bytes) -> bytes:
+        cookies.add(s.getsockopt(socket.SOL_SOCKET, netns.SO_NETNS_COOKIE, 8))
+        return device.ask(ifname, question)
+
+    monkeypatch.setattr(held, "ask_by", ask_by)
+    ip = ["ip", "-n", netns_name, "link"]
+    subprocess.run([*ip, "add", "eth7", "type", "veth", "peer", "name", "far7"], check=True)
+    device.name = "eth7"
+    made = plan(translate(policy(*TWO)), "eth7", stack=(3,), kernel=(0, 1, 2))
+    ours = netns.run(netns_name, Held, made, None, None, tmp_path)
+    assert device.table == [0, 1, 2, 0, 1, 2, 0, 1]
+    subprocess.run([*ip, "set", "eth7", "name", "eth8"], check=True)
+    device.name = "eth8"
+    ours.close()
+    assert device.state() == before
+    assert len(cookies) == 1
+    assert netns.run(netns_name, netns.cookie) == cookies.pop()[::-1].hex()
 
 
 @pytest.fixture

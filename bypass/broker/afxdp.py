@@ -96,11 +96,12 @@ class AfxdpSite(InterfaceSite):
     def arrival(self, proto: int, local: tuple[IPv4Address, int], remote: tuple[IPv4Address, int]) -> Queue:
         if interface_queues(self.ifname) == 1:
             return Queue(0, "the only one")
-        rule, ours = self.decide(proto, local, remote), self.backend.queues
-        if self.hardware is not None and self.hardware.rules and rule is not None and rule.action == "steer":
-            if ours is not None and len(ours) == 1:
-                return Queue(ours[0], f"a rule of the interface sends what '{rule.name}' steers there")
-            return Queue(None, "rules of the interface share what is steered between the stack's queues")
+        if self.hardware is not None and self.hardware.rules:
+            rule, ours = self.decide(proto, local, remote), self.backend.queues or ()
+            if rule is not None and rule.action == "steer":
+                if len(ours) == 1:
+                    return Queue(ours[0], f"a rule of the interface sends what '{rule.name}' steers there")
+                return Queue(None, "rules of the interface share what is steered between the stack's queues")
         if driver_of(self.ifname) == "veth":
             return Queue(
                 None, "a veth has no hash: packets arrive on the queue of the number that the peer sends by"

@@ -17,9 +17,11 @@ import fcntl
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from bypass import netns
 from bypass.errors import DeviceError
 from bypass.hwflow.apply import Ask, Device, Put, Traces
 from bypass.hwflow.ntuple import Plan
-from bypass.rss import ask
+from bypass.rss import ask, ask_by
 
 __all__ = ["RECORDS", "Held", "Record", "found", "recover"]
 
 RECORDS = Path("/run/bypass/hwflow")
 VERSION = 1
+SIOCGIFNAME = 0x8910
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,17 @@ class Held:
         pid = os.getpid() if keeper is None else keeper
         self._keeper = (pid, _started(pid) or 0)
         self._path = _path(plan.ifname, records)
+        self._index = socket.if_nametoindex(plan.ifname)
+        # Of the namespace and by its number: who closes may be elsewhere, and the interface may have another name.
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        asking = asking or partial(ask_by, self._sock)
+        try:
+            self._begin(plan, asking, exchange)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _begin(self, plan: Plan, asking: Ask, exchange: bool) -> None:
         with _locked(self._path.parent):
             before = _load(self._path)
             if before is not None and before.alive and before.keeper != self._keeper:
@@ -82,10 +96,10 @@ class Held:
                     f"{plan.ifname}: process {before.keeper[0]} has rules in its hardware: end it first"
                 )
             if before is not None and not before.alive:
-                _clean(before, self._path, asking or ask)
+                _clean(before, self.ifname, self._path, asking)
                 before = None
             traces = before.traces if before is not None else None
-            self._device = Device(plan.ifname, asking or ask, traces, self._keep)
+            self._device = Device(plan.ifname, asking, traces, self._keep)
             if before is None:
                 self._put(plan)
             elif exchange:
@@ -108,13 +122,28 @@ class Held:
     def exchange(self, plan: Plan) -> None:
         """The rules of another policy, for the same queues. DeviceError: refused, and those before are there."""
         with _locked(self._path.parent):
+            self._find()
             self._device.exchange(plan)
 
     def close(self) -> None:
         """DeviceError: what could not be undone, which recover() tries again."""
         with _locked(self._path.parent):
+            self._find()
             self._device.undo()
             self._path.unlink(missing_ok=True)
+        self._sock.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_sock"):
+            self._sock.close()
+
+    def _find(self) -> None:
+        """The interface's name, as it is now. One that is gone keeps the one it had."""
+        request = struct.pack("16si20x", b"", self._index)
+        with suppress(OSError):
+            self._device.ifname = (
+                fcntl.ioctl(self._sock, SIOCGIFNAME, request)[:16].partition(b"\0")[0].decode()
+            )
 
 
 def recover(ifname: str, asking: Ask | None = None, records: Path | None = None) -> bool:
@@ -130,7 +159,7 @@ def recover(ifname: str, asking: Ask | None = None, records: Path | None = None)
         record = _load(path)
         if record is None or record.alive:
             return False
-        _clean(record, path, asking or ask)
+        _clean(record, ifname, path, asking or ask)
         return True
 
 
@@ -140,11 +169,11 @@ def found(ifname: str, records: Path | None = None) -> Record | None:
     return _load(path) if os.access(path, os.R_OK) else None
 
 
-def _clean(record: Record, path: Path, asking: Ask) -> None:
+def _clean(record: Record, ifname: str, path: Path, asking: Ask) -> None:
     def keep(traces: Traces) -> None:
         _save(path, replace(record, traces=traces))
 
-    device = Device(record.ifname, asking, record.traces, keep)
+    device = Device(ifname, asking, record.traces, keep)
     device.only_present()
     device.undo()
     path.unlink(missing_ok=True)
