@@ -44,7 +44,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "veth" in result:
         show_veth(result["veth"], console)
     table = Table(title="In memory (memif), both ends spin")
-    for name in ("test", "answers", "rate per second", "p50 us", "p99 us", "stack/bare"):
+    for name in ("test", "answers", "rate", "p50 us", "p99 us", "stack/bare"):
         table.add_column(name, justify="left" if name in ("test", "answers") else "right")
     for test in result["memory"].values():
         for server, about in test["variants"].items():
@@ -52,7 +52,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             table.add_row(
                 test["title"],
                 server,
-                f"{about['rate']['median']:,.0f}",
+                f"{about['rate']['median']:,.{1 if test['unit'] == 'Gbit/s' else 0}f} {test['unit']}",
                 *(f"{about[key]['median']:g}" if key in about else "" for key in ("p50_us", "p99_us")),
                 f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})" if ratio else "",
             )

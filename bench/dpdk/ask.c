@@ -2,10 +2,10 @@
 /*
  * ask.c - a client on a DPDK port, in one process: the stack as 10.0.0.2, against 10.0.0.1.
  *
- *   ask udp|tcp DEVICE PEER_MAC PARALLEL WARMUP_MS MEASURE_MS PIDS
+ *   ask udp|tcp|up|down DEVICE PEER_MAC PARALLEL WARMUP_MS MEASURE_MS PIDS
  *
  * tcp: PARALLEL connections, a request of 64 bytes in flight on each. udp: one socket, PARALLEL datagrams of 64 bytes in
- * flight. Spins. Prints one JSON object (measure.h).
+ * flight. up, down: PARALLEL connections, as much as goes to the peer or from it. Spins. Prints one JSON object (measure.h).
  */
 #include <errno.h>
 #include <stdbool.h>
@@ -27,9 +27,9 @@ static struct asker {
     struct bypass_stack stack;
     struct flow flow[MAX_PARALLEL];
     int parallel, open, conns; /* conns: sockets */
-    bool tcp, measuring;
+    bool tcp, up, down, measuring;
     bool timed; /* one request in flight on each socket */
-    uint64_t ops;
+    uint64_t ops, bytes;
     struct histogram h;
 } a;
 
@@ -63,6 +63,7 @@ static void answered(struct flow *f)
     while ((n = bypass_recv(&a.stack, f->sock, buf, SIZE, 0)) == SIZE) {
         if (a.measuring) {
             a.ops++;
+            a.bytes += SIZE;
             if (a.timed)
                 histogram_add(&a.h, clock_ns() - f->sent_ns);
         }
@@ -70,6 +71,34 @@ static void answered(struct flow *f)
     }
     if (n != -EAGAIN)
         die("recv", n < 0 ? n : -ECONNRESET);
+}
+
+/* As many bytes as go now. */
+static void stream(struct flow *f)
+{
+    static uint8_t buf[1 << 16];
+    int64_t n;
+
+    while ((n = a.up ? bypass_send(&a.stack, f->sock, buf, sizeof buf, 0)
+                     : bypass_recv(&a.stack, f->sock, buf, sizeof buf, 0)) > 0)
+        a.bytes += a.measuring ? (uint64_t)n : 0;
+    if (n != -EAGAIN)
+        die("stream", n < 0 ? n : -ECONNRESET);
+}
+
+static void heard(struct flow *f, uint32_t mask)
+{
+    bool first = !f->sent_ns && (mask & BYPASS_OUT);
+
+    a.open += first;
+    if (first)
+        f->sent_ns = clock_ns();
+    if ((a.up || a.down) && f->sent_ns)
+        stream(f);
+    else if (first)
+        send_one(f);
+    else if (f->sent_ns)
+        answered(f);
 }
 
 static void turn(void)
@@ -85,12 +114,7 @@ static void turn(void)
 
             if (ev[i].mask & BYPASS_ERR)
                 die("socket", bypass_error(&a.stack, f->sock));
-            if (f->sent_ns)
-                answered(f);
-            else if (ev[i].mask & BYPASS_OUT) {
-                a.open++;
-                send_one(f);
-            }
+            heard(f, ev[i].mask);
         }
     }
     (void)bypass_flush(&a.stack);
@@ -98,7 +122,10 @@ static void turn(void)
 
 static void open_sockets(void)
 {
-    const struct bypass_endpoint peer = {.addr.b = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 1}, .port = PORT_ECHO};
+    const struct bypass_endpoint peer = {.addr.b = {[10] = 0xff, [11] = 0xff, 10, 0, 0, 1},
+                                         .port = a.up     ? PORT_DISCARD
+                                                 : a.down ? PORT_CHARGEN
+                                                          : PORT_ECHO};
     uint64_t give_up = clock_ns() + OPEN_NS;
 
     a.conns = a.tcp ? a.parallel : 1;
@@ -157,11 +184,13 @@ static void run_until(uint64_t end_ns)
 int main(int argc, char **argv)
 {
     if (argc != 8 || (a.parallel = atoi(argv[4])) < 1 || a.parallel > MAX_PARALLEL) {
-        fprintf(stderr, "usage: ask udp|tcp DEVICE PEER_MAC PARALLEL WARMUP_MS MEASURE_MS PIDS\n");
+        fprintf(stderr, "usage: ask udp|tcp|up|down DEVICE PEER_MAC PARALLEL WARMUP_MS MEASURE_MS PIDS\n");
         return 2;
     }
-    a.tcp = strcmp(argv[1], "tcp") == 0;
-    a.timed = a.tcp || a.parallel == 1;
+    a.up = strcmp(argv[1], "up") == 0;
+    a.down = strcmp(argv[1], "down") == 0;
+    a.tcp = strcmp(argv[1], "udp") != 0;
+    a.timed = !a.up && !a.down && (a.tcp || a.parallel == 1);
     struct dpdk_end end = port_open(argv[2], FRAMES);
 
     create(end.dev, argv[3]);
@@ -174,7 +203,7 @@ int main(int argc, char **argv)
     run_until(begin + (uint64_t)atoi(argv[6]) * 1000000);
     uint64_t ns = clock_ns() - begin;
     struct cpu_sample to = cpu_sample(argv[7]);
-    print_result("", a.ops, a.ops * SIZE, ns, &from, &to, a.timed ? &a.h : NULL);
+    print_result("", a.ops, a.bytes, ns, &from, &to, a.timed ? &a.h : NULL);
     bypass_destroy(&a.stack);
     port_close(&end);
     return 0;

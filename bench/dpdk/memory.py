@@ -36,6 +36,8 @@ TESTS = (
     Test("memory_tcp_1", "TCP request/response, 1 connection", "tcp", 1),
     Test("memory_tcp_32", "TCP request/response, 32 connections", "tcp", 32),
     Test("memory_tcp_256", "TCP request/response, 256 connections", "tcp", 256),
+    Test("memory_to_server", "bulk, client to server", "up", 1),
+    Test("memory_to_client", "bulk, server to client", "down", 1),
 )
 SERVERS = ("stack", "bare")
 RUNS = sum(2 if t.mode == "udp" else 1 for t in TESTS)  # of a round
@@ -71,7 +73,8 @@ def once(server: str, test: Test, warmup_ms: int, measure_ms: int, *, vhost: boo
                 timeout=60 + (warmup_ms + measure_ms) / 1000,
             )
             answering.communicate(timeout=20)
-    return raw | {"rate": raw["ops"] / raw["seconds"]}
+    done = raw["bytes"] * 8 / 1e9 if test.bulk else raw["ops"]
+    return raw | {"rate": done / raw["seconds"]}
 
 
 def run(
@@ -87,6 +90,7 @@ def run(
                 step(f"round {number + 1}: in memory, {server}: {test.title}")
                 runs[server].append(once(server, test, warmup_ms, measure_ms))
         about: dict[str, Any] = {"title": test.title, "parallel": test.parallel}
+        about["unit"] = "Gbit/s" if test.bulk else "operations/s"
         about["variants"] = {
             server: {
                 key: spread([r[key] for r in results])

@@ -280,6 +280,10 @@ def work(policy: Path, address: str, out: int, namespace: str = "") -> None:
             "mode_reason": device.mode_reason,
             "xdp": getattr(device, "xdp_mode", ""),
             "queues": {q: (n["rx_packets"], n["tx_packets"]) for q, n in device.statistics().items()},
+            "large": [
+                sum(n.get(k, 0) for n in device.statistics().values())
+                for k in ("tso_packets", "tso_segments")
+            ],
             "audit": asdict(device.audit()),
             "requests": web.requests,
             "more": port.counters(),
@@ -535,6 +539,13 @@ def through_the_port(ifname: str, policy: Path, address: str) -> dict[str, str]:
     rx, tx = (sum(n[i] for n in about["queues"].values()) for i in (0, 1))
     used = all(min(counts) > 0 for counts in about["queues"].values())
     check(used, f"{about['mode_reason']}: {rx} frames received, {tx} sent; by queue: {about['queues']}")
+    if (
+        ifname == "fast0"
+    ):  # QEMU's TAP takes large packets, and the kernel of the peer has the last word on them
+        packets, segments = about["large"]
+        check(
+            segments > 2 * packets > 0, f"virtio-net's segmentation: {segments} segments in {packets} packets"
+        )
     exception = about["more"]["exception"]
     lost = {name: exception[name] for name in ("over_rate", "full", "errors", "read_errors")}
     passed, back = exception["passed"], exception["from_kernel"]
