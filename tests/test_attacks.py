@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from attacker import Attacking
+from backends import policy_for
 from broker_support import DGRAM, RunningBroker, running
 from conftest import missing
 
@@ -28,11 +29,11 @@ from bench.apps.redis import Resp
 from bench.programs import ROOT
 from bypass import netns
 from bypass.broker.ports import BURSTS_PER_SECOND, LEAST_BURST
-from bypass.broker.shared import SharedSite, site_of
+from bypass.broker.shared import site_of
 from bypass.lab import CLIENT_IP, SERVER_IFNAME, SERVER_IP, Lab, wait_for
 from bypass.policy import parse_policy
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends(asked=True)]
 
 PORTS = {"first": 6379, "second": 6380}
 OWN, OTHER, SINK = 7000, 7001, 7002  # the attacker's port, one that is not, and the client's for floods
@@ -151,7 +152,7 @@ def world_of(lab: Lab, users: tuple[int, int, int], **env: str) -> Iterator[Worl
         missing(lack)
     with (
         netns.entered(lab.server_ns),
-        running(lambda: SharedSite(parse_policy(policy(users))), lab.server_ns) as broker,
+        running(lambda: site_of(parse_policy(policy_for(lab, policy(users)))), lab.server_ns) as broker,
         ExitStack() as stack,
     ):
         yield World(broker, lab, users, stack, **env)
@@ -203,7 +204,8 @@ def test_one_connection_of_another_ones_block_cannot_be_steered(lab: Lab) -> Non
     with (
         netns.entered(lab.server_ns),
         running(
-            lambda: SharedSite(parse_policy(f"{head}flows:\n  - {{name: x, {rule}}}\n")), lab.server_ns
+            lambda: site_of(parse_policy(policy_for(lab, f"{head}flows:\n  - {{name: x, {rule}}}\n"))),
+            lab.server_ns,
         ) as broker,
         Attacking(broker.name, THIRD, lab.server_ns) as victim,
         Attacking(broker.name, THIRD, lab.server_ns) as attacker,
@@ -329,12 +331,12 @@ subprocess.run(["/usr/bin/python3", "-c", {SAY!r}])
 
 
 @pytest.mark.parametrize(("more", "said"), [({}, "1 0 0"), ({"BYPASS_DUMPABLE": "1"}, "1 1 1")])
-@pytest.mark.parametrize("mode", ["shared", "direct"])
 def test_programs_that_a_program_starts_are_as_it_is(
     lab: Lab, mode: str, more: dict[str, str], said: str
 ) -> None:
     """Its relatives have the token in their environment from their first moment. Direct mode changes nothing."""
     text = policy(USERS["one user"]).replace("mode: shared", f"mode: {mode}")
+    text = policy_for(lab, text)
     with netns.entered(lab.server_ns), running(lambda: site_of(parse_policy(text)), lab.server_ns) as broker:
         argv = [sys.executable, "-m", "bypass", "run", "--socket", broker.name, "--user", "nobody", "--"]
         env = environment(Path("/")) | {"PYTHONPATH": str(ROOT)} | more

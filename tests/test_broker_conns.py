@@ -20,21 +20,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from backends import policy_for
 from broker_support import WAIT_S, RunningBroker, new_name, running
 from preloaded import CLEAN, LIBRARY, ROOT
 
 from bypass import netns
 from bypass.broker import look, looks, protocol
 from bypass.broker.server import listen
-from bypass.broker.shared import SharedSite
+from bypass.broker.shared import site_of
 from bypass.broker.tools import Asking, ask
 from bypass.errors import BypassError
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 from bypass.policy import parse_policy
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.backends(asked=True)]
 
-ALICE, BOB, CAROL = 64734, 64733, 64732  # nobody else on this machine is one of them
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+ALICE, BOB, CAROL = (64734 - 3 * WORKER - i for i in range(3))  # nobody else on this machine is one of them
 PORTS = {ALICE: 8080, BOB: 9090}
 OTHER = 7070
 POLICY = f"""
@@ -73,7 +75,7 @@ def broker(lab: Lab) -> Iterator[RunningBroker]:
     """The test's thread is in the server's namespace."""
     with (
         netns.entered(lab.server_ns),
-        running(lambda: SharedSite(parse_policy(POLICY)), lab.server_ns) as it,
+        running(lambda: site_of(parse_policy(policy_for(lab, POLICY))), lab.server_ns) as it,
     ):
         yield it
 

@@ -21,7 +21,10 @@ from bypass.lab import SERVER_IFNAME, Lab
 
 __all__ = ["Residue", "Stay", "frames_of_port"]
 
-PORTS = Path("/run/bypass/ports")
+OF_NAMESPACES = (
+    Path("/run/bypass/ports"),
+    Path("/run/bypass/hwflow"),
+)  # files begin with a namespace's cookie
 SO_NETNS_COOKIE = 71
 FOLDERS = (Path("/run/bypass"), Path("/dev/shm"), Path("/sys/fs/bpf"))
 DPDK_FOLDERS = (Path("/run/dpdk"), Path("/dev/hugepages"))
@@ -52,12 +55,17 @@ def _socket_names(lab: Lab) -> set[str]:
 
 
 def _files(lab: Lab) -> set[str]:
-    """Those that speak of bypass; of the ports that brokers took from the kernel, of this namespace only."""
+    """Those that speak of bypass; of ports that brokers took from the kernel and of a NIC's rules: this namespace's."""
     cookie = netns.run(lab.server_ns, _cookie)
     found = {
         path for folder in FOLDERS if folder.is_dir() for path in folder.rglob("*") if "bypass" in str(path)
     }
-    ours = {f"file: {path}" for path in found if path.parent != PORTS or path.name.startswith(cookie)}
+    others = {
+        path
+        for path in found
+        if path in OF_NAMESPACES or (path.parent in OF_NAMESPACES and not path.name.startswith(cookie))
+    }
+    ours = {f"file: {path}" for path in found - others}
     dpdks = {
         path for folder in DPDK_FOLDERS if folder.is_dir() for path in folder.rglob("*") if path.is_file()
     }
