@@ -30,7 +30,7 @@ from dpdk_support import (
     serve_echo,
     until,
 )
-from sim_ports import meta_of
+from sim_ports import burst, meta_of, tcp_frame
 
 from bypass import netns
 from bypass.dpdk_backend import DpdkDevice
@@ -236,6 +236,77 @@ def test_virtio_gets_large_segments_where_its_host_takes_them(tmp_path: Path, la
     else:
         assert (packets, segments) == (0, 0)
     assert (got["after"], sender["after"]) == (CLEAN, CLEAN)
+
+
+@in_child
+def takes_one_by_one(path: str) -> int:
+    """Takes one packet each time that it is told to; how many were large."""
+    device = backend(f"net_vhost0,iface={path},tso=1", frame_size=16384, mtu=9000)
+    with DpdkDevice(None, device) as device:
+        port, large = RawPort(device), 0
+        say("ready")
+        while hear() != "end":
+            large += sum(len(f.data) > 1514 for f in port.recv(1, 5))
+            say("taken")
+        return large
+
+
+@in_child
+def fills_the_ring(path: str) -> dict[str, Any]:
+    """Gives single segments, and bursts of 32 that may be joined: its other side takes one packet at a time."""
+    with DpdkDevice(None, backend(f"net_virtio_user0,path={path}")) as device:
+        nd, seq, segment, out = device.netdev, 0, tcp_frame(0, 400), ffi.new("bypass_pkt[]", 64)
+        until(lambda: device.health() == 0)
+
+        def give(n: int) -> int:
+            nonlocal seq
+            frames = ffi.new("bypass_pkt[]", burst(nd, n))
+            for i, frame in enumerate(frames):
+                m = meta_of(nd, frame)
+                at = nd.mem + frame * nd.stride + m.off
+                ffi.memmove(at, segment, len(segment))
+                ffi.memmove(at + 38, (seq + 400 * i).to_bytes(4, "big"), 4)
+                m.len, m.flags, m.csum_start, m.csum_off = len(segment), lib.BYPASS_TX_CSUM, 34, 16
+            sent = int(nd.ops.tx_burst(nd, frames, len(frames)))
+            seq += 400 * sent
+            nd.ops.free(nd, frames, len(frames))
+            nd.ops.reap(nd, out, 64)
+            return sent
+
+        def large() -> int:
+            return device.statistics()[0]["tso_packets"]
+
+        say([sum(give(1) for _ in range(20)), sum(give(32) for _ in range(60)), give(32)])
+        each = []
+        while hear() != "end":
+            before = large()
+            say(sum(give(32) for _ in range(20)))
+            each.append(large() - before)
+        return {"large": each, "after": places(device)}
+
+
+def test_a_ring_that_is_full_is_no_refusal(tmp_path: Path) -> None:
+    """Twenty times in a row there is room for a single segment, and for no large packet."""
+    path = str(tmp_path / "vhost.sock")
+    with takes_one_by_one.start(path) as taker:
+        assert taker.line() == "ready"
+        with fills_the_ring.start(path) as giver:
+            singles, others, last = giver.line()
+            assert (singles, last) == (20, 0)
+            assert others > 3 * 32
+            for _ in range(26):
+                taker.tell("one")
+                assert taker.line() == "taken"
+                giver.tell("more")
+                assert giver.line() > 0, "what one packet leaves behind is used"
+            giver.tell("end")
+            got = giver.result()
+        taker.tell("end")
+        large = taker.result()
+    assert sum(got["large"][:20]) == 0
+    assert sum(got["large"][20:]) > 0, "large packets are tried again"
+    assert large > 0
+    assert got["after"] == CLEAN
 
 
 # ---- Packets larger than a frame -----------------------------------------------------------------------------------
