@@ -395,6 +395,22 @@ def test_the_exit_code_is_the_verdict(
     assert "no interface 'nope' here" in capsys.readouterr().err
 
 
+def test_the_interface_of_a_dpdk_policy_need_not_be_there(tmp_path: Path) -> None:
+    """It is made when the port is opened."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "version: 1\ninterface: kernel0\nbackend: {kind: dpdk, device: net_null0}\naddresses: [192.0.2.10/24]\nflows:\n"
+        "  - {name: web, match: {proto: tcp, local: 192.0.2.10, local_port: 80}, action: steer}\n"
+    )
+    told = []
+    for named in ([], ["kernel0"]):
+        result = CliRunner().invoke(cli, ["doctor", *named, "-c", str(policy)], standalone_mode=False)
+        assert result.exception is None
+        told.append(result.stdout)
+    assert told[0] == told[1]
+    assert main(["doctor", "kernel1", "-c", str(policy)]) == 2
+
+
 def test_without_root_nothing_is_tried_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr(probe, "try_native_xdp", lambda: pytest.fail("tried"))

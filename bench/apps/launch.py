@@ -327,12 +327,11 @@ class SharedLauncher(BypassLauncher):
 
 
 class DpdkLauncher(SharedLauncher):
-    """The same on a port of DPDK. No event tells that frames have come: it looks every 100 us, later every 2 ms."""
+    """The same on a port of DPDK, net_af_packet's."""
 
     name = "dpdk"
     title = "bypass, DPDK"
     wire = True
-    idle_cpu = 0.1
 
     def policy(self) -> Path:
         path = super().policy()

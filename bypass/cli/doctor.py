@@ -41,10 +41,10 @@ def doctor(interface: str, file: str | None, as_json: bool) -> int:
     from bypass.policy import load_policy
 
     policy = load_policy(file) if file else None
-    if (
-        policy is not None and policy.backend.kind == "afxdp"
-    ):  # of dpdk it is the TAP device, made when it starts
+    if policy is not None and policy.backend.kind == "afxdp":
         interface = interface or policy.interface
+    elif policy is not None and interface == policy.interface:
+        interface = ""  # of dpdk it is the TAP device, made when it starts
     report = diagnose(interface, policy)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bypass import status
 from bypass._core import ffi, lib
 from bypass.errors import DeviceError, NameTakenError, PrivilegeError
 from bypass.nic import driver_of
@@ -24,6 +25,7 @@ from bypass.policy import DpdkBackend, Policy
 
 MAX_NAME = 15  # IFNAMSIZ without the zero
 BELOW = "-p"
+NAMES = "`interface` of a dpdk policy names the one made for the kernel"
 
 
 def tap_name(policy: Policy) -> str:
@@ -50,7 +52,7 @@ def open_tap(policy: Policy) -> int:
             f"bypass nic bind {policy.interface} takes it from there, and frees the name"
         )
     if policy.dpdk.vlan is not None and policy.interface in _names():
-        raise NameTakenError(_taken(policy.interface), driver_of(tap_name(policy)) == "tun")
+        raise _taken(policy, f"{policy.interface}: a device of this name exists: {NAMES}")
     path, config = ffi.new("struct exception_path *"), ffi.new("struct exception_config *")
     error = ffi.new("struct exception_error *")
     config.name = tap_name(policy).encode()
@@ -58,7 +60,7 @@ def open_tap(policy: Policy) -> int:
         return int(path.fd)
     text = ffi.string(error.text).decode(errors="replace")
     if error.err == errno.EBUSY:
-        raise NameTakenError(text, driver_of(policy.interface) == "tun")
+        raise _taken(policy, text)
     raise (PrivilegeError if error.err in (errno.EPERM, errno.EACCES) else DeviceError)(text)
 
 
@@ -69,8 +71,20 @@ def _is_port_itself(policy: Policy) -> bool:
     return ":" in address and any(part.endswith(address) for part in place)
 
 
-def _taken(name: str) -> str:
-    return f"{name}: a device of this name exists: `interface` of a dpdk policy names the one made for the kernel"
+def _taken(policy: Policy, otherwise: str) -> NameTakenError:
+    """By whom, where that is a port of bypass: who removed its device would take the kernel off that port."""
+    name = policy.interface
+    if driver_of(tap_name(policy)) != "tun":
+        return NameTakenError(otherwise, False)
+    pids = ", ".join(str(instance.pid) for instance in status.instances(name))
+    text = (
+        f"{name}: process {pids} serves it already: end that first, a broker by `bypass down`, or give `interface` "
+        "another name"
+        if pids
+        else f"{name}: a device of this name exists, which a program holds: {NAMES}; end that program, or choose "
+        "another name"
+    )
+    return NameTakenError(text, True)
 
 
 def _names() -> list[str]:
