@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bypass.errors import DeviceError
 from bypass.hugepages import Pool, pools
-from bypass.pci.binding import ON_KERNEL_DRIVER
+from bypass.pci.binding import ON_KERNEL_DRIVER, left_behind, refuse_in_use
 from bypass.pci.devices import ADDRESS, Bus, Device
 from bypass.pci.machine import Machine
 
@@ -112,6 +112,30 @@ def check_port(facts: Facts, needs: Needs | None) -> Iterator[Check]:
     yield _vfio_check(facts, needs)
     if needs is not None and needs.device:
         yield check_device(needs.device)
+    yield from check_left()
+
+
+def check_left(bus: Bus | None = None) -> Iterator[Check]:
+    """Devices that processes had taken which were killed; nothing where there are none."""
+    bus = bus or Bus()
+    for record in left_behind(bus.machine):
+        was = f"{record.address}: process {record.holder[0] if record.holder else 0}, which had taken it, was killed"
+        if record.address not in bus.addresses():
+            yield Check(
+                "dpdk", "device left", "warn", f"{was}, and it is gone", f"bypass nic unbind {record.address}"
+            )
+            continue
+        device = bus.read(record.address)
+        try:
+            refuse_in_use(bus.machine, device)
+        except DeviceError as error:
+            fix = "bypass up: a broker takes over what bypass-fwd goes on with"
+            yield Check("dpdk", "device left", "warn", f"{was}; {error}", fix)
+        else:
+            fix = f"bypass nic unbind {record.address}; or start again what had it"
+            yield Check(
+                "dpdk", "device left", "warn", f"{was}; it is with {device.driver or 'no driver'}", fix
+            )
 
 
 def _check(name: str, needed: bool, found: str, fix: str) -> Check:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import bypass.pci.binding
 import bypass.pci.devices
 import bypass.pci.vf
 from bypass.cli import cli, main
-from bypass.pci import Bus
+from bypass.pci import Bus, records
 from bypass.pci.devices import read_names
 
 IDS = """# a comment
@@ -101,6 +102,24 @@ def test_bind_and_unbind_say_what_they_did(machine: FakeMachine) -> None:
     assert run("unbind", "eth3") == "0000:04:00.0: ixgbe, eth3\n"
     assert run("unbind", "eth3") == "0000:04:00.0: ixgbe, eth3, as before\n"
     assert "warning: forced: 0000:03:00.1 is in the same IOMMU group" in run("bind", "eth1", "--force")
+
+
+def test_all_that_was_left_behind_is_given_back(
+    machine: FakeMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = machine.state()
+    assert run("unbind", "--left") == ""
+    assert main(["nic", "unbind"]) == 2
+    assert "name a DEVICE, or say --left" in capsys.readouterr().err
+    run("bind", "eth1", "--force")
+    (record,) = records.every(machine)
+    records.save(machine, replace(record, holder=(4711, 55)))
+    machine.busy = {4712: "bypass-fwd"}
+    assert main(["nic", "unbind", "--left"]) == 2
+    assert "is in use by bypass-fwd (4712)" in capsys.readouterr().err
+    machine.busy = {}
+    assert run("unbind", "--left") == f"{record.address}: {record.driver}, eth1\n"
+    assert machine.state() == before
 
 
 def test_functions_and_pages_say_what_they_did(machine: FakeMachine) -> None:

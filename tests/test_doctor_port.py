@@ -17,7 +17,7 @@ from bypass import doctor, doctor_port
 from bypass.cli import cli
 from bypass.doctor_port import LOADS, Check, Facts, Needs, check_port
 from bypass.hugepages import Pool
-from bypass.pci import Bus, bind
+from bypass.pci import Bus, bind, records
 from bypass.policy import parse_policy
 
 GOOD = Facts((Pool(2 << 20, None, 512, 512, 0), Pool(1 << 30, None, 1, 1, 0)), 20, "there", "22.11.11", LOADS)
@@ -113,6 +113,27 @@ def test_the_device_is_the_programs_or_will_be(tmp_path: Path) -> None:
     assert doctor_port.check_device("03:00.0", bus).verdict == "ok"
     assert "on top of which" in doctor_port.check_device("04:00.0", bus).found
     assert "no PCI device" in doctor_port.check_device("05:00.0", bus).found
+
+
+def test_a_device_that_a_killed_process_left_is_told(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path)
+    machine.device()
+    bus = Bus(machine)
+    bind(NIC, machine=machine)
+    assert list(doctor_port.check_left(bus)) == []
+    (record,) = records.every(machine)
+    records.save(machine, replace(record, holder=(4711, 55)))
+    (left,) = doctor_port.check_left(bus)
+    assert (left.verdict, left.fix) == ("warn", f"bypass nic unbind {NIC}; or start again what had it")
+    assert left.found == f"{NIC}: process 4711, which had taken it, was killed; it is with vfio-pci"
+    machine.busy = {4712: "bypass-fwd"}
+    (left,) = doctor_port.check_left(bus)
+    assert "is in use by bypass-fwd (4712)" in left.found
+    assert left.fix.startswith("bypass up")
+    machine.busy = {}
+    (machine.sys / "bus/pci/devices" / NIC).unlink()
+    (left,) = doctor_port.check_left(bus)
+    assert "and it is gone" in left.found
 
 
 def test_vfio_is_there_or_a_module_or_missing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fake_pci import NIC, PLAIN, FakeMachine
 
 from bypass import nic
 from bypass.errors import DeviceError
-from bypass.pci import Bus, bind, records, take, unbind
+from bypass.pci import Bus, bind, left_behind, records, take, unbind
 
 
 @pytest.fixture
@@ -402,3 +402,25 @@ def test_what_a_killed_process_left_half_way_is_mended_and_taken(machine: FakeMa
         assert taken.ours is True
         assert machine.state()["drivers"] == {NIC: "vfio-pci"}
     assert machine.state() == before
+
+
+def test_a_device_that_was_taken_out_is_forgotten(
+    machine: FakeMachine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with take(NIC, machine=machine):
+        (machine.sys / "bus/pci/devices" / NIC).unlink()
+    assert f"{NIC} was taken out of the machine" in caplog.text
+    assert machine.state()["records"] == []
+    with pytest.raises(DeviceError, match="no PCI device"):
+        unbind(NIC, machine=machine)
+
+
+def test_what_a_killed_process_left_is_known(machine: FakeMachine) -> None:
+    assert left_behind(machine) == []
+    with take(NIC, machine=machine):
+        assert left_behind(machine) == []
+        machine.pids[os.getpid()] = 2  # this one is dead, and another has its number
+        assert [r.address for r in left_behind(machine)] == [NIC]
+        machine.pids[os.getpid()] = 1
+    bind(NIC, machine=machine)
+    assert left_behind(machine) == []  # by command: nobody's to end

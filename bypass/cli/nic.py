@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from bypass.cli.table import print_table
-from bypass.pci import Bus, Device, VfSettings, bind, set_functions, unbind
+from bypass.errors import DeviceError
+from bypass.pci import Bus, Device, VfSettings, bind, left_behind, set_functions, unbind
 from bypass.pci.devices import USER_DRIVERS
 
 JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -118,22 +119,35 @@ def bind_(device: str, driver: str, force: bool, no_iommu: bool) -> None:
 
 
 @nic.command("unbind")
-@click.argument("device", metavar="DEVICE")
-def unbind_(device: str) -> None:
+@click.argument("device", metavar="DEVICE", required=False)
+@click.option("--left", is_flag=True, help="All devices that programs had taken which were killed.")
+def unbind_(device: str | None, left: bool) -> None:
     """Give DEVICE back to its kernel driver, and its interface what it had.
 
-    DEVICE may be the name that the interface had. It also repairs what was left by a program that was killed. Refused
-    while a program uses the device. What does not come back: interfaces on top (VLANs), queueing disciplines, settings
-    of ethtool(8).
+    DEVICE may be the name that the interface had. It also repairs what was left by a program that was killed, such as a
+    broker; `bypass doctor` names these devices. Refused while a program uses the device. What does not come back:
+    interfaces on top (VLANs), queueing disciplines, settings of ethtool(8).
 
     \b
     Examples:
       bypass nic unbind eth1
       bypass nic unbind 0000:03:00.0
+      bypass nic unbind --left
     """
-    done = unbind(device)
-    what = f"{done.driver or 'no driver'}" + "".join(f", {i}" for i in done.interfaces)
-    click.echo(f"{done.address}: {what}" + ("" if done.changed else ", as before"))
+    if left == (device is not None):
+        raise click.UsageError("name a DEVICE, or say --left for all that were left behind")
+    refused = []
+    for name in [device] if device is not None else [record.address for record in left_behind()]:
+        try:
+            done = unbind(name)
+        except DeviceError as error:
+            refused.append(str(error))
+            continue
+        what = f"{done.driver or 'no driver'}" + "".join(f", {i}" for i in done.interfaces)
+        what = "was taken out of the machine; its record is forgotten" if done.gone else what
+        click.echo(f"{done.address}: {what}" + ("" if done.changed else ", as before"))
+    if refused:
+        raise DeviceError("\n".join(refused))
 
 
 # ---- Virtual functions ---------------------------------------------------------------------------------------------

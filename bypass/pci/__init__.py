@@ -16,7 +16,7 @@ A program that wants a device for as long as it runs:
 
 from __future__ import annotations
 
-from bypass.pci.binding import Bound, Given, Taken, bind, take, unbind
+from bypass.pci.binding import Bound, Given, Taken, bind, left_behind, take, unbind
 from bypass.pci.devices import Bus, Device
 from bypass.pci.machine import VfSettings
 from bypass.pci.vf import Functions, set_functions
@@ -30,6 +30,7 @@ __all__ = [
     "Taken",
     "VfSettings",
     "bind",
+    "left_behind",
     "set_functions",
     "take",
     "unbind",

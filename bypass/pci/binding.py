@@ -12,6 +12,7 @@ Sources: Documentation/ABI/testing/sysfs-bus-pci (driver_override, drivers_probe
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,9 @@ from bypass.pci.devices import USER_DRIVERS, Bus, Device
 from bypass.pci.machine import Machine
 from bypass.pci.records import Record
 
-__all__ = ["Bound", "Given", "Taken", "bind", "hindrances", "take", "unbind"]
+__all__ = ["Bound", "Given", "Taken", "bind", "hindrances", "left_behind", "take", "unbind"]
+
+log = logging.getLogger("bypass")
 
 MODULES = {"vfio-pci": "vfio-pci", "uio_pci_generic": "uio_pci_generic", "igb_uio": "igb_uio"}
 HARMLESS = ("", "vfio-pci", "pci-stub", "pcieport", "shpchp")
@@ -46,12 +49,13 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What unbind() did: `driver` has the device again, with these interfaces."""
+    """What unbind() did: `driver` has the device again, with these interfaces. `gone`: there is no such device now."""
 
     address: str
     driver: str
     interfaces: tuple[str, ...]
     changed: bool
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ def bind(
 
 def unbind(name: str, *, machine: Machine | None = None) -> Given:
     """Gives a device back to its kernel driver, and its interface what it had. Also repairs what a process that was
-    killed left half done.
+    killed left half done. Of a device that has been taken out of the machine the record is forgotten.
 
     Raises:
         DeviceError: a program uses it; or a step failed, and the message says how it is now.
@@ -107,7 +111,14 @@ def unbind(name: str, *, machine: Machine | None = None) -> Given:
     machine = machine or Machine()
     with machine.locked():
         bus = Bus(machine)
-        device = bus.find(_address_of_record(machine, name))
+        address = _address_of_record(machine, name)
+        if address not in bus.addresses() and (record := records.load(machine, address)) is not None:
+            problems = _safe_mode(machine, record)
+            if problems:
+                raise DeviceError(f"{address} is gone, and {problems[0]}")
+            records.remove(machine, address)
+            return Given(address, "", (), True, gone=True)
+        device = bus.find(address)
         record = records.load(machine, device.address)
         if record is None and device.driver and not device.by_user:
             return Given(device.address, device.driver, device.interfaces, False)
@@ -141,8 +152,8 @@ def take(
     try:
         yield taken
     finally:
-        if taken.ours:
-            unbind(taken.address, machine=machine)
+        if taken.ours and unbind(taken.address, machine=machine).gone:
+            log.warning("%s was taken out of the machine: there is nothing to give back", taken.address)
 
 
 def _take(bus: Bus, device: Device, driver: str, force: bool, no_iommu: bool) -> Taken:
@@ -164,6 +175,13 @@ def _take(bus: Bus, device: Device, driver: str, force: bool, no_iommu: bool) ->
 
 def _me(machine: Machine) -> tuple[int, int]:
     return os.getpid(), machine.started(os.getpid()) or 0
+
+
+def left_behind(machine: Machine | None = None) -> list[Record]:
+    """Devices that processes had taken for as long as they run, which were killed. Programs may still have them open:
+    bypass-fwd outlives its broker."""
+    machine = machine or Machine()
+    return [r for r in records.every(machine) if r.holder is not None and not records.is_held(machine, r)]
 
 
 def _address_of_record(machine: Machine, name: str) -> str:
@@ -331,13 +349,7 @@ def _unbind(bus: Bus, record: Record) -> Given:
                 f"{address}: its driver_override {device.override} stays: {error.strerror}: "
                 f"bypass nic unbind {address} tries again"
             ) from error
-    problems = _restore_interfaces(bus, record)
-    others = (r for r in records.every(machine) if r.address != address)
-    if record.noiommu and not any(other.noiommu for other in others):
-        try:
-            machine.write(_unsafe_path(machine), "N")
-        except OSError as error:
-            problems.append(f"vfio's unsafe mode stays on: {error.strerror}")
+    problems = _restore_interfaces(bus, record) + _safe_mode(machine, record)
     if problems:
         raise DeviceError(
             f"{address} is with {bus.read(address).driver} again, but not everything came back: {'; '.join(problems)}. "
@@ -346,6 +358,17 @@ def _unbind(bus: Bus, record: Record) -> Given:
     records.remove(machine, address)
     given = bus.read(address)
     return Given(address, given.driver, given.interfaces, True)
+
+
+def _safe_mode(machine: Machine, record: Record) -> list[str]:
+    """vfio's unsafe mode goes with the last device that needed it. Problems, in words."""
+    others = (r for r in records.every(machine) if r.address != record.address)
+    if record.noiommu and not any(other.noiommu for other in others):
+        try:
+            machine.write(_unsafe_path(machine), "N")
+        except OSError as error:
+            return [f"vfio's unsafe mode stays on: {error.strerror}"]
+    return []
 
 
 def refuse_in_use(machine: Machine, device: Device) -> None:
