@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -97,9 +100,46 @@ def test_each_card_has_a_tap_and_an_address_and_no_kvm_is_asked_for(tmp_path: Pa
     assert "kvm" not in text.replace("kernel-irqchip", "")
     assert "readonly=on" in text
     assert "tap,id=one,ifname=one,script=no" in text
-    assert "e1000e,netdev=one,mac=52:54:00:00:00:09" in text
+    assert "e1000e,netdev=one,id=card-one,mac=52:54:00:00:00:09" in text
+    assert "-qmp" not in text
     assert "queues=2 " in text
     assert "vectors=6,mq=on" in text
+
+
+def test_a_card_is_taken_away_by_qmp(tmp_path: Path) -> None:
+    """Against a QEMU that says what its reference says: a greeting, an event at any time, an answer to each command."""
+    path = tmp_path / "qmp"
+    asked: list[dict[str, object]] = []
+
+    def answer(server: socket.socket, last: str) -> None:
+        sock, _ = server.accept()
+        with sock, sock.makefile("rw") as talk:
+            talk.write('{"QMP": {}}\n')
+            for reply in ('{"return": {}}', last):
+                talk.flush()
+                asked.append(json.loads(talk.readline()))
+                talk.write('{"event": "RTC_CHANGE"}\n' + reply + "\n")
+
+    for last, trouble in (
+        ('{"return": {}}', None),
+        ('{"error": {"desc": "not found"}}', "device_del: not found"),
+    ):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.bind(str(path))
+            server.listen()
+            thread = threading.Thread(target=answer, args=(server, last))
+            thread.start()
+            if trouble is None:
+                machine.unplug(path, "one")
+            else:
+                with pytest.raises(MachineError, match=trouble):
+                    machine.unplug(path, "one")
+            thread.join()
+        path.unlink()
+    assert asked[:2] == [
+        {"execute": "qmp_capabilities"},
+        {"execute": "device_del", "arguments": {"id": "card-one"}},
+    ]
 
 
 # ---- How it is ended ---------------------------------------------------------------------------------------------
@@ -154,11 +194,13 @@ def test_checks_rows_and_the_end_are_heard() -> None:
         "guest: Linux",
         '@ {"check": "ping", "ok": true}',
         '@ {"row": {"device": "lan0", "ping": "5/5"}}',
+        '@ {"unplug": "hot"}',
         '@ {"check": "echo", "ok": false}',
         '@ {"end": true, "failed": ["echo"]}',
     ]
     shown = [outcome.hear(line) for line in said]
-    assert shown == ["guest: Linux", "ok     ping", "", "FAILED echo", ""]
+    assert shown == ["guest: Linux", "ok     ping", "", "", "FAILED echo", ""]
+    assert outcome.unplug == "hot"
     assert outcome.failed == ["echo"]
     assert outcome.ended
     assert outcome.table().row_count == 1

@@ -80,6 +80,7 @@ def port_config(backend: DpdkBackend, *, rx_csum_trust: bool = False) -> dict[st
         "frame_size": backend.frame_size,
         "mtu": backend.mtu or 0,
         "idle_us": backend.idle_us,
+        "vlan": backend.vlan or 0,
         "link_poll_ms": backend.link_poll_ms,
         "flags": flags | (lib.DPDK_F_RX_CSUM_TRUST if rx_csum_trust else 0),
     }

@@ -22,7 +22,7 @@
 #include "bypass.h"
 
 enum {
-    DPDK_PLUGIN_ABI = 3, /* changes whenever a struct of this header changes its layout */
+    DPDK_PLUGIN_ABI = 4, /* changes whenever a struct of this header changes its layout */
     DPDK_MAX_QUEUES = 16,
     DPDK_MAX_MEMBERS = 8, /* of a bonding device */
     DPDK_HEADROOM = 128,  /* bytes in front of each packet, beyond frame_size */
@@ -59,6 +59,7 @@ struct dpdk_config {       /* zeroed, then filled; 0 takes the default in bracke
     uint32_t frame_size;   /* packet bytes that a frame holds, headroom not included: 2048, 4096, 8192, 16384 [2048] */
     uint32_t mtu;          /* largest IP packet, bytes [the device's own, or what a frame holds where that is less] */
     uint32_t idle_us;      /* where a timer wakes: how long it sleeps, microseconds; up to 2000 after a while [100] */
+    uint32_t vlan;         /* 802.1Q tag of what the port is about, where its device has to be told; 0: none */
     uint32_t link_poll_ms; /* between looks at the link and at a bonding device's members [100] */
     uint32_t flags;        /* DPDK_F_* */
 };

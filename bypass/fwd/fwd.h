@@ -24,7 +24,7 @@
 #include "port.h"
 
 enum {
-    FWD_ABI = 6,
+    FWD_ABI = 7,
     FWD_NAME = 64,           /* bytes of an item's name, with its 0 */
     FWD_BLOB = 4096,         /* bytes of an item */
     FWD_FDS = 128,           /* descriptors of an item, and of a message */

@@ -12,7 +12,9 @@ import argparse
 import compileall
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import machine
 from machine import ROOT, VM, MachineError
@@ -37,7 +39,7 @@ def prepare() -> None:
     machine.write_programs(BUILD / "programs.json", [build.defines(p.compiled) for p in policies])
 
 
-def attempt(number: int, console: Console) -> Outcome | str:
+def attempt(number: int, console: Console, qmp: Path, only: str) -> Outcome | str:
     """One try: what the guest said, or why the machine was ended."""
     outcome = Outcome()
     begin = time.monotonic()
@@ -46,8 +48,12 @@ def attempt(number: int, console: Console) -> Outcome | str:
         said = outcome.hear(text)
         if said:
             console.print(f"{time.monotonic() - begin:6.1f} s  {said}", markup=False, soft_wrap=True)
+        if outcome.unplug:
+            machine.unplug(qmp, outcome.unplug)
+            outcome.unplug = ""
 
-    argv, env = machine.command(VM, BUILD / "initramfs", BUILD / "console.log")
+    options = f"bypass.only={only}" if only else ""
+    argv, env = machine.command(VM, BUILD / "initramfs", BUILD / "console.log", qmp=qmp, options=options)
     console.print(
         f"vm: try {number}: {argv[0]}, {machine.CPUS} processors, no KVM; at most {LIMIT_S:.0f} s",
         markup=False,
@@ -68,14 +74,19 @@ def show_log(console: Console) -> None:
 
 
 def main() -> int:
-    argparse.ArgumentParser(description="Real drivers, in a machine in QEMU.").parse_args()
+    parser = argparse.ArgumentParser(description="Real drivers, in a machine in QEMU.")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="parts in whose name this is found (no spaces)"
+    )
+    only = parser.parse_args().only
     console = Console(highlight=False, emoji=False, width=140)
     try:
         if os.geteuid() != 0:
             raise MachineError("not root: the machine's network is made of taps in a namespace of its own")
         prepare()
         for number in range(1, TRIES + 1):
-            outcome = attempt(number, console)
+            with tempfile.TemporaryDirectory(prefix="bypass-vm-") as folder:
+                outcome = attempt(number, console, Path(folder) / "qmp", only)
             if isinstance(outcome, Outcome):
                 break
             console.print(f"vm: try {number}: {outcome}", markup=False)

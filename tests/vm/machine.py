@@ -21,6 +21,7 @@ import os
 import selectors
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import time
@@ -66,6 +67,7 @@ NICS = (
         queues=2,
     ),
     Nic("peer", "52:54:00:00:00:03", "virtio-net-pci", "addr=12,disable-legacy=on"),
+    Nic("hot", "52:54:00:00:00:04", "virtio-net-pci", "bus=bay,iommu_platform=on,disable-legacy=on"),
 )
 
 
@@ -191,7 +193,13 @@ def _make_tap(nic: Nic) -> None:
 
 # ---- QEMU --------------------------------------------------------------------------------------------------------
 def command(
-    vm: Path, initrd: Path, console: Path, nics: Sequence[Nic] = NICS
+    vm: Path,
+    initrd: Path,
+    console: Path,
+    nics: Sequence[Nic] = NICS,
+    *,
+    qmp: Path | None = None,
+    options: str = "",
 ) -> tuple[list[str], dict[str, str]]:
     """QEMU's command line and the environment it needs where it is not installed."""
     own = vm / "usr/bin/qemu-system-x86_64"
@@ -206,22 +214,48 @@ def command(
         where = ["-L", str(vm / "usr/share/qemu"), "-L", str(vm / "usr/share/seabios")]
     (kernel,) = (vm / "boot").glob("vmlinuz-*")
     # iommu=pt: what the kernel drives itself is not translated (each translation is emulated), what vfio drives is.
-    options = "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off net.ifnames=0"
-    options += " intel_iommu=on iommu=pt"
+    kernel_options = f"{options} console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off net.ifnames=0"
+    kernel_options += " intel_iommu=on iommu=pt"
     argv = [qemu, *where, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     argv += ["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]
     argv += ["-smp", str(CPUS), "-m", str(MEMORY_MB)]
-    argv += ["-kernel", str(kernel), "-initrd", str(initrd), "-append", options]
+    argv += ["-kernel", str(kernel), "-initrd", str(initrd), "-append", kernel_options]
     argv += ["-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"]
     argv += ["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"]
     argv += ["-serial", f"file:{console}", "-serial", "stdio", "-monitor", "none"]
+    argv += ["-device", "pcie-root-port,id=bay,addr=13,chassis=1"]
+    if qmp is not None:
+        argv += ["-qmp", f"unix:{qmp},server=on,wait=off"]
     for nic in nics:
         more = f",queues={nic.queues}" if nic.queues > 1 else ""
         vectors = f",vectors={2 * nic.queues + 2}" if nic.queues > 1 else ""
         extra = f",{nic.args}" if nic.args else ""
         argv += ["-netdev", f"tap,id={nic.name},ifname={nic.name},script=no,downscript=no,vhost=off{more}"]
-        argv += ["-device", f"{nic.model},netdev={nic.name},mac={nic.mac},romfile={vectors}{extra}"]
+        argv += [
+            "-device",
+            f"{nic.model},netdev={nic.name},id=card-{nic.name},mac={nic.mac},romfile={vectors}{extra}",
+        ]
     return argv, env
+
+
+def unplug(qmp: Path, name: str) -> None:
+    """Takes a card away: the guest is asked to let go of it, and it goes then.
+
+    Source: QEMU's QMP reference, device_del.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        sock.connect(str(qmp))
+        with sock.makefile("rw") as talk:
+            talk.readline()  # its greeting
+            remove = {"execute": "device_del", "arguments": {"id": f"card-{name}"}}
+            for command in ({"execute": "qmp_capabilities"}, remove):
+                talk.write(json.dumps(command) + "\n")
+                talk.flush()
+                while not {"return", "error"} & (answer := json.loads(talk.readline())).keys():
+                    pass  # an event
+                if "error" in answer:
+                    raise MachineError(f"QEMU: {command['execute']}: {answer['error'].get('desc')}")
 
 
 def run(

@@ -28,12 +28,14 @@ class Outcome:
         checks: (text, whether it held).
         rows: of the closing table, by the keys of COLUMNS.
         ended: the guest's test came to its end.
+        unplug: a card that the guest wants to be taken away; who has done it forgets it.
         lines: everything that the guest said.
     """
 
     checks: list[tuple[str, bool]] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
     ended: bool = False
+    unplug: str = ""
     lines: list[str] = field(default_factory=list)
 
     def hear(self, line: str) -> str:
@@ -50,6 +52,8 @@ class Outcome:
             return f"{'ok    ' if said['ok'] else 'FAILED'} {said['check']}"
         if "row" in said:
             self.rows.append(said["row"])
+        elif "unplug" in said:
+            self.unplug = said["unplug"]
         elif "part" in said:
             return f"       -- {said['part']}: {said['seconds']} s"
         elif "end" in said:

@@ -7,6 +7,7 @@
  * A removed device is stopped and closed at once: that is what makes its driver give back all mbufs.
  */
 #define _GNU_SOURCE
+#define ALLOW_EXPERIMENTAL_API /* rte_dev_event_callback_register(): the same since DPDK 18.08 */
 #include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
@@ -120,6 +121,17 @@ static int on_removed(uint16_t id, enum rte_eth_event_type event, void *arg, voi
     (void)id, (void)event, (void)ret;
     __atomic_store_n(&d->removed, 1, __ATOMIC_RELEASE);
     return 0;
+}
+
+/* The kernel wants a device back that vfio-pci has, and waits until it is closed: it is taken away. */
+static void on_wanted(const char *name, enum rte_dev_event_type event, void *arg)
+{
+    struct dpdk_port *d = arg;
+
+    (void)name;
+    if (event == RTE_DEV_EVENT_REMOVE) {
+        __atomic_store_n(&d->removed, 1, __ATOMIC_RELEASE);
+    }
 }
 
 static int on_link(uint16_t id, enum rte_eth_event_type event, void *arg, void *ret)
@@ -344,6 +356,7 @@ int link_watch(struct dpdk_port *d, struct dpdk_error *error)
     }
     rte_eth_dev_callback_register(d->id, RTE_ETH_EVENT_INTR_RMV, on_removed, d);
     rte_eth_dev_callback_register(d->id, RTE_ETH_EVENT_INTR_LSC, on_link, d);
+    rte_dev_event_callback_register(rte_dev_name(d->device), on_wanted, d);
     link_look(d, true);
     return 0;
 }
@@ -353,6 +366,7 @@ void link_unwatch(struct dpdk_port *d)
     if (d->link_tsc && !d->gone) {
         rte_eth_dev_callback_unregister(d->id, RTE_ETH_EVENT_INTR_RMV, on_removed, d);
         rte_eth_dev_callback_unregister(d->id, RTE_ETH_EVENT_INTR_LSC, on_link, d);
+        rte_dev_event_callback_unregister(rte_dev_name(d->device), on_wanted, d);
     }
 }
 

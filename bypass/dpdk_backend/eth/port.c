@@ -145,6 +145,14 @@ static int failed(struct dpdk_port *d, struct dpdk_error *error, const char *doi
  * Without the offload the host completes them. */
 static bool sums_left_out(const struct dpdk_port *d) { return strncmp(d->info.driver_name, "net_virtio", 10) == 0; }
 
+/* A virtio device drops the frames of all VLANs that it was not told of, once its driver can tell it of some
+ * (VIRTIO_NET_F_CTRL_VLAN), which DPDK's always says. NICs let all of them through, unless they are asked to filter. */
+static bool filters_vlans(const struct dpdk_port *d)
+{
+    return d->cfg.vlan && strncmp(d->info.driver_name, "net_virtio", 10) == 0 &&
+           (d->info.rx_offload_capa & RTE_ETH_RX_OFFLOAD_VLAN_FILTER);
+}
+
 /* Large packets for the device to cut up, as chains of mbufs. A driver that does not offer IPv4 checksums (virtio: IP's is
  * the driver's own) finds a right one in the large packet's header. */
 static void choose_segmentation(struct dpdk_port *d)
@@ -172,10 +180,11 @@ static void choose_offloads(struct dpdk_port *d)
         conf->rx_adv_conf.rss_conf.rss_hf = hash & d->info.flow_type_rss_offloads;
         conf->rxmode.mq_mode = conf->rx_adv_conf.rss_conf.rss_hf ? RTE_ETH_MQ_RX_RSS : RTE_ETH_MQ_RX_NONE;
     }
+    conf->rxmode.offloads = filters_vlans(d) ? RTE_ETH_RX_OFFLOAD_VLAN_FILTER : 0;
     if (d->cfg.flags & DPDK_F_NO_OFFLOADS) {
         return;
     }
-    conf->rxmode.offloads = sums_left_out(d) ? 0 : RTE_ETH_RX_OFFLOAD_CHECKSUM & d->info.rx_offload_capa;
+    conf->rxmode.offloads |= sums_left_out(d) ? 0 : RTE_ETH_RX_OFFLOAD_CHECKSUM & d->info.rx_offload_capa;
     if ((d->info.tx_offload_capa & csum) == csum) {
         conf->txmode.offloads |= csum;
         d->tx_csum = true;
@@ -313,6 +322,12 @@ static int start(struct dpdk_port *d, struct dpdk_error *error)
     }
     if (err < 0) {
         return failed(d, error, "starting", err);
+    }
+    if (filters_vlans(d)) {
+        err = rte_eth_dev_vlan_filter(d->id, (uint16_t)d->cfg.vlan, 1);
+        if (err < 0) {
+            return failed(d, error, "letting frames of the VLAN in", err);
+        }
     }
     /* What a filter of the device would keep from the kernel behind the exception path. Not all drivers have either. */
     if (rte_eth_allmulticast_enable(d->id) < 0 && d->member_count) {
