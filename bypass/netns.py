@@ -7,8 +7,10 @@ Source: network_namespaces(7), setns(2), ip-netns(8).
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from bypass.errors import LabError
 
 RUN_DIR = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 
 P = ParamSpec("P")
@@ -78,16 +81,48 @@ def entered(name: str) -> Iterator[None]:
         target = os.open(RUN_DIR / name, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise LabError(f"no network namespace {name!r}; there are: {', '.join(names()) or 'none'}") from None
-    home = os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _setns(target)
+        with entered_fd(target):
+            yield
+    finally:
+        os.close(target)
+
+
+@contextmanager
+def entered_fd(fd: int) -> Iterator[None]:
+    """The same for a namespace by its descriptor. OSError: it is none, or this process may not."""
+    home = _own()
+    try:
+        _setns(fd)
         try:
             yield
         finally:
             _setns(home)
     finally:
         os.close(home)
-        os.close(target)
+
+
+def unnamed() -> int:
+    """A new namespace that has no name, with its loopback up: a descriptor. It ends with the last one, and the last
+    socket and device in it. OSError: this process may not (CAP_SYS_ADMIN)."""
+    home, libc = _own(), ctypes.CDLL(None, use_errno=True)
+    try:
+        if libc.unshare(CLONE_NEWNET) != 0:
+            err = ctypes.get_errno()
+            raise OSError(err, f"unshare: {os.strerror(err)}")
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                fcntl.ioctl(s, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+            return _own()
+        finally:
+            _setns(home)
+    finally:
+        os.close(home)
+
+
+def _own() -> int:
+    """Of the calling thread."""
+    return os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def run(name: str, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -47,7 +47,16 @@ from bypass.broker.shared import site_of
 from bypass.broker.tools import listening
 from bypass.errors import DeviceError, NameTakenError
 from bypass.fwd import Forwarder
-from bypass.lab import CLIENT_IFNAME, CLIENT_IP, SERVER_IFNAME, SERVER_IP, WIRE_IFNAME, Lab, dpdk_policy
+from bypass.lab import (
+    CLIENT_IFNAME,
+    CLIENT_IP,
+    CLIENT_NET,
+    SERVER_IFNAME,
+    SERVER_IP,
+    WIRE_IFNAME,
+    Lab,
+    dpdk_policy,
+)
 from bypass.policy import DpdkBackend, load_policy
 
 pytestmark = [
@@ -183,6 +192,39 @@ def tools_tell(name: str, pid: int) -> None:
     explained = json.loads(good("explain", SERVER_IFNAME, flow, "--json", "--socket", name))
     assert (explained["pids"], explained["mode"], explained["queue"]) == ([pid], "shared", 0)
     assert f"{CLIENT_IP}:{PORT}" in good("conns", "--socket", name)
+
+
+def test_without_an_exception_path_nothing_of_the_host_is_there(
+    policy: Path,
+    folder: Path,  # noqa: F811
+    lab: Lab,
+) -> None:
+    """`exception: none`: programs of two users serve and connect, ARP and ping are answered, and that is all."""
+    text = policy.read_text().replace("kind: dpdk", "kind: dpdk\n  exception: none")
+    policy.write_text(text.replace(CLIENT_NET, "0.0.0.0/0"))
+    name = str(folder / "broker.sock")
+    broker = up(policy, name)
+    assert interfaces() == {"lo", WIRE_IFNAME}, "no device of the port's here"
+    with Program(name) as first, Program(name, OTHER) as second, kernel_echo(lab):
+        assert first.do("listen", SERVER_IP, 8080) == "8080"
+        assert second.do("listen", SERVER_IP, 9090) == "9090"
+        with socket.create_server(("0.0.0.0", 8081)), Load(lab, 2) as load:
+            load.goes_on()
+            echo_at(lab, 9090)
+            assert "3 received, 0% packet loss" in ping(lab)
+            assert refuses(lab, 8081), "the host listens there, but not for the port"
+            assert int(first.do("connect", CLIENT_IP, PORT)) > 0
+            assert first.do("again") == "1"
+            kill(broker, lab)
+            load.goes_on()
+            up(policy, name)
+            rejoined(name, first, second)
+            load.goes_on()
+            assert first.do("connect", CLIENT_IP, PORT) != "0"
+            assert first.do("again") == "2"
+        second.process.kill()
+        wait_until(lambda: refuses(lab, 9090))
+        down(name)
 
 
 def test_jumbo_frames_go_through_bypass_fwd(policy: Path, folder: Path, lab: Lab) -> None:  # noqa: F811
@@ -447,8 +489,6 @@ def test_what_cannot_be_says_why_and_leaves_nothing(policy: Path, broker: tuple[
     down(name)
     policy.write_text(text.replace(WIRE_IFNAME, "nosuch0"))
     assert "nosuch0" in refused(policy, name)
-    policy.write_text(text.replace("kind: dpdk", "kind: dpdk\n  exception: none").partition("routes:")[0])
-    assert "backend.exception is none: a broker asks the kernel" in refused(policy, name)
     policy.write_text(text)
     done = subprocess.run(
         [*BYPASS, "up", "-c", str(policy), "--socket", name],

@@ -4,6 +4,9 @@
     port --> bypass-fwd: classifier --> applications
                              `--> TAP of the policy's `interface` name --> kernel
 
+With `exception: none` that TAP is in a network namespace of its own, without a name: the kernel there answers ARP and
+ping, and says next hops, for all applications; nothing of this host can be reached by the port.
+
 The broker makes the classifier's memory and the TAP, in its network namespace, and hands both to bypass-fwd, in which
 they live on: a successor goes on with them, and the death of bypass-fwd takes the port and the TAP away. What does not
 live here: the classifier (bypass.dpdk_backend.steering), the port (bypass.dpdk_backend.eal, and the plug-in).
@@ -15,26 +18,44 @@ import errno
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from ipaddress import IPv4Address
 from typing import Any
 
+from bypass import netns
 from bypass.broker.interface import DeviceView
 from bypass.broker.ports import PortsSite
 from bypass.broker.takeover import Left
 from bypass.dpdk_backend import eal, link_counters, tap
 from bypass.dpdk_backend.flows import REST, Refused, put_flows
-from bypass.dpdk_backend.steering import SoftSteering
+from bypass.dpdk_backend.steering import SoftSteering, kernel_flows
 from bypass.dpdk_backend.taken import device_taken
-from bypass.errors import BypassError, DeviceError
+from bypass.errors import BypassError, DeviceError, PrivilegeError
 from bypass.fwd import ForwarderError, LinkState
 from bypass.hwflow.inforce import host_addresses
+from bypass.netlink import TcpFlow
 from bypass.policy import DpdkBackend, Policy
 from bypass.rss import Queue
+from bypass.rules import Address
 
 log = logging.getLogger("bypass.broker")
 
 LINK_CODES = {"up": 0, "down": errno.ENETDOWN, "gone": errno.ENXIO}
+
+
+NAMESPACE = "steering.namespace"
+"""Item of bypass-fwd, which goes with what is attached: the namespace of the TAP, where that is apart."""
+
+
+def _namespace(policy: Policy, left: Left | None) -> int:
+    """For the TAP alone. DeviceError, PrivilegeError."""
+    if left is not None:
+        return left.forwarder.get(NAMESPACE).fds[0]
+    try:
+        return netns.unnamed()
+    except OSError as e:
+        kind = PrivilegeError if e.errno == errno.EPERM else DeviceError
+        raise kind(f"{policy.path}: exception: none takes a network namespace, and there is none: {e}") from e
 
 
 class DpdkSite(PortsSite):
@@ -44,19 +65,19 @@ class DpdkSite(PortsSite):
     without_fwd = "its port and the kernel's device of it are gone"
 
     def __init__(self, policy: Policy, name: str = "", left: Left | None = None) -> None:
-        if policy.dpdk.exception == "none":
-            raise DeviceError(
-                f"{policy.path}: backend.exception is none: a broker asks the kernel for next hops, by exception: tap; "
-                "without a kernel a port can be embedded in one program"
-            )
         self._link_code = 0  # of the port
-        self._tap = -1
+        self._tap = self._namespace = -1
+        self.apart = policy.dpdk.exception == "none"
         with ExitStack() as undo:
             # First: its interface may have the name that the TAP gets.
             undo.enter_context(device_taken(policy.dpdk))
+            if self.apart:
+                self._namespace = _namespace(policy, left)
+                undo.callback(os.close, self._namespace)
             if left is None:
                 # Before bypass-fwd is started: a second broker finds the name taken.
-                self._tap = tap.open_tap(policy)
+                with self.kernel():
+                    self._tap = tap.open_tap(policy)
             try:
                 self._taken = ExitStack()  # close() is called where the port cannot be opened
                 super().__init__(policy, name, left)
@@ -66,8 +87,16 @@ class DpdkSite(PortsSite):
                     self._tap = -1
             self._taken = undo.pop_all()
 
+    def kernel(self) -> AbstractContextManager[None]:
+        return netns.entered_fd(self._namespace) if self.apart else nullcontext()
+
     def _steer(self, policy: Policy, left: Left | None) -> SoftSteering:
-        return SoftSteering(policy, policy.interface, left=left.attached if left else None)
+        attached = left.attached if left else None
+        return SoftSteering(policy, policy.interface, left=attached, kernel_flows=self._kernel_flows)
+
+    def _kernel_flows(self, port: int) -> list[TcpFlow]:
+        with self.kernel():
+            return list(kernel_flows(port))
 
     def _view(self) -> DeviceView:
         return _PortView(self)
@@ -91,14 +120,21 @@ class DpdkSite(PortsSite):
             vlan=b.vlan or 0,
             rate=b.exception_rate,
         )
-        tap.dress(self.policy, about["mac"], about["mtu"])
+        with self.kernel():
+            tap.dress(self.policy, about["mac"], about["mtu"])
+        if self.apart:
+            self.forwarder.put(NAMESPACE, fds=[self._namespace])
         return about, tuple(range(about["queues"]))
 
     def _opened(self, about: Mapping[str, Any], queues: tuple[int, ...]) -> None:
         super()._opened(about, queues)
         self.device_mode, self.device_reason = "dpdk", f"{about['driver']}, bypass-fwd has the port"
         self.watch.update()  # what the device was dressed with
-        self.hardware = put_flows(self.policy, host_addresses(), self._put_flows)
+        self.hardware = put_flows(self.policy, self._host_addresses(), self._put_flows)
+
+    def _host_addresses(self) -> list[Address]:
+        with self.kernel():
+            return host_addresses()
 
     # ---- rules of the port's hardware (docs/hardware.md)
     def _put_flows(self, flows: Any, rest: int) -> Refused | None:
@@ -112,19 +148,20 @@ class DpdkSite(PortsSite):
         """Where rules are required and those of the new policy are refused, the old ones are put on again."""
         old = self.policy
         try:
-            hardware = put_flows(policy, host_addresses(), self._put_flows)
+            hardware = put_flows(policy, self._host_addresses(), self._put_flows)
             super().swap(policy)
         except BaseException:
-            put_flows(old, host_addresses(), self._put_flows)
+            put_flows(old, self._host_addresses(), self._put_flows)
             raise
         self.hardware = hardware
 
     def prepare(self, policy: Policy) -> None:
         old, new = self.policy.dpdk, policy.backend
         if isinstance(new, DpdkBackend) and (new.addresses, new.routes) != (old.addresses, old.routes):
+            there = "change them there (`ip address`, `ip route`), and leave these as they were; or "
             raise BypassError(
-                f"{policy.path}: addresses and routes are given to {self.ifname} when the broker starts: change them "
-                "there (`ip address`, `ip route`), and leave these as they were; or start anew"
+                f"{policy.path}: addresses and routes are given to {self.ifname} when the broker starts: "
+                f"{'' if self.apart else there}start anew"
             )
         super().prepare(policy)
 
@@ -161,7 +198,8 @@ class DpdkSite(PortsSite):
         self._about = {**self._about, "mac": link.mac, "mtu": link.mtu}
         self.holder.tell(device=self._about | {"mac": link.mac.hex(), "numbers": list(self.queues)})
         try:
-            tap.follow(self.policy, link.mac, link.mtu)
+            with self.kernel():
+                tap.follow(self.policy, link.mac, link.mtu)
             self.trouble = ""
         except BypassError as e:
             self.trouble = f"the port's MAC address is {link.mac.hex(':')}, its MTU {link.mtu}: {e}"

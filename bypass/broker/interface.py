@@ -12,7 +12,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -108,7 +108,8 @@ class InterfaceSite(Site):
         with ExitStack() as undo:
             self.steering: Steers = self._steer(policy, left)
             undo.callback(self.steering.close)
-            self.watch = KernelWatch(self.ifname, self, self.steering, self)
+            with self.kernel():
+                self.watch = KernelWatch(self.ifname, self, self.steering, self)
             undo.callback(self.watch.close)
             self.entries = LiveEntries(self.steering, self.watch)
             told = Snapshot(self.steering, self._view(), name="broker", more=self._counters)
@@ -128,6 +129,10 @@ class InterfaceSite(Site):
     @abstractmethod
     def _view(self) -> DeviceView:
         """What tools are told of the device."""
+
+    def kernel(self) -> AbstractContextManager[None]:
+        """In it the calling thread is in the network namespace in which the kernel has the interface."""
+        return nullcontext()
 
     def _counters(self) -> dict[str, dict[str, int]]:
         """More for `bypass stats`, by what they count."""

@@ -8,6 +8,7 @@ sockets that hold ports (shadow.py), blocks of ports (blocks.py).
 from __future__ import annotations
 
 import errno
+from functools import partial
 
 from bypass.broker.apps import App, Lease, Process
 from bypass.broker.blocks import Blocks, still_granted
@@ -102,7 +103,7 @@ class Leasing:
                 errno.EINVAL, "a lease without a local port is for a socket that connects and is not bound"
             )
         host = local[0] if local[0] != ANY else site.source_for(remote[0])
-        return grants.choose_port(m.kind, host, remote, shadow.bind)
+        return grants.choose_port(m.kind, host, remote, partial(shadow.bind, free=site.apart))
 
     def _block(self, app: App, m: Message, blocks: Blocks) -> Lease | None:
         """None: an ordinary lease will do."""

@@ -18,6 +18,7 @@ from bypass.grants import ANY
 from bypass.stack_api import STREAM
 
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+IP_FREEBIND = 15  # linux/in.h
 TCP_CLOSE, TCP_LISTEN = 7, 10  # net/tcp_states.h
 
 
@@ -85,8 +86,10 @@ class Shadow:
         if bound is None or bound[1] != local[1] or bound[0] not in (local[0], ANY):
             raise BadShadow(errno.EINVAL, f"the socket does not hold {local[0]}:{local[1]}")
 
-    def bind(self, local: Address) -> None:
-        """OSError: EADDRINUSE and the like."""
+    def bind(self, local: Address, *, free: bool = False) -> None:
+        """free: also to an address that is none of this network namespace's. OSError: EADDRINUSE and the like."""
+        if free:
+            self.sock.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
         host = f"::ffff:{local[0]}" if self.sock.family == socket.AF_INET6 else local[0]
         self.sock.bind((host, local[1]))
 

@@ -79,6 +79,7 @@ class Site(ABC):
         blocks: entries may be blocks of ports (bypass.grants.WHOLE_BLOCK).
         told: set by the broker.
         left: applications of a killed broker, to go on with.
+        apart: the kernel has the interface in another network namespace: its addresses are not this one's.
         without_fwd: what becomes of the interface when bypass-fwd ends, in words.
     """
 
@@ -88,6 +89,7 @@ class Site(ABC):
     device = 0
     trouble = ""
     blocks = False
+    apart = False
     without_fwd = "the kernel has all of its flows"
     options: StackOptions = NO_OPTIONS
     congestion: str | None = None

@@ -62,7 +62,8 @@ KernelFlows = Callable[[int], Iterable[TcpFlow]]
 """The kernel's TCP connections on a local port; 0: on all."""
 
 
-def _kernel_flows(port: int) -> Iterator[TcpFlow]:
+def kernel_flows(port: int) -> Iterator[TcpFlow]:
+    """In the network namespace of the calling thread."""
     with NetlinkSocket(NETLINK_SOCK_DIAG) as diag:
         yield from tcp_flows(diag, port)
 
@@ -125,7 +126,7 @@ class SoftSteering:
         *,
         owners: int = 1,
         left: Attached | None = None,
-        kernel_flows: KernelFlows = _kernel_flows,
+        kernel_flows: KernelFlows = kernel_flows,
     ) -> None:
         if not 1 <= owners <= lib.CLASSIFY_OWNERS:
             raise SteeringError(f"{ifname}: {owners} owners; the classifier knows {lib.CLASSIFY_OWNERS}")

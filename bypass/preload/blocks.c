@@ -51,7 +51,7 @@ static int bind_shadow(int fd, const struct object *o, const struct bypass_endpo
     socklen_t len = sizeof sa;
 
     name_to(o, local, (struct sockaddr *)&sa, &len);
-    return real.bind(fd, (struct sockaddr *)&sa, len) < 0 ? -errno : 0;
+    return place_bind(fd, o, (struct sockaddr *)&sa, len);
 }
 
 static bool port_used(const struct block *b, uint32_t port)

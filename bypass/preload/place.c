@@ -27,6 +27,30 @@ static bool is_any(const struct bypass_addr *a)
 
 static bool looping(void) { return me.app->device == APP_DEV_LOOP; }
 
+/* Whether the broker has said that the stack has this address. */
+static bool stack_has(const struct bypass_addr *a)
+{
+    for (int i = 0; me.g && i < GROUP_ADDRS; i++) {
+        if (me.g->addrs[i].used && memcmp(&me.g->addrs[i].addr, a, sizeof *a) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* An address of the stack's may be none of the kernel's here: a port of DPDK without an exception path. */
+int place_bind(int fd, const struct object *o, const struct sockaddr *sa, socklen_t len)
+{
+    struct bypass_endpoint e;
+    int err = real.bind(fd, sa, len) < 0 ? -errno : 0, on = 1;
+
+    if (err != -EADDRNOTAVAIL || name_from(o, sa, len, &e) < 0 || !stack_has(&e.addr) ||
+        real.setsockopt(fd, SOL_IP, IP_FREEBIND, &on, sizeof on) < 0) {
+        return err;
+    }
+    return real.bind(fd, sa, len) < 0 ? -errno : 0;
+}
+
 void place_kernel(int fd, struct object *o, enum reason why, const char *more)
 {
     uint32_t object = object_index(o);
@@ -277,7 +301,7 @@ int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa, so
             return err;
         }
     }
-    return real.bind(fd, sa, len) < 0 ? -errno : 0;
+    return place_bind(fd, o, sa, len);
 }
 
 /* A connection has its name, which its shadow need not have: EINVAL, unless the address is wrong anyway (bind(2)). Where

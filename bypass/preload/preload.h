@@ -209,6 +209,8 @@ enum {
     PLACE_REAL = 1,
     PLACE_TRY, /* the kernel is asked; if it refuses, nothing is decided */
 };
+/* The shadow's bind(), also to an address that the stack alone has. 0 or -errno. */
+int place_bind(int fd, const struct object *o, const struct sockaddr *sa, socklen_t len);
 int place_bind_any(int fd, const struct object *o, const struct sockaddr *sa,
                    socklen_t len);                                            /* port 0; the shadow only */
 int place_free(struct object *o, const struct bypass_endpoint *local);        /* before */

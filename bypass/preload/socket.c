@@ -190,7 +190,7 @@ static int bind_shadow(int fd, const struct object *o, const struct sockaddr *sa
         name_from(o, sa, len, &e) == 0 && e.port == 0) {
         return place_bind_any(fd, o, sa, len);
     }
-    return real.bind(fd, sa, len) < 0 ? -errno : 0;
+    return place_bind(fd, o, sa, len);
 }
 
 EXPORT int bind(int fd, const struct sockaddr *sa, socklen_t len)
