@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole stack on an AF_XDP device when the device has trouble: links that flap, interfaces that go, peers that
-leave checksums to hardware which is not there."""
+leave checksums to hardware which is not there. Transfers and datagrams also on a DPDK port."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from afxdp_support import set_queues
+from backends import policy_for
 
 import bypass
 from bypass import netns
@@ -36,7 +37,8 @@ flows:
 @contextmanager
 def served(lab: Lab, **options: Any) -> Iterator[bypass.Stack]:
     """A stack on the server's interface; the calling thread is in its namespace meanwhile."""
-    with netns.entered(lab.server_ns), bypass.Stack.from_policy(parse_policy(POLICY), **options) as stack:
+    policy = parse_policy(policy_for(lab, POLICY))
+    with netns.entered(lab.server_ns), bypass.Stack.from_policy(policy, **options) as stack:
         yield stack
 
 
@@ -55,10 +57,11 @@ def flap(lab: Lab, ns: str, ifname: str) -> None:
             ip.link("set", index=index, state=state)
 
 
+@pytest.mark.backends(asked=True)
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_a_transfer_survives_link_flaps_at_either_end(lab: Lab, side: str) -> None:
     """Server's link down: the kernel keeps what it was given. Client's: it takes, drops and completes."""
-    ns, ifname = (lab.server_ns, SERVER_IFNAME) if side == "server" else (lab.client_ns, CLIENT_IFNAME)
+    ns, ifname = (lab.server_ns, lab.server_ifname) if side == "server" else (lab.client_ns, CLIENT_IFNAME)
     body = bytes(range(256)) * (20 << 12)  # 20 MiB
     result: list[str] = []
 
@@ -184,6 +187,7 @@ def test_a_peer_that_leaves_checksums_out_is_heard_only_when_trusted(lab: Lab, t
             assert heard == [b"partial"]
 
 
+@pytest.mark.backends(asked=True)
 def test_no_frame_is_left_after_thousands_of_datagrams(lab: Lab) -> None:
     answers = 0
 
