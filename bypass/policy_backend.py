@@ -84,7 +84,8 @@ class DpdkBackend:
         vlan: 802.1Q tag of all that the stack receives and sends; None: untagged.
         offloads: `auto`: what the port offers; `none`: everything in software.
         idle_us: how long a program sleeps when nothing has come, microseconds, where a timer wakes it.
-        rx_interrupts: `auto`: what arrives wakes it where the driver can tell; `on`: or the port is not opened; `off`.
+        rx_interrupts: `auto`: what arrives wakes it where the driver can tell; `required`: or the port is not opened;
+            `none`.
         link_poll_ms: how often the port's link is looked at, milliseconds.
         exception: `tap`: a TAP device of the policy's `interface` name; `none`: the port has no kernel.
         exception_rate: packets a second that the kernel is given at most.
@@ -108,7 +109,7 @@ class DpdkBackend:
     addresses: tuple[IPv4Interface | IPv6Interface, ...] = ()
     routes: tuple[tuple[Network, Address], ...] = ()
     hardware_rules: HardwareRules = "none"
-    rx_interrupts: Literal["auto", "on", "off"] = "auto"
+    rx_interrupts: Literal["auto", "required", "none"] = "auto"
     kind: Literal["dpdk"] = "dpdk"
 
     def default_frames(self) -> int:

@@ -106,7 +106,7 @@ TEXTS: dict[tuple[str, str], _Text] = {
     ("dpdk", "offloads"): _Text("is not a choice of offloads", "auto or none"),
     ("dpdk", "hardware_rules"): _Text("is not a use of the port's own rules", "none, auto or required"),
     ("dpdk", "idle_us"): _Text("is not a time in microseconds", "1 to 1000000"),
-    ("dpdk", "rx_interrupts"): _Text("is not a choice of interrupts", "auto, on or off"),
+    ("dpdk", "rx_interrupts"): _Text("is not a choice of interrupts", "auto, required or none"),
     ("dpdk", "link_poll_ms"): _Text("is not a time in milliseconds", "10 to 60000"),
     ("dpdk", "eal"): _Text(
         "is not a mapping of EAL's options", "a mapping such as {lcores: [2], memory: 256M, hugepages: false}"
@@ -285,10 +285,12 @@ class DpdkModel(_Model):
         100,
         description="How long a program sleeps when nothing has come, microseconds, where a timer wakes it.",
     )
-    rx_interrupts: Annotated[Literal["auto", "on", "off"], *choice("auto", "on", "off")] = Field(
-        "auto",
-        description="auto: what arrives wakes a program where the driver can tell, else a timer. on: nothing but that. "
-        "off: a timer.",
+    rx_interrupts: Annotated[Literal["auto", "required", "none"], *choice("auto", "required", "none")] = (
+        Field(
+            "auto",
+            description="auto: what arrives wakes a program where the driver can tell, else a timer. "
+            "required: nothing but that. none: a timer.",
+        )
     )
     link_poll_ms: Annotated[int, *count(10, 60_000)] = Field(
         100, description="How often the port's link is looked at, milliseconds."

@@ -51,7 +51,7 @@ def test_every_field_is_read() -> None:
     keys = (
         "queues: 2, ring_size: 512, frames: 8192, frame_size: 4096, mtu: 3000, vlan: 7, offloads: none, "
         "idle_us: 20, link_poll_ms: 50, exception: none, exception_rate: 77, hardware_rules: auto, "
-        "rx_interrupts: 'on', "
+        "rx_interrupts: required, "
         "eal: {lcores: [3, 1], memory: 128M, hugepages: false, drivers: /opt/pmds, vfio_intr: msi, "
         "devices: ['0000:03:00.1']}"
     )
@@ -73,7 +73,7 @@ def test_every_field_is_read() -> None:
         (ipaddress.IPv4Interface("192.0.2.10/24"), ipaddress.IPv4Interface("198.51.100.1/30")),
         ((ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_address("192.0.2.1")),),
         "auto",
-        "on",
+        "required",
     )
 
 

@@ -69,7 +69,7 @@ def port_config(backend: DpdkBackend, *, rx_csum_trust: bool = False) -> dict[st
         name = other.partition(",")[0]
         device = re.sub(rf",slave={re.escape(name)}(?=,|$)", lambda _, o=other: f",slave=({o})", device)  # type: ignore[misc]
     flags = lib.DPDK_F_NO_OFFLOADS if backend.offloads == "none" else 0
-    flags |= {"auto": 0, "on": lib.DPDK_F_RX_INTERRUPTS_ON, "off": lib.DPDK_F_RX_INTERRUPTS_OFF}[
+    flags |= {"auto": 0, "required": lib.DPDK_F_RX_INTERRUPTS, "none": lib.DPDK_F_NO_RX_INTERRUPTS}[
         backend.rx_interrupts
     ]
     return {

@@ -39,11 +39,11 @@ enum {
     DPDK_FLOW_UDP,
 
     /* dpdk_config.flags */
-    DPDK_F_NO_OFFLOADS = 1,       /* none of checksum, segmentation, scatter, even where the driver has them */
-    DPDK_F_RX_CSUM_TRUST = 2,     /* received L4 checksums are taken as right: memory between two processes, a veth */
-    DPDK_F_PROMISCUOUS = 4,       /* also frames for other MAC addresses */
-    DPDK_F_RX_INTERRUPTS_OFF = 8, /* who sleeps is woken by a timer */
-    DPDK_F_RX_INTERRUPTS_ON = 16, /* by interrupts alone, or the port cannot be opened. Neither: where there are some */
+    DPDK_F_NO_OFFLOADS = 1,      /* none of checksum, segmentation, scatter, even where the driver has them */
+    DPDK_F_RX_CSUM_TRUST = 2,    /* received L4 checksums are taken as right: memory between two processes, a veth */
+    DPDK_F_PROMISCUOUS = 4,      /* also frames for other MAC addresses */
+    DPDK_F_NO_RX_INTERRUPTS = 8, /* who sleeps is woken by a timer */
+    DPDK_F_RX_INTERRUPTS = 16,   /* by interrupts alone, or the port cannot be opened. Neither: where there are some */
 };
 
 struct dpdk_error {

@@ -254,7 +254,7 @@ def dpdk_ports(draw: st.DrawFn) -> dict[str, Any]:
         "mtu": st.integers(576, 9702),
         "offloads": st.sampled_from(["auto", "none"]),
         "idle_us": st.integers(1, 1_000_000),
-        "rx_interrupts": st.sampled_from(["auto", "on", "off"]),
+        "rx_interrupts": st.sampled_from(["auto", "required", "none"]),
         "link_poll_ms": st.integers(10, 60_000),
         "exception_rate": st.integers(1, 10_000_000),
         "eal": st.fixed_dictionaries(

@@ -47,7 +47,8 @@ def rules_in_hardware() -> None:
     )
     queues = {q: rx for q, (rx, _) in about["queues"].items()}
     check(
-        queues["1"] == seen["steered"] > 0 < queues["0"],
+        0 < seen["steered"] <= queues["1"] < seen["steered"] + 5
+        and queues["0"] > 0,  # late ones: nobody is there any more
         f"steered frames are on queue 1, all else on queue 0: {queues}, {seen['steered']} steered",
     )
     check_frames(about)

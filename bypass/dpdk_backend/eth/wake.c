@@ -338,7 +338,7 @@ void wake_remember(void)
 /* ---- Choosing ------------------------------------------------------------------------------------------------------ */
 bool wake_by_driver(const struct dpdk_port *d)
 {
-    return !(d->cfg.flags & DPDK_F_RX_INTERRUPTS_OFF) && !d->member_count && !device_is_af_packet(d->name);
+    return !(d->cfg.flags & DPDK_F_NO_RX_INTERRUPTS) && !d->member_count && !device_is_af_packet(d->name);
 }
 
 /* "": the port's sockets wake; or why they do not. */
@@ -365,7 +365,7 @@ static bool is_prompt(const struct dpdk_port *d)
             return true;
         }
     }
-    return (d->cfg.flags & DPDK_F_RX_INTERRUPTS_ON) != 0;
+    return (d->cfg.flags & DPDK_F_RX_INTERRUPTS) != 0;
 }
 
 static const char *take_interrupts(struct dpdk_port *d)
@@ -388,14 +388,14 @@ static const char *take_interrupts(struct dpdk_port *d)
     }
     w->level = stays_readable(w->fd[0]);
     w->prompt = is_prompt(d);
-    w->trusted = w->level || (d->cfg.flags & DPDK_F_RX_INTERRUPTS_ON);
+    w->trusted = w->level || (d->cfg.flags & DPDK_F_RX_INTERRUPTS);
     return "";
 }
 
 static const char *choose(struct dpdk_port *d)
 {
-    if (d->cfg.flags & DPDK_F_RX_INTERRUPTS_OFF) {
-        return "rx_interrupts is off";
+    if (d->cfg.flags & DPDK_F_NO_RX_INTERRUPTS) {
+        return "rx_interrupts: none";
     }
     if (d->member_count) {
         return "a bonding device has no interrupts";
@@ -416,9 +416,9 @@ int wake_open(struct dpdk_port *d, struct dpdk_error *error)
     }
     timerfd_settime(w->timer, 0, &(struct itimerspec){.it_value.tv_nsec = 1}, NULL);
     snprintf(w->why, sizeof w->why, "%s", choose(d));
-    if (w->source == WAKE_TIMER && d->cfg.flags & DPDK_F_RX_INTERRUPTS_ON) {
+    if (w->source == WAKE_TIMER && d->cfg.flags & DPDK_F_RX_INTERRUPTS) {
         return complain(error, ENOTSUP,
-                        "%s: rx_interrupts is on, but %s (driver %s): auto sleeps by a timer where there are none",
+                        "%s: rx_interrupts: required, but %s (driver %s): auto sleeps by a timer where there are none",
                         d->name, w->why, d->info.driver_name);
     }
     for (uint32_t qi = 0; w->source != WAKE_TIMER && qi < d->nd.queues; qi++) {
