@@ -21,6 +21,8 @@
 #define LEAST_PACKETS 512u
 #define PACKET_RING_BYTES (8u << 20)
 
+pthread_mutex_t device_lock = PTHREAD_MUTEX_INITIALIZER;
+
 /* ---- Names ------------------------------------------------------------------------------------------------- */
 /* The device's name within EAL: "net_ring0" of "vdev:net_ring0,nodeaction=...", the long form of a PCI address. */
 static void device_name(const char *devargs, char *out)
@@ -177,15 +179,14 @@ static void packet_ring(const struct dpdk_config *c, char *devargs, size_t size)
 static int add_member(struct dpdk_port *d, const char *devargs, struct dpdk_error *error)
 {
     struct member *m = &d->member[d->member_count];
-    char full[sizeof d->cfg.device + 64];
     int id;
 
     if (d->member_count == DPDK_MAX_MEMBERS) {
         return complain(error, EINVAL, "%s: more than %d members", d->name, DPDK_MAX_MEMBERS);
     }
-    snprintf(full, sizeof full, "%s", devargs);
-    packet_ring(&d->cfg, full, sizeof full);
-    id = probe(full, m->name, error);
+    snprintf(m->devargs, sizeof m->devargs, "%s", devargs);
+    packet_ring(&d->cfg, m->devargs, sizeof m->devargs);
+    id = probe(m->devargs, m->name, error);
     if (id < 0) {
         return -id;
     }
@@ -193,6 +194,19 @@ static int add_member(struct dpdk_port *d, const char *devargs, struct dpdk_erro
     m->link_up = true;
     d->member_count++;
     return 0;
+}
+
+int device_again(struct member *m)
+{
+    struct dpdk_error error;
+    int id;
+
+    if (pthread_mutex_trylock(&device_lock) != 0) {
+        return -EBUSY;
+    }
+    id = probe(m->devargs, m->name, &error);
+    pthread_mutex_unlock(&device_lock);
+    return id;
 }
 
 /* Up to the next comma that is not within parentheses. */

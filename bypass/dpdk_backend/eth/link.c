@@ -30,6 +30,7 @@ static struct {
     int (*primary)(uint16_t bond);
     int (*primary_set)(uint16_t bond, uint16_t member);
     int (*remove)(uint16_t bond, uint16_t member);
+    int (*add)(uint16_t bond, uint16_t member);
     int (*monitor)(uint16_t bond, uint32_t ms);
     int (*lacp_info)(uint16_t bond, uint16_t member, void *out);
 } bonding;
@@ -81,6 +82,7 @@ static bool bonding_there(void)
     *(void **)&bonding.active = symbol(so, "rte_eth_bond_active_members_get", "rte_eth_bond_active_slaves_get");
     *(void **)&bonding.lacp_info = symbol(so, "rte_eth_bond_8023ad_member_info", "rte_eth_bond_8023ad_slave_info");
     *(void **)&bonding.remove = symbol(so, "rte_eth_bond_member_remove", "rte_eth_bond_slave_remove");
+    *(void **)&bonding.add = symbol(so, "rte_eth_bond_member_add", "rte_eth_bond_slave_add");
     return bonding.mode != NULL;
 }
 
@@ -193,6 +195,45 @@ static void member_gone(struct dpdk_port *d, struct member *m)
     }
 }
 
+/* With LACP a member whose driver does not know its link is distributed to until the other side has not been heard for 90
+ * seconds. It is taken out of the bond at once, and closed: for when its link is back, the driver has to open it anew. */
+static void leaves(struct dpdk_port *d, struct member *m)
+{
+    struct rte_eth_link link = {0};
+
+    if (!d->lacp_tsc || !m->if_index || !bonding.add || rte_eth_link_get_nowait(m->port_id, &link) < 0 ||
+        link.link_status != RTE_ETH_LINK_UP) {
+        return;
+    }
+    member_gone(d, m);
+    m->away = true;
+    m->due = 0;
+}
+
+static void comes_back(struct dpdk_port *d, struct member *m)
+{
+    int kernel = kernel_link(d, m->if_index), id;
+    uint64_t now = rte_rdtsc();
+
+    if (kernel < 0) {
+        m->away = false; /* never */
+    }
+    if (kernel != 1 || now < m->due) {
+        return;
+    }
+    m->due = now + rte_get_tsc_hz();
+    id = device_again(m);
+    if (id < 0) {
+        return;
+    }
+    m->port_id = (uint16_t)id;
+    if (bonding.add(d->id, m->port_id) < 0) {
+        device_unplug(m->port_id);
+        return;
+    }
+    m->gone = m->away = false;
+}
+
 /* A driver that does not know its link leaves the bonding driver in the dark: another member is told to be the one. */
 static void replace_active(struct dpdk_port *d)
 {
@@ -219,10 +260,16 @@ static bool look_at_members(struct dpdk_port *d)
 
     for (uint32_t i = 0; i < d->member_count; i++) {
         struct member *m = &d->member[i];
-        int link = m->gone ? 0 : link_of(d, m->port_id, m->if_index);
+        int link;
 
+        if (m->away) {
+            comes_back(d, m);
+        }
+        link = m->gone ? 0 : link_of(d, m->port_id, m->if_index);
         if (link == -ENXIO) {
             member_gone(d, m);
+        } else if (link == 0 && !m->gone) {
+            leaves(d, m);
         }
         changed = changed || m->link_up != (link == 1);
         m->link_up = link == 1;

@@ -6,7 +6,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <net/if.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,9 +26,6 @@ enum {
     DEFAULT_IDLE_US = 100,
     AF_PACKET_HEADER = 96 /* the kernel's, in front of a packet in the ring (tpacket2_hdr, alignment) */
 };
-
-/* DPDK's probing and removing is for one thread at a time. */
-static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- What is asked for ------------------------------------------------------------------------------------- */
 static int check_config(const struct dpdk_config *c, struct dpdk_error *error)
@@ -391,12 +387,12 @@ struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *er
     d->cfg = *cfg;
     d->wake.epoll = d->wake.timer = d->control_fd = -1;
     defaults(&d->cfg);
-    pthread_mutex_lock(&opening);
+    pthread_mutex_lock(&device_lock);
     if (open_steps(d, error)) {
         undo(d);
         d = NULL;
     }
-    pthread_mutex_unlock(&opening);
+    pthread_mutex_unlock(&device_lock);
     return d;
 }
 
@@ -409,8 +405,8 @@ int port_close(struct dpdk_port *d, uint32_t wait_ms)
         usleep(1000);
         left = tx_settle(d);
     }
-    pthread_mutex_lock(&opening);
+    pthread_mutex_lock(&device_lock);
     undo(d);
-    pthread_mutex_unlock(&opening);
+    pthread_mutex_unlock(&device_lock);
     return (int)left;
 }

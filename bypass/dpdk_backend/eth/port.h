@@ -17,6 +17,7 @@
 #ifndef BYPASS_DPDK_ETH_PORT_H
 #define BYPASS_DPDK_ETH_PORT_H
 
+#include <pthread.h>
 #include <stdbool.h>
 
 #include <rte_ethdev.h>
@@ -98,8 +99,11 @@ struct member {
     uint16_t port_id;
     bool gone;
     bool link_up;
+    bool away; /* gone, but its device may come back: at the earliest then */
+    uint64_t due;
     uint32_t if_index;
     char name[64];
+    char devargs[RTE_SIZEOF_FIELD(struct dpdk_config, device) + 64];
 };
 
 enum { DPDK_EARLY = 32 };
@@ -177,6 +181,10 @@ bool device_is_af_packet(const char *name);
 int device_find(struct dpdk_port *port, struct dpdk_error *error);
 /* Stops, closes and removes it. */
 void device_unplug(uint16_t id);
+/* DPDK's probing and removing is for one thread at a time. */
+extern pthread_mutex_t device_lock;
+/* A member's device once more, when it has been removed. Its port, or -errno: -EBUSY while another thread probes. */
+int device_again(struct member *member);
 
 /* port.c */
 struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *error);
