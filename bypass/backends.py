@@ -154,7 +154,9 @@ class AfxdpAttachment:
         return
 
     def news(self) -> None:
-        """`ethtool -L`: live TCP of a queue without socket is dropped. It takes the carrier away for a moment."""
+        """`ethtool -L`: live TCP of a queue without socket is dropped. It takes the carrier away for a moment; where
+        that went, a device may have forgotten its rules."""
+        self.rules.check(time.monotonic_ns())
         try:
             new = self.device.take_new_queues()
             for queue, fd in new.items():

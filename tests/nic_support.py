@@ -57,6 +57,12 @@ class FileNic:
         """The how manieth change from now on; 0: none."""
         self.state.refuses = self.state.changes + change if change else 0
 
+    def forget(self) -> None:
+        """As some devices do when they are reset."""
+        self.state.flags = 0
+        self.state.used[:] = [0] * ROOM
+        self.state.table[:] = [i % self.state.rings for i in range(ENTRIES)]
+
     def untouched(self) -> bool:
         """As at the beginning."""
         s = self.state

@@ -168,6 +168,39 @@ def test_other_rules_take_their_place_and_a_refusal_brings_the_old_ones_back(tmp
     assert device.state() == Nic().state()
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_what_the_device_forgets_is_put_on_again(tmp_path: Path, special: bool) -> None:
+    device = Nic(special=special)
+    ours = Held(planned(), None, device.ask, tmp_path)
+    before = device.state()
+    assert ours.check() == []
+    assert device.state() == before
+    for names in (("web", "ssh"), ("all",), ()):
+        record = found(IFNAME, tmp_path)
+        assert record is not None
+        lost = [r for r in record.traces.rules if r.name in names]
+        for rule in lost:
+            del device.rules[rule.location]
+        device.table = [0, 1, 2, 3] * 2
+        device.flags = 0 if "web" in names else device.flags
+        again = ["ntuple filters"] if "web" in names else []
+        assert ours.check() == [*again, *(f"'{r.name}'" for r in lost), "hash table"]
+        assert (device.flags, device.table) == before[:2]
+        assert special or device.rules == before[2]
+        assert len(device.rules) == len(before[2])
+        assert ours.check() == []
+    for _ in range(2):
+        device.rules = {1: b"of somebody else"}
+        device.fails = {device.changes + 2: 28}
+        with pytest.raises(DeviceError, match="which was in force, is refused: No space left on device"):
+            ours.check()
+    assert ours.check() != []
+    assert len(device.rules) == len(before[2])
+    device.rules = {1: b"of somebody else"}
+    ours.close()
+    assert device.state() == Nic(special=special).state()
+
+
 def test_a_successor_of_the_same_keeper_goes_on_and_others_are_refused(tmp_path: Path) -> None:
     device = Nic()
     before = device.state()

@@ -197,6 +197,8 @@ def test_a_broker_puts_rules_on_and_its_successor_goes_on(
         assert "a rule of the interface sends what 'web' steers there" in json.dumps(explained)
         with Load(one_way, 2) as load:
             load.goes_on()
+            nic.forget()
+            wait_until(lambda: nic.rules == put and nic.table == {1})
             kill(pid, one_way)
             load.goes_on()
             assert nic.rules == put, "they are the applications', who go on"

@@ -165,10 +165,12 @@ class AfxdpSite(InterfaceSite):
     def update(self, now_ns: int) -> None:
         super().update(now_ns)
         self._count_queues(now_ns)
+        self.rules.check(now_ns)
 
     def due_ns(self) -> int | None:
         queues = self._queues_ns if self._counting else None
-        return min((t for t in (super().due_ns(), queues) if t is not None), default=None)
+        rules = self.rules.due_ns if self.rules.held else None
+        return min((t for t in (super().due_ns(), queues, rules) if t is not None), default=None)
 
     def close(self) -> None:
         try:

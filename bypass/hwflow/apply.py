@@ -17,7 +17,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from bypass.errors import DeviceError
@@ -143,9 +143,40 @@ class Device:
         for rule, at in zip(plan.rules, self._locations(len(plan.rules)), strict=True):
             self._insert(plan, rule, at)
 
+    def restore(self, plan: Plan) -> list[str]:
+        """Puts on again what the device has forgotten of a plan that was put: when it was down, say.
+
+        Returns:
+            What that was. DeviceError: it is refused.
+        """
+        found: list[str] = []
+        flags = self._flags()
+        if not flags & FLAG_NTUPLE:
+            self._do("its filters cannot be switched on again", _VALUE.pack(SFLAGS, flags | FLAG_NTUPLE))
+            found.append("ntuple filters")
+        taken = self._rules()[1]
+        missing = [r for r in self.traces.rules if r.location not in taken]
+        self.traces = replace(self.traces, rules=tuple(r for r in self.traces.rules if r not in missing))
+        for i, rule in enumerate(missing):
+            try:
+                self._put(rule, f"'{rule.name}', which was in force, is refused")
+            except DeviceError:  # the next time these are missing again, wherever they are then
+                nowhere = tuple(replace(r, location=LOCATION_LAST) for r in missing[i:])
+                self._now(replace(self.traces, rules=(*self.traces.rules, *nowhere)))
+                raise
+            found.append(f"'{rule.name}'")
+        table, transformation = self._table()
+        if plan.stack and set(table) & set(plan.stack):
+            entries = [plan.kernel[i % len(plan.kernel)] for i in range(len(table))]
+            self._do("its hash table cannot be set again", self._set_table(0, entries, transformation))
+            found.append("hash table")
+        return found
+
     def undo(self) -> None:
         """Takes everything off, in the other order. DeviceError: what could not be; `traces` has it still."""
         left: list[str] = []
+        with suppress(DeviceError):  # else each is tried
+            self.only_present()
         self._undo_table(left)
         left += self.remove_rules()
         self._undo_context(left)
@@ -283,7 +314,8 @@ class Device:
         return Room(size, None if size is None else size - len(taken), entries)
 
     def only_present(self) -> None:
-        """Forgets rules of ours that are not there: who was killed had perhaps not yet put the last one."""
+        """Forgets rules of ours that are not there: the device has forgotten them, or who was killed had not yet put
+        the last one. DeviceError: it cannot be asked."""
         if self.traces.rules:
             taken = self._rules()[1]
             self.traces = replace(

@@ -77,6 +77,7 @@ class Held:
         self.ifname = plan.ifname
         pid = os.getpid() if keeper is None else keeper
         self._keeper = (pid, _started(pid) or 0)
+        self._plan = plan
         self._path = _path(plan.ifname, records)
         self._index = socket.if_nametoindex(plan.ifname)
         # Of the namespace and by its number: who closes may be elsewhere, and the interface may have another name.
@@ -124,6 +125,13 @@ class Held:
         with _locked(self._path.parent):
             self._find()
             self._device.exchange(plan)
+            self._plan = plan
+
+    def check(self) -> list[str]:
+        """Puts on again what the device has forgotten; what that was. DeviceError: it is refused."""
+        with _locked(self._path.parent):
+            self._find()
+            return self._device.restore(self._plan)
 
     def close(self) -> None:
         """DeviceError: what could not be undone, which recover() tries again."""
@@ -174,7 +182,6 @@ def _clean(record: Record, ifname: str, path: Path, asking: Ask) -> None:
         _save(path, replace(record, traces=traces))
 
     device = Device(ifname, asking, record.traces, keep)
-    device.only_present()
     device.undo()
     path.unlink(missing_ok=True)
 

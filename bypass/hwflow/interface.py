@@ -22,6 +22,7 @@ from bypass.policy import Policy
 __all__ = ["InterfaceRules", "plan_of"]
 
 log = logging.getLogger("bypass")
+CHECK_NS = 1_000_000_000
 
 
 def plan_of(policy: Policy) -> Plan:
@@ -60,6 +61,8 @@ class InterfaceRules:
     def __init__(self, policy: Policy, keeper: int | None = None, *, left: bool = False) -> None:
         self._policy, self._keeper = policy, keeper
         self._held: Held | None = None
+        self._trouble = ""  # said already
+        self.due_ns = 0  # when check() looks again
         self._recover()
         if left and found(policy.interface) is None:
             why = InForce(0, "the broker that was killed went on without")
@@ -104,6 +107,29 @@ class InterfaceRules:
             self._held.exchange(made)
             self.in_force = _told(made)
         self._policy = policy
+
+    def check(self, now_ns: int) -> None:
+        """Now and then: the device may have forgotten rules, when it was down, say. These are put on again."""
+        if self._held is None or now_ns < self.due_ns:
+            return
+        self.due_ns = now_ns + CHECK_NS
+        try:
+            again = self._held.check()
+        except DeviceError as error:
+            if str(error) != self._trouble:
+                log.error(
+                    "%s: rules in hardware are gone, and cannot be put on again: %s", self._held.ifname, error
+                )
+            self._trouble = str(error)
+            return
+        self._trouble = ""
+        if again:
+            log.warning("%s: put on its hardware again: %s", self._held.ifname, ", ".join(again))
+
+    @property
+    def held(self) -> bool:
+        """Rules are in force."""
+        return self._held is not None
 
     def close(self) -> None:
         """The interface is as it was. What it refuses is told, and tried again by the next who uses it."""
