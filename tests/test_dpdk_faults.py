@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import select
 import socket
 import subprocess
@@ -146,8 +147,12 @@ def test_a_second_owner_is_refused_and_the_first_one_serves(
             served = stack.enter_context(Program(name, 0))
             assert served.do("listen", SERVER_IP, PORT) == str(PORT)
         told = STARTS[second](lab, POLICY, place)
-        assert f"{SERVER_IFNAME}: a device of this name exists" in told
+        assert f"{SERVER_IFNAME}: " in told
         assert "\n" not in told
+        by_another_name = STARTS[second](
+            lab, POLICY.replace(f"interface: {SERVER_IFNAME}", "interface: other0"), place
+        )
+        assert re.search(rf"{DEVICE}: process \d+ has this port already: end it first$", by_another_name)
         echo_at(lab, PORT)
         if first == "embedded":
             child.tell("end")

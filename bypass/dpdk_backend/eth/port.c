@@ -356,6 +356,7 @@ static void undo(struct dpdk_port *d)
     if (d->control_fd >= 0) {
         close(d->control_fd);
     }
+    claim_drop(d);
     free(d);
 }
 
@@ -363,7 +364,7 @@ static int open_steps(struct dpdk_port *d, struct dpdk_error *error)
 {
     uint32_t reserve;
 
-    if (check_config(&d->cfg, error) || device_find(d, error) || choose_sizes(d, error)) {
+    if (check_config(&d->cfg, error) || device_find(d, error) || claim_take(d, error) || choose_sizes(d, error)) {
         return error->err;
     }
     reserve = RTE_MIN(64u * d->cfg.queues, d->cfg.frames / 8);
@@ -385,7 +386,7 @@ struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *er
     }
     memset(d, 0, sizeof *d);
     d->cfg = *cfg;
-    d->wake.epoll = d->wake.timer = d->control_fd = -1;
+    d->wake.epoll = d->wake.timer = d->control_fd = d->claim_fd = -1;
     defaults(&d->cfg);
     pthread_mutex_lock(&device_lock);
     if (open_steps(d, error)) {

@@ -144,6 +144,7 @@ struct dpdk_port {
     uint32_t next_queue;
     uint32_t bad_free;
     struct waker wake;
+    int claim_fd;       /* says that the interface has an owner; -1: it is not asked for, or not known */
     int control_fd;     /* for questions about the kernel's device, in the namespace of opening */
     uint32_t if_index;  /* of it; 0: none */
     bool kernel_driver; /* it lives in the kernel: its link is the kernel's */
@@ -185,6 +186,10 @@ void device_unplug(uint16_t id);
 extern pthread_mutex_t device_lock;
 /* A member's device once more, when it has been removed. Its port, or -errno: -EBUSY while another thread probes. */
 int device_again(struct member *member);
+
+/* claim.c: of the interface below a port that two processes could open. 0, or a positive errno. */
+int claim_take(struct dpdk_port *port, struct dpdk_error *error);
+void claim_drop(struct dpdk_port *port);
 
 /* port.c */
 struct dpdk_port *port_open(const struct dpdk_config *cfg, struct dpdk_error *error);
