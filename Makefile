@@ -37,7 +37,7 @@ PRELOAD_SRC := $(filter-out $(LINGER_SRC),$(wildcard bypass/preload/*.c))
 DEVICE_OBJ := $(patsubst %.c,$(OUT)/own/%.o,$(wildcard bypass/afxdp/*.c) bypass/fwd/port.c)
 PRELOAD_OBJ := $(PRELOAD_SRC:%.c=$(OUT)/%.o) $(STACK_OBJ) \
 	$(patsubst %.c,$(OUT)/%.o,$(wildcard bypass/app/*.c) bypass/host.c) $(DEVICE_OBJ)
-PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h \
+PUBLIC_H := $(wildcard bypass/include/*.h bypass/afxdp/*.h bypass/sim/*.h bypass/app/*.h) bypass/fwd/port.h bypass/fwd/fwd.h bypass/host.h bypass/frames.h \
 	bypass/dpdk_backend/plugin.h bypass/dpdk_backend/load.h bypass/dpdk_backend/classify.h bypass/dpdk_backend/filter.h \
 	bypass/dpdk_backend/exception.h bypass/bpf/reasons.h
 

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path("
 ROOT = PACKAGE.parent
 HEADERS = (
     "include/bypass.h",
+    "frames.h",
     "afxdp/afxdp.h",
     "sim/sim.h",
     "host.h",

@@ -45,8 +45,8 @@ class FakeDevice(Netdev):
         return out
 
     def audit(self) -> Any:
-        """struct afxdp_audit; asserts that all its sums agree."""
-        out = self.ffi.new("struct afxdp_audit *")
+        """struct frame_audit; asserts that all its sums agree."""
+        out = self.ffi.new("struct frame_audit *")
         assert self.lib.afxdp_audit(self.dev, out) == 0
         return out
 

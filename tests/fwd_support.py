@@ -89,8 +89,8 @@ class Port(Netdev):
         return out
 
     def audit(self) -> Any:
-        """struct port_audit; asserts that all its sums agree."""
-        out = self.ffi.new("struct port_audit *")
+        """struct frame_audit; asserts that all its sums agree."""
+        out = self.ffi.new("struct frame_audit *")
         assert self.lib.port_audit(self.port, out) == 0
         return out
 

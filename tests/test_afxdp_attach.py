@@ -56,7 +56,7 @@ class Opener(View):
 
     def audit(self) -> dict[str, int]:
         """Where the frames are, once nothing is under transmission any more; asserts that the counts agree."""
-        out, done = ffi.new("struct afxdp_audit *"), ffi.new("bypass_pkt[]", 64)
+        out, done = ffi.new("struct frame_audit *"), ffi.new("bypass_pkt[]", 64)
 
         def quiet() -> bool:
             with self.using():
@@ -65,7 +65,7 @@ class Opener(View):
             return int(out.tx) == 0
 
         wait_for(quiet, 5, "transmissions to complete")
-        return {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct afxdp_audit").fields}
+        return {name: int(getattr(out, name)) for name, _ in ffi.typeof("struct frame_audit").fields}
 
 
 AT_REST = {

@@ -255,7 +255,7 @@ def test_the_checks_notice_when_the_books_are_wrong(built: Any, how: int) -> Non
     ffi, lib = built
     d = FakeDevice(ffi, lib, ring_size=16, frames=64, fill_target=16)
     d.lib.fake_spoil(d.dev, how)
-    assert lib.afxdp_audit(d.dev, ffi.new("struct afxdp_audit *")) == -errno.EIO
+    assert lib.afxdp_audit(d.dev, ffi.new("struct frame_audit *")) == -errno.EIO
     d.free(d.alloc(1))
     assert d.lib.fake_violations() == 2
     d.close()

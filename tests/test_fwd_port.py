@@ -185,7 +185,7 @@ class TestFrames(Frames.TestCase):  # type: ignore[name-defined,misc]
 @pytest.mark.parametrize("how", range(4))
 def test_the_audit_notices_when_the_books_are_wrong(port: Port, how: int) -> None:
     port.lib.fwd_spoil(port.port, how)
-    assert port.lib.port_audit(port.port, port.ffi.new("struct port_audit *")) == -errno.EIO
+    assert port.lib.port_audit(port.port, port.ffi.new("struct frame_audit *")) == -errno.EIO
 
 
 # ---- Making ------------------------------------------------------------------------------------------------------

@@ -483,7 +483,7 @@ class AfxdpDevice:
 
     def audit(self) -> Audit:
         """Counts every frame by where it is. Walks all frames: for tests and tools."""
-        out = ffi.new("struct afxdp_audit *")
+        out = ffi.new("struct frame_audit *")
         conserved = lib.afxdp_audit(self._live(), out) == 0
         return Audit(**_struct(out), conserved=conserved)
 

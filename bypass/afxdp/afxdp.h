@@ -21,6 +21,7 @@
 #define BYPASS_AFXDP_H
 
 #include "bypass.h"
+#include "frames.h"
 
 enum {
     AFXDP_MAX_QUEUES = 64,
@@ -169,18 +170,8 @@ struct afxdp_kernel_stats {    /* XDP_STATISTICS, all six */
 BYPASS_API int afxdp_counters(const struct afxdp *dev, int queue_index, struct afxdp_counters *out);
 BYPASS_API int afxdp_kernel_stats(const struct afxdp *dev, int queue_index, struct afxdp_kernel_stats *out);
 
-struct afxdp_audit { /* every frame in exactly one place; sums to `frames` */
-    uint32_t frames;
-    uint32_t free;
-    uint32_t stack;     /* held by the caller only */
-    uint32_t tx;        /* held by the device for transmission only */
-    uint32_t stack_tx;  /* held by both */
-    uint32_t rx;        /* with the device for reception */
-    uint32_t misplaced; /* in no place, or in more than one */
-    uint32_t bad_free;  /* calls of free() for frames that the caller did not hold */
-};
 /* Counts by walking all frames. 0, or -EIO when the places do not add up to the pool and ring counters. */
-BYPASS_API int afxdp_audit(struct afxdp *dev, struct afxdp_audit *out);
+BYPASS_API int afxdp_audit(struct afxdp *dev, struct frame_audit *out);
 
 /* ---- Bare echo (benchmarks) ------------------------------------------------------------------------
  *

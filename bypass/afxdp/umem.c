@@ -17,7 +17,7 @@
 
 #include "internal.h"
 
-enum { PAGE = 4096, MIN_FILL = 16, MIN_HEADROOM = 128, MARK = 0x80 };
+enum { PAGE = 4096, MIN_FILL = 16, MIN_HEADROOM = 128 };
 
 static bool power_of_two(uint32_t n) { return n && !(n & (n - 1)); }
 
@@ -181,55 +181,21 @@ bool umem_sane(const struct afxdp *d)
 
 /* ---- Audit ----------------------------------------------------------------------------------------------- */
 
-static void count_place(struct bypass_pkt_meta *m, struct afxdp_audit *out)
-{
-    bool listed = m->holders & MARK;
-    uint8_t holders = m->holders & (uint8_t)~MARK;
-
-    m->holders = holders;
-    if (listed != (holders == 0)) {
-        out->misplaced++;
-        return;
-    }
-    switch (holders) {
-    case 0:
-        out->free++;
-        break;
-    case BYPASS_HOLD_STACK:
-        out->stack++;
-        break;
-    case BYPASS_HOLD_DEV:
-        out->tx++;
-        break;
-    case BYPASS_HOLD_STACK | BYPASS_HOLD_DEV:
-        out->stack_tx++;
-        break;
-    case BYPASS_HOLD_RX:
-        out->rx++;
-        break;
-    default:
-        out->misplaced++;
-    }
-}
-
-int afxdp_audit(struct afxdp *d, struct afxdp_audit *out)
+int afxdp_audit(struct afxdp *d, struct frame_audit *out)
 {
     struct afxdp_state *st = d->st;
     uint32_t rx = 0, tx = 0;
 
     memset(out, 0, sizeof *out);
-    out->frames = d->nd.frames;
     out->bad_free = st->bad_free;
     for (uint32_t i = 0; i < st->free_count; i++) { /* marks what the free list names, each once */
-        if (i >= d->nd.frames || d->free_list[i] >= d->nd.frames || (meta_at(d, d->free_list[i])->holders & MARK)) {
+        if (i >= d->nd.frames || d->free_list[i] >= d->nd.frames) {
             out->misplaced++;
         } else {
-            meta_at(d, d->free_list[i])->holders |= MARK;
+            frames_listed(meta_at(d, d->free_list[i]), out);
         }
     }
-    for (uint32_t f = 0; f < d->nd.frames; f++) {
-        count_place(meta_at(d, f), out);
-    }
+    frames_count(&d->nd, out);
     for (uint32_t i = 0; i < AFXDP_MAX_QUEUES; i++) { /* those of which this view knows nothing as well */
         rx += st->queue[i].rx_frames;
         tx += st->queue[i].tx_frames;
@@ -255,7 +221,7 @@ void AFXDP_VIOLATION(const char *where);
 /* After every operation: at least the sums; the whole walk where it is cheap. */
 void umem_check(struct afxdp *d, const char *where)
 {
-    struct afxdp_audit audit;
+    struct frame_audit audit;
 
     if (d->st->free_count > d->nd.frames || d->nd.free_frames != d->st->free_count ||
         (d->nd.frames <= 1024 && afxdp_audit(d, &audit) != 0)) {

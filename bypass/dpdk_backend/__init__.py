@@ -272,7 +272,7 @@ class DpdkDevice:
 
     def audit(self) -> Audit:
         """Counts every frame by where it is. Walks all frames: for tests and tools."""
-        out = ffi.new("struct dpdk_audit *")
+        out = ffi.new("struct frame_audit *")
         conserved = self._plugin.audit(self._live(), out) == 0
         return Audit(**_struct(out), conserved=conserved)
 

@@ -20,6 +20,7 @@
 #define BYPASS_DPDK_PLUGIN_H
 
 #include "bypass.h"
+#include "frames.h"
 
 enum {
     DPDK_PLUGIN_ABI = 4, /* changes whenever a struct of this header changes its layout */
@@ -120,17 +121,6 @@ struct dpdk_xstat {
     uint64_t value;
 };
 
-struct dpdk_audit { /* every frame in exactly one place; sums to `frames` */
-    uint32_t frames;
-    uint32_t free;
-    uint32_t stack;     /* held by the caller only */
-    uint32_t tx;        /* held by the device for transmission only */
-    uint32_t stack_tx;  /* held by both */
-    uint32_t rx;        /* with the driver */
-    uint32_t misplaced; /* in no place, or in more than one */
-    uint32_t bad_free;  /* calls of free() for frames that the caller did not hold */
-};
-
 struct dpdk_flow_item { /* a header of a pattern, outermost first */
     uint32_t kind;
     uint8_t spec[DPDK_FLOW_HEADER], mask[DPDK_FLOW_HEADER]; /* as it is on the wire; mask 0: there has to be one */
@@ -171,7 +161,7 @@ struct dpdk_plugin {
     /* All extended statistics of the driver: their number, of which at most max are written. */
     int (*xstats)(struct dpdk_port *port, struct dpdk_xstat *out, uint32_t max);
     /* 0, or -EIO when the places do not add up. Walks all frames. */
-    int (*audit)(struct dpdk_port *port, struct dpdk_audit *out);
+    int (*audit)(struct dpdk_port *port, struct frame_audit *out);
     /* Has the device drop packets and choose their queues by these rules (rte_flow), in place of those before; rest: the
      * queue of what none matches, -1: as the port hashes. 0; or -errno, *error says why, *at is the number of the rule
      * that was refused (count: the rest cannot be kept on a queue), and no rule is in force. close() takes them off. */

@@ -609,7 +609,7 @@ class Forwarder:
                 return found
 
     def dpdk_audit(self) -> dict[str, int]:
-        """Where each frame of a DPDK port is: the fields of `struct dpdk_audit`; "misplaced" has to be 0."""
+        """Where each frame of a DPDK port is: the fields of `struct frame_audit`; "misplaced" has to be 0."""
         return _fields(self._ask("DPDK_AUDIT", answer="struct fwd_dpdk_audit").frames)
 
     def dpdk_wake(self) -> str:

@@ -309,7 +309,7 @@ struct fwd_dpdk_xstats { /* a message ends after count of them; a request before
 
 struct fwd_dpdk_audit {
     struct fwd_head head;
-    struct dpdk_audit frames;
+    struct frame_audit frames;
 };
 
 struct fwd_queues {

@@ -15,7 +15,7 @@
 
 #include "layout.h"
 
-enum { HOLD_STACK = BYPASS_HOLD_STACK, HOLD_DEV = BYPASS_HOLD_DEV, HOLD_RX = BYPASS_HOLD_RX, MARK = 0x80 };
+enum { HOLD_STACK = BYPASS_HOLD_STACK, HOLD_DEV = BYPASS_HOLD_DEV, HOLD_RX = BYPASS_HOLD_RX };
 
 static struct port *device(struct bypass_netdev *nd) { return (struct port *)nd; }
 
@@ -30,7 +30,7 @@ static struct bypass_pkt_meta *meta_at(const struct port *p, uint32_t frame)
 
 static void check(struct port *p, const char *where)
 {
-    struct port_audit audit;
+    struct frame_audit audit;
 
     if (p->nd.free_frames != p->sh->st.free_count || (p->nd.frames <= 1024 && port_audit(p, &audit) != 0)) {
         fprintf(stderr, "port: frames are not conserved after %s\n", where);
@@ -550,36 +550,20 @@ int port_reclaim(struct port *p)
 
 void port_counters(const struct port *p, struct port_counters *out) { *out = p->sh->st.n; }
 
-static void count_place(struct bypass_pkt_meta *m, struct port_audit *out)
-{
-    uint32_t *const place[] = {&out->free, &out->stack, &out->tx, &out->stack_tx, &out->rx};
-    bool listed = m->holders & MARK;
-
-    m->holders &= (uint8_t)~MARK;
-    if (m->holders >= sizeof place / sizeof *place || listed != (m->holders == 0)) {
-        out->misplaced++;
-    } else {
-        ++*place[m->holders];
-    }
-}
-
-int port_audit(struct port *p, struct port_audit *out)
+int port_audit(struct port *p, struct frame_audit *out)
 {
     const struct port_state *st = &p->sh->st;
 
     memset(out, 0, sizeof *out);
-    out->frames = p->nd.frames;
     out->bad_free = st->bad_free;
     for (uint32_t i = 0; i < st->free_count; i++) { /* marks what the free list names, each once */
-        if (i >= p->nd.frames || p->free_list[i] >= p->nd.frames || (meta_at(p, p->free_list[i])->holders & MARK)) {
+        if (i >= p->nd.frames || p->free_list[i] >= p->nd.frames) {
             out->misplaced++;
         } else {
-            meta_at(p, p->free_list[i])->holders |= MARK;
+            frames_listed(meta_at(p, p->free_list[i]), out);
         }
     }
-    for (uint32_t f = 0; f < p->nd.frames; f++) {
-        count_place(meta_at(p, f), out);
-    }
+    frames_count(&p->nd, out);
     return out->misplaced || out->rx != st->rx_posted - st->rx_taken ||
                    out->tx + out->stack_tx != st->tx_posted - st->tx_reaped
                ? -EIO

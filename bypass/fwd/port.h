@@ -27,6 +27,7 @@
 #define BYPASS_FWD_PORT_H
 
 #include "bypass.h"
+#include "frames.h"
 
 enum {
     PORT_STRIDE = 2048, /* a frame is one or several of these */
@@ -59,17 +60,6 @@ struct port_counters { /* of the application's half, since port_init() */
     uint64_t rings;        /* system calls to wake bypass-fwd */
     uint64_t rings_saved;  /* there was something to send, and it was awake */
     uint64_t woken;        /* wake-ups taken from the doorbell */
-};
-
-struct port_audit { /* every frame in exactly one place; sums to `frames` */
-    uint32_t frames;
-    uint32_t free;
-    uint32_t stack;     /* held by the caller only */
-    uint32_t tx;        /* held by the device for transmission only */
-    uint32_t stack_tx;  /* held by both */
-    uint32_t rx;        /* posted for reception */
-    uint32_t misplaced; /* in no place, or in more than one */
-    uint32_t bad_free;  /* calls of free() for frames that the caller did not hold */
 };
 
 /* One process's view. */
@@ -109,6 +99,6 @@ BYPASS_API void port_set_gone(struct port *port);
 
 BYPASS_API void port_counters(const struct port *port, struct port_counters *out);
 /* Counts by walking all frames. 0, or -EIO when the places do not add up. */
-BYPASS_API int port_audit(struct port *port, struct port_audit *out);
+BYPASS_API int port_audit(struct port *port, struct frame_audit *out);
 
 #endif

@@ -184,7 +184,7 @@ static void open_world(struct world *w)
 
 static void close_world(struct world *w)
 {
-    struct port_audit audit;
+    struct frame_audit audit;
     int err = port_audit(&w->port[DECENT], &audit);
 
     CHECK(err == 0 && audit.free + audit.rx == FRAMES, "of the decent one's frames %u are free, %u posted", audit.free,

@@ -138,7 +138,7 @@ static void echo(void *arena, size_t arena_size, const struct bypass_config *cfg
 {
     const struct bypass_env env = {.random = host_random};
     bypass_sock listener, datagrams;
-    struct port_audit audit;
+    struct frame_audit audit;
     int err = bypass_create(&stack, arena, arena_size, cfg, port_netdev(&port), &env, host_now_ns());
 
     if (err < 0 || (err = bypass_addr_add(&stack, &local.addr, 24)) < 0) {

@@ -96,7 +96,7 @@ static int afxdp_take(uint8_t *seen)
 
 static int afxdp_places(void)
 {
-    struct afxdp_audit a;
+    struct frame_audit a;
     uint8_t places[FRAMES];
 
     fake_census(dev, places);
@@ -144,7 +144,7 @@ static int port_take(uint8_t *seen)
     int n = 0;
 
     for (; peer_tx_avail(&peer, 1); n++) {
-        if (!peer_tx_take(&peer, data, &m) || m.len != LEN || memcmp(data, data + 1, LEN - 1) != 0) {
+        if (!peer_tx_take(&peer, data, sizeof data, &m) || m.len != LEN || memcmp(data, data + 1, LEN - 1) != 0) {
             fail("a frame that was sent is torn");
         }
         seen[n] = data[0];
@@ -155,7 +155,7 @@ static int port_take(uint8_t *seen)
 
 static int port_places(void)
 {
-    struct port_audit a;
+    struct frame_audit a;
 
     return port_audit(&port, &a) == 0 && a.stack == 0 && a.stack_tx == 0 && !peer.cut ? (int)(a.free + a.rx) : -1;
 }

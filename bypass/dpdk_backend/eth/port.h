@@ -253,6 +253,6 @@ const char *port_offload_name(int tx, uint64_t bit);
 int port_counters(struct dpdk_port *port, uint32_t queue, struct dpdk_counters *out);
 int port_stats(struct dpdk_port *port, struct dpdk_stats *out);
 int port_xstats(struct dpdk_port *port, struct dpdk_xstat *out, uint32_t max);
-int port_audit(struct dpdk_port *port, struct dpdk_audit *out);
+int port_audit(struct dpdk_port *port, struct frame_audit *out);
 
 #endif

@@ -11,8 +11,6 @@
 
 #include "eth/port.h"
 
-enum { MARK = 0x80 };
-
 /* ---- What it became ---------------------------------------------------------------------------------------- */
 void port_about(struct dpdk_port *d, struct dpdk_about *out)
 {
@@ -105,55 +103,18 @@ int port_xstats(struct dpdk_port *d, struct dpdk_xstat *out, uint32_t max)
 }
 
 /* ---- Audit -------------------------------------------------------------------------------------------------- */
-static void count_place(struct bypass_pkt_meta *m, struct dpdk_audit *out)
-{
-    bool listed = m->holders & MARK;
-    uint8_t holders = m->holders & (uint8_t)~MARK;
-
-    m->holders = holders;
-    if (listed != (holders == 0)) {
-        out->misplaced++;
-        return;
-    }
-    switch (holders) {
-    case 0:
-        out->free++;
-        break;
-    case BYPASS_HOLD_STACK:
-        out->stack++;
-        break;
-    case BYPASS_HOLD_DEV:
-        out->tx++;
-        break;
-    case BYPASS_HOLD_STACK | BYPASS_HOLD_DEV:
-        out->stack_tx++;
-        break;
-    case BYPASS_HOLD_RX:
-        out->rx++;
-        break;
-    default:
-        out->misplaced++;
-    }
-}
-
-int port_audit(struct dpdk_port *d, struct dpdk_audit *out)
+int port_audit(struct dpdk_port *d, struct frame_audit *out)
 {
     struct pool *p = &d->pool;
     uint32_t tx = 0;
 
     memset(out, 0, sizeof *out);
     rte_spinlock_lock(&p->lock); /* drivers' threads may free meanwhile */
-    out->frames = p->frames;
     out->bad_free = d->bad_free + p->bad_free;
     for (uint32_t i = 0; i < p->count; i++) { /* marks what the free list names, each once */
-        struct bypass_pkt_meta *m = mbuf_meta(p->list[i]);
-
-        out->misplaced += (m->holders & MARK) != 0;
-        m->holders |= MARK;
+        frames_listed(mbuf_meta(p->list[i]), out);
     }
-    for (uint32_t f = 0; f < p->frames; f++) {
-        count_place(mbuf_meta(frame_mbuf(p, f)), out);
-    }
+    frames_count(&d->nd, out);
     rte_spinlock_unlock(&p->lock);
     for (uint32_t qi = 0; qi < d->nd.queues; qi++) {
         tx += d->queue[qi].fifo.tail - d->queue[qi].fifo.head;
@@ -165,7 +126,7 @@ int port_audit(struct dpdk_port *d, struct dpdk_audit *out)
 /* After every operation: at least the sums; the whole walk where it is cheap. */
 void port_check(struct dpdk_port *d, const char *where)
 {
-    struct dpdk_audit audit;
+    struct frame_audit audit;
 
     if (d->pool.count > d->pool.frames || (d->pool.frames <= 1024 && port_audit(d, &audit) != 0)) {
         fprintf(stderr, "dpdk: frames are not conserved after %s\n", where);
