@@ -220,7 +220,7 @@ def on_virtio(path: str, size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("large", [1, 0])
 def test_virtio_gets_large_segments_where_its_host_takes_them(tmp_path: Path, large: int) -> None:
-    path, size = str(tmp_path / "vhost.sock"), 1 << 18
+    path, size = str(tmp_path / "vhost.sock"), 1 << 17
     with behind_vhost.start(path, size, large) as taker:
         assert taker.line() == "ready"
         sender = on_virtio(path, size)
