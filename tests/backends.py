@@ -40,8 +40,8 @@ DIFFERENCES: dict[str, str] = {
 
 PARTS: dict[str, str] = {
     "fail-open": (
-        "when bypass-fwd ends, or is killed, so does the kernel's device of the port: the kernel serves nobody there "
-        "until the next start"
+        "when bypass-fwd ends, or is killed, so does the kernel's device of the port: the kernel serves nobody there, "
+        "and resets nothing, until the next start"
     ),
     "fragments": "net_af_packet has the kernel join fragments (PACKET_FANOUT_FLAG_DEFRAG) before DPDK sees them",
 }
