@@ -276,11 +276,13 @@ def test_a_lost_link_is_the_kernels_too_and_comes_back(broker: tuple[str, int], 
             link("down")
             wait_until(lambda: "NO-CARRIER" in tap())
             assert looks.stats()["link"] == 1
+            wait_until(lambda: f"{SERVER_IFNAME} is down: connections wait" in good("ps", "--socket", name))
             link("up")
             wait_until(lambda: "NO-CARRIER" not in tap())
             load.goes_on()
             assert looks.stats()["link"] == 0
             assert " 0% packet loss" in ping(lab)
+            assert "is down" not in good("ps", "--socket", name)
         down(name)
 
 
