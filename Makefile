@@ -125,7 +125,7 @@ bench-goodput: setup ## Goodput under twelve impairments against Linux (ROUNDS=5
 test-programs: setup programs ## Debian's programs, unmodified: do they work, who served? (~15 min; ARGS="--only redis --on dpdk")
 	@$(RUN) -m bench.apps $(ARGS)
 
-test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~12 min)
+test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~20 min)
 	@$(RUN) -m bench.killing $(ARGS)
 
 test-backends: setup programs ## The tests of both backends, AF_XDP and DPDK, side by side (~15 min; root); leaves build/backends.json
