@@ -61,7 +61,7 @@ class _Text(NamedTuple):
 TEXTS: dict[tuple[str, str], _Text] = {
     ("", "version"): _Text("is not a version of the policy language", "1"),
     ("", "interface"): _Text(
-        "is not an interface name", "1 to 15 characters without spaces, `/` and `:`, such as eth1"
+        "is not an interface name", "1 to 15 characters without spaces, `/`, `:` and `%`, such as eth1"
     ),
     ("", "profile"): _Text("is not a profile", "latency, throughput or connections"),
     ("", "stack"): _Text(

@@ -30,7 +30,7 @@ MAX_BYTES = 1 << 40
 
 DPDK_DEVICE = r"[0-9A-Za-z_][0-9A-Za-z_.:-]{0,62}(,[!-~]{1,500})?"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-_INTERFACE = r"[^\s/:\x00-\x1f\x7f]{1,15}"
+_INTERFACE = r"[^\s/:%\x00-\x1f\x7f]{1,15}"  # `tap%d` is a template, of which the kernel makes tap0
 _ACCOUNT = r"[A-Za-z_][A-Za-z0-9_.-]{0,30}\$?"
 _BYTES = r"([1-9][0-9]{0,9})([KMG])"
 _PORT = r"(0|[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"

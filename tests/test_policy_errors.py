@@ -170,6 +170,7 @@ TOP_ERRORS = [
     (flow("proto: tcp").replace("version: 1\n", ""), "1:1: version is missing: 1"),
     (flow("proto: tcp").replace("eth1", "on"), "2:12: interface: on is a boolean in YAML: put it in quotes"),
     (flow("proto: tcp").replace("eth1", "a/b"), "2:12: interface: a/b is not an interface name"),
+    (flow("proto: tcp").replace("eth1", "tap%d"), "2:12: interface: tap%d is not an interface name"),
     (
         flow("proto: tcp").replace("eth1", "sixteen-letters-"),
         "2:12: interface: sixteen-letters- is not an interface name",
