@@ -132,9 +132,7 @@ def _went_on(
     if outcome.kept == "hang":
         after = [t - killed for t in answers if t - killed > within_s]
         if after:
-            seen.wrong.append(
-                f"kept connection {number} was answered {after[-1] * 1e3:.0f} ms after the kill"
-            )
+            seen.late.append(f"kept connection {number} was answered {after[-1] * 1e3:.0f} ms after the kill")
         return
     times = [killed, *(t for t in answers if t >= killed), until]
     longest = max(later - earlier for earlier, later in pairwise(times))
