@@ -230,8 +230,9 @@ class DpdkAttachment:
         if self.exception is None:
             self.steering.set_mac(self.mac)
             return
+        self.steering.change_mac(self.mac)
         try:
-            follow(self.policy, self.mac, self.mtu)  # of which the steering hears by the kernel
+            follow(self.policy, self.mac, self.mtu)  # the kernel tells: then set_mac()
         except DeviceError as e:
             log.error("the port's MAC address is %s, its MTU %d: %s", self.mac.hex(":"), self.mtu, e)
 

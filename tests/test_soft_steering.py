@@ -109,6 +109,18 @@ def test_nothing_is_taken_before_addresses_are_named(kernel: Kernel) -> None:
         assert reason(s, frame()) == "not_local"
 
 
+def test_while_the_mac_address_changes_both_are_taken(steering: SoftSteering) -> None:
+    """Else one of them reaches the kernel's device, which has it then, and the kernel resets what it does not know."""
+    steering.add_endpoint(TCP, None, 8080)
+    new, before = bytes.fromhex("020000007701"), frame()
+    after = new + before[len(MAC) :]
+    assert [reason(steering, f) for f in (before, after)] == ["steered", "other_mac"]
+    steering.change_mac(new)
+    assert [reason(steering, f) for f in (before, after)] == ["steered", "steered"]
+    steering.set_mac(new)
+    assert [reason(steering, f) for f in (before, after)] == ["other_mac", "steered"]
+
+
 def test_endpoints_are_refused_as_by_the_other_steering(steering: SoftSteering) -> None:
     with pytest.raises(GrantError, match=r"no rule of the policy grants tcp \*:81 on eth1"):
         steering.add_endpoint(TCP, None, 81)

@@ -197,9 +197,10 @@ class DpdkSite(PortsSite):
         """The port has another MAC address or MTU, and so has the kernel's device of it, of which all others hear."""
         self._about = {**self._about, "mac": link.mac, "mtu": link.mtu}
         self.holder.tell(device=self._about | {"mac": link.mac.hex(), "numbers": list(self.queues)})
+        self.steering.change_mac(link.mac)
         try:
             with self.kernel():
-                tap.follow(self.policy, link.mac, link.mtu)
+                tap.follow(self.policy, link.mac, link.mtu)  # the kernel tells: then set_mac()
             self.trouble = ""
         except BypassError as e:
             self.trouble = f"the port's MAC address is {link.mac.hex(':')}, its MTU {link.mtu}: {e}"

@@ -29,7 +29,7 @@
 #include "bpf/reasons.h"
 
 enum {
-    CLASSIFY_ABI = 1,     /* changes with anything that lies in the memory */
+    CLASSIFY_ABI = 2,     /* changes with anything that lies in the memory */
     CLASSIFY_MASKS = 16,  /* distinct masks of a policy */
     CLASSIFY_OWNERS = 16, /* sets of queues */
     CLASSIFY_QUEUES = 256,
@@ -193,8 +193,10 @@ int classify_set_add(struct classifier *c, int set, const uint8_t member[16]); /
 int classify_set_del(struct classifier *c, int set, const uint8_t member[16]); /* -ENOENT, -EINVAL */
 int classify_set_next(struct classifier *c, int set, uint32_t *at, uint8_t member[16]);
 
-/* The interface's MAC address. */
+/* The interface's MAC address, the only one; or a new one, beside which the one before is taken until the next
+ * classify_mac_set(): while the kernel's device changes, nothing that the stack has may reach it by either. */
 void classify_mac_set(struct classifier *c, const uint8_t mac[6]);
+void classify_mac_change(struct classifier *c, const uint8_t mac[6]);
 void classify_mac(const struct classifier *c, uint8_t mac[6]);
 /* Whether an owner takes packets of a queue. All owners take those of all queues until this says otherwise; what live
  * TCP comes by another one is dropped, UDP passes (as where a queue has no AF_XDP socket). -EINVAL */

@@ -73,9 +73,10 @@ struct area_head {
 struct classify_head {
     uint64_t magic, size;
     struct classify_config cfg;
-    uint64_t mac;    /* its bytes in memory order, then two zeroes */
-    uint32_t active; /* number of policies that were put in force; the last bit says in which area the last is */
-    uint32_t kinds;  /* FIND_* */
+    uint64_t mac;     /* its bytes in memory order, then two zeroes */
+    uint64_t old_mac; /* the same, unless it is changing */
+    uint32_t active;  /* number of policies that were put in force; the last bit says in which area the last is */
+    uint32_t kinds;   /* FIND_* */
     uint64_t unserved[CLASSIFY_OWNERS][CLASSIFY_QUEUES / 64];
     struct area_head area[2];
     struct { /* of the writers */

@@ -105,7 +105,7 @@ static inline int check_mac(const struct classifier *c, struct packet *p)
         return in_set(c, CLASSIFY_GROUPS, p->data, 6) ? GO_ON : REASON_GROUP;
     }
     memcpy(&mac, p->data, 6);
-    return mac == LOAD(&head_of(c)->mac) ? GO_ON : REASON_OTHER_MAC;
+    return mac == LOAD(&head_of(c)->mac) || mac == LOAD(&head_of(c)->old_mac) ? GO_ON : REASON_OTHER_MAC;
 }
 
 static inline bool is_tag(uint16_t ethertype) { return ethertype == TYPE_8021Q || ethertype == TYPE_8021AD; }

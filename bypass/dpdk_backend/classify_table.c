@@ -374,12 +374,24 @@ void tables_repair(struct classifier *c)
     }
 }
 
-void classify_mac_set(struct classifier *c, const uint8_t mac[6])
+static uint64_t mac_word(const uint8_t mac[6])
 {
     uint64_t word = 0;
 
     memcpy(&word, mac, 6);
-    STORE_RELEASE(&head_of(c)->mac, word);
+    return word;
+}
+
+void classify_mac_set(struct classifier *c, const uint8_t mac[6])
+{
+    STORE_RELEASE(&head_of(c)->mac, mac_word(mac));
+    STORE_RELEASE(&head_of(c)->old_mac, mac_word(mac));
+}
+
+void classify_mac_change(struct classifier *c, const uint8_t mac[6])
+{
+    STORE_RELEASE(&head_of(c)->old_mac, LOAD(&head_of(c)->mac));
+    STORE_RELEASE(&head_of(c)->mac, mac_word(mac));
 }
 
 void classify_mac(const struct classifier *c, uint8_t mac[6])

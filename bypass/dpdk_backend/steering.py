@@ -434,6 +434,12 @@ class SoftSteering:
         self._open()
         lib.classify_mac_set(self.classifier, mac)
 
+    def change_mac(self, mac: bytes) -> None:
+        """It becomes this one. The one before is taken too, until set_mac(): what is the stack's must not reach the
+        kernel by either while the kernel's device changes, for it would reset connections that it does not have."""
+        self._open()
+        lib.classify_mac_change(self.classifier, mac)
+
     # ---- counters
     def rules(self) -> dict[str, Count]:
         """By rule name, in file order: packets that the rule decided, whatever its action."""
