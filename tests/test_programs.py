@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -295,15 +296,19 @@ def test_held_connections_that_answer_wrongly_or_cannot_be_opened_are_problems(
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
 
-    def serve() -> None:
-        for answer in (b"+PONG\r\n", b"-ERR\r\n"):
-            sock, _ = listener.accept()
-            served.append(sock)
-            threading.Thread(
-                target=lambda s=sock, a=answer: [s.sendall(a) for _ in iter(lambda: s.recv(64), b"")]
-            ).start()
+    def answers(sock: socket.socket, answer: bytes) -> None:
+        with sock, suppress(ConnectionResetError):  # the client need not have read all
+            while sock.recv(64):
+                sock.sendall(answer)
 
-    served: list[socket.socket] = []
+    def serve() -> None:
+        threads = []
+        for answer in (b"+PONG\r\n", b"-ERR\r\n"):
+            threads.append(threading.Thread(target=answers, args=(listener.accept()[0], answer)))
+            threads[-1].start()
+        for t in threads:
+            t.join()
+
     thread = threading.Thread(target=serve)
     thread.start()
     found = hold.main("127.0.0.1", port, 2)
@@ -312,8 +317,6 @@ def test_held_connections_that_answer_wrongly_or_cannot_be_opened_are_problems(
     assert found["held"] == 2
     assert any("answered b'-ERR" in text for text in found["problems"])
     assert any("connection 1" in text for text in hold.main("127.0.0.1", port, 1)["problems"])
-    for sock in served:
-        sock.close()
 
 
 def test_a_folder_of_a_place_belongs_to_the_programs_user_and_is_removed() -> None:
