@@ -94,7 +94,8 @@ def test_a_ports_vlan_is_in_each_pattern() -> None:
 
 
 def test_what_crosses_to_the_plug_in_is_the_headers_bytes() -> None:
-    bad, web = pack(flows_of(policy(queues=3), HOST).rules)
+    flows = pack(flows_of(policy(queues=3), HOST).rules)  # whose memory the two are in
+    bad, web = flows
     assert [i.kind for i in web.item[0 : web.items]] == [1, 3, 5]
     assert list(web.queue[0 : web.queues]) == [1, 2]
     assert (bad.items, bad.queues) == (3, 0)
