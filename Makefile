@@ -128,10 +128,10 @@ test-programs: setup programs ## Debian's programs, unmodified: do they work, wh
 test-killing: setup programs ## SIGKILL at 100 random moments of each role under load: what peers saw, what is left (~20 min)
 	@$(RUN) -m bench.killing $(ARGS)
 
-test-backends: setup programs ## The tests of both backends, AF_XDP and DPDK, side by side (~15 min; root); leaves build/backends.json
+test-backends: setup programs ## The tests of both backends, AF_XDP and DPDK, side by side (~4 min; root); leaves build/backends.json
 	@$(RUN) tests/side_by_side.py -n $(JOBS) --dist worksteal $(ARGS)
 
-test-vm: setup ## Real drivers (e1000e, virtio-net) in QEMU: AF_XDP on two queues, DPDK by vfio-pci and back (~1.5 min; root)
+test-vm: setup ## Real drivers (e1000e, virtio-net) in QEMU: AF_XDP on two queues, DPDK by vfio-pci and back (~3 min; root)
 	@scripts/vm
 	@$(VENV)/bin/python tests/vm $(ARGS)
 
