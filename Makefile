@@ -239,7 +239,7 @@ $(OUT)/python: Makefile
 	@printf '%s\n' '#!/bin/sh' '# Python with the sanitizers: made by the Makefile' \
 		'export BYPASS_BUILD="$${BYPASS_BUILD:-$(CURDIR)/$(OUT)/py}" BYPASS_PYTHON="$(CURDIR)/$@"' \
 		'export ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1' \
-		"export LD_PRELOAD='$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)'" \
+		"export LD_PRELOAD='$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)'\$${LD_PRELOAD:+' '\$$LD_PRELOAD}" \
 		'exec "$(CURDIR)/$(PY)" "$$@"' > $@
 	@chmod +x $@
 
