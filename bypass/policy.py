@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy: which flows of an interface may be taken, by which backend.
 
-What lives here: the policy's language (its fields, what each may hold, what an error says), its JSON Schema, and the
-result, `Policy`. What does not: YAML and places in it (`policy_yaml.py`), ranks and compilation (`rules.py`).
+What lives here: the result, `Policy`, with what it grants, and the way to it from a file. What does not: its fields and
+their JSON Schema (`policy_fields.py`), checks across fields (`policy_backend.py`, `policy_flows.py`), what errors say
+(`policy_errors.py`), YAML and places in it (`policy_yaml.py`), ranks and compilation (`rules.py`).
 
     version: 1
     interface: eth1
@@ -17,17 +18,16 @@ A policy is good as a whole or refused as a whole: all errors are found at once,
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from bypass.access import NO_QUOTA, Allow, Quota
+from bypass.access import NO_QUOTA, Quota
 from bypass.errors import DeviceError, PolicyError, Problem
 from bypass.policy_backend import (
     AfxdpBackend,
@@ -37,45 +37,13 @@ from bypass.policy_backend import (
     has_port_vlan,
     read_backend,
 )
-from bypass.policy_fields import (
-    BACKENDS,
-    NO_ALLOW_MODEL,
-    NO_QUOTA_MODEL,
-    TEXTS,
-    AfxdpModel,
-    AllowModel,
-    DpdkModel,
-    EalModel,
-    FlowModel,
-    HeadModel,
-    MatchModel,
-    Mode,
-    QuotaModel,
-    RouteModel,
-    StackModel,
-    Wrong,
-    backend_kind,
-    policy_schema,
-)
-from bypass.policy_values import MAX_RULES
-from bypass.policy_yaml import (
-    Document,
-    Oddity,
-    Path,
-    Place,
-    no_garbage_collection,
-    path_text,
-    read_yaml,
-    scalar_text,
-    shown,
-)
+from bypass.policy_errors import field_errors, located_problem
+from bypass.policy_fields import AfxdpModel, FlowModel, HeadModel, Mode, Wrong, policy_schema
+from bypass.policy_flows import across_allow, across_match, flow_rule, quota_of, what_else
+from bypass.policy_yaml import Document, no_garbage_collection, read_yaml
 from bypass.profiles import NO_OPTIONS, Profile, StackOptions, resolve
 from bypass.rules import (
-    ICMP,
-    ICMPV6,
     MAX_PROBLEMS,
-    TCP,
-    UDP,
     Address,
     CompiledRules,
     PortRange,
@@ -368,7 +336,7 @@ class _Check:
             _stack_options(head),
             head.congestion,
             head.mode or ("direct" if isinstance(head.backend, AfxdpModel) else "shared"),
-            _quota(head.quota),
+            quota_of(head.quota),
             head.cpus,
             head.numa,
         )
@@ -377,7 +345,7 @@ class _Check:
         try:
             head = HeadModel.model_validate(data)
         except ValidationError as error:
-            self.wrongs += _field_errors(error, ())
+            self.wrongs += field_errors(error, ())
             return None
         self.wrongs += across_head(head)
         stack = _stack_options(head)
@@ -402,20 +370,20 @@ class _Check:
             try:
                 flow = FlowModel.model_validate(item)
             except ValidationError as error:
-                errors = _field_errors(error, at)
+                errors = field_errors(error, at)
                 self.wrongs += errors
-                self.wrongs += _what_else(at, item, {e.path[2:] for e in errors})
+                self.wrongs += what_else(at, item, {e.path[2:] for e in errors})
                 name = item.get("name") if isinstance(item, dict) else None
             else:
                 name, match = flow.name, flow.match
-                bad = [*_across(at, match, flow.action), *_across_allow(at, flow)]
+                bad = [*across_match(at, match, flow.action), *across_allow(at, flow)]
                 if tagged and match.vlan is not None and flow.action != "steer":
                     right = "rules are about frames of backend.vlan, and see them without tag"
                     bad.append(Wrong((*at, "match", "vlan"), "is never seen here", right))
                 self.wrongs += bad
                 if not bad:
                     line, column = self.doc.item_marks[index]
-                    rules.append(_rule(index, flow, match, line, column))
+                    rules.append(flow_rule(index, flow, match, line, column))
             if isinstance(name, str) and names.setdefault(name, index) != index:
                 first = self.doc.item_marks[names[name]][0]
                 wrong = f"is the name of the flow in line {first} already"
@@ -427,7 +395,7 @@ class _Check:
         wrongs = self.wrongs[:MAX_PROBLEMS]
         wanted = {w.path[:n] for w in wrongs for n in range(len(w.path) + 1)}
         places = read_yaml(text, "flows", wanted).places
-        problems = [_located(w, places, self.doc.data) for w in wrongs]
+        problems = [located_problem(w, places, self.doc.data) for w in wrongs]
         problems += self.located[: MAX_PROBLEMS - len(problems)]
         problems.sort(key=lambda p: (p.line, p.column))
         more = len(self.wrongs) + len(self.located) - len(problems)
@@ -438,253 +406,3 @@ class _Check:
 
 def _stack_options(head: HeadModel) -> StackOptions:
     return resolve(head.profile, StackOptions(**head.stack.model_dump()))
-
-
-def _rule(index: int, flow: FlowModel, match: MatchModel, line: int, column: int) -> Rule:
-    return Rule(
-        index,
-        flow.name,
-        match.proto,
-        match.local,
-        match.local_port,
-        match.remote,
-        match.remote_port,
-        match.vlan,
-        flow.action,
-        line,
-        column,
-        _allow(flow.allow),
-    )
-
-
-def _quota(model: QuotaModel) -> Quota:
-    return NO_QUOTA if model is NO_QUOTA_MODEL else Quota(**model.model_dump())
-
-
-def _allow(model: AllowModel) -> Allow | None:
-    if model is NO_ALLOW_MODEL:
-        return None
-    return Allow(model.user, model.group, model.ports, _quota(model.quota))
-
-
-def _across_allow(at: Path, flow: FlowModel) -> Iterator[Wrong]:
-    """What is wrong between `allow` and the other fields of a flow."""
-    allow, ports = flow.allow, flow.match.local_port
-    if allow is NO_ALLOW_MODEL:
-        return
-    if flow.action != "steer":
-        right = "only steer takes flows: leave it out"
-        yield Wrong((*at, "allow"), f"nobody uses a {flow.action} rule", right, whole=True)
-    if not allow.user and not allow.group:
-        yield Wrong((*at, "allow"), "allows nobody", "name user or group", whole=True)
-    for part in allow.ports or ():
-        if ports is not None and not (ports.first <= part.first and part.last <= ports.last):
-            wrong = f"the ports {part} are not all of the rule's, {ports}"
-            yield Wrong((*at, "allow", "ports"), wrong, "a part of local_port", whole=True)
-            return
-
-
-def _across(at: Path, match: MatchModel, action: str | None, bad: Collection[Path] = ()) -> Iterator[Wrong]:
-    """What is wrong between the fields of a flow. `bad`: fields that could not be read, seen from the flow."""
-    at_match = (*at, "match")
-    if not match.model_fields_set and not bad:
-        right = "name at least one of " + ", ".join(MatchModel.model_fields)
-        yield Wrong(at_match, "an empty match takes every packet", right, whole=True)
-    if match.proto not in (TCP, UDP) and ("match", "proto") not in bad:
-        for name in ("local_port", "remote_port"):
-            if getattr(match, name) is not None:
-                yield Wrong(
-                    (*at_match, name), "is a port, and only tcp and udp have ports", "say proto: tcp or udp"
-                )
-    if match.local is not None and match.remote is not None and match.local.version != match.remote.version:
-        wrong = f"is IPv{match.remote.version}, but local is IPv{match.local.version}"
-        yield Wrong((*at_match, "remote"), wrong, "both of one family")
-    for family, proto, other in ((6, ICMP, "icmpv6"), (4, ICMPV6, "icmp")):
-        if match.proto == proto and any(
-            n is not None and n.version == family for n in (match.local, match.remote)
-        ):
-            yield Wrong((*at_match, "proto"), f"is not spoken over IPv{family}", other)
-    if action == "steer":
-        yield from _not_steerable(at_match, match)
-
-
-def _not_steerable(at: Path, match: MatchModel) -> Iterator[Wrong]:
-    """What the stack does not speak yet."""
-    if match.proto not in (None, TCP, UDP):
-        yield Wrong(
-            (*at, "proto"), "cannot be steered", "steer takes tcp and udp; ICMP errors follow their flow"
-        )
-    for name in ("local", "remote"):
-        net = getattr(match, name)
-        if net is not None and net.version == 6:
-            right = "IPv6 passes to the kernel until the stack speaks it"
-            yield Wrong((*at, name), "cannot be steered", right)
-    if match.vlan is not None:
-        right = "tagged frames pass to the kernel until the stack speaks 802.1Q"
-        yield Wrong((*at, "vlan"), "cannot be steered", right)
-
-
-def _what_else(at: Path, item: object, bad: set[Path]) -> list[Wrong]:
-    """Errors across the fields of a flow some of whose fields could not be read."""
-    match = item.get("match") if isinstance(item, dict) else None
-    if not isinstance(item, dict) or not isinstance(match, dict) or ("match",) in bad:
-        return []
-    rest = MatchModel.model_validate({k: v for k, v in match.items() if ("match", k) not in bad})
-    return list(_across(at, rest, None if ("action",) in bad else item.get("action"), bad))
-
-
-# ---- Errors ---------------------------------------------------------------------------------------------
-
-_MODELS: dict[str, type[BaseModel]] = {
-    "": HeadModel,
-    "backend": AfxdpModel,
-    "dpdk": DpdkModel,
-    "eal": EalModel,
-    "route": RouteModel,
-    "stack": StackModel,
-    "flow": FlowModel,
-    "match": MatchModel,
-    "allow": AllowModel,
-    "quota": QuotaModel,
-}
-_TEXT_FIELDS = {
-    "interface",
-    "profile",
-    "congestion",
-    "kind",
-    "mode",
-    "name",
-    "action",
-    "proto",
-    "local",
-    "remote",
-    "device",
-    "to",
-    "via",
-}
-
-
-def _where(path: Path, kind: str) -> tuple[str, str]:
-    """The mapping (a key of _MODELS) and field that a path leads to. `kind`: of the backend."""
-    if len(path) > 1 and path[-2] == "quota":
-        return "quota", str(path[-1])
-    if path[:1] == ("flows",) and len(path) > 1:
-        if path[2:3] == ("allow",) and len(path) > 3:
-            return "allow", str(path[3])
-        if path[2:3] == ("match",) and len(path) > 3:
-            return "match", str(path[3])
-        return "flow", str(path[2]) if len(path) > 2 else ""
-    if path[:2] == ("backend", "eal") and len(path) > 2:
-        return "eal", str(path[2])
-    if path[:1] == ("backend",) and len(path) > 1:
-        return "dpdk" if kind == "dpdk" else "backend", str(path[1])
-    if path[:1] == ("stack",) and len(path) > 1:
-        return "stack", str(path[1])
-    if path[:1] == ("routes",) and len(path) > 1:
-        return "route", str(path[2]) if len(path) > 2 else ""
-    return "", str(path[0]) if path else ""
-
-
-def _field_errors(error: ValidationError, at: Path) -> list[Wrong]:
-    """pydantic's errors in our words. `at`: where the model that found them stands."""
-    wrongs = []
-    for detail in error.errors(include_url=False, include_input=False):
-        path, kind = (*at, *detail["loc"]), ""
-        if path[:1] == ("backend",) and len(path) > 1:  # pydantic names the model of the union too
-            kind, path = str(path[1]), (path[0], *path[2:])
-        mapping, name = _where(path, kind)
-        text = TEXTS.get((mapping, name))
-        if detail["type"] == "extra_forbidden" and (other := _other_backend(path, kind)):
-            wrongs.append(
-                Wrong(
-                    path,
-                    f"is for kind: {other}",
-                    _INSTEAD.get((kind, name), f"leave it out with {kind}"),
-                    whole=True,
-                    at_key=True,
-                )
-            )
-        elif detail["type"] == "extra_forbidden":
-            known = list(_MODELS[mapping].model_fields)
-            near = difflib.get_close_matches(name[:40], known, 1)
-            right = f"did you mean {near[0]}?" if near else "the keys here are " + ", ".join(known)
-            wrongs.append(Wrong(path, "unknown key", right, whole=True, at_key=True))
-        elif text is None:
-            raise AssertionError(f"no text for the field {mapping}.{name}") from error
-        elif detail["type"] == "missing":
-            wrongs.append(Wrong(path[:-1], f"{name} is missing", text.right, whole=True))
-        elif detail["type"] in ("too_short", "too_long"):
-            wrong = "is empty" if detail["type"] == "too_short" else f"has more than {MAX_RULES} items"
-            wrongs.append(Wrong(path, f"the list {wrong}", text.right, whole=True))
-        else:
-            context = detail.get("ctx", {}) if detail["type"] == "policy" else {}
-            item = context.get("at")
-            where = path if item is None else (*path, item)
-            wrongs.append(
-                Wrong(where, context.get("wrong") or text.wrong, context.get("right") or text.right)
-            )
-    return wrongs
-
-
-_INSTEAD = {  # what a backend has in place of another's key
-    ("dpdk", "mode"): "a DPDK port has one owner, and offloads says what it does",
-    ("afxdp", "device"): "`interface` names the kernel's device",
-    ("afxdp", "mtu"): "the kernel's device has it: `ip link set mtu`",
-    ("afxdp", "vlan"): "the kernel's VLAN device has it",
-    ("afxdp", "idle_us"): "AF_XDP wakes who sleeps; stack.spin_us says how long a call polls",
-}
-
-
-def _other_backend(path: Path, kind: str) -> str:
-    """The backend that has such a key, when this one has not."""
-    return next((k for k, m in BACKENDS.items() if kind and len(path) == 2 and path[1] in m.model_fields), "")
-
-
-def _located(wrong: Wrong, places: dict[Path, Place], data: Any) -> Problem:
-    path = wrong.path
-    known = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in places or n == 0)
-    place = places.get(known, Place(1, 1, None))
-    line, column = (
-        (place.key_line, place.key_column) if wrong.at_key and known == path else (place.line, place.column)
-    )
-    value = None if wrong.whole else _value_at(data, path)
-    raw = place.raw
-    if known != path and not isinstance(value, list | dict):
-        raw = scalar_text(value)  # it came by an alias: the place is that of the alias
-    raw = shown(raw) if raw is not None else ""
-    if wrong.whole:
-        return Problem(path_text(path), line, column, wrong.wrong, raw, wrong.right)
-    message, right = f"{_described(value, raw)} {wrong.wrong}", wrong.right
-    odd = _odd_meaning(value)
-    if odd:
-        message = f"{raw} is {odd}"
-    if (
-        (odd or type(value) is int)
-        and path[-1] in _TEXT_FIELDS
-        and wrong.right == TEXTS[_where(path, _kind_of(data))].right
-    ):
-        right = f"put it in quotes if it is meant as text; {right}"
-    return Problem(path_text(path), line, column, message, raw, right)
-
-
-def _kind_of(data: Any) -> str:
-    return backend_kind(data.get("backend")) if isinstance(data, dict) else ""
-
-
-def _value_at(data: Any, path: Path) -> Any:
-    for step in path:
-        data = data[step]
-    return data
-
-
-def _described(value: Any, raw: str) -> str:
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "a mapping"
-    return raw or ("an empty value" if value is None else "an empty text")
-
-
-def _odd_meaning(value: Any) -> str:
-    """What YAML takes a value for, where its author may not know it."""
-    if isinstance(value, Oddity):
-        return value.meaning
-    return "a boolean in YAML" if isinstance(value, bool) else ""

@@ -2,8 +2,8 @@
 """The fields of a policy: what each holds, what is said when it is wrong, and the JSON Schema of the whole.
 
 What lives here: one pydantic model for each mapping of the file, and the schema made from the same models. What does
-not: how values are read (`policy_values.py`), checks across fields (`policy_backend.py`, `policy.py`), places in the
-file (`policy_yaml.py`).
+not: how values are read (`policy_values.py`), checks across fields (`policy_backend.py`, `policy_flows.py`),
+what errors say (`policy_errors.py`), places in the file (`policy_yaml.py`).
 """
 
 from __future__ import annotations
@@ -487,7 +487,7 @@ class PolicyModel(HeadModel):
     )
 
 
-# What the models cannot say field by field. policy.py checks the same with better words.
+# What the models cannot say field by field. policy_flows.py checks the same with better words.
 _PORTS_NEED = {
     "required": ["proto"],
     "properties": {"proto": {"enum": ["tcp", "udp", PROTOCOLS["tcp"], PROTOCOLS["udp"]]}},
