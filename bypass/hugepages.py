@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bypass.errors import DeviceError
 from bypass.pci.machine import Machine
+from bypass.records import write
 
 __all__ = [
     "Pool",
@@ -223,9 +224,7 @@ def _keep(machine: Machine, noted: dict[str, int]) -> None:
     if not left:
         path.unlink(missing_ok=True)
         return
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(left))
-    fresh.rename(path)
+    write(path, json.dumps(left))
 
 
 # ---- Mounts --------------------------------------------------------------------------------------------------------

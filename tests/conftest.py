@@ -98,6 +98,17 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         yield it
 
 
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """The name of an empty network namespace of the test's own."""
+    name = f"bypass-{lab_name()}"
+    netns.create(name)
+    try:
+        yield name
+    finally:
+        netns.remove(name)
+
+
 @pytest.fixture(scope="session")
 def fwd_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """Shared mode in C."""

@@ -204,15 +204,10 @@ def test_a_socket_that_connects_is_bound_by_the_broker(client: Client, family: i
 
 
 @pytest.mark.netns
-def test_a_socket_of_another_network_namespace_holds_no_port_here(client: Client) -> None:
-    name = f"bypass-{os.getpid()}-broker"
-    netns.create(name)
-    try:
-        with netns.entered(name), bound(host="") as sock:
-            local = ("0.0.0.0", sock.getsockname()[1])
-            code, text = refused(client, Message(Kind.LEASE, kind=STREAM, local=local), (sock.fileno(),))
-    finally:
-        netns.remove(name)
+def test_a_socket_of_another_network_namespace_holds_no_port_here(client: Client, namespace: str) -> None:
+    with netns.entered(namespace), bound(host="") as sock:
+        local = ("0.0.0.0", sock.getsockname()[1])
+        code, text = refused(client, Message(Kind.LEASE, kind=STREAM, local=local), (sock.fileno(),))
     assert code == errno.EINVAL
     assert "namespace" in text
 

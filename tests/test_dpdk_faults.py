@@ -10,6 +10,7 @@ a port says of itself (tests/test_dpdk_port.py).
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import select
@@ -162,12 +163,12 @@ def test_a_second_owner_is_refused_and_the_first_one_serves(
 # ---- No frame is free --------------------------------------------------------------------------------------------
 SMALL = POLICY.replace("kind: dpdk", "kind: dpdk\n  ring_size: 64\n  frames: 256")
 CLIENTS, EACH = 4, 3 << 20
-HOARD = f"""
-import hashlib, socket, sys
-with socket.create_server(("{SERVER_IP}", {PORT})) as server:
-    print("up", flush=True)
-    kept = [server.accept()[0] for _ in range({CLIENTS})]
-    sys.stdin.readline()
+
+
+def hoard(server, clients, told):  # type: ignore[no-untyped-def]  # HOARD runs it without this module's imports
+    """Takes connections, and reads nothing until it is told to."""
+    kept = [server.accept()[0] for _ in range(clients)]
+    told()
     for sock in kept:
         with sock:
             seen = hashlib.sha256()
@@ -176,25 +177,24 @@ with socket.create_server(("{SERVER_IP}", {PORT})) as server:
             sock.sendall(seen.digest())
     with server.accept()[0] as sock:
         sock.sendall(sock.recv(100))
+
+
+HOARD = f"""
+import hashlib, socket, sys
+{inspect.getsource(hoard)}
+with socket.create_server(("{SERVER_IP}", {PORT})) as server:
+    print("up", flush=True)
+    hoard(server, {CLIENTS}, sys.stdin.readline)
 """
 
 
 @in_child
 def hoards(text: str) -> dict[str, Any]:
-    """The same, embedded: it takes connections, and reads nothing until it is told to."""
+    """The same, embedded."""
     with opened(text) as stack:
         with stack.create_server((SERVER_IP, PORT)) as server:
             say("up")
-            kept = [server.accept()[0] for _ in range(CLIENTS)]
-            said(stack)
-            for sock in kept:
-                with sock:
-                    seen = hashlib.sha256()
-                    while data := sock.recv(65536):
-                        seen.update(data)
-                    sock.sendall(seen.digest())
-            with server.accept()[0] as sock:
-                sock.sendall(sock.recv(100))
+            hoard(server, CLIENTS, lambda: said(stack))
         stack.run(timeout=0.2)
         return {"scarce": stack.stats()["tcp_in_no_memory"], **frames_left(stack)}
 

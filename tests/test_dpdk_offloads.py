@@ -8,7 +8,6 @@ import hashlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from ctypes import CDLL
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 from bypass._core import ffi, lib
 from c_programs import run
-from conftest import lab_name
 from dpdk_support import (
     CLEAN,
     Node,
@@ -40,16 +38,6 @@ __all__ = ["needs_dpdk"]
 
 PORT = 7
 TAP = "dtap0"
-
-
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    name = f"bypass-{lab_name()}-tap"
-    netns.create(name)
-    try:
-        yield name
-    finally:
-        netns.remove(name)
 
 
 def ip(namespace: str, *command: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from bypass._core import ffi, lib
-from conftest import lab_name
 
 from bypass import netns
 from bypass.dpdk_backend.filter import ExceptionPath
@@ -31,15 +30,10 @@ def policy(interface: str = "tap7", backend: str = "", rest: str = "") -> Policy
 
 
 @pytest.fixture
-def ns() -> Iterator[None]:
-    """A network namespace of the test's own, which the test is in."""
-    name = f"bypass-{lab_name()}"
-    netns.create(name)
-    try:
-        with netns.entered(name):
-            yield
-    finally:
-        netns.remove(name)
+def ns(namespace: str) -> Iterator[None]:
+    """The test is in its own network namespace."""
+    with netns.entered(namespace):
+        yield
 
 
 def interfaces() -> set[str]:

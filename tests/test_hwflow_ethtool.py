@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lab_name
 from test_hwflow_rules import WEB, policy
 
 from bypass import netns
@@ -385,17 +384,12 @@ def test_what_the_driver_does_not_have_is_said(lacks: int) -> None:
 
 
 @pytest.mark.netns
-def test_a_device_without_such_tables_says_so() -> None:
+def test_a_device_without_such_tables_says_so(namespace: str) -> None:
     """veth, by the kernel's own ioctls."""
-    name = f"bypass-{lab_name()}-hw"
-    netns.create(name)
-    try:
-        subprocess.run(
-            ["ip", "-n", name, "link", "add", "eth1", "type", "veth", "peer", "name", "far1"], check=True
-        )
-        with netns.entered(name), pytest.raises(DeviceError, match="eth1"):
-            applied(planned(WEB)).__enter__()
-        with netns.entered(name), pytest.raises(DeviceError, match="there is no such interface"):
-            applied(plan(translate(policy(WEB)), "eth9", stack=(1,), kernel=(0,))).__enter__()
-    finally:
-        netns.remove(name)
+    subprocess.run(
+        ["ip", "-n", namespace, "link", "add", "eth1", "type", "veth", "peer", "name", "far1"], check=True
+    )
+    with netns.entered(namespace), pytest.raises(DeviceError, match="eth1"):
+        applied(planned(WEB)).__enter__()
+    with netns.entered(namespace), pytest.raises(DeviceError, match="there is no such interface"):
+        applied(plan(translate(policy(WEB)), "eth9", stack=(1,), kernel=(0,))).__enter__()

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_hwflow_ethtool import TWO, FakeNic
@@ -255,19 +254,19 @@ def test_a_record_that_cannot_be_understood_is_named(tmp_path: Path, text: str) 
             use()
 
 
-def test_a_record_belongs_to_a_network_namespace(tmp_path: Path, netns_name: str) -> None:
+def test_a_record_belongs_to_a_network_namespace(tmp_path: Path, namespace: str) -> None:
     """Every one has a loopback of the same name and number."""
     device = Nic()
     ours = Held(planned(), None, device.ask, tmp_path)
     (name,) = files(tmp_path)
     assert name.startswith(netns.cookie())
-    assert netns.run(netns_name, found, IFNAME, tmp_path) is None
+    assert netns.run(namespace, found, IFNAME, tmp_path) is None
     assert json.loads((tmp_path / name).read_text())["ifname"] == IFNAME
     ours.close()
 
 
 def test_who_closes_may_be_in_another_namespace_and_the_interface_have_another_name(
-    tmp_path: Path, netns_name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, cookies = Nic(), set()
     before = device.state()
@@ -277,28 +276,18 @@ def test_who_closes_may_be_in_another_namespace_and_the_interface_have_another_n
         return device.ask(ifname, question)
 
     monkeypatch.setattr(held, "ask_by", ask_by)
-    ip = ["ip", "-n", netns_name, "link"]
+    ip = ["ip", "-n", namespace, "link"]
     subprocess.run([*ip, "add", "eth7", "type", "veth", "peer", "name", "far7"], check=True)
     device.name = "eth7"
     made = plan(translate(policy(*TWO)), "eth7", stack=(3,), kernel=(0, 1, 2))
-    ours = netns.run(netns_name, Held, made, None, None, tmp_path)
+    ours = netns.run(namespace, Held, made, None, None, tmp_path)
     assert device.table == [0, 1, 2, 0, 1, 2, 0, 1]
     subprocess.run([*ip, "set", "eth7", "name", "eth8"], check=True)
     device.name = "eth8"
     ours.close()
     assert device.state() == before
     assert len(cookies) == 1
-    assert netns.run(netns_name, netns.cookie) == cookies.pop()[::-1].hex()
-
-
-@pytest.fixture
-def netns_name() -> Any:
-    from conftest import lab_name
-
-    name = f"bypass-{lab_name()}-held"
-    netns.create(name)
-    yield name
-    netns.remove(name)
+    assert netns.run(namespace, netns.cookie) == cookies.pop()[::-1].hex()
 
 
 def test_who_may_not_write_records_is_told(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from conftest import lab_name
 
 from bypass import netns
 from bypass.pci import network
@@ -31,16 +30,6 @@ ip -6 route add 2001:db8:1::/48 via 2001:db8::1; ip -6 route add default via fe8
 ip route add 198.18.0.0/15 nexthop via 192.0.2.4 weight 2 nexthop via 192.0.2.5
 ip neigh add 192.0.2.77 lladdr 02:00:00:00:00:77 dev nic1 nud permanent
 """
-
-
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    name = f"bypass-{lab_name()}-nic"
-    netns.create(name)
-    try:
-        yield name
-    finally:
-        netns.remove(name)
 
 
 def sh(namespace: str, script: str) -> str:

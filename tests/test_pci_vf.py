@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import lab_name
 from fake_pci import NIC, PLAIN, FakeMachine, configured
 
 from bypass import netns
@@ -136,23 +135,18 @@ def test_a_function_that_a_program_has_open_stays_whatever_is_asked(machine: Fak
 
 
 @pytest.mark.netns
-def test_settings_reach_the_driver_by_netlink() -> None:
+def test_settings_reach_the_driver_by_netlink(namespace: str) -> None:
     """A veth has no functions: its refusal shows that the kernel has understood the question (EINVAL if it had not)."""
-    name = f"bypass-{lab_name()}-nic"
-    netns.create(name)
-    try:
-        subprocess.run(
-            ["ip", "-n", name, "link", "add", "nic1", "type", "veth", "peer", "name", "far1"], check=True
-        )
-        for said in (
-            VfSettings("02:00:00:00:00:01"),
-            VfSettings(trust=True),
-            VfSettings(spoofchk=False),
-            VfSettings(vlan=5),
-        ):
-            with pytest.raises(OSError, match="of function 3: Operation not supported") as error:
-                netns.run(name, change_vf, "nic1", 3, said)
-            assert error.value.errno == errno.EOPNOTSUPP
-        assert netns.run(name, read_vfs, "nic1") == {}
-    finally:
-        netns.remove(name)
+    subprocess.run(
+        ["ip", "-n", namespace, "link", "add", "nic1", "type", "veth", "peer", "name", "far1"], check=True
+    )
+    for said in (
+        VfSettings("02:00:00:00:00:01"),
+        VfSettings(trust=True),
+        VfSettings(spoofchk=False),
+        VfSettings(vlan=5),
+    ):
+        with pytest.raises(OSError, match="of function 3: Operation not supported") as error:
+            netns.run(namespace, change_vf, "nic1", 3, said)
+        assert error.value.errno == errno.EOPNOTSUPP
+    assert netns.run(namespace, read_vfs, "nic1") == {}

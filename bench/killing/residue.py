@@ -25,7 +25,6 @@ OF_NAMESPACES = (
     Path("/run/bypass/ports"),
     Path("/run/bypass/hwflow"),
 )  # files begin with a namespace's cookie
-SO_NETNS_COOKIE = 71
 FOLDERS = (Path("/run/bypass"), Path("/dev/shm"), Path("/sys/fs/bpf"))
 DPDK_FOLDERS = (Path("/run/dpdk"), Path("/dev/hugepages"))
 
@@ -56,7 +55,7 @@ def _socket_names(lab: Lab) -> set[str]:
 
 def _files(lab: Lab) -> set[str]:
     """Those that speak of bypass; of ports that brokers took from the kernel and of a NIC's rules: this namespace's."""
-    cookie = netns.run(lab.server_ns, _cookie)
+    cookie = netns.run(lab.server_ns, netns.cookie)
     found = {
         path for folder in FOLDERS if folder.is_dir() for path in folder.rglob("*") if "bypass" in str(path)
     }
@@ -74,12 +73,6 @@ def _files(lab: Lab) -> set[str]:
 
 def _interfaces(lab: Lab) -> set[str]:
     return {f"interface: {name}" for _, name in netns.run(lab.server_ns, socket.if_nameindex)}
-
-
-def _cookie() -> str:
-    """Of this network namespace, as bypass.broker.blocks has it in file names."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        return sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)[::-1].hex()
 
 
 class Residue:

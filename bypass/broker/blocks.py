@@ -27,12 +27,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from bypass import netns
 from bypass.broker.apps import App, Lease
-from bypass.broker.shadow import SO_NETNS_COOKIE
 from bypass.broker.site import Site
 from bypass.core import Address
 from bypass.errors import BypassError
 from bypass.grants import ANY, WHOLE_BLOCK, Grants, Key
+from bypass.records import started, write
 from bypass.stack_api import STREAM
 from bypass.steering import BLOCK
 
@@ -69,20 +70,6 @@ def _format(ports: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "\n"
 
 
-def _netns() -> str:
-    """A name of the calling thread's network namespace that no other one ever has, until the next boot."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        return s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)[::-1].hex()
-
-
-def _start_of(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty: it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
 class Reserved:
     """Blocks that the kernel takes no ports of, in the network namespace of the calling thread. Raises OSError.
 
@@ -97,7 +84,7 @@ class Reserved:
     ) -> None:
         self._folder = RECORDS if records is None else records
         self._mine: set[int] = set(left)  # first ports
-        self._netns = _netns()
+        self._netns = netns.cookie()
         self._pid = os.getpid() if keeper is None else keeper
         whose = f"{self._pid}-{id(self):x}" if keeper is None else f"{keeper}"
         self._file = self._folder / f"{self._netns}-{whose}"
@@ -124,10 +111,8 @@ class Reserved:
             self._file.unlink(missing_ok=True)
             return
         self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        new = self._file.with_suffix(".new")
-        about = {"pid": self._pid, "started": _start_of(self._pid), "blocks": sorted(self._mine)}
-        new.write_text(json.dumps(about))
-        new.rename(self._file)
+        about = {"pid": self._pid, "started": started(self._pid), "blocks": sorted(self._mine)}
+        write(self._file, json.dumps(about))
 
     def _clean(self) -> None:
         """Takes off what brokers have left that were killed."""
@@ -136,7 +121,7 @@ class Reserved:
         for path in self._folder.glob(f"{self._netns}-*"):
             try:
                 about = json.loads(path.read_text())
-                alive = _start_of(about["pid"]) == about["started"]
+                alive = started(about["pid"]) == about["started"]
                 blocks = set(map(int, about["blocks"]))
             except (ValueError, KeyError, TypeError) as e:
                 log.warning("%s is damaged (%s): it is not heeded; see %s", path, e, RESERVED)

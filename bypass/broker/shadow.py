@@ -15,9 +15,9 @@ from contextlib import suppress
 
 from bypass.core import Address
 from bypass.grants import ANY
+from bypass.netns import SO_NETNS_COOKIE
 from bypass.stack_api import STREAM
 
-SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 IP_FREEBIND = 15  # linux/in.h
 TCP_CLOSE, TCP_LISTEN = 7, 10  # net/tcp_states.h
 

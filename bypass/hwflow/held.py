@@ -18,8 +18,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from bypass import netns
 from bypass.errors import DeviceError
 from bypass.hwflow.apply import Ask, Device, Put, Traces
 from bypass.hwflow.ntuple import Plan
+from bypass.records import locked, started, write
 from bypass.rss import ask, ask_by
 
 __all__ = ["RECORDS", "Held", "Record", "found", "recover"]
@@ -48,7 +48,7 @@ class Record:
 
     @property
     def alive(self) -> bool:
-        return _started(self.keeper[0]) == self.keeper[1]
+        return started(self.keeper[0]) == self.keeper[1]
 
 
 class Held:
@@ -76,7 +76,7 @@ class Held:
     ) -> None:
         self.ifname = plan.ifname
         pid = os.getpid() if keeper is None else keeper
-        self._keeper = (pid, _started(pid) or 0)
+        self._keeper = (pid, started(pid) or 0)
         self._plan = plan
         self._path = _path(plan.ifname, records)
         self._index = socket.if_nametoindex(plan.ifname)
@@ -196,28 +196,9 @@ def _path(ifname: str, records: Path | None) -> Path:
     return (RECORDS if records is None else records) / f"{netns.cookie()}-{index}.json"
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> AbstractContextManager[None]:
     """One change at a time. DeviceError: the folder cannot be made or used."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DeviceError(f"{folder}: {error.strerror}: rules in hardware need root") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _started(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks (proc(5), field 22). None: it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])  # dead, and its parent has not looked yet
+    return locked(folder, "rules in hardware need root")
 
 
 def _save(path: Path, record: Record) -> None:
@@ -234,10 +215,8 @@ def _save(path: Path, record: Record) -> None:
         "table": t.table,
         "transformation": t.transformation,
     }
-    fresh = path.with_suffix(".new")
     try:
-        fresh.write_text(json.dumps(data))
-        fresh.rename(path)
+        write(path, json.dumps(data))
     except OSError as error:
         raise DeviceError(
             f"{path}: the record of {record.ifname} cannot be written: {error.strerror}"

@@ -12,15 +12,14 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bypass import nic
-from bypass.errors import DeviceError
 from bypass.offloop import off_loop
 from bypass.pci import network
+from bypass.records import locked, started
 
 RECORDS = "run/bypass/nic"
 RTEXT_FILTER_VF = 1
@@ -118,31 +117,12 @@ class Machine:
         return found
 
     def started(self, pid: int) -> int | None:
-        """When a process began, in the kernel's ticks (proc(5), field 22); None: there is none of this number.
-        Together with the number it names one process for ever."""
-        text = self.read(self.proc / str(pid) / "stat")
-        return int(text.rpartition(")")[2].split()[19]) if text else None
+        """As bypass.records.started()."""
+        return started(pid, self.proc)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One change of drivers at a time. The folder of records is made where it is missing.
-
-        Raises:
-            DeviceError: the folder cannot be made or used.
-        """
-        import fcntl
-
-        try:
-            self.records.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.records.chmod(0o700)
-            fd = os.open(self.records / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DeviceError(f"{self.records}: {error.strerror}: changing drivers needs root") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+    def locked(self) -> AbstractContextManager[None]:
+        """One change of drivers at a time. DeviceError: the folder of records cannot be made or used."""
+        return locked(self.records, "changing drivers needs root")
 
 
 # ---- Virtual functions, by netlink ---------------------------------------------------------------------------------

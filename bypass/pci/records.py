@@ -8,13 +8,13 @@ A record is written before anything is changed and removed after everything is a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from bypass.errors import DeviceError
 from bypass.pci.machine import Machine
 from bypass.pci.network import Saved
+from bypass.records import write
 
 VERSION = 1
 
@@ -45,14 +45,8 @@ class Record:
 def save(machine: Machine, record: Record) -> None:
     """Whole or not at all. DeviceError."""
     path = machine.records / f"{record.address}.json"
-    fresh = path.with_suffix(".new")
     try:
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            json.dump({"version": VERSION, **asdict(record)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(path)
+        write(path, json.dumps({"version": VERSION, **asdict(record)}, indent=1))
     except OSError as error:
         raise DeviceError(
             f"{path}: the record of {record.address} cannot be written: {error.strerror}"
