@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steering: the XDP program on an interface, the maps under it, and who owns which flow.
 
-What lives here: loading and attaching, live endpoints, AF_XDP sockets by queue, local addresses, counters, and the
-exchange of the policy under traffic. What does not: the decision itself (`bpf/xdp_steer.c`), compiling
-(`bpf/build.py`), rules and ranks (`rules.py`), the sockets (`afxdp/`).
+What lives here: live endpoints, AF_XDP sockets by queue, local addresses, counters, and the exchange of the policy
+under traffic. What does not: the decision itself (`bpf/xdp_steer.c`), compiling (`bpf/build.py`), loading and attaching
+(`steer_programs.py`), the maps' layout (`steer_maps.py`), rules and ranks (`rules.py`), the sockets (`afxdp/`).
 
     policy --compile--> rules, masks --+                     endpoints, sockets, addresses
                                        v                       v  (outlive the policy)
@@ -17,22 +17,18 @@ and frees the maps, and the kernel has all traffic again.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
 import socket
 import struct
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from types import TracebackType
-from typing import Literal, Self, cast
+from typing import Self, cast
 
 from bypass import libbpf
 from bypass.bpf import build
 from bypass.endpoints import Endpoints, RuleCounts, ipv4, local_keys
-from bypass.errors import BypassError, ForeignProgramError, PrivilegeError, SteeringError
-from bypass.nic import OUR_PROGRAMS
+from bypass.errors import BypassError, SteeringError
 from bypass.policy import Policy, require_visible_vlans
 from bypass.steer_maps import (
     BLOCK,
@@ -54,9 +50,9 @@ from bypass.steer_maps import (
     endpoint_of,
     endpoint_value,
     interface_maps,
-    policy_maps,
     set_keys,
 )
+from bypass.steer_programs import Mode, Programs, attach_guard, attach_xdp, explained, refuse_foreign
 from bypass.steering_api import Address, Attached, Guard, SteerResult, Verdict
 
 __all__ = [
@@ -74,45 +70,11 @@ __all__ = [
     "Verdict",
 ]
 
-Mode = Literal["native", "skb", "auto"]
-
 _MAGIC = 0x42595053  # STEER_VERDICT_MAGIC of bpf/verdict.h
 _VERDICT = struct.Struct("=4I")  # struct steer_verdict
 _XDP_ACTIONS = ("aborted", "drop", "pass", "tx", "redirect")
 _TCX_DROP = 2  # of linux/bpf.h; what the guard leaves alone goes to the next program
 _SIOCGIFHWADDR = 0x8927
-
-
-class _Loaded:
-    """The programs of one policy and the maps that go with it."""
-
-    def __init__(self, policy: Policy, shared: dict[str, libbpf.Map], text: str | None) -> None:
-        self._programs = build.compile_programs(build.defines(policy.compiled), text)
-        self.policy = policy
-        self.maps: dict[str, libbpf.Map] = {}
-        self.progs: dict[str, libbpf.Prog] = {}
-        try:
-            self.maps.update(policy_maps(policy.compiled))
-            for name in (build.XDP, build.GUARD):
-                self.progs[name] = self.load(name, shared)
-        except BaseException:
-            self.close()
-            raise
-
-    def load(self, name: str, shared: dict[str, libbpf.Map]) -> libbpf.Prog:
-        """One of the programs, once more, on the same maps."""
-        kind, attach = (
-            (libbpf.PROG_XDP, libbpf.ATTACH_XDP) if name == build.XDP else (libbpf.PROG_SCHED_CLS, 0)
-        )
-        fds = {name: m.fd for name, m in (shared | self.maps).items()}
-        return _load(self._programs[name], kind, attach, fds)
-
-    def counts(self) -> list[Count]:
-        return list(counts_of(self.maps["rule_count"]))[: len(self.policy.flows)]
-
-    def close(self) -> None:
-        for owned in (*self.progs.values(), *self.maps.values()):
-            owned.close()
 
 
 class Steering:
@@ -166,13 +128,13 @@ class Steering:
         self._text = text
         self._links: dict[str, libbpf.Link] = {}
         self._maps: dict[str, libbpf.Map] = {}
-        self._loaded: _Loaded | None = None
+        self._loaded: Programs | None = None
         self._endpoints = Endpoints(ifname, owners)
         self._mac = bytes(6)
         self._told = b""
         self._counts = RuleCounts()
         if attach and left is None:
-            _refuse_foreign(ifname, self.ifindex)
+            refuse_foreign(ifname, self.ifindex)
         if attach:
             require_visible_vlans(policy, ifname)
         try:
@@ -180,7 +142,7 @@ class Steering:
                 self._maps[m.name] = m
             if left:
                 self._go_on(left)
-            self._loaded = _Loaded(policy, self._maps, text)
+            self._loaded = Programs(policy, self._maps, text)
             self.set_mac(_mac_of(ifname))
             if left:
                 for name, link in self._links.items():
@@ -190,7 +152,7 @@ class Steering:
         except BaseException as e:
             self.close()
             if isinstance(e, OSError) and not isinstance(e, BypassError):
-                raise _explained(e, ifname) from e
+                raise explained(e, ifname) from e
             raise
 
     def _go_on(self, left: Attached) -> None:
@@ -248,9 +210,9 @@ class Steering:
         if self._links:
             require_visible_vlans(policy, self.ifname)
         try:
-            new = _Loaded(policy, self._maps, self._text)
+            new = Programs(policy, self._maps, self._text)
         except OSError as e:
-            raise _explained(e, self.ifname) from e
+            raise explained(e, self.ifname) from e
         done: list[str] = []
         try:
             for name, link in self._links.items():
@@ -260,7 +222,7 @@ class Steering:
             for name in done:
                 self._links[name].update(old.progs[name])
             new.close()
-            raise _explained(e, self.ifname) from e
+            raise explained(e, self.ifname) from e
         self._loaded = new
         libbpf.wait_for_programs()
         self._counts.ended(old.policy, old.counts())
@@ -278,13 +240,13 @@ class Steering:
         try:
             fresh = loaded.load(build.XDP, self._maps)
         except OSError as e:
-            raise _explained(e, self.ifname) from e
+            raise explained(e, self.ifname) from e
         try:
             if build.XDP in self._links:
                 self._links[build.XDP].update(fresh)
         except OSError as e:
             fresh.close()
-            raise _explained(e, self.ifname) from e
+            raise explained(e, self.ifname) from e
         old, loaded.progs[build.XDP] = loaded.progs[build.XDP], fresh
         libbpf.wait_for_programs()
         old.close()
@@ -499,7 +461,7 @@ class Steering:
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
-    def _current(self) -> _Loaded:
+    def _current(self) -> Programs:
         if self._loaded is None:
             raise SteeringError(f"{self.ifname}: steering is closed")
         return self._loaded
@@ -510,46 +472,10 @@ class Steering:
 
     def _attach(self, mode: Mode) -> None:
         progs = self._current().progs
-        try:
-            flags = libbpf.XDP_SKB_MODE if mode == "skb" else libbpf.XDP_DRV_MODE
-            self._links[build.XDP] = libbpf.Link(progs[build.XDP], self.ifindex, libbpf.ATTACH_XDP, flags)
-            self.mode = "skb" if mode == "skb" else "native"
-        except OSError as e:
-            if e.errno in (errno.EBUSY, errno.EEXIST):
-                _refuse_foreign(self.ifname, self.ifindex)
-            if mode != "auto" or e.errno != errno.EOPNOTSUPP:
-                raise
-            self._attach("skb")
-            return
-        try:
-            self._links[build.GUARD] = libbpf.Link(progs[build.GUARD], self.ifindex, libbpf.ATTACH_TCX_EGRESS)
-            self.guard = Guard(True, "tcx egress")
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            self.guard = Guard(
-                False,
-                f"kernel {os.uname().release} has no tcx (6.6 and later do): a reset that the kernel sends for a "
-                "stray packet of a live connection reaches the peer",
-            )
-
-
-def _load(program: build.Program, kind: int, attach_type: int, fds: dict[str, int]) -> libbpf.Prog:
-    log: list[str] = []
-    try:
-        return libbpf.Prog(
-            kind, f"bypass_{program.name.split('_')[1]}", program.linked(fds), attach_type, log
-        )
-    except OSError as e:
-        if e.errno == errno.EPERM or not any(log):
-            raise
-        handle, path = tempfile.mkstemp(prefix="bypass-verifier-", suffix=".log")
-        with open(handle, "w") as f:
-            f.write("".join(log))
-        last = [line for line in "".join(log).splitlines() if line and not line.startswith("processed")][-1:]
-        raise SteeringError(
-            f"the kernel refuses {program.name}: {' '.join(last) or e.strerror}; the verifier's log is in {path}"
-        ) from e
+        self._links[build.XDP], self.mode = attach_xdp(progs, self.ifname, self.ifindex, mode)
+        guard, self.guard = attach_guard(progs, self.ifindex)
+        if guard is not None:
+            self._links[build.GUARD] = guard
 
 
 def _ifindex(ifname: str) -> int:
@@ -563,45 +489,3 @@ def _mac_of(ifname: str) -> bytes:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         answer: bytes = fcntl.ioctl(s, _SIOCGIFHWADDR, struct.pack("16s16x", ifname.encode()))
     return answer[18:24]
-
-
-def _refuse_foreign(ifname: str, ifindex: int) -> None:
-    there = libbpf.xdp_attached(ifindex)
-    if there is None:
-        return
-    whose = ", ".join(f"{pid} ({_command(pid)})" for pid in there.pids)
-    whose = f"held by process {whose}" if whose else "held by no process: attached by netlink"
-    kind = "xdpgeneric" if there.mode == "skb" else "xdp"
-    undo = "end that process" if there.pids else f"`ip link set dev {ifname} {kind} off`"
-    ours = there.name.startswith(OUR_PROGRAMS)
-    if ours and there.pids:
-        undo = "`bypass down`, or end what `bypass ps` shows (`bypass up` with the socket of a killed broker goes on)"
-    raise ForeignProgramError(
-        f"{ifname} has an XDP program already: id {there.prog_id}, name {there.name}, {there.mode} mode, {whose}; "
-        f"bypass does not replace it. {undo} to remove it",
-        ours,
-    )
-
-
-def _command(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm") as f:
-            return f.read().strip()
-    except OSError:
-        return "ended"
-
-
-def _explained(e: OSError, ifname: str) -> BypassError:
-    """A system call's failure in words."""
-    if e.errno == errno.EPERM:
-        return PrivilegeError(
-            f"{ifname}: {e.strerror}: steering needs root (CAP_BPF, CAP_NET_ADMIN, CAP_NET_RAW)"
-        )
-    hint = {
-        errno.EOPNOTSUPP: "the driver has no native XDP: use `mode: skb`",
-        errno.EBUSY: "another XDP program came first",
-        errno.EINVAL: "is the MTU larger than the driver allows with XDP? (`ip -d link`, `dmesg`)",
-        errno.ERANGE: "the MTU is larger than the driver allows with XDP (`ip link set ... mtu`)",
-        errno.ENOMEM: "not enough memory for the maps",
-    }.get(e.errno or 0, "")
-    return SteeringError(": ".join(part for part in (ifname, e.strerror or str(e), hint) if part))
