@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from bypass import procfs
+
 MAP_HASH, MAP_ARRAY, MAP_PERCPU_ARRAY, MAP_XSKMAP = 1, 2, 6, 17  # enum bpf_map_type
 PROG_SCHED_CLS, PROG_XDP = 3, 6  # enum bpf_prog_type
 ATTACH_XDP, ATTACH_TCX_EGRESS = 37, 47  # enum bpf_attach_type
@@ -354,9 +356,9 @@ def _prog_name(number: int) -> str:
 
 def _holders(prog_id: int) -> Iterator[int]:
     """Processes with a descriptor of this program or of a link to it (both show `prog_id:` in fdinfo)."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and any(_shows(f, prog_id) for f in _files(folder / "fdinfo")):
-            yield int(folder.name)
+    for pid in procfs.pids():
+        if any(_shows(f, prog_id) for f in _files(procfs.PROC / str(pid) / "fdinfo")):
+            yield pid
 
 
 def _files(folder: Path) -> list[Path]:
@@ -368,7 +370,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _shows(fdinfo: Path, prog_id: int) -> bool:
     try:
-        return f"prog_id:\t{prog_id}\n" in fdinfo.read_text()
+        return f"prog_id:\t{prog_id}\n".encode() in fdinfo.read_bytes()
     except OSError:
         return False
 

@@ -13,10 +13,11 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from bypass import procfs
 from bypass.errors import LabError
 
 RUN_DIR = Path("/run/netns")
@@ -138,13 +139,9 @@ def processes(name: str) -> dict[int, str]:
     except FileNotFoundError:
         return {}
     found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            have = (entry / "ns/net").stat()
-            if (have.st_dev, have.st_ino) == (want.st_dev, want.st_ino):
-                found[int(entry.name)] = (entry / "comm").read_text().strip()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has ended meanwhile, or is not ours to see
+    for pid in procfs.pids():
+        with suppress(*procfs.GONE):
+            have = (procfs.PROC / str(pid) / "ns/net").stat()
+            if os.path.samestat(have, want) and (command := procfs.name_of(pid)) is not None:
+                found[pid] = command
     return found

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bypass import libbpf, netns
+from bypass import libbpf, netns, procfs
 from bypass.errors import BypassError, DeviceError
 from bypass.offloop import off_loop
 
@@ -271,14 +271,9 @@ def _program(index: int) -> XdpProgram | None:
     there = libbpf.xdp_attached(index)
     if there is None:
         return None
-    return XdpProgram(there.prog_id, there.name, there.mode, {pid: _command(pid) for pid in there.pids})
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return "ended"
+    return XdpProgram(
+        there.prog_id, there.name, there.mode, {pid: procfs.name_of(pid) or "ended" for pid in there.pids}
+    )
 
 
 # ---- What depends on it --------------------------------------------------------------------------------------------
@@ -344,10 +339,8 @@ def _ssh_ends() -> tuple[str, str]:
             for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 if entry.startswith(b"SSH_CONNECTION="):
                     text = entry.partition(b"=")[2].decode(errors="replace")
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
+        fields = procfs.stat_of(pid)
+        pid = int(fields[1]) if fields else 0
     words = [word.partition("%")[0] for word in text.split()]
     return (words[0] if words else ""), (words[2] if len(words) > 2 else "")
 

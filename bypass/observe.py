@@ -21,20 +21,22 @@ import signal
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from bypass import procfs
 from bypass._core import ffi, lib
 from bypass.core import address_text
 
-__all__ = ["Application", "Memory", "Socket", "look", "memories"]
+__all__ = ["Application", "Memory", "Socket", "look", "memories", "which"]
 
 NOBODY = 65534
 TIME_S = 10.0  # for reading one application: 19,000 connections take a quarter of a second
+TRIES = 3  # to open what processes move about
 OUTPUT = 64 << 20  # bytes that the child may tell
 MAGIC: int = lib.APP_MAGIC
 PLACES = ("undecided", "stack", "kernel", "both")  # enum place of preload/group.h
@@ -126,50 +128,86 @@ class Application(Model):
 
 
 # ---- Finding ---------------------------------------------------------------------------------------------------
+File = tuple[int, int]
+"""st_dev and st_ino: a file's identity, as long as somebody has it open."""
+
+
 @dataclass
 class Memory:
-    """An application's memory file. path: below /proc; holders: processes that have it open."""
+    """An application's memory file. path: below /proc, where it was; holders: processes that have it open."""
 
     path: Path
-    size: int
+    file: File
     uid: int
     holders: list[int] = field(default_factory=list)
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+def which(info: os.stat_result) -> File:
+    return info.st_dev, info.st_ino
 
 
-def _begins_as_one(path: Path) -> os.stat_result | None:
-    fd = _open(path)
+@contextmanager
+def _held(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """What is there now, and stays what it is while it is held, without being opened: the process may have put a
+    socket, a pipe or a device in a file's place. One of procfs.GONE: nothing is, or it is not ours to see."""
+    held = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        info = os.fstat(fd)
-        regular = stat.S_ISREG(info.st_mode) and info.st_size >= lib.APP_HEADER_SIZE
-        return info if regular and int.from_bytes(os.pread(fd, 4, 0), "little") == MAGIC else None
+        yield held, os.fstat(held)
     finally:
-        os.close(fd)
+        os.close(held)
+
+
+def _opened(held: int, info: os.stat_result) -> int | None:
+    """For reading, what begins as an application's memory. None: it does not."""
+    if not stat.S_ISREG(info.st_mode) or info.st_size < lib.APP_HEADER_SIZE:
+        return None
+    fd = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
+    if int.from_bytes(os.pread(fd, 4, 0), "little") == MAGIC:
+        return fd
+    os.close(fd)
+    return None
 
 
 def memories() -> list[Memory]:
     """Those of the processes that this one may look into."""
-    found: dict[tuple[int, int], Memory | None] = {}
-    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
-        with suppress(OSError):  # it ended meanwhile, or is another user's
-            for path in (process / "fd").iterdir():
-                if os.readlink(path).startswith("/memfd:"):
-                    _note(path, found)
+    found: dict[File, Memory | None] = {}
+    for pid in procfs.pids():
+        for path, target in procfs.descriptors(pid):
+            if target.startswith("/memfd:"):
+                with suppress(*procfs.GONE):
+                    _note(pid, path, found)
     return [m for m in found.values() if m]
 
 
-def _note(path: Path, found: dict[tuple[int, int], Memory | None]) -> None:
-    about = path.stat()
-    key = about.st_dev, about.st_ino
-    if key not in found:
-        info = _begins_as_one(path)
-        found[key] = Memory(path, info.st_size, info.st_uid) if info else None
-    memory, pid = found[key], int(path.parent.parent.name)
+def _note(pid: int, path: Path, found: dict[File, Memory | None]) -> None:
+    with _held(path) as (held, info):
+        file = which(info)
+        if file not in found:
+            fd = _opened(held, info)
+            found[file] = None if fd is None else Memory(path, file, info.st_uid)
+            if fd is not None:
+                os.close(fd)
+    memory = found[file]
     if memory and pid not in memory.holders:
         memory.holders.append(pid)
+
+
+def _open(memory: Memory) -> int:
+    """Opens what was found, and nothing else that may have come in its place. Where it is there no more it is looked
+    for again: a process may move it, or end and leave it to a child.
+
+    Raises:
+        ProcessLookupError: no process has it open.
+    """
+    for _ in range(TRIES):
+        with suppress(*procfs.GONE), _held(memory.path) as (held, info):
+            if which(info) == memory.file and (fd := _opened(held, info)) is not None:
+                return fd
+        again = next((m for m in memories() if m.file == memory.file), None)
+        if again is None:
+            break
+        memory.path, memory.holders = again.path, again.holders
+    raise ProcessLookupError(errno.ESRCH, "no process has this memory any more", str(memory.path))
 
 
 # ---- Reading: the child ------------------------------------------------------------------------------------------
@@ -332,8 +370,8 @@ def _ended(pid: int, until: float) -> int:
 
 def _read(memory: Memory) -> tuple[bytes, str]:
     """What a child without privileges read, and what went wrong."""
+    fd = _open(memory)
     until = time.monotonic() + TIME_S
-    fd = _open(memory.path)
     try:
         size = os.fstat(fd).st_size
         ours, theirs = os.pipe()
@@ -359,7 +397,7 @@ def _user_of(pid: int) -> int:
 
 
 def look(memory: Memory) -> Application:
-    """Reads one application. OSError: its processes have ended."""
+    """Reads one application. ProcessLookupError: its processes have ended."""
     data, error = _read(memory)
     told = Application(holders=memory.holders, uid=memory.uid, error=error)
     try:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bypass import procfs
 from bypass.errors import DeviceError
 
 __all__ = ["locked", "started", "write"]
@@ -54,11 +55,10 @@ def write(path: Path, text: str) -> None:
     fresh.rename(path)
 
 
-def started(pid: int, proc: Path = Path("/proc")) -> int | None:
+def started(pid: int, proc: Path = procfs.PROC) -> int | None:
     """When a process began, in the kernel's ticks (field 22): with the number it names one process until the next
     boot. None: it has ended."""
-    try:
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    fields = procfs.stat_of(pid, proc)
+    if fields is None or fields[0] in "ZX":  # dead, and its parent has not looked yet
         return None
-    return None if fields[0] in "ZX" else int(fields[19])  # dead, and its parent has not looked yet
+    return int(fields[19])

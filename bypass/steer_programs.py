@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Literal
 
-from bypass import libbpf
+from bypass import libbpf, procfs
 from bypass.bpf import build
 from bypass.errors import BypassError, ForeignProgramError, PrivilegeError, SteeringError
 from bypass.nic import OUR_PROGRAMS
@@ -117,7 +117,7 @@ def refuse_foreign(ifname: str, ifindex: int) -> None:
     there = libbpf.xdp_attached(ifindex)
     if there is None:
         return
-    whose = ", ".join(f"{pid} ({_command(pid)})" for pid in there.pids)
+    whose = ", ".join(f"{pid} ({procfs.name_of(pid) or 'ended'})" for pid in there.pids)
     whose = f"held by process {whose}" if whose else "held by no process: attached by netlink"
     kind = "xdpgeneric" if there.mode == "skb" else "xdp"
     undo = "end that process" if there.pids else f"`ip link set dev {ifname} {kind} off`"
@@ -129,14 +129,6 @@ def refuse_foreign(ifname: str, ifindex: int) -> None:
         f"bypass does not replace it. {undo} to remove it",
         ours,
     )
-
-
-def _command(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm") as f:
-            return f.read().strip()
-    except OSError:
-        return "ended"
 
 
 def explained(e: OSError, ifname: str) -> BypassError:

@@ -23,7 +23,8 @@ from c_programs import CFLAGS, ROOT
 from c_programs import run as build
 from preloaded import environment
 
-from bypass import netns, observe
+from bypass import netns, observe, procfs
+from bypass.cli import conns as conns_command
 from bypass.lab import SERVER_IFNAME, SERVER_IP, Lab
 
 NAME = f"holder-{os.getpid()}"
@@ -195,7 +196,8 @@ def memory() -> Iterator[observe.Memory]:
     fd = os.memfd_create("bypass")
     os.write(fd, header())
     os.ftruncate(fd, 64 << 20)
-    yield observe.Memory(Path(f"/proc/{os.getpid()}/fd/{fd}"), 64 << 20, os.getuid(), [os.getpid()])
+    file = observe.which(os.fstat(fd))
+    yield observe.Memory(Path(f"/proc/{os.getpid()}/fd/{fd}"), file, os.getuid(), [os.getpid()])
     os.close(fd)
 
 
@@ -251,15 +253,10 @@ def test_a_file_that_shrinks_under_the_reader_is_damage(
         os.truncate(shared, 0)
         return rows(mem, size)
 
-    fd = os.memfd_create("bypass")
-    shared = f"/proc/{os.getpid()}/fd/{fd}"
-    os.ftruncate(fd, 64 << 20)
-    os.fchmod(fd, 0o666)
+    shared = str(memory.path)
     monkeypatch.setattr(observe, "_rows", shrinks)
     monkeypatch.setattr(observe, "_give_up_privileges", lambda: None)
-    memory.path = Path(f"/proc/{os.getpid()}/fd/{fd}")
     assert observe.look(memory).error == "it is damaged: reading it ended with SIGBUS"
-    os.close(fd)
 
 
 def test_a_reader_that_does_not_end_is_ended(memory: observe.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +298,142 @@ def test_text_for_the_terminal_is_printable() -> None:
     from bypass._core import ffi
 
     assert observe._text(ffi.new("char[]", b"\x1b]0;title\x07\xff\n")) == "?]0;title?" + "�" + "?"
+
+
+# ---- Processes that go on while they are looked at ---------------------------------------------------------------
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """What cannot be opened by its name: a socket."""
+    with socket.socket(socket.AF_UNIX) as s:
+        yield s.fileno()
+
+
+def number(memory: observe.Memory) -> int:
+    """The descriptor of this process that the memory was found at."""
+    return int(memory.path.name)
+
+
+def found_here() -> observe.Memory | None:
+    """The one memory of this process, if it is seen."""
+    mine = [m for m in observe.memories() if os.getpid() in m.holders]
+    assert len(mine) <= 1
+    return mine[0] if mine else None
+
+
+@pytest.mark.parametrize("how", ["closed", "a socket"])
+def test_a_descriptor_that_changed_before_it_was_opened_is_no_application(
+    how: str, memory: observe.Memory, stranger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptors, seen = procfs.descriptors, []
+
+    def changing(pid: int) -> Iterator[tuple[Path, str]]:
+        for path, target in descriptors(pid):
+            if path == memory.path:
+                seen.append(target)
+                os.close(number(memory))
+                if how == "a socket":
+                    os.dup2(stranger, number(memory))
+            yield path, target
+
+    monkeypatch.setattr(procfs, "descriptors", changing)
+    assert found_here() is None
+    assert seen == ["/memfd:bypass (deleted)"], "it changed in time"
+    os.dup2(stranger, number(memory))
+
+
+def test_memory_that_went_between_finding_and_reading_is_an_application_that_ended(
+    memory: observe.Memory, stranger: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = found_here()
+    assert found is not None
+    monkeypatch.setattr(conns_command, "memories", lambda: [found])
+    monkeypatch.setattr(conns_command, "told_by_brokers", list)
+    assert [a.holders for a in conns_command.applications()] == [[os.getpid()]]
+    os.dup2(stranger, number(memory))
+    with pytest.raises(ProcessLookupError, match="no process has this memory any more"):
+        observe.look(found)
+    assert conns_command.applications() == []
+
+
+def test_another_applications_memory_in_its_place_is_not_taken_for_it(memory: observe.Memory) -> None:
+    found = found_here()
+    assert found is not None
+    other = os.memfd_create("bypass")
+    os.write(other, header(app=7))
+    os.ftruncate(other, 64 << 20)
+    os.dup2(other, number(memory))
+    os.close(other)
+    with pytest.raises(ProcessLookupError):
+        observe.look(found)
+    again = found_here()
+    assert again is not None
+    assert again.file != found.file
+    assert observe.look(again).error == ""
+
+
+def test_memory_that_is_an_applications_no_more_is_one_that_ended(memory: observe.Memory) -> None:
+    write(memory, 0, bytes(4))
+    assert found_here() is None
+    with pytest.raises(ProcessLookupError):
+        observe.look(memory)
+
+
+def test_memory_that_its_process_moved_is_read_where_it_is(memory: observe.Memory, stranger: int) -> None:
+    moved = os.dup(number(memory))
+    os.dup2(stranger, number(memory))
+    assert observe.look(memory).error == ""
+    assert memory.path == Path(f"/proc/{os.getpid()}/fd/{moved}")
+    os.close(moved)
+
+
+def test_memory_that_was_left_to_a_child_is_read_there(memory: observe.Memory, stranger: int) -> None:
+    argv = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=[number(memory)]) as child:
+        os.dup2(stranger, number(memory))
+        told = observe.look(memory)
+    assert (told.holders, told.error) == ([child.pid], "")
+
+
+def test_a_descriptor_that_is_closed_meanwhile_hides_no_other(
+    memory: observe.Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listdir = os.listdir
+
+    def one_more(path: Any = ".") -> list[str]:
+        names = listdir(path)
+        return ["999999", *names] if str(path).endswith("/fd") else names
+
+    monkeypatch.setattr(os, "listdir", one_more)
+    found = found_here()
+    assert found is not None
+    assert found.path == memory.path
+
+
+SWAPS = """
+import os, socket, sys
+memory, other = int(sys.argv[1]), socket.socket(socket.AF_UNIX).fileno()
+print(flush=True)
+while True:
+    kept = os.dup(memory)
+    os.dup2(other, memory)
+    os.dup2(kept, memory)
+    os.close(kept)
+"""
+
+
+def test_a_program_that_moves_its_memory_all_the_time_is_read_all_the_same(memory: observe.Memory) -> None:
+    argv = [sys.executable, "-c", SWAPS, str(number(memory))]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, pass_fds=[number(memory)]) as child:
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            theirs = observe.Memory(Path(f"/proc/{child.pid}/fd/{number(memory)}"), memory.file, os.getuid())
+            for _ in range(8):
+                theirs.path = Path(f"/proc/{child.pid}/fd/{number(memory)}")
+                assert observe.look(theirs).error == "", "at last by this process, which has it too"
+                assert found_here() is not None
+        finally:
+            child.kill()
 
 
 # ---- On a network -------------------------------------------------------------------------------------------------

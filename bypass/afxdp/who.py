@@ -6,14 +6,14 @@ Source: sock_diag(7), linux/xdp_diag.h (kernel 4.21, CONFIG_XDP_SOCKETS_DIAG), p
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+
+from bypass import procfs
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -78,26 +78,17 @@ def _inodes(ifindex: int, queue: int) -> set[int] | None:
                     found.add(inode)
 
 
-def _processes() -> Iterator[Path]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            yield entry
-
-
-def _owns(process: Path, inodes: set[int]) -> bool:
+def _owns(pid: int, inodes: set[int]) -> bool:
     names = {f"socket:[{inode}]" for inode in inodes}
-    for fd in (process / "fd").iterdir():
-        with suppress(FileNotFoundError):
-            if os.readlink(fd) in names:
+    return any(target in names for _, target in procfs.descriptors(pid))
+
+
+def _has_fill_ring(pid: int) -> bool:
+    with suppress(*procfs.GONE):
+        for line in (procfs.PROC / str(pid) / "maps").read_bytes().splitlines():
+            match = re.match(rb"\S+ \S+ ([0-9a-f]+) .* socket:\[\d+\]$", line)
+            if match and int(match.group(1), 16) == FILL_RING_OFFSET:
                 return True
-    return False
-
-
-def _has_fill_ring(process: Path) -> bool:
-    for line in (process / "maps").read_text().splitlines():
-        match = re.match(r"\S+ \S+ ([0-9a-f]+) .* socket:\[\d+\]$", line)
-        if match and int(match.group(1), 16) == FILL_RING_OFFSET:
-            return True
     return False
 
 
@@ -111,11 +102,9 @@ def queue_holders(ifindex: int, queue: int) -> list[Holder]:
         inodes = _inodes(ifindex, queue)
     except OSError:
         inodes = None
-    found = []
-    for process in _processes():
-        # a process may end while it is looked at, and may belong to somebody else
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if _owns(process, inodes) if inodes is not None else _has_fill_ring(process):
-                name = (process / "comm").read_text().strip()
-                found.append(Holder(int(process.name), name, inodes is not None))
-    return found
+    return [
+        Holder(pid, name, inodes is not None)
+        for pid in procfs.pids()
+        if (_owns(pid, inodes) if inodes is not None else _has_fill_ring(pid))
+        and (name := procfs.name_of(pid)) is not None
+    ]

@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from bypass.observe import Application, Memory, look
+from bypass.observe import Application, Memory, look, which
 
 TIME_S = 30
 MEMORY = 1 << 30  # bytes of its own; memory files are mapped by the child, and shared
@@ -36,7 +36,7 @@ def one(argument: str) -> Application:
     """FD:UID:PID,PID ..."""
     fd, uid, pids = argument.split(":")
     holders = [int(pid) for pid in pids.split(",") if pid]
-    memory = Memory(Path(f"/proc/self/fd/{int(fd)}"), os.fstat(int(fd)).st_size, int(uid), holders)
+    memory = Memory(Path(f"/proc/self/fd/{int(fd)}"), which(os.fstat(int(fd))), int(uid), holders)
     told = look(memory)
     told.uid = int(uid)
     return told

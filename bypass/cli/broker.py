@@ -127,7 +127,7 @@ def _connections(name: str) -> int:
     count = 0
     for memory in memories() if brokers else []:
         if not brokers.isdisjoint(memory.holders):
-            with suppress(OSError):  # it has ended meanwhile
+            with suppress(ProcessLookupError):  # it has ended meanwhile
                 count += sum(s.proto == "tcp" and s.state in LIVE for s in look(memory).sockets)
     return count
 

@@ -84,8 +84,7 @@ def applications() -> list[Application]:
     for memory in memories():
         if known.intersection(memory.holders):
             continue
-        # It ended meanwhile: then proc(5) says EACCES, too.
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError):  # it ended meanwhile
             found.append(look(memory))
     return found
 

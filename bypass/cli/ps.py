@@ -6,12 +6,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
 
+from bypass import procfs
 from bypass.broker.tools import ask, brokers
 from bypass.cli.broker import SOCKET
 from bypass.cli.table import print_table
@@ -100,8 +99,6 @@ def cpu_shares(pids: list[int]) -> dict[int, float]:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """User and system time of a process (proc(5), /proc/PID/stat); None: it has ended."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return None
+    """User and system time of a process; None: it has ended."""
+    fields = procfs.stat_of(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else None

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bypass import nic
+from bypass import nic, procfs
 from bypass.offloop import off_loop
 from bypass.pci import network
 from bypass.records import locked, started
@@ -107,13 +107,9 @@ class Machine:
     def holders(self, paths: set[str]) -> dict[int, str]:
         """Processes that have one of these device files open: pid -> name."""
         found = {}
-        for folder in self.proc.glob("[0-9]*/fd"):
-            try:
-                links = {os.readlink(fd) for fd in folder.iterdir()}
-            except OSError:
-                continue  # it has ended meanwhile
-            if links & paths:
-                found[int(folder.parent.name)] = self.read(folder.parent / "comm")
+        for pid in procfs.pids(self.proc):
+            if any(target in paths for _, target in procfs.descriptors(pid, self.proc)):
+                found[pid] = self.read(self.proc / str(pid) / "comm")
         return found
 
     def started(self, pid: int) -> int | None:
