@@ -43,15 +43,21 @@ def elsewhere(namespace: str) -> Iterator[None]:
         yield
 
 
+def lasting(routes: str) -> list[dict[str, Any]]:
+    """Without IPv6's own, of the link-local address: they come when the link is seen to be up, and one a second or two
+    later, when nobody else was found to have the address (RFC 4862 5.4)."""
+    return [r for r in json.loads(routes) if not r["dst"].startswith(("fe80:", "ff00:"))]
+
+
 def known(namespace: str) -> dict[str, Any]:
     """What ip(8) tells of the interface, without what is new each time."""
     found: dict[str, Any] = {
         "link": json.loads(sh(namespace, "ip -j link show dev nic1")),
         "addresses": json.loads(sh(namespace, "ip -j addr show dev nic1 scope global; ")),
         "scoped": json.loads(sh(namespace, "ip -j addr show dev nic1 scope link to 198.51.100.0/24")),
-        "routes": json.loads(sh(namespace, "ip -d -j route show table all dev nic1")),
+        "routes": lasting(sh(namespace, "ip -d -j route show table all dev nic1")),
         "multipath": [r for r in json.loads(sh(namespace, "ip -d -j route show")) if "nexthops" in r],
-        "routes6": json.loads(sh(namespace, "ip -d -j -6 route show table main dev nic1")),
+        "routes6": lasting(sh(namespace, "ip -d -j -6 route show table main dev nic1")),
         "neighbours": json.loads(sh(namespace, "ip -j neigh show dev nic1 nud permanent")),
         "settings": sh(namespace, "sysctl net.ipv4.conf.nic1.rp_filter net.ipv6.conf.nic1.accept_ra"),
     }
