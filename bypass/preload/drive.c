@@ -141,6 +141,8 @@ bool turn(void)
         int got = bypass_poll(&me.stack, now, batch);
 
         me.g->turn_ns = now;
+        me.g->turns++;
+        me.turns++;
         if (got > 0) {
             any = true;
         }
@@ -165,8 +167,8 @@ void sent(void)
 {
     if (++me.g->unsent >= FLUSH_AT) {
         turn();
-    } else if (unlikely(me.helper_deep)) { /* the program may not wait soon: the next tick sends it then */
-        me.helper_deep = false;
+    } else if (unlikely(me.helper_deep || (me.helper_slow && clock_ns() - me.g->turn_ns > TICK_NS))) {
+        me.helper_deep = me.helper_slow = false; /* the program may not wait soon: the next tick sends it then */
         ring(me.helper.wake_fd);
     }
 }

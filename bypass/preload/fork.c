@@ -75,7 +75,7 @@ static void after_in_child(void)
     me.sleepers = me.watcher = NULL;
     me.lent = false;
     self.fed_ns = 0;
-    me.helper_runs = me.helper_deep = false;
+    me.helper_runs = me.helper_deep = me.helper_slow = false;
     self.sleeper = NULL;
     /* The lock is the parent thread's, which lets go of it: this process only forgets that it had it. */
     self.inside = 0;

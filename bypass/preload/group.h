@@ -152,7 +152,8 @@ struct group {
         uint32_t used;
     } addrs[GROUP_ADDRS];
     uint64_t leaving_ns; /* when they were looked at */
-    uint32_t leaving_count, pad;
+    uint32_t leaving_count;
+    uint32_t turns; /* that were given to the stack, ever */
     struct leaving leaving[4096];
     uint64_t blocks_due_ns; /* when blocks have to be looked at; UINT64_MAX: never */
     uint64_t blocks_ask_ns; /* until then nobody asks for one ahead */

@@ -7,7 +7,32 @@
 
 enum {
     QUIET_TICKS = 4, /* the helper goes to sleep after so many ticks without news */
+    SLOW_TICKS = 32, /* it looks at least this often where relatives drive */
+    RECENT_NS = 4 * TICK_NS,
 };
+
+static uint64_t slow_ns;    /* between two looks, where relatives drive; 0: they do not */
+static uint32_t seen_turns; /* of relatives */
+
+/* Relatives have given the stack turns since the last look, and one a moment ago: what this process has to send leaves with
+ * those, and what comes for it is found by them. If each of fifty helpers looked every millisecond they would find just
+ * that, and stand in each other's way at the lock. So they look less and less often; sent() calls this one where
+ * relatives drive no more. */
+static uint64_t next_look(void)
+{
+    uint64_t now = clock_ns(), most = 2 * me.g->relatives;
+    uint32_t turns = me.g->turns - me.turns;
+
+    most = TICK_NS * (most < SLOW_TICKS ? most : SLOW_TICKS);
+    if (me.g->relatives <= 1 || turns == seen_turns || now - me.g->turn_ns > RECENT_NS) {
+        slow_ns = 0;
+    } else {
+        slow_ns = slow_ns ? 2 * slow_ns : 2 * TICK_NS;
+        slow_ns = slow_ns < most ? slow_ns : most;
+    }
+    seen_turns = turns;
+    return now + (slow_ns ? slow_ns : TICK_NS);
+}
 
 static void helper_sleep(uint64_t until_ns, bool watch)
 {
@@ -20,11 +45,12 @@ static void helper_sleep(uint64_t until_ns, bool watch)
     struct timespec ts;
 
     until_ns = again < until_ns ? again : until_ns;
-    me.helper_deep = until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS;
+    me.helper_slow = !watch && slow_ns && until_ns != UINT64_MAX;
+    me.helper_deep = !me.helper_slow && (until_ns == UINT64_MAX || until_ns > clock_ns() + 2 * TICK_NS);
     leave();
     real.ppoll(fds, sizeof fds / sizeof *fds, time_left(until_ns, &ts), NULL);
     enter();
-    me.helper_deep = false;
+    me.helper_deep = me.helper_slow = false;
     if (fds[0].revents) {
         drain(me.helper.wake_fd);
     }
@@ -67,7 +93,7 @@ static void helper_drive(void)
 
 static void *helper(void *arg)
 {
-    uint64_t seen = 0;
+    uint64_t seen = 0, look;
     int quiet = 0;
 
     (void)arg;
@@ -77,13 +103,18 @@ static void *helper(void *arg)
         if (next_turn() <= clock_ns() && clock_ns() - me.g->turn_ns >= TICK_NS) {
             turn();
         }
+        look = next_look();
         if (!me.watcher) {
             quiet = 0;
-            helper_drive();
+            if (slow_ns) {
+                helper_sleep(look, false);
+            } else {
+                helper_drive();
+            }
         } else if (quiet++ < QUIET_TICKS || bypass_deadline(&me.stack) == 0) {
             quiet = seen == me.turn_ns ? quiet : 0;
             seen = me.turn_ns;
-            helper_sleep(clock_ns() + TICK_NS, false);
+            helper_sleep(look, false);
         } else {
             helper_sleep(UINT64_MAX, false);
             quiet = 0;

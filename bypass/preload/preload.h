@@ -88,6 +88,8 @@ struct me {       /* this process */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
     bool helper_runs, helper_deep;
+    bool helper_slow;         /* it sleeps for a while, since relatives drive */
+    uint32_t turns;           /* of group.turns, those that this process has given */
     bool may_pass;            /* it made a pair of Unix sockets: descriptors may be passed to children */
     bool relative;            /* it was started by a relative, attached or not */
     char app_text[64];        /* BYPASS_APP, as "NAME=value", once attached */
