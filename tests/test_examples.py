@@ -9,10 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from bypass._core import ffi
@@ -21,7 +21,7 @@ from dpdk_support import require_dpdk
 from peer import client_socket
 from support import INTERRUPTIBLE
 
-from bypass.demo import main
+from bypass.demo import DemoError, counted, kill_and_watch, main
 from bypass.lab import SERVER_IP, Lab
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +111,47 @@ def test_the_demonstration_shows_both_servers_and_a_clean_kill(tmp_path: Path) -
     assert facts["left_attached"] == []
     assert facts["answers_after"] == ["ECONNREFUSED"]
     assert facts["ping"]["sent"] == facts["ping"]["received"] > 0
+
+
+def test_a_busy_machine_may_be_silent_before_the_kill_and_an_answer_decides() -> None:
+    def told(*lines: str) -> tuple[float, list[str]]:
+        script = "import sys, time\nfor what in sys.argv[1:]: print(time.monotonic(), what, flush=True)"
+        place = SimpleNamespace(command=lambda *_: [sys.executable, "-c", script, *lines])
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], text=True) as server:
+            try:
+                return kill_and_watch(cast(Lab, place), server)
+            finally:
+                server.kill()
+
+    refused = "ECONNREFUSED"
+    assert told("silence", "silence", "open", "silence", refused, refused)[1] == [refused] * 2
+    assert told("open", refused, "silence")[1] == [refused, "silence"]
+    with pytest.raises(DemoError, match="gave ECONNREFUSED before the kill"):
+        told("silence", refused, "open")
+    with pytest.raises(DemoError, match="gave silence before the kill"):
+        told("silence", "silence")
+    with pytest.raises(DemoError, match="never answered"):
+        told("open", "silence")
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered", "counts"),
+    [
+        (100, range(1, 101), (100, 100)),
+        (100, range(1, 99), (98, 98)),  # the last two are on their way
+        (100, [*range(1, 50), *range(51, 101)], (100, 99)),
+        (100, range(1, 61), (100, 60)),  # two seconds of silence
+        (10, [], (0, 0)),
+        (100, [], (100, 0)),
+    ],
+)
+def test_an_answer_on_its_way_is_not_lost(
+    sent: int, answered: Iterable[int], counts: tuple[int, int]
+) -> None:
+    lines = [f"64 bytes from 192.0.2.10: icmp_seq={n} ttl=64 time=0.05 ms\n" for n in answered]
+    lines.append(f"From 192.0.2.20 icmp_seq={sent} Destination Host Unreachable\n")
+    summary = f"{sent} packets transmitted, {len(lines) - 1} received, 0% packet loss, time 1 ms\n"
+    assert counted("".join(lines) + summary) == counts
 
 
 @pytest.mark.netns
