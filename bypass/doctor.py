@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bypass import doctor_port, nic, probe
+from bypass import doctor_port, nic, probe, records
 from bypass.doctor_port import Check, Verdict
 from bypass.errors import DeviceError
 
@@ -183,11 +183,19 @@ def check_machine() -> Iterator[Check]:
     yield check_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
     yield check_jit(probe.is_jited())
     yield check_mitigations(probe.vulnerabilities())
+    yield from check_notes(sum(len(records.left_over(folder)) for folder in records.OF_NAMESPACES))
     yield _tried("bcc", "it compiles the steering program", probe.try_bcc)
     yield _tried("C core", "bypass._core is built", probe.try_core)
     yield _tried("bpf(2)", "an XDP program loads", probe.try_program_load, privileged=True)
     yield _tried("AF_XDP", "the kernel has it", probe.try_xsk, privileged=True)
     yield _tried("native XDP", "attaches by a link (tried on a veth)", probe.try_native_xdp, privileged=True)
+
+
+def check_notes(left: int) -> Iterator[Check]:
+    """`left`: notes below /run/bypass of network namespaces that are gone."""
+    if left:
+        found = f"{left} of killed processes in network namespaces that are gone; the next start removes them"
+        yield Check("machine", "notes", "warn", found, "bypass nic unbind --left")
 
 
 def _tried(name: str, good: str, attempt: Callable[[], str | None], privileged: bool = False) -> Check:

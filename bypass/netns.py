@@ -7,8 +7,10 @@ Source: network_namespaces(7), setns(2), ip-netns(8).
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
+import re
 import socket
 import struct
 import threading
@@ -24,6 +26,7 @@ RUN_DIR = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h
+ENDED = (FileNotFoundError, ProcessLookupError)  # while we looked
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +44,75 @@ def cookie() -> str:
     """A name of the calling thread's network namespace that no other one ever has, until the next boot."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         return s.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)[::-1].hex()
+
+
+def cookies() -> set[str]:
+    """Those of all network namespaces in which a thread is, or which mounts (names) and descriptors keep of processes
+    that we may look into. One that nothing but a socket or a device keeps is not found: nobody enters it any more.
+
+    Raises:
+        OSError: a thread is in one that this process may not enter.
+    """
+    nsfs = os.stat("/proc/self/ns/net").st_dev
+    doors: dict[int, int] = {}  # open as long as we look: an inode's number is used again, a cookie is not
+    strangers: set[int] = set()
+    seen: set[str] = set()
+
+    def keep(door: Path) -> None:
+        about = door.stat()
+        if about.st_dev == nsfs and about.st_ino not in doors:
+            doors[about.st_ino] = os.open(door, os.O_RDONLY | os.O_CLOEXEC)
+
+    try:
+        for process in Path("/proc").glob("[0-9]*"):
+            for thread in _entries(process / "task"):
+                with suppress(*ENDED):
+                    try:
+                        keep(thread / "ns/net")
+                    except PermissionError:
+                        strangers.add((thread / "net/dev").stat().st_ino)
+            for door in _kept(process, seen):
+                with suppress(*ENDED, PermissionError):
+                    keep(door)
+        found = dict(map(_within, doors.values()))
+    finally:
+        for fd in doors.values():
+            os.close(fd)
+    if not strangers <= set(found):
+        raise PermissionError(
+            errno.EACCES, "there are network namespaces that this process may not look into"
+        )
+    return set(found.values())
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Of a process, which may end or be another's."""
+    with suppress(*ENDED, PermissionError):
+        return list(folder.iterdir())
+    return []
+
+
+def _kept(process: Path, seen: set[str]) -> Iterator[Path]:
+    """Network namespaces that its descriptors and mounts keep. `seen`: mount namespaces."""
+    for fd in _entries(process / "fd"):
+        with suppress(*ENDED, PermissionError):
+            if os.readlink(fd).startswith("net:["):
+                yield fd
+    with suppress(*ENDED, PermissionError):
+        if (mounts := os.readlink(process / "ns/mnt")) in seen:
+            return
+        lines = (process / "mountinfo").read_text().splitlines()
+        seen.add(mounts)
+        for fields in map(str.split, lines):
+            if fields[3].startswith("net:["):  # proc(5): the root of the mount, then where it is
+                where = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
+                yield process / "root" / where.lstrip("/")
+
+
+def _within(fd: int) -> tuple[int, str]:
+    """Of a namespace: the inode of a file that says nothing else and that everybody may ask for, and its cookie."""
+    with entered_fd(fd):
+        return os.stat("/proc/thread-self/net/dev").st_ino, cookie()
 
 
 def names(prefix: str = "") -> list[str]:

@@ -18,13 +18,10 @@ from bypass import netns
 from bypass.broker.tools import listening
 from bypass.fwd import Forwarder
 from bypass.lab import SERVER_IFNAME, Lab
+from bypass.records import OF_NAMESPACES
 
 __all__ = ["Residue", "Stay", "frames_of_port"]
 
-OF_NAMESPACES = (
-    Path("/run/bypass/ports"),
-    Path("/run/bypass/hwflow"),
-)  # files begin with a namespace's cookie
 FOLDERS = (Path("/run/bypass"), Path("/dev/shm"), Path("/sys/fs/bpf"))
 DPDK_FOLDERS = (Path("/run/dpdk"), Path("/dev/hugepages"))
 

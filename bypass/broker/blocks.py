@@ -33,7 +33,7 @@ from bypass.broker.site import Site
 from bypass.core import Address
 from bypass.errors import BypassError
 from bypass.grants import ANY, WHOLE_BLOCK, Grants, Key
-from bypass.records import started, write
+from bypass.records import PORTS, forget, is_alive, started, write
 from bypass.stack_api import STREAM
 from bypass.steering import BLOCK
 
@@ -42,7 +42,7 @@ log = logging.getLogger("bypass.broker")
 MAX_BLOCKS = 32
 """Of one application: 8192 ports."""
 TRIES = 8
-RECORDS = Path("/run/bypass/ports")
+RECORDS = PORTS
 RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -111,17 +111,19 @@ class Reserved:
             self._file.unlink(missing_ok=True)
             return
         self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        about = {"pid": self._pid, "started": started(self._pid), "blocks": sorted(self._mine)}
+        about = {"keeper": [self._pid, started(self._pid) or 0], "blocks": sorted(self._mine)}
         write(self._file, json.dumps(about))
 
     def _clean(self) -> None:
         """Takes off what brokers have left that were killed."""
+        forget(self._folder)
         left: set[int] = set()
         dead = []
         for path in self._folder.glob(f"{self._netns}-*"):
             try:
                 about = json.loads(path.read_text())
-                alive = started(about["pid"]) == about["started"]
+                pid, when = about["keeper"]
+                alive = is_alive((pid, when))
                 blocks = set(map(int, about["blocks"]))
             except (ValueError, KeyError, TypeError) as e:
                 log.warning("%s is damaged (%s): it is not heeded; see %s", path, e, RESERVED)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from bypass import records
 from bypass.cli.table import print_table
 from bypass.errors import DeviceError
 from bypass.pci import Bus, Device, VfSettings, bind, left_behind, set_functions, unbind
@@ -128,6 +129,8 @@ def unbind_(device: str | None, left: bool) -> None:
     broker; `bypass doctor` names these devices. Refused while a program uses the device. What does not come back:
     interfaces on top (VLANs), queueing disciplines, settings of ethtool(8).
 
+    --left also removes notes below /run/bypass that speak of network namespaces that are gone.
+
     \b
     Examples:
       bypass nic unbind eth1
@@ -146,6 +149,9 @@ def unbind_(device: str | None, left: bool) -> None:
         what = f"{done.driver or 'no driver'}" + "".join(f", {i}" for i in done.interfaces)
         what = "was taken out of the machine; its record is forgotten" if done.gone else what
         click.echo(f"{done.address}: {what}" + ("" if done.changed else ", as before"))
+    gone = sum(map(records.forget, records.OF_NAMESPACES)) if left else 0
+    if gone:
+        click.echo(f"{gone} notes of network namespaces that are gone: removed")
     if refused:
         raise DeviceError("\n".join(refused))
 

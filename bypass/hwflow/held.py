@@ -28,12 +28,12 @@ from bypass import netns
 from bypass.errors import DeviceError
 from bypass.hwflow.apply import Ask, Device, Put, Traces
 from bypass.hwflow.ntuple import Plan
-from bypass.records import locked, started, write
+from bypass.records import HWFLOW, forget, is_alive, locked, started, write
 from bypass.rss import ask, ask_by
 
 __all__ = ["RECORDS", "Held", "Record", "found", "recover"]
 
-RECORDS = Path("/run/bypass/hwflow")
+RECORDS = HWFLOW
 VERSION = 1
 SIOCGIFNAME = 0x8910
 
@@ -48,7 +48,7 @@ class Record:
 
     @property
     def alive(self) -> bool:
-        return started(self.keeper[0]) == self.keeper[1]
+        return is_alive(self.keeper)
 
 
 class Held:
@@ -155,12 +155,14 @@ class Held:
 
 
 def recover(ifname: str, asking: Ask | None = None, records: Path | None = None) -> bool:
-    """Takes off what a process that is dead left on an interface; whether there was any.
+    """Takes off what a process that is dead left on an interface; whether there was any. Records of network namespaces
+    that are gone are removed by the way.
 
     Raises:
         DeviceError: it cannot be undone.
     """
     path = _path(ifname, records)
+    forget(path.parent)
     if not os.access(path, os.F_OK):  # also where we may not look: only root puts rules on
         return False
     with _locked(path.parent):
