@@ -105,6 +105,17 @@ static int probe_error(int err, const char *why)
     return -err;
 }
 
+/* Two ports of memif may share a listener, which serves the first already. */
+static int probe_alone(const char *devargs)
+{
+    int err;
+
+    guard_hold();
+    err = rte_dev_probe(devargs);
+    guard_release();
+    return err;
+}
+
 /* The port of these devargs, or a negative errno. */
 static int probe(const char *devargs, char *name, struct dpdk_error *error)
 {
@@ -117,11 +128,14 @@ static int probe(const char *devargs, char *name, struct dpdk_error *error)
     if (device_is_pci(name) && check_pci(name, error)) {
         return -error->err;
     }
+    if (device_is_memif(name) && guard_install(error, devargs)) {
+        return -error->err;
+    }
     if (device_is_af_packet(name)) {
         wake_remember();
     }
     log_mark();
-    err = rte_dev_probe(devargs);
+    err = device_is_memif(name) ? probe_alone(devargs) : rte_dev_probe(devargs);
     id = port_id(name);
     if (err < 0 || id < 0) {
         const char *why = *log_why() ? log_why() : "no driver takes it";
@@ -262,6 +276,7 @@ int device_find(struct dpdk_port *d, struct dpdk_error *error)
 
     device_name(d->cfg.device, d->name);
     snprintf(devargs, sizeof devargs, "%s", d->cfg.device);
+    d->guarded = strstr(devargs, "net_memif") != NULL;
     if (strncmp(d->name, "net_bonding", 11) == 0 && port_id(d->name) < 0 &&
         members_first(d, devargs, sizeof devargs, error)) {
         return error->err;

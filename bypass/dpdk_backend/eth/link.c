@@ -373,6 +373,19 @@ int link_look(struct dpdk_port *d, bool at_once)
     return d->gone ? -ENXIO : d->link_up ? 0 : -ENETDOWN;
 }
 
+int link_look_alone(struct dpdk_port *d)
+{
+    int err;
+
+    if (!d->guarded) {
+        return link_look(d, true);
+    }
+    guard_hold(); /* LACP sends with it */
+    err = link_look(d, true);
+    guard_release();
+    return err;
+}
+
 static int watch_bonding(struct dpdk_port *d, struct dpdk_error *error)
 {
     if (!bonding_there()) {
@@ -404,7 +417,7 @@ int link_watch(struct dpdk_port *d, struct dpdk_error *error)
     rte_eth_dev_callback_register(d->id, RTE_ETH_EVENT_INTR_RMV, on_removed, d);
     rte_eth_dev_callback_register(d->id, RTE_ETH_EVENT_INTR_LSC, on_link, d);
     rte_dev_event_callback_register(rte_dev_name(d->device), on_wanted, d);
-    link_look(d, true);
+    link_look_alone(d);
     return 0;
 }
 

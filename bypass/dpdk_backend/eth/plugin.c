@@ -5,7 +5,21 @@
 #include "eth/port.h"
 
 static struct bypass_netdev *port_netdev(struct dpdk_port *port) { return &port->nd; }
-static int port_health(struct dpdk_port *port) { return link_look(port, true); }
+
+static int port_health(struct dpdk_port *port) { return link_look_alone(port); }
+
+static int port_set_link(struct dpdk_port *port, int up)
+{
+    int err;
+
+    if (!port->guarded) {
+        return link_set(port, up);
+    }
+    guard_hold();
+    err = link_set(port, up);
+    guard_release();
+    return err;
+}
 
 extern struct dpdk_plugin bypass_dpdk_plugin;
 __attribute__((visibility("default"))) struct dpdk_plugin bypass_dpdk_plugin = {
@@ -16,7 +30,7 @@ __attribute__((visibility("default"))) struct dpdk_plugin bypass_dpdk_plugin = {
     .about = port_about,
     .offload_name = port_offload_name,
     .health = port_health,
-    .set_link = link_set,
+    .set_link = port_set_link,
     .counters = port_counters,
     .stats = port_stats,
     .xstats = port_xstats,

@@ -287,7 +287,7 @@ static int make_netdev(struct dpdk_port *d, struct dpdk_error *error)
         mac.addr_bytes[0] = (uint8_t)((mac.addr_bytes[0] & 0xfc) | 2); /* locally administered, unicast */
     }
     memcpy(nd->mac, mac.addr_bytes, sizeof nd->mac);
-    nd->ops = &eth_ops;
+    nd->ops = d->guarded ? guarded_ops() : &eth_ops;
     nd->mem = d->pool.base;
     nd->meta = (struct bypass_pkt_meta *)(d->pool.base + META_AT);
     nd->stride = nd->meta_stride = d->pool.stride;
@@ -319,6 +319,9 @@ static int start(struct dpdk_port *d, struct dpdk_error *error)
     if (err < 0) {
         return failed(d, error, "starting", err);
     }
+    if (d->guarded) {
+        guard_add(d);
+    }
     if (filters_vlans(d)) {
         err = rte_eth_dev_vlan_filter(d->id, (uint16_t)d->cfg.vlan, 1);
         if (err < 0) {
@@ -336,11 +339,8 @@ static int start(struct dpdk_port *d, struct dpdk_error *error)
 }
 
 /* ---- Open and close --------------------------------------------------------------------------------------- */
-static void undo(struct dpdk_port *d)
+static void unplug_all(struct dpdk_port *d)
 {
-    link_unwatch(d);
-    flow_clear(d);
-    wake_close(d);
     if (d->started && !d->gone) {
         device_unplug(d->id);
     }
@@ -348,6 +348,21 @@ static void undo(struct dpdk_port *d)
         if (!d->member[i].gone) {
             device_unplug(d->member[i].port_id);
         }
+    }
+}
+
+static void undo(struct dpdk_port *d)
+{
+    link_unwatch(d);
+    flow_clear(d);
+    wake_close(d);
+    if (d->guarded) {
+        guard_remove(d);
+        guard_hold();
+        unplug_all(d);
+        guard_release();
+    } else {
+        unplug_all(d);
     }
     pool_destroy(&d->pool);
     for (uint32_t qi = 0; qi < DPDK_MAX_QUEUES; qi++) {

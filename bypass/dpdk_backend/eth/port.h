@@ -11,6 +11,8 @@
  *   wake.c    what wakes a program that sleeps
  *   link.c    link, removal, members of a bonding device
  *   flow.c    rules of the device (rte_flow)
+ *   guard.c   memif: its peer comes and goes while it is polled
+ *   hook.c    calls of a driver into DPDK, taken over
  *   stats.c   what a port became and counts
  *   plugin.c  the table that the plug-in exports
  */
@@ -132,8 +134,16 @@ struct waker { /* wake.c */
     char why[96]; /* not by interrupts */
 };
 
+struct guard {       /* guard.c */
+    uint32_t busy;   /* the polling thread is in an operation */
+    uint32_t closed; /* DPDK's interrupt thread wants to, or is in, a handler of the driver */
+    struct dpdk_port *next;
+};
+
 struct dpdk_port {
     struct bypass_netdev nd; /* first: the netdev is the port */
+    struct guard guard;
+    bool guarded; /* it is memif, or has it below it */
     struct pool pool;
     uint16_t id; /* of ethdev */
     bool started;
@@ -239,8 +249,28 @@ int link_watch(struct dpdk_port *port, struct dpdk_error *error); /* when it has
 void link_unwatch(struct dpdk_port *port);
 /* 0, -ENETDOWN or -ENXIO; looks when it is due or has been told of something. */
 int link_look(struct dpdk_port *port, bool now);
+int link_look_alone(struct dpdk_port *port); /* now, and not from an operation of the netdev */
 int link_set(struct dpdk_port *port, int up);
 void link_members(struct dpdk_port *port, struct dpdk_about *out); /* what about() says of a bonding device's */
+
+/* guard.c */
+bool device_is_memif(const char *name);
+int guard_install(struct dpdk_error *error,
+                  const char *name); /* before the first of them is made. 0, or a positive errno */
+/* In between no handler of the driver runs. Not for who polls. */
+void guard_hold(void);
+void guard_release(void);
+void guard_add(struct dpdk_port *port); /* from here on handlers wait for who polls */
+void guard_remove(struct dpdk_port *port);
+const struct bypass_netdev_ops *guarded_ops(void);
+
+/* hook.c */
+struct hook {
+    const char *name;
+    void *with;
+};
+/* Calls of a loaded library (a part of its name), from now on. 0, or -errno. */
+int hook_calls(const char *library, const struct hook *hooks, size_t n);
 
 /* flow.c: dpdk_plugin.flows() */
 int port_flows(struct dpdk_port *port, const struct dpdk_flow *flow, uint32_t count, int rest, uint32_t *at,
