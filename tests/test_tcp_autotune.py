@@ -266,6 +266,46 @@ def test_under_pressure_new_connections_are_refused_and_old_ones_go_on() -> None
         assert [s.flags for s in t.out()] == ["S."]
 
 
+def some(t: Talk, n: int) -> list[tuple[int, int, int | None]]:
+    """Connections: the handle of each, its peer's port, and our first sequence number in it."""
+    t.established(opts=WS)
+    peers = [(t.sock, t.peer_port, t.iss)]
+    for port in range(PEER_PORT + 1, PEER_PORT + n):
+        t.peer_port, t.iss = port, None
+        t.peer("S 0:0 <mss 1460>")
+        t.out()
+        t.peer(". 1:1")
+        peers.append((t.accept(), port, t.iss))
+    return peers
+
+
+@pytest.mark.parametrize("chunks", [64, 4], ids=["chunks", "frames alone"])
+def test_connections_that_are_not_read_leave_memory_for_one_that_is(chunks: int) -> None:
+    """A program reads one connection to its end, and then the next: what waits on the others must not stop that one."""
+    with Talk(rcvbuf=MIB, frames=64, chunks=chunks) as t:
+        peers = some(t, 4)
+        for _, t.peer_port, t.iss in reversed(peers):  # so that there is nothing for the first
+            for first in range(1, 40_001, 1000):
+                t.peer(f". {first}:{first + 1000}")
+        assert t.counted()["tcp_in_no_memory"] > 0
+        for t.sock, t.peer_port, t.iss in peers:
+            got = b""
+            for _ in range(60):
+                if isinstance(more := t.stack.recv(t.sock, 4096), bytes):
+                    got += more
+                first = 1 + len(got) + t.info.rcv_queued
+                t.peer(f". {first}:{first + 1000}")
+            assert len(got) >= 50_000
+            assert got == stream(1, len(got) + 1)
+        t.sent()
+
+
+def test_who_is_not_read_leaves_chunks_for_others() -> None:
+    with Talk(rcvbuf=MIB, frames=64, chunks=64) as t:
+        fill_memory(t)
+        assert 48 <= t.stack.audit()["chunks"] < 64
+
+
 def test_under_pressure_a_window_is_not_taken_back_but_opens_by_a_few_segments() -> None:
     """RFC 9293 3.8.6: the right edge never moves left."""
     with Talk(rcvbuf=200_000, frames=64, chunks=64) as t:

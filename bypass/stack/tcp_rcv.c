@@ -43,6 +43,15 @@ static uint32_t fill_last_chunk(struct bypass_stack *s, struct tcp_conn *c, cons
     return n;
 }
 
+/* Under pressure who is not read gets no more chunks than are left (Choudhury and Hahne 1998, dynamic thresholds). So
+ * however many connections are not read, there are some for one that is; else a program that reads one to its end would
+ * wait, for ever, for memory that those behind it hold. What is refused was let in by the window: the peer sends it again. */
+static bool leaves_the_rest(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    const struct pool *p = &core(s)->chunks;
+    return tcp_tune_pressure(s) && c->rcv_queued > 0 && c->rcv_charged >= (uint64_t)(p->cap - p->used) * CHUNK_SIZE;
+}
+
 /* Data in order may use all chunks, at last in place of what this connection holds ahead of it. Data out
  * of order leaves a quarter of them, for all connections' data in order: a peer that sends every second
  * byte must not stop the others. */
@@ -50,6 +59,8 @@ static uint32_t take_chunk(struct bypass_stack *s, struct tcp_conn *c, bool in_o
 {
     const struct pool *p = &core(s)->chunks;
     if (!in_order && p->used >= p->cap - p->cap / 4)
+        return NO_INDEX;
+    if (in_order && leaves_the_rest(s, c))
         return NO_INDEX;
     while (in_order && p->used == p->cap && tcp_tune_reclaim(s, c)) {}
     return chunk_alloc(s);
@@ -79,9 +90,12 @@ static uint32_t store_copied(struct bypass_stack *s, struct tcp_conn *c, const u
     return done;
 }
 
-/* No chunk is left: then data in order stays in its frame while the last eighth of the frames is free, which is for
- * sending. */
-static bool frame_to_spare(const struct bypass_stack *s) { return s->dev->free_frames > s->dev->frames / 8; }
+/* No chunk is to be had: then data in order stays in its frame while the last eighth of the frames is free, which is for
+ * sending. Half of that is for who has nothing to read: the program waits for just this. */
+static bool frame_to_spare(const struct bypass_stack *s, const struct tcp_conn *c)
+{
+    return s->dev->free_frames > s->dev->frames / (c->rcv_queued == 0 ? 16 : 8);
+}
 
 /* A reader that lets twice its buffer pile up in frames gets copies instead. */
 static bool should_copy(const struct bypass_stack *s, const struct tcp_conn *c, uint32_t len)
@@ -103,7 +117,7 @@ static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment
         copied = store_copied(s, c, pkt_frame(s, g->pkt) + off, len, at, in_order);
         if (copied == len)
             return len;
-        if (!in_order || !frame_to_spare(s)) {
+        if (!in_order || !frame_to_spare(s, c)) {
             STAT(s, tcp_in_no_memory);
             return copied;
         }
