@@ -9,6 +9,8 @@
  * does: one that finds no idle connection waits for it, and the wait is part of its latency, which counts from when it
  * was due. (Otherwise a server that stalls would not be asked while it does, and look good.)
  *
+ * It measures for MEASURE_MS, and until the first answer in that time: on a busy machine a short time may have none.
+ *
  * PIDS: as in measure.h, the tasks of the server. Prints what measure.h does, and `client_cpu_s`, this program's share
  * of `task_cpu_s`; `due`, the requests that were due in the measured time.
  */
@@ -158,7 +160,7 @@ static void turn(struct run *r)
     for (;; now = clock_ns()) {
         if (!r->measuring && now >= r->begin_ns)
             begin(r, now);
-        if (r->measuring && now >= r->end_ns)
+        if (r->measuring && now >= r->end_ns && r->ops > 0) /* without an answer there is nothing to tell yet */
             return;
         if (now - r->last_ns > PATIENCE_NS) {
             errno = ETIMEDOUT;

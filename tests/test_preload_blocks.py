@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,13 +22,14 @@ from pathlib import Path
 import preloaded
 import pytest
 from backends import policy_for
-from broker_support import STREAM, RunningBroker, running
+from broker_support import STREAM, WAIT_S, RunningBroker, running
 from c_programs import run as run_tool
 
 from bypass import netns
 from bypass.broker import blocks
+from bypass.broker.apps import App
 from bypass.broker.broker import Broker
-from bypass.broker.leasing import LEASE_AHEAD
+from bypass.broker.leasing import LEASE_AHEAD, LEASE_ANOTHER, LEASE_BLOCK
 from bypass.broker.protocol import Kind, Message
 from bypass.broker.shared import site_of
 from bypass.grants import Grants
@@ -37,7 +40,7 @@ from bypass.steering import BLOCK
 
 pytestmark = [pytest.mark.netns, pytest.mark.backends(asked=True)]
 
-AHEAD = -1
+AHEAD, WAITED = -1, -2
 PORT = 7000
 NOBODY = 65534
 ADMINS = "30000-30010,45000"
@@ -120,12 +123,13 @@ def reserved(ns: str) -> str:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counter[int]:
-    """Requests that the broker gets, by type; AHEAD: for a block before it is needed."""
+    """Requests that the broker gets, by type; AHEAD: for a block before it is needed, WAITED: without a port left."""
     counts: Counter[int] = Counter()
     handle = Broker.message
 
     def message(self: Broker, process: object, m: Message, fds: list[int]) -> None:
         counts[AHEAD if m.type == Kind.LEASE and m.flags & LEASE_AHEAD else m.type] += 1
+        counts[WAITED] += m.type == Kind.LEASE and m.flags == LEASE_BLOCK | LEASE_ANOTHER
         handle(self, process, m, fds)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Broker, "message", message)
@@ -184,25 +188,35 @@ def test_nobody_waits_for_the_next_block(
     monkeypatch: pytest.MonkeyPatch,
     processes: int,
 ) -> None:
-    """The broker does nothing until more connections have come and gone: the last block has ports for them."""
-    went_on: list[bool] = []
+    """The broker does nothing until more connections have come and gone: the last block has ports for them. Or
+    until the program asks something else: every ten seconds, by which address the peer is reached."""
+    went_on: list[str] = []
     take = blocks.Blocks.lease
     the_last = Stream.served + 1001
 
-    def lease(self: blocks.Blocks, *args: object, another: bool) -> object:
+    def lease(self: blocks.Blocks, app: App, *args: object, another: bool) -> object:
         if another:
+            enough = min(Stream.served + 64, the_last)
             with Stream.one_more:
-                enough = min(Stream.served + 64, the_last)
-                went_on.append(Stream.one_more.wait_for(lambda: Stream.served >= enough, 20))
-        return take(self, *args, another=another)  # type: ignore[arg-type]
+
+                def how() -> str:
+                    if Stream.served >= enough:
+                        return "went on"
+                    return "asks" if select.select([p.sock for p in app.processes], [], [], 0)[0] else ""
+
+                until = time.monotonic() + WAIT_S
+                while not (it := how()) and time.monotonic() < until:
+                    Stream.one_more.wait(0.05)
+                went_on.append(it)
+        return take(self, app, *args, another=another)  # type: ignore[arg-type]
 
     monkeypatch.setattr(blocks.Blocks, "lease", lease)
     assert len(connect(broker, lab, program, 1000, processes)) == 1001
-    wait_for(
-        lambda: asked[AHEAD] == len(went_on), 20, "each that was asked for ahead, the last at the end too"
-    )
+    wait_for(lambda: asked[AHEAD] == len(went_on), WAIT_S, "each asked for ahead, the last at the end too")
     assert len(went_on) >= 3
     assert all(went_on)
+    assert "went on" in went_on
+    assert asked[WAITED] == 0
 
 
 def test_datagram_sockets_use_blocks_too(

@@ -194,6 +194,18 @@ def test_at_a_rate_no_more_is_asked_than_is_due() -> None:
     assert 0 < found["ops"] <= found["due"] + 1
 
 
+def test_a_measurement_goes_on_until_there_is_an_answer() -> None:
+    def serve(sock: socket.socket, number: int) -> None:
+        while data := sock.recv(100):
+            time.sleep(0.3)
+            sock.sendall(data)
+
+    with server(serve) as port:
+        found = json.loads(load(port, ms=50).stdout)
+    assert found["ops"] == 1
+    assert found["seconds"] >= 0.3
+
+
 def test_a_request_that_waits_for_a_server_that_stalls_counts_from_when_it_was_due() -> None:
     def serve(sock: socket.socket, number: int) -> None:
         sock.sendall(sock.recv(4))
