@@ -63,8 +63,10 @@ def test_a_kill_ends_as_it_has_to_and_leaves_nothing(name: str, role: str, tmp_p
     ]  # fmt: skip
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    trials = json.loads(output.read_text())["trials"]
+    every = json.loads(output.read_text())["trials"]
+    trials = [trial for trial in every if not trial["excused"]]  # late on a busy machine: tried once more
     assert len(trials) == 2
+    assert not any(trial["wrong"] for trial in every)
     for trial in trials:
         assert trial["wrong"] + trial["late"] == []
         assert trial["new_ms"] >= 0

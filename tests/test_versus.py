@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import missing
 
 from bench.apps.place import lacking
 from bench.programs import BenchError, program
-from bench.versus import profile
+from bench.versus import profile, rounds
 from bench.versus.rounds import COMPARED, KEYS, LOADS, derived
 from bench.versus.servers import MEMCACHED, NGINX, RR, WORKLOADS, threaded
 
@@ -111,6 +111,24 @@ def test_samples_are_grouped_by_whose_code_it_is() -> None:
     assert found["groups"][profile.SERVER_RECEIVE] == 0.125
     with pytest.raises(BenchError, match="no samples"):
         profile.groups_of([], owner)
+
+
+def test_who_got_no_samples_measures_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """perf may take longer to begin, on a busy machine, than the first measurement takes."""
+    tried: list[int] = []
+
+    def recorded(it: object, w: object, plan: rounds.Plan) -> list[list[tuple[str, str]]]:
+        tried.append(plan.measure_ms)
+        return [[("main", "redis-server")]] if plan.measure_ms >= enough else []
+
+    monkeypatch.setattr(rounds, "_recorded", recorded)
+    plan = rounds.Plan(1, 50, 1000, ("kernel",))
+    enough = 4000
+    assert len(rounds._sampled(cast(rounds.Serving, None), WORKLOADS[0], plan)) == 1
+    assert tried == [1000, 2000, 4000]
+    enough = 10**6
+    assert rounds._sampled(cast(rounds.Serving, None), WORKLOADS[0], plan) == []
+    assert tried[3:] == [1000, 2000, 4000, 8000]
 
 
 def test_functions_of_the_library_are_known_by_the_folder_of_their_source() -> None:
