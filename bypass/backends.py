@@ -222,7 +222,7 @@ class DpdkAttachment:
 
         dress(self.policy, self.mac, self.mtu)
 
-    def changed(self) -> None:
+    def changed(self, was_mtu: int) -> None:
         """The port has another MAC address or MTU."""
         from bypass.dpdk_backend.tap import follow
 
@@ -232,9 +232,23 @@ class DpdkAttachment:
             return
         self.steering.change_mac(self.mac)
         try:
-            follow(self.policy, self.mac, self.mtu)  # the kernel tells: then set_mac()
+            follow(self.policy, self.mac, self.mtu, was_mtu)  # the kernel tells: then set_mac()
         except DeviceError as e:
             log.error("the port's MAC address is %s, its MTU %d: %s", self.mac.hex(":"), self.mtu, e)
+
+    def limit(self, mtu: int) -> None:
+        """The kernel's device has this MTU: it is not more than the port's."""
+        from bypass.dpdk_backend.tap import limit
+
+        if mtu <= self.mtu:
+            return
+        try:
+            limit(self.policy, self.mtu)
+            log.warning(
+                "%s: an MTU of %d is more than its port's, which it has again: %d", self.ifname, mtu, self.mtu
+            )
+        except DeviceError as e:
+            log.error("%s: an MTU of %d is more than its port's, %d: %s", self.ifname, mtu, self.mtu, e)
 
     @property
     def mac(self) -> bytes:
@@ -307,24 +321,22 @@ class _Look:
         if self.state != was and port.exception is not None and self.state != errno.ENXIO:
             port.exception.set_carrier(self.state == 0)
         if (port.mac, port.mtu) != self._is:
-            self._is = (port.mac, port.mtu)
-            port.changed()
+            (_, was), self._is = self._is, (port.mac, port.mtu)
+            port.changed(was)
         return self.state
-
-
-class _NoHealth:
-    """What KernelWatch asks when the TAP has changed: the port has not."""
-
-    def health(self) -> int:
-        return 0
 
 
 class PortWatch(KernelWatch):
     """A DPDK port with a TAP device: the kernel tells about addresses and next hops, the port about its link."""
 
     def __init__(self, port: DpdkAttachment, core: CoreStack) -> None:
-        super().__init__(port.ifname, core, port.steering, _NoHealth())
-        self._look = _Look(port)
+        self._port, self._look = port, _Look(port)
+        super().__init__(port.ifname, core, port.steering, self)
+
+    def health(self) -> int:
+        """The TAP has changed, and the port has not (bypass.watch.WatchedDevice)."""
+        self._port.limit(self.watcher.interface.mtu)
+        return 0
 
     def update(self) -> int:
         state = self._look.look(time.monotonic_ns())
@@ -341,6 +353,7 @@ class AloneWatch:
 
     def __init__(self, port: DpdkAttachment, core: CoreStack) -> None:
         b = port.policy.dpdk
+        self._port, self._core, self._mtu = port, core, port.mtu
         self._look = _Look(port)
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # never readable
         self._addresses = [a for a in b.addresses if isinstance(a, ipaddress.IPv4Interface)]
@@ -360,7 +373,11 @@ class AloneWatch:
         return
 
     def update(self) -> int:
-        return self._look.look(time.monotonic_ns())
+        state = self._look.look(time.monotonic_ns())
+        if self._port.mtu != self._mtu:
+            self._mtu = self._port.mtu
+            self._core.nexthop_forget()  # of each it keeps the MTU that it had: it asks anew
+        return state
 
     def due_ns(self) -> int | None:
         return self._look.due_ns

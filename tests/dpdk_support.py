@@ -14,11 +14,12 @@ import errno
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -33,6 +34,8 @@ from bypass.policy_backend import DpdkBackend, EalOptions
 P = ParamSpec("P")
 PLAIN = EalOptions(lcores=(0,), hugepages=False)
 RING = 256
+ETH_P_ALL = 3  # linux/if_ether.h: what is sent, too
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
 
 def require_dpdk() -> None:
@@ -247,3 +250,24 @@ if __name__ == "__main__":
     module, _, name = sys.argv[1].partition(":")
     sys.path.insert(0, str(Path(__file__).parent))
     say(getattr(importlib.import_module(module), name).function(*json.loads(sys.argv[2])))
+
+
+# ---- Sizes on a wire ---------------------------------------------------------------------------------------------
+def every_frame(ifname: str) -> socket.socket:
+    """Sees what comes and goes by an interface of the calling thread's namespace; for longest()."""
+    wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    wire.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+    wire.bind((ifname, ETH_P_ALL))
+    wire.setblocking(False)
+    return wire
+
+
+def longest(wire: socket.socket) -> tuple[int, int]:
+    """Of the IP packets since the last call: bytes of the longest one that came, and that went."""
+    found = {True: 0, False: 0}
+    with suppress(BlockingIOError):
+        while True:
+            frame, where = wire.recvfrom(1 << 16)
+            went = where[2] == socket.PACKET_OUTGOING
+            found[went] = max(found[went], len(frame) - 14)
+    return found[False], found[True]

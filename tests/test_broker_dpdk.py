@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from broker_support import running
-from dpdk_support import needs_dpdk  # noqa: F401 (fixture)
+from dpdk_support import every_frame, longest, needs_dpdk  # noqa: F401 (fixture)
 from flow_support import hardware, shim  # noqa: F401 (fixtures)
 from preloaded import CLEAN
 from test_broker_takeover import (
@@ -66,8 +66,6 @@ pytestmark = [
 ]
 
 NOBODY, OTHER = 65534, 65533
-ETH_P_ALL = 3  # linux/if_ether.h: what is sent, too
-SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 PORT = 7000
 POLICY = f"""
 version: 1
@@ -239,22 +237,9 @@ def test_jumbo_frames_go_through_bypass_fwd(policy: Path, folder: Path, lab: Lab
         assert program.do("listen", SERVER_IP, 8080) == "8080"
         seen = to_the_kernel(lab)
         data = os.urandom(1 << 16)
-        with (
-            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as wire,
-            socket.create_connection((SERVER_IP, 8080), 10) as sock,
-        ):
-            wire.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
-            wire.bind((CLIENT_IFNAME, ETH_P_ALL))
-            threading.Thread(target=sock.sendall, args=(data,)).start()
-            assert sock.makefile("rb").read(len(data)) == data
-            wire.setblocking(False)
-            lengths = {True: 0, False: 0}  # the longest, by whether it came from the server
-            with suppress(BlockingIOError):
-                while True:
-                    frame, where = wire.recvfrom(1 << 16)
-                    came = where[2] != socket.PACKET_OUTGOING
-                    lengths[came] = max(lengths[came], len(frame))
-        assert lengths == {True: mtu + 14, False: mtu + 14}
+        with every_frame(CLIENT_IFNAME) as wire, socket.create_connection((SERVER_IP, 8080), 10) as sock:
+            echo_all(sock, data)
+            assert longest(wire) == (mtu, mtu)
         big = ["ping", "-c", "1", "-M", "do", "-s", str(mtu - 28), "-W", "5", SERVER_IP]
         subprocess.run(big, check=True, capture_output=True, timeout=60)
         assert to_the_kernel(lab) == seen, "the kernel has seen packets of the stack's"
@@ -317,6 +302,56 @@ def test_another_mac_address_of_the_port_is_everybodys(
             echo_at(lab, 8080)
             assert to_the_kernel(lab) == seen, "the kernel has seen packets of the stack's"
         down(name)
+
+
+def test_another_mtu_of_the_port_is_everybodys(broker: tuple[str, int], lab: Lab) -> None:
+    """A program's segments are as small, and what the kernel sends by its device too. That device may have less, which
+    stays; more, which its port would drop, it loses again."""
+    name, _ = broker
+
+    def change(ifname: str, mtu: int) -> None:
+        subprocess.run(["ip", "link", "set", ifname, "mtu", str(mtu)], check=True, timeout=60)
+        if ifname == WIRE_IFNAME:  # which drops what is larger
+            argv = ["ip", "-n", lab.client_ns, "link", "set", CLIENT_IFNAME, "mtu", str(mtu)]
+            subprocess.run(argv, check=True, timeout=60)
+
+    def has(mtu: int) -> bool:
+        return f" mtu {mtu} " in tap()
+
+    with (
+        Program(name) as program,
+        netns.run(lab.client_ns, every_frame, CLIENT_IFNAME) as wire,
+    ):
+        assert program.do("listen", SERVER_IP, 8080) == "8080"
+        with netns.run(lab.client_ns, socket.create_connection, (SERVER_IP, 8080), 10) as sock:
+            data = os.urandom(1 << 16)
+            echo_all(sock, data)
+            assert longest(wire)[0] == 1500
+            for ifname, mtu in ((WIRE_IFNAME, 1300), (SERVER_IFNAME, 1200)):
+                change(ifname, mtu)
+                wait_until(lambda mtu=mtu: has(mtu))
+                wait_until(lambda mtu=mtu: echo_all(sock, data) or longest(wire)[0] == mtu)
+                echo_all(sock, data)
+                assert longest(wire)[0] == mtu
+            change(WIRE_IFNAME, 1400)
+            echo_all(sock, data)
+            assert has(1200), "somebody wanted it so"
+            change(SERVER_IFNAME, 9000)
+            wait_until(lambda: has(1400))
+            change(WIRE_IFNAME, 1500)
+            wait_until(lambda: has(1500))
+            wait_until(lambda: echo_all(sock, data) or longest(wire)[0] == 1500)
+        down(name)
+
+
+def echo_all(sock: socket.socket, data: bytes) -> None:
+    thread = threading.Thread(target=sock.sendall, args=(data,))
+    thread.start()
+    got = b""
+    while len(got) < len(data):
+        got += sock.recv(1 << 16)
+    assert got == data
+    thread.join()
 
 
 def test_a_port_that_is_removed_is_told_and_not_asked_for_ever(broker: tuple[str, int], lab: Lab) -> None:

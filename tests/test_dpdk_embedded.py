@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import lab_name
-from dpdk_support import InChild, hear, in_child, needs_dpdk, say
+from dpdk_support import InChild, every_frame, hear, in_child, longest, needs_dpdk, say
 from support import WAIT_S
 
 import bypass
@@ -314,6 +314,75 @@ def test_another_mac_address_of_the_port_is_the_stacks_and_the_kernels(wire: Lab
     assert result["reasons"]["steered"] > 4
     assert result["counters"]["link"]["up"] == 1
     assert result["conserved"]
+
+
+@contextmanager
+def sizes(lab: Lab) -> Iterator[Callable[[socket.socket], int]]:
+    """A function that has much echoed, and says how long the longest packet from the stack was."""
+    data = os.urandom(100_000)
+    with netns.run(lab.client_ns, every_frame, CLIENT_IFNAME) as seen:
+
+        def size(s: socket.socket) -> int:
+            longest(seen)
+            assert echoed(s, data) == data
+            return longest(seen)[0]
+
+        yield size
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.01)
+
+
+def test_another_mtu_of_the_port_is_the_stacks_and_the_kernels(wire: Lab) -> None:
+    """As on a shared interface: what is sent is as small at once. The kernel's device may have less, which stays; more,
+    which the port would drop, it loses again."""
+
+    def change(ifname: str, **what: object) -> None:
+        ip(wire, "link", "set", ifname, *(str(x) for pair in what.items() for x in pair))
+        if ifname == WIRE_IFNAME:  # which drops what is larger
+            ip(wire, "link", "set", CLIENT_IFNAME, "mtu", str(what["mtu"]), side="client")
+
+    def has(mtu: int) -> bool:
+        return f" mtu {mtu} " in ip(wire, "-o", "link", "show", "bypass0")
+
+    with running(wire, echo_server) as child, client(wire, (SERVER_IP, 8080)) as s, sizes(wire) as size:
+        assert size(s) == 1500
+        for ifname, mtu in ((WIRE_IFNAME, 1400), ("bypass0", 1300)):
+            change(ifname, mtu=mtu)
+            until(lambda mtu=mtu: has(mtu))  # type: ignore[misc]
+            until(lambda mtu=mtu: size(s) == mtu)  # type: ignore[misc]
+            assert size(s) == mtu, "it is again"
+        change(WIRE_IFNAME, mtu=1450, address="02:00:00:00:77:02")
+        until(lambda: "02:00:00:00:77:02" in ip(wire, "-o", "link", "show", "bypass0"))
+        assert has(1300), "somebody wanted it so"
+        assert size(s) == 1300
+        change("bypass0", mtu=9000)
+        until(lambda: has(1450))
+        until(lambda: size(s) == 1450)
+        change(WIRE_IFNAME, mtu=1500)
+        until(lambda: has(1500))
+        until(lambda: size(s) == 1500)
+        child.tell("end")
+        assert child.result()["conserved"]
+
+
+def test_another_mtu_of_the_port_is_that_of_a_stack_without_a_kernel(wire: Lab) -> None:
+    with (
+        running(wire, echo_server, ALONE) as child,
+        client(wire, (SERVER_IP, 8080)) as s,
+        sizes(wire) as size,
+    ):
+        for mtu in (1400, 1500):
+            ip(wire, "link", "set", WIRE_IFNAME, "mtu", str(mtu))
+            ip(wire, "link", "set", CLIENT_IFNAME, "mtu", str(mtu), side="client")
+            until(lambda mtu=mtu: size(s) == mtu)  # type: ignore[misc]
+            assert size(s) == mtu, "it is again"
+        child.tell("end")
+        assert child.result()["conserved"]
 
 
 def test_connections_of_the_kernel_drain(wire: Lab) -> None:

@@ -40,6 +40,8 @@ __all__ = ["needs_dpdk"]
 
 PORT = 7
 MIB = 1 << 20
+FITS = 2048 - 22 - 96
+"""In a frame of net_af_packet's: beside Ethernet's header, and the kernel's in front of it."""
 
 
 def pattern(size: int) -> bytes:
@@ -231,6 +233,33 @@ def test_a_port_on_a_veth_speaks_with_the_kernel_at_its_other_end(wire: Lab) -> 
         "after": CLEAN,
         "affinity": True,
     }
+
+
+@in_child
+def mtus(device: str, options: dict[str, Any], changes: list[int]) -> list[int]:
+    """What it says of itself when the kernel's device has another one."""
+    with DpdkDevice(None, backend(device, **options)) as port:
+        found = [port.mtu]
+        for mtu in changes:
+            subprocess.run(["ip", "link", "set", WIRE_IFNAME, "mtu", str(mtu)], check=True)
+            time.sleep(0.01)  # it looks again after link_poll_ms
+            assert port.health() == 0
+            found.append(port.mtu)
+        return found
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({}, [1500, 1400, 1600, FITS, 68]), ({"mtu": 1450}, [1450, 1400, 1450, 1450, 68])],
+)
+def test_the_mtu_of_the_kernels_device_below_is_followed(
+    wire: Lab, options: dict[str, Any], found: list[int]
+) -> None:
+    """Up to what frames hold, or what the policy says."""
+    device = f"net_af_packet0,iface={WIRE_IFNAME}"
+    changes = [1400, 1600, 9000, 68]
+    assert mtus(device, {**options, "link_poll_ms": 1}, changes, netns=wire.server_ns) == found
 
 
 @in_child

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from bypass._core import ffi, lib
 
 from bypass import netns
 from bypass.dpdk_backend.filter import ExceptionPath
-from bypass.dpdk_backend.tap import dress, open_tap, tap_name
+from bypass.dpdk_backend.tap import dress, follow, limit, open_tap, tap_name
 from bypass.errors import DeviceError, PrivilegeError
 from bypass.policy import Policy, parse_policy
 
@@ -117,6 +118,49 @@ def test_frames_go_both_ways_until_the_device_is_deleted(ns: None) -> None:
         assert (path.counters()["passed"], path.counters()["errors"]) == (1, 2)
     finally:
         path.close()
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("vlan", [False, True])
+def test_its_mtu_is_the_ports_or_less(ns: None, vlan: bool) -> None:
+    """Less, where somebody has set it so. With a VLAN there are two devices, one on top of the other."""
+    p = policy(backend=", vlan: 7" if vlan else "")
+    names = ("tap7-p", "tap7") if vlan else ("tap7",)
+
+    def has() -> set[int]:
+        return {int(m[1]) for name in names if (m := re.search(r" mtu (\d+) ", shown(name)))}
+
+    def give(mtu: int) -> None:
+        for name in names:
+            subprocess.run(["ip", "link", "set", name, "mtu", str(mtu)], check=True)
+
+    fd = open_tap(p)
+    try:
+        try:
+            dress(p, MAC, 1500)
+        except DeviceError as e:
+            assert "modprobe 8021q" in str(e)  # noqa: PT017 - where the kernel has none
+            return
+        for was, mtu in ((1500, 1400), (1400, 1600)):
+            follow(p, MAC, mtu, was)
+            assert has() == {mtu}
+        limit(p, 1600)
+        assert has() == {1600}
+        give(9000)
+        limit(p, 1600)
+        assert has() == {1600}
+        give(1300)
+        for was, mtu, expected in (
+            (1600, 1600, 1300),
+            (1600, 1500, 1300),
+            (1500, 1200, 1200),
+            (1200, 1500, 1500),
+        ):
+            follow(p, b"\x02" + MAC[1:5] + b"\x01", mtu, was)
+            assert has() == {expected}, (was, mtu)
+        assert all("02:00:00:00:be:01" in shown(name) for name in names)
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.netns

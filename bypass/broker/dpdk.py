@@ -193,14 +193,31 @@ class DpdkSite(PortsSite):
         if self._link_code != before:
             self.health()
 
+    def health(self) -> int:
+        mtu, ports = self.watch.watcher.interface.mtu, self._about["mtu"]
+        if mtu > ports:
+            try:
+                with self.kernel():
+                    tap.limit(self.policy, ports)
+                log.warning(
+                    "%s: an MTU of %d is more than its port's, which it has again: %d",
+                    self.ifname,
+                    mtu,
+                    ports,
+                )
+            except BypassError as e:
+                log.error("%s: an MTU of %d is more than its port's, %d: %s", self.ifname, mtu, ports, e)
+        return super().health()
+
     def _changed(self, link: LinkState) -> None:
         """The port has another MAC address or MTU, and so has the kernel's device of it, of which all others hear."""
+        was = self._about["mtu"]
         self._about = {**self._about, "mac": link.mac, "mtu": link.mtu}
         self.holder.tell(device=self._about | {"mac": link.mac.hex(), "numbers": list(self.queues)})
         self.steering.change_mac(link.mac)
         try:
             with self.kernel():
-                tap.follow(self.policy, link.mac, link.mtu)  # the kernel tells: then set_mac()
+                tap.follow(self.policy, link.mac, link.mtu, was)  # the kernel tells: then set_mac()
             self.trouble = ""
         except BypassError as e:
             self.trouble = f"the port's MAC address is {link.mac.hex(':')}, its MTU {link.mtu}: {e}"

@@ -92,8 +92,12 @@ def _names() -> list[str]:
 
 
 @off_loop
-def follow(policy: Policy, mac: bytes, mtu: int) -> None:
-    """The port has another MAC address or MTU, and the device gets it too. Its neighbours are told (RFC 5227 3).
+def follow(policy: Policy, mac: bytes, mtu: int, was: int) -> None:
+    """The port has another MAC address or MTU, and the device gets it too. Its neighbours are told (RFC 5227 3). An MTU
+    below the port's, which somebody has set, stays.
+
+    Args:
+        was: the port's MTU before.
 
     Raises:
         DeviceError: the kernel refuses it.
@@ -107,11 +111,40 @@ def follow(policy: Policy, mac: bytes, mtu: int) -> None:
         with IPRoute() as ip:
             for name in names:
                 _announces(name)
-                ip.link("set", index=_index(ip, name), address=mac.hex(":"), mtu=mtu)
+                index = _index(ip, name)
+                has = _mtu(ip, index)
+                wanted = mtu if has == was else min(has, mtu)
+                ip.link("set", index=index, address=mac.hex(":"), mtu=wanted)
     except NetlinkError as e:
         raise DeviceError(
             f"{name}: the kernel refuses the port's address or MTU: {os.strerror(e.code)}"
         ) from e
+
+
+@off_loop
+def limit(policy: Policy, mtu: int) -> None:
+    """Somebody has set the device a larger MTU than the port has: what the kernel sends would be lost. It is set back.
+
+    Raises:
+        DeviceError: the kernel refuses it.
+    """
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        with IPRoute() as ip:
+            for name in dict.fromkeys((policy.interface, tap_name(policy))):
+                index = _index(ip, name)
+                if _mtu(ip, index) > mtu:
+                    ip.link("set", index=index, mtu=mtu)
+    except NetlinkError as e:
+        raise DeviceError(
+            f"{policy.interface}: the kernel refuses the port's MTU, {mtu}: {os.strerror(e.code)}"
+        ) from e
+
+
+def _mtu(ip: Any, index: int) -> int:
+    return int(ip.link("get", index=index)[0].get_attr("IFLA_MTU"))
 
 
 def _announces(name: str) -> None:

@@ -333,6 +333,33 @@ static void look_at_mac(struct dpdk_port *d)
     }
 }
 
+/* ---- MTU --------------------------------------------------------------------------------------------------- */
+uint32_t link_kernel_mtu(const struct dpdk_port *d, uint32_t if_index)
+{
+    struct ifreq ifr = {.ifr_ifindex = (int)if_index};
+
+    return ioctl(d->control_fd, SIOCGIFNAME, &ifr) < 0 || ioctl(d->control_fd, SIOCGIFMTU, &ifr) < 0
+               ? 0
+               : (uint32_t)ifr.ifr_mtu;
+}
+
+/* An administrator may change that of a kernel's device, which then drops what is larger; of a bond's members the least
+ * counts. A driver of its own keeps what it was configured with. A device that is gone changes nothing. */
+static void look_at_mtu(struct dpdk_port *d)
+{
+    uint32_t least = d->most_mtu, mtu = d->if_index ? link_kernel_mtu(d, d->if_index) : least;
+
+    if (!mtu) {
+        return;
+    }
+    least = RTE_MIN(least, mtu);
+    for (uint32_t i = 0; i < d->member_count; i++) {
+        mtu = d->member[i].if_index && !d->member[i].gone ? link_kernel_mtu(d, d->member[i].if_index) : 0;
+        least = mtu ? RTE_MIN(least, mtu) : least;
+    }
+    d->nd.mtu = (uint16_t)least;
+}
+
 /* ---- Looking ----------------------------------------------------------------------------------------------- */
 static void look(struct dpdk_port *d, uint64_t now)
 {
@@ -343,6 +370,7 @@ static void look(struct dpdk_port *d, uint64_t now)
     if (d->member_count) {
         d->link_up = look_at_members(d);
         look_at_mac(d);
+        look_at_mtu(d);
         return;
     }
     link = d->removed ? -ENXIO : link_of(d, d->id, d->if_index);
@@ -351,6 +379,7 @@ static void look(struct dpdk_port *d, uint64_t now)
     } else {
         d->link_up = link == 1;
         look_at_mac(d);
+        look_at_mtu(d);
     }
 }
 

@@ -63,8 +63,8 @@ static void defaults(struct dpdk_config *c)
 
 /* ---- Sizes ----------------------------------------------------------------------------------------------- */
 
-/* Of a kernel's device below the port; 0: there is none, or not in this network namespace. */
-static uint32_t kernel_mtu(struct dpdk_port *d)
+/* The MTU of a kernel's device below the port; 0: there is none, or not in this network namespace. */
+static uint32_t find_kernel(struct dpdk_port *d)
 {
     struct ifreq ifr = {.ifr_ifindex = (int)d->info.if_index};
 
@@ -73,17 +73,18 @@ static uint32_t kernel_mtu(struct dpdk_port *d)
         return 0;
     }
     d->if_index = d->info.if_index;
-    return ioctl(d->control_fd, SIOCGIFMTU, &ifr) < 0 ? 0 : (uint32_t)ifr.ifr_mtu;
+    return link_kernel_mtu(d, d->if_index);
 }
 
 static int choose_mtu(struct dpdk_port *d, struct dpdk_error *error)
 {
     uint32_t hold = d->cfg.frame_size - MAX_HEADER - (device_is_af_packet(d->name) ? AF_PACKET_HEADER : 0),
-             kernel = kernel_mtu(d), most = d->info.max_mtu;
+             kernel = find_kernel(d), most = d->info.max_mtu;
     uint16_t own = RTE_ETHER_MTU;
 
     rte_eth_dev_get_mtu(d->id, &own);
     own = own ? own : RTE_ETHER_MTU;
+    d->most_mtu = (uint16_t)(d->cfg.mtu ? d->cfg.mtu : kernel ? RTE_MIN(hold, UINT16_MAX) : RTE_MIN(own, hold));
     d->cfg.mtu = d->cfg.mtu ? d->cfg.mtu : RTE_MIN(kernel ? kernel : own, hold);
     if (kernel && d->cfg.mtu > kernel) {
         return complain(error, EINVAL, "%s: an MTU of %u: the kernel's device below it has %u: ip link set ... mtu %u",

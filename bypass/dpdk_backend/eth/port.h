@@ -157,6 +157,7 @@ struct dpdk_port {
     int claim_fd;       /* says that the interface has an owner; -1: it is not asked for, or not known */
     int control_fd;     /* for questions about the kernel's device, in the namespace of opening */
     uint32_t if_index;  /* of it; 0: none */
+    uint16_t most_mtu;  /* the policy's, or what frames hold; the kernel's device may take less, now and then another */
     bool kernel_driver; /* it lives in the kernel: its link is the kernel's */
     /* Written by DPDK's interrupt thread. */
     uint32_t removed;
@@ -251,7 +252,8 @@ void link_unwatch(struct dpdk_port *port);
 int link_look(struct dpdk_port *port, bool now);
 int link_look_alone(struct dpdk_port *port); /* now, and not from an operation of the netdev */
 int link_set(struct dpdk_port *port, int up);
-void link_members(struct dpdk_port *port, struct dpdk_about *out); /* what about() says of a bonding device's */
+uint32_t link_kernel_mtu(const struct dpdk_port *port, uint32_t if_index); /* 0: there is no such device */
+void link_members(struct dpdk_port *port, struct dpdk_about *out);         /* what about() says of a bonding device's */
 
 /* guard.c */
 bool device_is_memif(const char *name);
