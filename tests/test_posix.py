@@ -80,6 +80,21 @@ def test_as_posix_and_linux_say(surface: str, program: str, case: str, folder: P
         assert read_share(share).stack > 0, f"all of it was the kernel's: {read_share(share)}"
 
 
+@pytest.mark.parametrize("says", ["links", "list", "stat"])
+def test_what_proc_says_in_the_middle_of_exec_ends_no_connection(
+    says: str, folder: Path, tmp_path: Path
+) -> None:
+    """Of a process in which another thread than the first calls it: for some microseconds the first one has ended."""
+    shim, said = tmp_path / "shim.so", tmp_path / "said"
+    build("gcc", *CFLAGS, "-shared", "-fPIC", "tests/c/proc_shim.c", "-o", shim)
+    env = environment("stack", PROC_SAYS=says, PROC_SAID=str(said))
+    env["LD_PRELOAD"] += f" {shim}"
+    case = "another_thread_calls_exec"
+    ended = run([built("posix_relatives", folder), case], env, LIMIT_S)
+    assert (ended.status, ended.out, ended.err) == (0, f"ok {case}\n", "")
+    assert said.exists(), "nobody has looked"
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_programs_have_the_cases_that_their_sources_name(program: str, folder: Path) -> None:
     ended = run([built(program, folder)], environment("kernel"), LIMIT_S)

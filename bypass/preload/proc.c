@@ -39,7 +39,7 @@ void relatives_look_before(uint64_t due_ns)
 
 /* ---- Alive? --------------------------------------------------------------------------------------------------- */
 
-/* The process' start, in ticks; 0: it has ended (or is a zombie); UINT64_MAX: that cannot be seen. */
+/* The process' start, in ticks; 0: it has ended (or is a zombie); UINT64_MAX: that cannot be seen now. */
 static uint64_t start_of(pid_t pid)
 {
     char path[32], text[1024], *at, state;
@@ -60,8 +60,12 @@ static uint64_t start_of(pid_t pid)
                       &threads, &start) != 3) {
         return n > 0 ? UINT64_MAX : 0;
     }
-    /* The first thread may have ended, or be about to give its number to another one that calls exec. */
-    return (state == 'Z' || state == 'X') && threads <= 1 ? 0 : start;
+    if (state != 'Z' && state != 'X') {
+        return start;
+    }
+    /* The first thread may have ended, or be about to give its number to another one that calls exec (de_thread() in
+     * fs/exec.c). Without any thread it gave that away, or ended, while this was read: the next look tells. */
+    return threads == 1 ? 0 : threads == 0 ? UINT64_MAX : start;
 }
 
 static bool alive(struct proc *p)
@@ -175,18 +179,37 @@ static uint32_t times(const struct inodes *in, uint64_t ino)
     return n;
 }
 
-/* A program has what it has open, no more. Whether it has anything of ours. */
+/* Less than is known of it. */
+static bool lacks(uint32_t proc, const struct inodes *in)
+{
+    for (uint32_t i = 0; i < me.g->objects_bump; i++) {
+        const struct object *o = group_object(me.g, i);
+
+        if (o->refs && o->ino && times(in, o->ino) < group_holds(me.g, i, proc)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A program has what it has open, no more. Whether it has anything of ours. When another thread than the first calls exec,
+ * the first one ends, and what it is listed with goes while it is listed. So what is missing is looked for once more: by then
+ * nothing is listed, or the new program. */
 static bool recount(uint32_t proc)
 {
-    struct inodes in;
+    struct inodes in, again = {0};
     bool any = false, seen = sockets_of(me.g->procs[proc].pid, &in);
 
+    if (seen && lacks(proc, &in)) {
+        seen = sockets_of(me.g->procs[proc].pid, &again);
+    }
     for (uint32_t i = 0; i < me.g->objects_bump; i++) {
         struct object *o = group_object(me.g, i);
 
         if (o->refs && group_holds(me.g, i, proc)) {
-            uint32_t n = !seen || !o->ino ? group_holds(me.g, i, proc) : times(&in, o->ino);
+            uint32_t n = times(&in, o->ino), more = times(&again, o->ino);
 
+            n = !seen || !o->ino ? group_holds(me.g, i, proc) : n > more ? n : more;
             any |= n > 0;
             if (group_set_hold(me.g, i, proc, n)) {
                 object_end(i);
@@ -194,6 +217,7 @@ static bool recount(uint32_t proc)
         }
     }
     free(in.list);
+    free(again.list);
     return any;
 }
 
