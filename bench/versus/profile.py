@@ -7,10 +7,12 @@ What of it is this project's is told by the object file that a function was comp
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +103,33 @@ def groups_of(chains: Iterable[list[costs.Frame]], owner: dict[str, str]) -> dic
 
 
 class Recording:
-    """perf, while it records; stop() gives the call chains."""
+    """perf, while it records, from when it says so; stop() gives the call chains."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bypass-perf-")
         self._data = Path(self._folder.name) / "perf.data"
-        self._perf = subprocess.Popen(
-            [
-                "perf", "record", "-q", "-e", "cpu-clock", "-F", str(FREQUENCY_HZ), "-g", "-p",
-                ",".join(map(str, pids)), "-o", str(self._data),
-            ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        orders, self._give = os.pipe()  # closed when perf has ended: it would end with it
+        hear, answers = os.pipe()
+        try:
+            self._perf = subprocess.Popen(
+                [
+                    "perf", "record", "-q", "-e", "cpu-clock", "-F", str(FREQUENCY_HZ), "-g", "-p",
+                    ",".join(map(str, pids)), "-o", str(self._data),
+                    "--delay=-1", f"--control=fd:{orders},{answers}",
+                ],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=(orders, answers),
+            )  # fmt: skip
+        except BaseException:
+            os.close(hear)
+            os.close(self._give)
+            raise
+        finally:
+            os.close(orders)
+            os.close(answers)
+        with os.fdopen(hear) as answered:
+            with suppress(BrokenPipeError):
+                os.write(self._give, b"enable\n")
+            answered.read(1)  # of "ack"; nothing: it has ended, and stop() says why
 
     def _end(self) -> str:
         """What it had to say."""
@@ -123,6 +140,8 @@ class Recording:
             self._perf.kill()
             self._perf.communicate()
             raise BenchError(f"perf did not end within {END_S} s") from None
+        finally:
+            os.close(self._give)
 
     def stop(self) -> list[list[costs.Frame]]:
         err = self._end()
