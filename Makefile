@@ -145,9 +145,9 @@ lint: $(VENV)/.stamp ## ruff, mypy --strict and clang-format
 bench-lossy: setup ## A gigabyte each way through 2 % of loss, beside Linux (~5 min; ARGS="--bytes N --loss 0.02 --rounds N")
 	@$(RUN) -m bench.lossy $(ARGS)
 
-fuzz: setup ## libFuzzer over the C core (FUZZ=60: seconds a harness), then the hypothesis suites with TIMES=20 times the examples
+fuzz: setup ## libFuzzer over the C core (FUZZ=60: seconds a harness), then the hypothesis suites with TIMES=20 times the examples (0: without)
 	@scripts/fuzz $(or $(FUZZ),60)
-	@$(MAKE) --no-print-directory SAN=1 BYPASS_FUZZ=$(or $(TIMES),20) test ARGS="-m hypothesis --timeout=0 $(ARGS)"
+	$(if $(filter-out 0,$(or $(TIMES),20)),@$(MAKE) --no-print-directory SAN=1 BYPASS_FUZZ=$(or $(TIMES),20) test ARGS="-m hypothesis --timeout=0 $(ARGS)")
 
 clean: ## Removes what was built; .venv stays (remove it by hand for a fresh start)
 	rm -rf build bypass/_core*.so

@@ -7,11 +7,13 @@ the skip says what is missing; with CI=true in the environment it fails instead.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import backends
 import hypothesis
@@ -22,6 +24,9 @@ from support import FUZZ
 
 from bypass import netns, probe
 from bypass.lab import Lab
+
+if TYPE_CHECKING:
+    from mutants import Runs
 
 if "BYPASS_PYTHON" in os.environ:  # the sanitizers' build: their runtime is for Python, not for curl
     os.environ.pop("LD_PRELOAD", None)
@@ -115,6 +120,15 @@ def fwd_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     import fwd_support
 
     return fwd_support.build(tmp_path_factory.mktemp("fwd"))
+
+
+@pytest.fixture(scope="session")
+def mutant_runs() -> Iterator[Runs]:
+    """Runs tests on mutants of the stack."""
+    from mutants import Runs
+
+    with contextlib.closing(Runs()) as runs:
+        yield runs
 
 
 @pytest.fixture(scope="session")

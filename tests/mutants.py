@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 
 from c_programs import ENV, ROOT, make
 
@@ -26,8 +29,8 @@ class Mutant:
     test: str
 
 
-def run(*command: str | Path, **env: str) -> CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV | env, capture_output=True, text=True)
+def run(*command: str | Path) -> CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV, capture_output=True, text=True)
 
 
 @lru_cache
@@ -54,13 +57,45 @@ def build(m: Mutant, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def by_its_test(m: Mutant, folder: Path) -> CompletedProcess[str]:
+class Runs:
+    """Runs on mutants in children of one process (mutant_child.py): what they import is imported once."""
+
+    def __init__(self) -> None:
+        self._process: Popen[str] | None = None
+
+    def close(self) -> None:
+        if self._process is not None:
+            with self._process:  # closes its pipes, and waits
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process = None
+
+    def __call__(self, folder: Path, *args: str | Path) -> CompletedProcess[str]:
+        """What pytest, or oracle where that is the first of args, said and returned, with folder/_core.so in place."""
+        if self._process is None:
+            self._process = Popen(
+                [sys.executable, "tests/mutant_child.py"],
+                cwd=ROOT, env=ENV, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True,
+            )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        said = folder / "said"
+        argv = [str(a) for a in args]
+        try:
+            self._process.stdin.write(json.dumps([str(folder), str(said), argv]) + "\n")
+            self._process.stdin.flush()
+            code = int(self._process.stdout.readline())
+        except BaseException:  # it hangs (the test's time is over) or is gone: the next mutant has another
+            self.close()
+            raise
+        return CompletedProcess(argv, code, said.read_text(errors="replace"), "")
+
+
+def by_its_test(m: Mutant, folder: Path, runs: Runs) -> CompletedProcess[str]:
     """Runs the test that a mutant names, `topic::test` for tests/test_tcp_topic.py, with the mutant built in folder."""
     build(m, folder)
     topic, _, test = m.test.partition("::")
     quick = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
-    where = f"tests/test_tcp_{topic}.py::{test}"
-    return run(sys.executable, "-m", "pytest", "-x", "-q", *quick, where, BYPASS_BUILD=str(folder))
+    return runs(folder, "-x", "-q", *quick, f"tests/test_tcp_{topic}.py::{test}")
 
 
 def assert_noticed(done: CompletedProcess[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, assert_noticed, by_its_test
+from mutants import Mutant, Runs, assert_noticed, by_its_test
 
 MUTANTS = {
     "a reset anywhere in the window ends the connection": Mutant(
@@ -413,5 +413,5 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name: str, tmp_path: Path) -> None:
-    assert_noticed(by_its_test(MUTANTS[name], tmp_path))
+def test_a_mutant_is_noticed(name: str, tmp_path: Path, mutant_runs: Runs) -> None:
+    assert_noticed(by_its_test(MUTANTS[name], tmp_path, mutant_runs))

@@ -7,13 +7,12 @@ it. A mutant whose line is gone is a failure: mend the list. docs/scripts.md has
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import oracle
 import pytest
-from mutants import Mutant, build, run
+from mutants import Mutant, Runs, build
 
 MUTANTS: dict[str, dict[str, Mutant]] = {
     "handshake": {
@@ -627,17 +626,16 @@ TOPICS = (
 )  # fmt: skip
 
 
-def play(m: Mutant, folder: Path) -> CompletedProcess[str]:
+def play(m: Mutant, folder: Path, runs: Runs) -> CompletedProcess[str]:
     build(m, folder)
-    script = oracle.SCRIPTS / f"{m.test}.pkt"
-    return run(sys.executable, "tests/oracle.py", "--ours", "--strict", script, BYPASS_BUILD=str(folder))
+    return runs(folder, "oracle", "--ours", "--strict", oracle.SCRIPTS / f"{m.test}.pkt")
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_mutant_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_mutant_is_noticed(name: str, tmp_path: Path, mutant_runs: Runs) -> None:
     m = BY_NAME[name]
     assert m.test not in oracle.pending(), f"{m.test} is pending: it notices nothing yet"
-    done = play(m, tmp_path)
+    done = play(m, tmp_path, mutant_runs)
     assert done.returncode == 1, f"nothing was noticed:\n{done.stdout}{done.stderr}"
     assert done.stdout.startswith(f"{m.test} "), done.stdout + done.stderr
 
