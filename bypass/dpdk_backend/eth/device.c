@@ -151,14 +151,20 @@ static int probe(const char *devargs, char *name, struct dpdk_error *error)
     return id;
 }
 
+void device_close(uint16_t id, struct rte_device *device)
+{
+    rte_eth_dev_stop(id);
+    link_stopped(id);
+    rte_eth_dev_close(id);
+    rte_dev_remove(device);
+}
+
 void device_unplug(uint16_t id)
 {
     struct rte_eth_dev_info info;
 
     if (rte_eth_dev_info_get(id, &info) == 0) {
-        rte_eth_dev_stop(id);
-        rte_eth_dev_close(id);
-        rte_dev_remove(info.device);
+        device_close(id, info.device);
     }
 }
 

@@ -14,6 +14,7 @@
 #include <net/if.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
 
 #include <rte_cycles.h>
 #include <rte_dev.h>
@@ -33,6 +34,7 @@ static struct {
     int (*add)(uint16_t bond, uint16_t member);
     int (*monitor)(uint16_t bond, uint32_t ms);
     int (*lacp_info)(uint16_t bond, uint16_t member, void *out);
+    int (*lacp_setup)(uint16_t bond, void *conf);
 } bonding;
 
 /* The beginning of what rte_eth_bond_8023ad_slave_info() tells, whose type has changed its name. */
@@ -79,6 +81,7 @@ static bool bonding_there(void)
     *(void **)&bonding.primary = dlsym(so, "rte_eth_bond_primary_get");
     *(void **)&bonding.primary_set = dlsym(so, "rte_eth_bond_primary_set");
     *(void **)&bonding.monitor = dlsym(so, "rte_eth_bond_link_monitoring_set");
+    *(void **)&bonding.lacp_setup = dlsym(so, "rte_eth_bond_8023ad_setup");
     *(void **)&bonding.active = symbol(so, "rte_eth_bond_active_members_get", "rte_eth_bond_active_slaves_get");
     *(void **)&bonding.lacp_info = symbol(so, "rte_eth_bond_8023ad_member_info", "rte_eth_bond_8023ad_slave_info");
     *(void **)&bonding.remove = symbol(so, "rte_eth_bond_member_remove", "rte_eth_bond_slave_remove");
@@ -145,11 +148,14 @@ static int on_link(uint16_t id, enum rte_eth_event_type event, void *arg, void *
     return 0;
 }
 
-static void close_device(uint16_t id, struct rte_device *device)
+/* Stopping a bond ends its LACP alarm in DPDK's interrupt thread; but where that thread is just taking a member out whose link
+ * is lost, it sets the alarm anew, which would go off when the bond's memory is freed. Of a bond that is stopped this call
+ * does no more than end it, and waits where it runs. */
+void link_stopped(uint16_t id)
 {
-    rte_eth_dev_stop(id);
-    rte_eth_dev_close(id);
-    rte_dev_remove(device);
+    if (bonding.mode && bonding.lacp_setup && bonding.mode(id) == LACP_MODE) {
+        bonding.lacp_setup(id, NULL);
+    }
 }
 
 /* What a driver kept in spite of being closed is lost to it. */
@@ -174,7 +180,7 @@ static void device_gone(struct dpdk_port *d)
     }
     link_unwatch(d);
     wake_stop(d);
-    close_device(d->id, d->device);
+    device_close(d->id, d->device);
     abandon(d);
     d->gone = 1;
     d->link_up = false;
@@ -183,16 +189,12 @@ static void device_gone(struct dpdk_port *d)
 /* ---- Members of a bonding device ------------------------------------------------------------------------------ */
 static void member_gone(struct dpdk_port *d, struct member *m)
 {
-    struct rte_eth_dev_info info;
-
     m->gone = true;
     m->link_up = false;
     if (bonding.remove) {
         bonding.remove(d->id, m->port_id);
     }
-    if (rte_eth_dev_info_get(m->port_id, &info) == 0) {
-        close_device(m->port_id, info.device);
-    }
+    device_unplug(m->port_id);
 }
 
 /* With LACP a member whose driver does not know its link is distributed to until the other side has not been heard for 90
@@ -450,12 +452,16 @@ int link_watch(struct dpdk_port *d, struct dpdk_error *error)
     return 0;
 }
 
+/* None of them runs any more when this returns: one that does cannot be taken off, and is over in a moment. */
 void link_unwatch(struct dpdk_port *d)
 {
-    if (d->link_tsc && !d->gone) {
-        rte_eth_dev_callback_unregister(d->id, RTE_ETH_EVENT_INTR_RMV, on_removed, d);
-        rte_eth_dev_callback_unregister(d->id, RTE_ETH_EVENT_INTR_LSC, on_link, d);
-        rte_dev_event_callback_unregister(rte_dev_name(d->device), on_wanted, d);
+    if (!d->link_tsc || d->gone) {
+        return;
+    }
+    while (rte_eth_dev_callback_unregister(d->id, RTE_ETH_EVENT_INTR_RMV, on_removed, d) == -EAGAIN ||
+           rte_eth_dev_callback_unregister(d->id, RTE_ETH_EVENT_INTR_LSC, on_link, d) == -EAGAIN ||
+           rte_dev_event_callback_unregister(rte_dev_name(d->device), on_wanted, d) == -EAGAIN) {
+        usleep(10);
     }
 }
 

@@ -191,7 +191,8 @@ bool device_is_pci(const char *name); /* of EAL's names */
 bool device_is_af_packet(const char *name);
 /* Takes the device of cfg.device, and its members before it: id, name, info, member. 0, or a positive errno. */
 int device_find(struct dpdk_port *port, struct dpdk_error *error);
-/* Stops, closes and removes it. */
+/* Stops, closes and removes it; the second asks which it is. */
+void device_close(uint16_t id, struct rte_device *device);
 void device_unplug(uint16_t id);
 /* DPDK's probing and removing is for one thread at a time. */
 extern pthread_mutex_t device_lock;
@@ -248,6 +249,7 @@ void wake_about(const struct dpdk_port *port, char *out, size_t size);
 /* link.c */
 int link_watch(struct dpdk_port *port, struct dpdk_error *error); /* when it has been started */
 void link_unwatch(struct dpdk_port *port);
+void link_stopped(uint16_t id); /* before it is closed */
 /* 0, -ENETDOWN or -ENXIO; looks when it is due or has been told of something. */
 int link_look(struct dpdk_port *port, bool now);
 int link_look_alone(struct dpdk_port *port); /* now, and not from an operation of the netdev */
