@@ -123,6 +123,15 @@ def names(prefix: str = "") -> list[str]:
         return []
 
 
+def name_of(inode: int) -> str:
+    """What a namespace with this inode is called: its name, or as /proc/PID/ns/net has it."""
+    for name in names():
+        with suppress(*ENDED, PermissionError):
+            if (RUN_DIR / name).stat().st_ino == inode:
+                return name
+    return f"net:[{inode}]"
+
+
 def exists(name: str) -> bool:
     return (RUN_DIR / name).exists()
 

@@ -32,7 +32,7 @@ from bypass import procfs
 from bypass._core import ffi, lib
 from bypass.core import address_text
 
-__all__ = ["Application", "Memory", "Socket", "look", "memories", "which"]
+__all__ = ["Application", "Memory", "Socket", "look", "memories", "namespace_of", "which"]
 
 NOBODY = 65534
 TIME_S = 10.0  # for reading one application: 19,000 connections take a quarter of a second
@@ -118,10 +118,16 @@ class Summary(Model):
 
 
 class Application(Model):
-    """One application. error: its memory could not be read, or not to its end; the rest is what could."""
+    """One application.
+
+    Attributes:
+        netns: its network namespace's inode, as /proc/PID/ns/net has it; None: not known.
+        error: its memory could not be read, or not to its end; the rest is what could.
+    """
 
     holders: list[int]
     uid: int
+    netns: int | None = None
     summary: Summary | None = None
     sockets: list[Socket] = []
     error: str = ""
@@ -396,6 +402,14 @@ def _user_of(pid: int) -> int:
     return next(int(line.split()[2]) for line in lines if line.startswith("Uid:"))
 
 
+def namespace_of(pids: list[int]) -> int | None:
+    """The network namespace of the first of these processes that we may look into, by its inode."""
+    for pid in pids:
+        with suppress(*procfs.GONE):
+            return (procfs.PROC / str(pid) / "ns/net").stat().st_ino
+    return None
+
+
 def look(memory: Memory) -> Application:
     """Reads one application. ProcessLookupError: its processes have ended."""
     data, error = _read(memory)
@@ -415,6 +429,7 @@ def look(memory: Memory) -> Application:
     pids = [pid for pid in (told.summary.pids if told.summary else []) if pid in memory.holders]
     with suppress(OSError, IndexError):
         told.uid = _user_of((pids or memory.holders)[0])
+    told.netns = namespace_of(pids or memory.holders)
     tables: dict[str, dict[str, list[str]]] = {}
     for socket in told.sockets:
         if socket.pid in pids and socket.place in ("kernel", "undecided"):

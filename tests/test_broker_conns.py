@@ -111,9 +111,9 @@ def bob(broker: RunningBroker, lab: Lab) -> Iterator[Program]:
 
 
 def conns(broker: RunningBroker, uid: int, *args: str) -> subprocess.CompletedProcess[str]:
-    """The command, as this user."""
+    """The command, as this user, who is in another network namespace."""
     return subprocess.run(
-        [sys.executable, "-m", "bypass", "conns", *args],
+        [sys.executable, "-m", "bypass", "conns", "--all", *args],
         cwd=ROOT,
         text=True,
         capture_output=True,

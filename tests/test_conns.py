@@ -169,7 +169,7 @@ def test_looking_disturbs_nobody(holder: Holder) -> None:
 
 
 def test_an_application_that_is_not_there() -> None:
-    done = conns("--app", "no such program")
+    done = conns("--all", "--app", "no such program")
     assert done.returncode == 2
     assert done.stderr == (
         "bypass: no application no such program, or it is another user's (`bypass run` starts one)\n"
@@ -346,13 +346,12 @@ def test_memory_that_went_between_finding_and_reading_is_an_application_that_end
 ) -> None:
     found = found_here()
     assert found is not None
-    monkeypatch.setattr(conns_command, "memories", lambda: [found])
     monkeypatch.setattr(conns_command, "told_by_brokers", list)
-    assert [a.holders for a in conns_command.applications()] == [[os.getpid()]]
+    assert [a.holders for a in conns_command.applications([found])] == [[os.getpid()]]
     os.dup2(stranger, number(memory))
     with pytest.raises(ProcessLookupError, match="no process has this memory any more"):
         observe.look(found)
-    assert conns_command.applications() == []
+    assert conns_command.applications([found]) == []
 
 
 def test_another_applications_memory_in_its_place_is_not_taken_for_it(memory: observe.Memory) -> None:
@@ -473,6 +472,22 @@ def seen_by(uid: int) -> list[str]:
     return list(told)
 
 
+def seen_from_elsewhere(lab: Lab, application: dict[str, Any]) -> None:
+    """Like ss, the command tells of its own network namespace, unless it is asked for more."""
+    done = conns("--app", NAME)
+    assert done.returncode == 2
+    assert re.search(r"no application .*, or in another network namespace: \d+ there \(--all\)", done.stderr)
+    everything = json.loads(conns("--json", "--all", "--app", NAME).stdout)["applications"]
+    assert [a["netns"] for a in everything] == [application["netns"]]
+    (pid,) = {s["pid"] for s in application["sockets"] if s["pid"]}
+    for more in (("--all", "--app", NAME), ("--app", str(pid))):
+        title = conns(*more).stdout.splitlines()[0]
+        assert f"direct mode on {SERVER_IFNAME} in {lab.server_ns}; TCP sockets" in title
+    with netns.entered(lab.server_ns):
+        title = conns("--app", NAME).stdout.splitlines()[0]
+        assert f"direct mode on {SERVER_IFNAME}; TCP sockets" in title
+
+
 @pytest.mark.netns
 def test_an_application_on_a_network(lab: Lab, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
@@ -505,10 +520,13 @@ def test_an_application_on_a_network(lab: Lab, tmp_path: Path) -> None:
         ):
             connection = int(program.stdout.readline())
             name = "{}:{}".format(*client.getsockname())
-            done = conns("--json", "--app", NAME)
+            with netns.entered(lab.server_ns):
+                done = conns("--json", "--app", NAME)
             assert (done.returncode, done.stderr) == (0, "")
             [application] = json.loads(done.stdout)["applications"]
             assert (application["uid"], application["summary"]["interface"]) == (65534, SERVER_IFNAME)
+            assert application["netns"] == (netns.RUN_DIR / lab.server_ns).stat().st_ino
+            seen_from_elsewhere(lab, application)
             assert application["summary"]["device"] == "direct"
             assert of(application, listener)["place"] == "both"
             refused = of(application, elsewhere)

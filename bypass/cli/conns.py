@@ -10,10 +10,11 @@ from contextlib import suppress
 
 import click
 
+from bypass import netns
 from bypass.broker.tools import Asking, brokers
 from bypass.cli.table import print_table
 from bypass.errors import BypassError
-from bypass.observe import Application, Socket, look, memories
+from bypass.observe import Application, Memory, Socket, look, memories, namespace_of
 
 COLUMNS = (
     "PROTO",
@@ -46,29 +47,46 @@ NUMBERS = ("RECV-Q", "SEND-Q", "PID", "FD", "RTT ms", "CWND", "RETRANS")
 @click.option(
     "--socket", "name", metavar="SOCKET", help="Only of the broker at this socket; @NAME is an abstract one."
 )
-def conns(app: str, as_json: bool, limit: int, name: str | None) -> None:
+@click.option("--all", "everywhere", is_flag=True, help="Also programs in other network namespaces.")
+def conns(app: str, as_json: bool, limit: int, name: str | None, everywhere: bool) -> None:
     """Sockets of the programs that run on bypass, like ss: their state, queues and congestion control.
 
     ON says whose a socket is: the stack's, the kernel's and why, or of both (a listener, or a datagram socket: what
     is steered comes by the stack, the rest by the kernel). Sockets without PID are connections that the program has
-    closed, or not accepted yet. Programs of other users are shown to root only. It disturbs nobody: the programs'
-    memory is read while they run.
+    closed, or not accepted yet. Programs of other users are shown to root only, and like ss it tells of this network
+    namespace, where addresses mean what they say; of others with --all, --socket, or a PID. It disturbs nobody: the
+    programs' memory is read while they run.
 
     \b
     Examples:
       bypass conns
       bypass conns --app redis-server
+      bypass conns --all
       bypass conns --json | jq '.applications[].sockets[] | select(.place == "kernel") | .why'
     """
-    found = [a for a in (applications() if name is None else told_by(name)) if not app or named(a, app)]
+    hidden = 0
+    if name is not None:
+        told = told_by(name)
+    elif everywhere or app.isdecimal():
+        told = applications(memories())
+    else:
+        every = memories()
+        here = [memory for memory in every if is_here(namespace_of(memory.holders))]
+        seen = applications(here)
+        told = [a for a in seen if is_here(a.netns)]
+        hidden = len(every) - len(here) + len(seen) - len(told)
+    found = [a for a in told if not app or named(a, app)]
     if not found:
         which = f"no application {app}" if app else "no program runs on bypass"
-        raise BypassError(f"{which}, or it is another user's (`bypass run` starts one)")
+        more = f", or in another network namespace: {hidden} there (--all)" if hidden else ""
+        raise BypassError(f"{which}, or it is another user's{more} (`bypass run` starts one)")
     if as_json:
         click.echo(json.dumps({"applications": [a.model_dump() for a in found]}, indent=2))
     else:
         for one in found:
             print_application(one, limit)
+        if hidden and not app:
+            click.echo(f"Programs in other network namespaces: {hidden} (--all)")
     broken = [a for a in found if a.error]
     for one in broken:
         click.echo(f"bypass: the memory of {title(one)}: {one.error}", err=True)
@@ -76,12 +94,17 @@ def conns(app: str, as_json: bool, limit: int, name: str | None) -> None:
         raise click.exceptions.Exit(1)
 
 
-def applications() -> list[Application]:
-    """Of all that this user may see. Who is not root asks the brokers too: programs are not dumpable in shared mode, so
-    that not even their own user can look into them."""
+def is_here(inode: int | None) -> bool:
+    """Whether this is our network namespace, as far as we know."""
+    return inode in (None, namespace_of([os.getpid()]))
+
+
+def applications(found_here: list[Memory]) -> list[Application]:
+    """Of these memories. Who is not root asks the brokers too: programs are not dumpable in shared mode, so that not even
+    their own user can look into them."""
     found = [] if os.geteuid() == 0 else told_by_brokers()
     known = {pid for application in found for pid in application.holders}
-    for memory in memories():
+    for memory in found_here:
         if known.intersection(memory.holders):
             continue
         with suppress(ProcessLookupError):  # it ended meanwhile
@@ -133,6 +156,8 @@ def print_application(application: Application, limit: int) -> None:
     if not summary:
         return
     where = f"{summary.device} mode on {summary.interface}" if summary.interface else summary.device
+    if application.netns is not None and not is_here(application.netns):
+        where += f" in {netns.name_of(application.netns)}"
     processes = "process" if summary.processes == 1 else f"{summary.processes} processes:"
     pids = ", ".join(map(str, summary.pids)) + (", ..." if summary.processes > len(summary.pids) else "")
     click.echo(
