@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from c_programs import CFLAGS, ENV, INCLUDE, ROOT, VARIANTS, run, stack_objects
+from conftest import missing
 
 CORPUS = ROOT / "tests/corpus"
-HARNESSES = ("options", "reass", "frames", "ops", "fwd", "classify", "filter")
+HARNESSES = ("options", "reass", "frames", "ops", "fwd", "classify", "filter", "tso")
 WRAP = [f"-Wl,--wrap=bypass_{name}" for name in ("recv", "recvfrom", "send", "destroy")]
 FWD = ["-Ibypass", *(f"bypass/fwd/{name}.c" for name in ("port", "peer", "lease", "check", "forward"))]
 CLASSIFY = [
@@ -28,6 +29,16 @@ FILTER = [
     "-D_GNU_SOURCE=",  # as exception.c says it
     *(f"bypass/dpdk_backend/{name}.c" for name in ("filter", "exception")),
 ]
+TSO = ["-std=gnu11", "-Ibypass", "-Ibypass/dpdk_backend", "bypass/dpdk_backend/eth/tso.c"]
+
+
+def dpdk_headers() -> list[str]:
+    """How they are found; no library is linked."""
+    command = ["pkg-config", "--cflags", "libdpdk"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        missing(["DPDK's headers (apt-get install dpdk-dev)"])
+    return done.stdout.replace("-I", "-isystem ").split()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +70,9 @@ def harness(name: str, objects: tuple[str, ...], folder: Path, wrong: int = 0) -
     if name == "filter":
         lie = [f"-DFUZZ_LOSE={wrong}", "-Wl,--wrap=exception_write"] if wrong else []
         objects = tuple(FILTER)
+    if name == "tso":
+        lie = [f"-DFUZZ_TSO={wrong}", "-Wl,--wrap=tso_join"] if wrong else []
+        objects = (*TSO, *dpdk_headers())
     sources = ["tests/c/fuzz_replay.c", f"tests/c/fuzz_{name}.c"]
     run("gcc", *CFLAGS, "-DBYPASS_DEBUG", *INCLUDE, *VARIANTS["san"], *lie, *sources, *objects, "-o", out)
     return out
@@ -91,6 +105,8 @@ def test_the_corpus_finds_nothing_wrong(
         ("fwd", 16, "from port"),
         ("classify", 1, "then"),
         ("filter", 1, "the kernel has got"),
+        ("tso", 1, "bytes"),
+        ("tso", 2, "segment "),
     ],
     ids=[
         "a byte read differs",
@@ -104,6 +120,8 @@ def test_the_corpus_finds_nothing_wrong(
         "another port leaves",
         "a burst is judged otherwise",
         "a frame does not reach the kernel",
+        "a device cuts at another place",
+        "a device sends other bytes",
     ],
 )
 def test_a_stack_that_lies_is_noticed(

@@ -100,8 +100,8 @@ def is_here(inode: int | None) -> bool:
 
 
 def applications(found_here: list[Memory]) -> list[Application]:
-    """Of these memories. Who is not root asks the brokers too: programs are not dumpable in shared mode, so that not even
-    their own user can look into them."""
+    """Of these memories. Who is not root asks the brokers too: in shared mode programs are not dumpable, and
+    not even their own user can look into them."""
     found = [] if os.geteuid() == 0 else told_by_brokers()
     known = {pid for application in found for pid in application.holders}
     for memory in found_here:

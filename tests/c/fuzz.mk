@@ -10,7 +10,8 @@ STACK := $(patsubst bypass/stack/%.c,$(OUT)/stack/%.o,$(wildcard bypass/stack/*.
 FWD := $(patsubst %,$(OUT)/fwd/%.o,port peer lease check forward)
 CLASSIFY := $(patsubst bypass/dpdk_backend/%.c,$(OUT)/dpdk_backend/%.o,$(wildcard bypass/dpdk_backend/classify*.c))
 FILTER := $(patsubst %,$(OUT)/dpdk_backend/%.o,filter exception)
-HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[riw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c tests/c/fuzz_classify.c))
+DPDK := $(shell pkg-config --cflags libdpdk 2> /dev/null | sed 's/-I/-isystem /g') # headers: no library is linked
+HARNESSES := $(patsubst tests/c/%.c,$(OUT)/%,$(wildcard tests/c/fuzz_f[riw]*.c tests/c/fuzz_o*.c tests/c/fuzz_reass.c tests/c/fuzz_classify.c $(if $(DPDK),tests/c/fuzz_tso.c)))
 
 MAKEFLAGS += --no-builtin-rules
 
@@ -33,6 +34,10 @@ $(OUT)/fuzz_classify: tests/c/fuzz_classify.c $(wildcard tests/c/*.h) $(CLASSIFY
 
 $(OUT)/fuzz_filter: tests/c/fuzz_filter.c $(wildcard tests/c/*.h) $(FILTER)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(FILTER) -o $@
+
+$(OUT)/fuzz_tso: tests/c/fuzz_tso.c bypass/dpdk_backend/eth/tso.c bypass/dpdk_backend/eth/port.h $(wildcard tests/c/*.h)
+	$(CLANG) $(subst -std=c11,-std=gnu11,$(CFLAGS)) -fsanitize=fuzzer -Ibypass/include -Ibypass -Ibypass/dpdk_backend $(DPDK) \
+		$(filter %.c,$^) -o $@
 
 $(OUT)/fuzz_fwd: tests/c/fuzz_fwd.c $(wildcard tests/c/*.h) $(FWD)
 	$(CLANG) $(CFLAGS) -fsanitize=fuzzer -Ibypass/include -Ibypass $< $(FWD) -o $@

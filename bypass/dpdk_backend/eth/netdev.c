@@ -18,6 +18,9 @@
 enum {
     HOLD_STACK = BYPASS_HOLD_STACK,
     HOLD_DEV = BYPASS_HOLD_DEV,
+    TAG = 4,
+    IP_LEAST = 20,
+    IP_MOST = 60,
     BURST = 64,
     TSO_REFUSALS = 16, /* large packets in a row that a driver did not take, until it gets none any more */
     TSO_WAITS = 16,    /* times that one which takes them is believed to be full */
@@ -197,6 +200,15 @@ static int eth_rx_burst(struct bypass_netdev *nd, bypass_pkt *out, int max)
 }
 
 /* ---- Transmission ------------------------------------------------------------------------------------------ */
+
+/* Drivers compute with what is said of a packet, and do not look whether it can be: it has room for the headers in front of
+ * the transport's, tagged or not, and for the checksum, TCP's or UDP's. */
+static bool sum_within(const struct bypass_pkt_meta *m)
+{
+    return m->csum_start >= ETH_HEADER + IP_LEAST && m->csum_start <= ETH_HEADER + TAG + IP_MOST &&
+           (m->csum_off == 16 || m->csum_off == 6) && m->csum_start + m->csum_off + 2u <= m->len;
+}
+
 static bool tx_valid(const struct dpdk_port *d, bypass_pkt p)
 {
     const struct bypass_pkt_meta *m;
@@ -206,7 +218,7 @@ static bool tx_valid(const struct dpdk_port *d, bypass_pkt p)
     }
     m = mbuf_meta(frame_mbuf(&d->pool, p));
     return m->holders == HOLD_STACK && m->len >= ETH_HEADER && m->off >= BUF_AT && m->off < d->nd.stride &&
-           m->len <= d->nd.stride - m->off && (!(m->flags & BYPASS_TX_CSUM) || d->tx_csum);
+           m->len <= d->nd.stride - m->off && (!(m->flags & BYPASS_TX_CSUM) || (d->tx_csum && sum_within(m)));
 }
 
 /* What the driver needs to know to complete the checksum; the pseudo-header's sum is in its place already. */

@@ -8,7 +8,9 @@
  *
  * Nothing is copied: the later mbufs begin behind their headers. The first one's headers are changed for the whole, and
  * put back when the driver does not take it. Joined is what a device can restore: all headers equal but sequence number,
- * length and checksums, full segments but for the last, and flags other than ACK only on the last (mbuf library, 7.6).
+ * length and checksums, full segments but for the last, and flags other than ACK only on the last (mbuf library, 7.6). A
+ * device numbers the packets itself, which says nothing where they must not be cut (DF: RFC 6864 4.1). Frames may be
+ * anybody's, by raw sockets or an application of bypass-fwd: what they say of themselves is not believed.
  */
 #include <string.h>
 
@@ -35,15 +37,27 @@ static struct rte_tcp_hdr *tcp_of(struct rte_mbuf *m)
 }
 static uint32_t header_len(struct rte_mbuf *m) { return TCP_AT + (tcp_of(m)->data_off >> 4) * 4u; }
 
-/* An untagged IPv4 TCP segment with payload whose checksum is the device's to complete; its headers are in one piece. */
+static bool is_ipv4(struct rte_mbuf *m)
+{
+    return rte_pktmbuf_mtod(m, struct rte_ether_hdr *)->ether_type == RTE_BE16(RTE_ETHER_TYPE_IPV4);
+}
+
+/* An untagged IPv4 TCP segment with payload, and nothing behind it, whose checksum is the device's to complete. */
 static bool candidate(struct rte_mbuf *m)
 {
     const struct bypass_pkt_meta *meta = mbuf_meta(m);
 
     return (meta->flags & BYPASS_TX_CSUM) && meta->csum_off == 16 && meta->csum_start == TCP_AT &&
-           m->data_len >= TCP_AT + sizeof(struct rte_tcp_hdr) && ip_of(m)->version_ihl == 0x45 &&
-           !(ip_of(m)->fragment_offset & RTE_BE16(RTE_IPV4_HDR_MF_FLAG | RTE_IPV4_HDR_OFFSET_MASK)) &&
+           m->data_len >= TCP_AT + sizeof(struct rte_tcp_hdr) && is_ipv4(m) && ip_of(m)->version_ihl == 0x45 &&
+           ip_of(m)->next_proto_id == IPPROTO_TCP && ip_of(m)->fragment_offset == RTE_BE16(RTE_IPV4_HDR_DF_FLAG) &&
+           rte_be_to_cpu_16(ip_of(m)->total_length) == m->data_len - IP_AT && tcp_of(m)->data_off >= 0x50 &&
            m->data_len > header_len(m);
+}
+
+/* b's IP checksum is right, as the one that a device makes; or as wrong as the first one's. */
+static bool is_summed(struct rte_mbuf *first, struct rte_mbuf *b)
+{
+    return memcmp(ip_of(first), ip_of(b), sizeof(struct rte_ipv4_hdr)) == 0 || rte_ipv4_cksum(ip_of(b)) == 0;
 }
 
 /* Does b go on where a ends, by headers that a device makes itself from a's? */
@@ -57,10 +71,10 @@ static bool follows(struct rte_mbuf *first, struct rte_mbuf *a, struct rte_mbuf 
            tcp_of(a)->tcp_flags == RTE_TCP_ACK_FLAG && !(tb->tcp_flags & ~(RTE_TCP_ACK_FLAG | LAST_FLAGS)) &&
            (tb->tcp_flags & RTE_TCP_ACK_FLAG) &&
            memcmp(rte_pktmbuf_mtod(first, void *), rte_pktmbuf_mtod(b, void *), ETH_HEADER) == 0 &&
-           ip->type_of_service == next->type_of_service && ip->fragment_offset == next->fragment_offset &&
-           ip->time_to_live == next->time_to_live && ip->src_addr == next->src_addr && ip->dst_addr == next->dst_addr &&
+           ip->type_of_service == next->type_of_service && ip->time_to_live == next->time_to_live &&
+           ip->src_addr == next->src_addr && ip->dst_addr == next->dst_addr && is_summed(first, b) &&
            tcp->src_port == tb->src_port && tcp->dst_port == tb->dst_port && tcp->recv_ack == tb->recv_ack &&
-           tcp->data_off == tb->data_off && tcp->rx_win == tb->rx_win &&
+           tcp->data_off == tb->data_off && tcp->rx_win == tb->rx_win && tcp->tcp_urp == tb->tcp_urp &&
            memcmp(tcp + 1, tb + 1, headers - TCP_AT - sizeof *tcp) == 0 &&
            rte_be_to_cpu_32(tb->sent_seq) == rte_be_to_cpu_32(tcp_of(a)->sent_seq) + payload;
 }
@@ -107,7 +121,7 @@ static int run_of(const struct dpdk_port *d, struct rte_mbuf **m, int n)
         payload += m[run]->data_len - headers;
         run++;
     }
-    return run;
+    return run > 1 && rte_ipv4_cksum(ip_of(m[0])) != 0 ? 1 : run;
 }
 
 int tso_join(struct dpdk_port *d, struct rte_mbuf **mbufs, int n, struct tso_packet *out)
