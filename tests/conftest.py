@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +68,15 @@ def require_dpdk() -> None:
     error = ffi.new("struct dpdk_error *")
     if lib.dpdk_load(ffi.NULL, error) == ffi.NULL:
         missing([ffi.string(error.text).decode()])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The steering program is compiled once in a run for each set of masks, in whatever process: bypass.bpf.build."""
+    if "BYPASS_BPF_CACHE" not in os.environ:  # the workers of pytest-xdist have it from who starts them
+        folder = tempfile.TemporaryDirectory(prefix="bypass-bpf-")
+        os.environ["BYPASS_BPF_CACHE"] = folder.name
+        config.add_cleanup(lambda: os.environ.pop("BYPASS_BPF_CACHE"))
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

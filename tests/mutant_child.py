@@ -3,7 +3,8 @@
 
 Started by mutants.py, in the root of the project. A line of stdin is a run: JSON of [folder of _core.so, file for what
 is said, arguments of pytest], or of the oracle's where `oracle` comes first. A line of stdout is its exit code, -N of a
-child that died by signal N. bypass itself is imported in the child only: it is another one each time.
+child that died by signal N. The core, and all that imports it, is imported in the child only: it is another one each
+time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import io
 import json
 import multiprocessing.connection
@@ -20,10 +22,16 @@ import uuid
 from pathlib import Path
 
 import _cffi_backend
+import hypothesis.stateful
+import hypothesis.strategies
 import pytest
 import yaml
 
-IMPORTED = (argparse, ctypes, multiprocessing.connection, uuid, _cffi_backend, yaml)
+sys.path.insert(0, str(Path.cwd()))  # as `python -m pytest` does
+
+import bypass.policy
+
+IMPORTED = (argparse, ctypes, multiprocessing.connection, uuid, _cffi_backend, hypothesis.stateful, yaml)
 
 
 def run(first: str, *rest: str) -> int:
@@ -39,7 +47,7 @@ def child(folder: str, said: str, args: list[str]) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ["BYPASS_BUILD"] = folder
+    bypass.__path__.insert(0, folder)  # what BYPASS_BUILD does
     code = run(*args)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -47,10 +55,11 @@ def child(folder: str, said: str, args: list[str]) -> int:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m pytest` does
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pytest.main(["--noconftest", "--version", "--version"])  # imports the plug-ins
-    assert not [name for name in sys.modules if name.partition(".")[0] == "bypass"]
+    assert "bypass._core" not in sys.modules
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

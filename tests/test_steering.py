@@ -365,6 +365,29 @@ def test_a_program_that_the_verifier_refuses_leaves_its_log() -> None:
     path.unlink()
 
 
+def test_what_one_process_compiled_others_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = build.defines(policy_of([rule(0, "steer")]).compiled)
+    monkeypatch.delenv("BYPASS_BPF_CACHE")
+    build.compile_programs.cache_clear()
+    compiled = build.compile_programs(flags)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("BYPASS_BPF_CACHE", str(tmp_path))
+    build.compile_programs.cache_clear()
+    assert build.compile_programs(flags) == compiled
+    [kept] = tmp_path.iterdir()
+    build.compile_programs.cache_clear()
+    with monkeypatch.context() as m:
+        m.setattr(build, "_compile", None)
+        assert build.compile_programs(flags) == compiled
+        with pytest.raises(TypeError):
+            build.compile_programs((*flags, "-DOTHER"))
+    kept.write_text("{}")
+    assert build.compile_programs(flags, build.source()) == compiled, (
+        "a text of its own is not asked for there"
+    )
+    build.compile_programs.cache_clear()
+
+
 def test_a_missing_bcc_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bcc", None)
     build.compile_programs.cache_clear()

@@ -7,6 +7,9 @@ the list of reasons. What does not: maps, loading and attaching (`steering.py`, 
 bcc creates a set of small maps while it compiles. They are thrown away: the bytecode is taken out with the places
 where it refers to a map, so that it can be loaded over maps that already exist. That is how a program is exchanged
 under traffic, and why a policy with the same masks as the one before costs no compilation.
+
+BYPASS_BPF_CACHE in the environment names a folder that keeps what was compiled, for other processes: the tests start
+hundreds that would compile the same. Who sets it trusts what is in the folder, as with BYPASS_BUILD.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
+import json
 import os
 import re
 import struct
@@ -135,6 +140,8 @@ def _mask_constants(mask: Mask, key_v6: bool) -> str:
 def compile_programs(flags: tuple[str, ...], text: str | None = None) -> dict[str, Program]:
     """Compiles both programs with bcc. Takes about half a second, none when flags and text were seen before.
 
+    The program as it is (no `text`) is taken from BYPASS_BPF_CACHE, and kept there, where that is set.
+
     Args:
         flags: of `defines()`.
         text: of `source()`, or a variant of it.
@@ -147,13 +154,50 @@ def compile_programs(flags: tuple[str, ...], text: str | None = None) -> dict[st
         SteeringError: bcc refuses the source; the compiler's messages are in the file that the error names.
     """
     bpf = _import_bcc()
+    kept = _kept(flags) if text is None else None
+    if kept is not None and (found := _read(kept)) is not None:
+        return found
+    programs = _compile(bpf, flags, text or source())
+    if kept is not None and os.access(kept.parent, os.W_OK):
+        _write(kept, programs)
+    return programs
+
+
+def _kept(flags: tuple[str, ...]) -> Path | None:
+    """Where the program with these flags is kept between processes, if that is asked for."""
+    folder = os.environ.get("BYPASS_BPF_CACHE")
+    if not folder:
+        return None
+    return Path(folder, hashlib.sha256(repr((flags, source())).encode()).hexdigest())
+
+
+def _read(path: Path) -> dict[str, Program] | None:
+    try:
+        kept = json.loads(path.read_bytes())
+    except (FileNotFoundError, PermissionError):  # another user's folder is none
+        return None
+    return {
+        name: Program(name, bytes.fromhex(code), tuple((number, of) for number, of in maps))
+        for name, (code, maps) in kept.items()
+    }
+
+
+def _write(path: Path, programs: dict[str, Program]) -> None:
+    """Whole or not at all: others read meanwhile."""
+    handle, part = tempfile.mkstemp(dir=path.parent)
+    with open(handle, "w") as f:
+        json.dump({p.name: (p.code.hex(), p.maps) for p in programs.values()}, f)
+    os.replace(part, path)
+
+
+def _compile(bpf: Any, flags: tuple[str, ...], text: str) -> dict[str, Program]:
     include = FOLDER / "include"
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
     cflags = [*flags, f"-I/usr/include/{multiarch}", "-I/usr/include", "-Wno-unused-value"]
     with _compiling, _environment("BCC_KERNEL_SOURCE", str(include)), tempfile.TemporaryFile() as log:
         try:
             with _stderr_to(log.fileno()):
-                module = bpf(text=(text or source()).encode(), cflags=cflags)
+                module = bpf(text=text.encode(), cflags=cflags)
         except Exception as e:  # bcc raises nothing narrower
             log.seek(0)
             raise _refused(log.read().decode(errors="replace"), str(e)) from e
