@@ -97,6 +97,14 @@ BYPASS_API struct afxdp *afxdp_attach(void *mem, size_t size, const int *fds, ui
 /* Takes over what other views have changed: the number of free frames (a stack looks at it between calls), MTU and MAC
  * address. For a view that is not the only one, whenever the embedder has got its lock. */
 BYPASS_API void afxdp_sync(struct afxdp *dev);
+/* For an embedder whose lock others wait for: with `on` this view's kick() makes no system call for what is to be sent, which
+ * takes as long as all else together. Before the lock is let go of afxdp_owed() tells what for (0: nothing), and without the
+ * lock afxdp_kick_owed() makes the calls. Its result is as kick()'s: where it is not 0, the embedder calls kick() with the
+ * lock, and with `on` false, until that is content. Who is killed in between leaves what it put into the ring to the next
+ * kick(). */
+BYPASS_API void afxdp_defer(struct afxdp *dev, int on);
+BYPASS_API uint64_t afxdp_owed(struct afxdp *dev);
+BYPASS_API int afxdp_kick_owed(struct afxdp *dev, uint64_t queues);
 /* The embedder's lock was a process' that was killed, in the middle of any operation or with frames in hand: every frame
  * that the caller held is free, what the rings and the kernel have stays there, and the books are right again. Other
  * views: afxdp_sync(). May be called again when it was itself interrupted. 0; -EBADMSG: the memory is damaged otherwise

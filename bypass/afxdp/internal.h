@@ -70,6 +70,8 @@ struct afxdp {
     uint32_t shift; /* nd.stride == 1 << shift */
     bool busy_poll; /* reception has to be driven by system calls */
     bool rx_csum_trust;
+    bool defer;           /* afxdp_defer(), */
+    uint64_t owed;        /* ... and by bit the queues whose system call is due */
     uint32_t tx_meta_len; /* bytes in front of each packet that tell the kernel what to complete; 0: not offered */
     uint32_t rx_off;      /* where the kernel puts packets in a frame; the verdict ends there */
     int epoll_fd;         /* all sockets */

@@ -409,6 +409,9 @@ void device_gone(struct afxdp *d)
 
 /* ---- Kick -------------------------------------------------------------------------------------------------- */
 
+/* Others may count at the same time: the embedder's lock is not held, if afxdp_defer(). */
+static void count(uint64_t *n) { __atomic_fetch_add(n, 1, __ATOMIC_RELAXED); }
+
 /* One system call for a queue with something to send. Counts what came of it. 0: it may go on; or what stops all
  * transmission, -ENETDOWN or -ENXIO. */
 static int kick_once(struct afxdp *d, uint32_t qi)
@@ -416,24 +419,24 @@ static int kick_once(struct afxdp *d, uint32_t qi)
     struct afxdp_counters *n = &d->st->queue[qi].n;
     int err = d->sys->wake_tx(d, qi);
 
-    n->kicks_tx++;
+    count(&n->kicks_tx);
     switch (err) {
     case 0:
         return 0;
     case -EAGAIN:
-        n->kick_again++;
+        count(&n->kick_again);
         return 0;
     case -EBUSY: /* the packet at fault is in the completion ring already: TCP's timers know what to do */
-        n->kick_busy++;
+        count(&n->kick_busy);
         return 0;
     case -ENETDOWN:
-        n->kick_down++;
+        count(&n->kick_down);
         return err;
     case -ENXIO:
-        n->kick_gone++;
+        count(&n->kick_gone);
         return err;
     default: /* ENOBUFS, ENOMEM: short of memory; the descriptors stay in the ring */
-        n->kick_failed++;
+        count(&n->kick_failed);
         return 0;
     }
 }
@@ -441,15 +444,14 @@ static int kick_once(struct afxdp *d, uint32_t qi)
 /* In copy mode a call sends 32 packets, or what XDP_MAX_TX_SKB_BUDGET says: calls again while that helps. */
 static int kick_tx(struct afxdp *d, uint32_t qi)
 {
-    struct queue_state *qs = &d->st->queue[qi];
     const struct ring *tx = &d->queue[qi].tx;
-    uint32_t left = ring_unconsumed(tx, &qs->tx);
+    uint32_t left = ring_left(tx);
 
     if (left == 0) {
         return 0;
     }
     if (!ring_needs_wakeup(tx)) {
-        qs->n.kicks_saved++;
+        count(&d->st->queue[qi].n.kicks_saved);
         return 0;
     }
     for (int round = 0; round < KICK_ROUNDS && left; round++) {
@@ -459,7 +461,7 @@ static int kick_tx(struct afxdp *d, uint32_t qi)
         if (err) {
             return err;
         }
-        left = ring_unconsumed(tx, &qs->tx);
+        left = ring_left(tx);
         if (left == before) {
             break;
         }
@@ -496,7 +498,9 @@ static int afxdp_kick(struct bypass_netdev *nd)
             d->sys->wake_rx(d, qi);
             d->st->queue[qi].n.kicks_rx++;
         }
-        if (d->st->queue[qi].tx_frames) {
+        if (d->st->queue[qi].tx_frames && d->defer) {
+            d->owed |= 1ull << qi;
+        } else if (d->st->queue[qi].tx_frames) {
             err = worse(err, kick_tx(d, qi));
         }
     }
@@ -504,6 +508,26 @@ static int afxdp_kick(struct bypass_netdev *nd)
         device_gone(d);
     }
     umem_check(d, "kick");
+    return err;
+}
+
+void afxdp_defer(struct afxdp *d, int on) { d->defer = on != 0; }
+
+uint64_t afxdp_owed(struct afxdp *d)
+{
+    uint64_t owed = d->owed;
+
+    d->owed = 0;
+    return owed;
+}
+
+int afxdp_kick_owed(struct afxdp *d, uint64_t queues)
+{
+    int err = 0;
+
+    for (; queues; queues &= queues - 1) {
+        err = worse(err, kick_tx(d, (uint32_t)__builtin_ctzll(queues)));
+    }
     return err;
 }
 

@@ -71,6 +71,12 @@ static inline uint32_t ring_unconsumed(const struct ring *r, const struct ring_p
     return pos->prod - __atomic_load_n(r->consumer, __ATOMIC_RELAXED);
 }
 
+/* The same by the ring alone, for who does not hold what guards our end. */
+static inline uint32_t ring_left(const struct ring *r)
+{
+    return __atomic_load_n(r->producer, __ATOMIC_RELAXED) - __atomic_load_n(r->consumer, __ATOMIC_RELAXED);
+}
+
 /* Between publishing and ring_needs_wakeup(), once for any number of rings: a driver that goes to sleep sets its flag
  * first and then looks at the ring once more, so one side sees what the other did. */
 static inline void ring_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

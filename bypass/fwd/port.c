@@ -366,9 +366,22 @@ static void ring_doorbell(struct port *p)
         ssize_t n = write(p->doorbell_out, &one, sizeof one); /* an eventfd is full after 2^64 - 2 of them */
 
         (void)n;
-        p->sh->st.n.rings++;
+        __atomic_fetch_add(&p->sh->st.n.rings, 1,
+                           __ATOMIC_RELAXED); /* the embedder's lock is not held, if port_defer() */
     }
 }
+
+void port_defer(struct port *p, int on) { p->defer = on != 0; }
+
+bool port_owed(struct port *p)
+{
+    bool owed = p->owed;
+
+    p->owed = false;
+    return owed;
+}
+
+void port_kick_owed(struct port *p) { ring_doorbell(p); }
 
 static int port_op_kick(struct bypass_netdev *nd)
 {
@@ -386,7 +399,10 @@ static int port_op_kick(struct bypass_netdev *nd)
     if (__atomic_load_n(&p->sh->tx_done, __ATOMIC_RELAXED) != st->tx_posted) {
         __atomic_thread_fence(__ATOMIC_SEQ_CST); /* C */
         if (__atomic_load_n(&p->sh->fwd_sleeps, __ATOMIC_RELAXED)) {
-            ring_doorbell(p);
+            p->owed = p->defer;
+            if (!p->defer) {
+                ring_doorbell(p);
+            }
         } else {
             st->n.rings_saved++;
         }

@@ -26,6 +26,8 @@
 #ifndef BYPASS_FWD_PORT_H
 #define BYPASS_FWD_PORT_H
 
+#include <stdbool.h>
+
 #include "bypass.h"
 #include "frames.h"
 
@@ -70,7 +72,8 @@ struct port {
     struct port_tx_slot *tx;
     uint32_t *free_list;
     int doorbell_out, doorbell_in;
-    uint64_t about; /* what was last seen of the device's MAC address and MTU */
+    bool defer, owed; /* port_defer() */
+    uint64_t about;   /* what was last seen of the device's MAC address and MTU */
 };
 
 /* Bytes of memory for cfg; 0: it makes no sense. */
@@ -84,6 +87,10 @@ BYPASS_API struct bypass_netdev *port_netdev(struct port *port);
 
 /* What relatives did meanwhile: brings port->nd.free_frames up to date. Every operation of the device does this too. */
 BYPASS_API void port_sync(struct port *port);
+/* As afxdp_defer(), afxdp_owed() and afxdp_kick_owed() (afxdp/afxdp.h): the system call that wakes bypass-fwd. */
+BYPASS_API void port_defer(struct port *port, int on);
+BYPASS_API bool port_owed(struct port *port);
+BYPASS_API void port_kick_owed(struct port *port);
 /* The embedder's lock was a process' that was killed, in the middle of any operation or with frames in hand: every frame
  * that the caller held is free, what is posted stays posted, and the books are right again. May be called again when it
  * was itself interrupted. 0, or -EBADMSG: the memory is damaged otherwise than by that. */

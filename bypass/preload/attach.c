@@ -298,6 +298,8 @@ static int attach_memory(const int *fds, int count)
         err = attach_device(fds, count);
     }
     if (err == 0) {
+        device_defer(true);
+        me.g->kick_again = EAGAIN; /* who had the device before may have been killed when it was about to */
         err = make_stack();
     }
     if (mine) {

@@ -108,7 +108,7 @@ static void next_hops(void)
 /* When the stack, or the care for relatives, wants a turn at the latest. */
 uint64_t next_turn(void)
 {
-    uint64_t due = bypass_deadline(&me.stack);
+    uint64_t due = me.g->kick_again == EAGAIN ? 0 : bypass_deadline(&me.stack);
 
     due = me.g->blocks_due_ns < due ? me.g->blocks_due_ns : due;
     return me.g->check_ns < due ? me.g->check_ns : due;
@@ -149,6 +149,9 @@ bool turn(void)
         if (got < 0 || !more_waits(got, batch)) {
             break;
         }
+    }
+    if (unlikely(me.g->kick_again || me.halted_by)) {
+        device_kick_again(); /* halted_by: this process ends, and nothing is put off any more */
     }
     me.g->unsent = 0;
     next_hops();

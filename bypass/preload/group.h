@@ -142,6 +142,7 @@ struct group {
     uint64_t turn_ns;  /* when the stack was driven last */
     uint64_t check_ns; /* when somebody has to look after processes that do not tell by themselves; UINT64_MAX: never */
     uint32_t unsent;   /* calls whose output has not been handed to the device */
+    uint32_t kick_again; /* errno: the device has frames that it could not send yet, or of which it was not told */
     uint32_t objects_free, objects_bump, objects_used, objects_max;
     uint32_t holds_free, holds_bump, holds_max;
     uint64_t objects_off, holds_off;                       /* from the group's start */

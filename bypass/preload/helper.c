@@ -111,7 +111,7 @@ static void *helper(void *arg)
             } else {
                 helper_drive();
             }
-        } else if (quiet++ < QUIET_TICKS || bypass_deadline(&me.stack) == 0) {
+        } else if (quiet++ < QUIET_TICKS || next_turn() == 0) {
             quiet = seen == me.turn_ns ? quiet : 0;
             seen = me.turn_ns;
             helper_sleep(look, false);

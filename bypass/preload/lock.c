@@ -3,7 +3,8 @@
  * lock.c - the group's lock: every call that works on the stack enters and leaves.
  *
  * One lock for all threads of all relatives, never held across a sleep (park.c), never taken by a signal handler
- * (signal.c). Who leaves rings the bells that it owes (wake.c), so that nobody wakes up to wait for the lock.
+ * (signal.c). Who leaves makes the device send (kick.c) and rings the bells that it owes (wake.c), so that nobody wakes up to
+ * wait for the lock.
  */
 #define _GNU_SOURCE
 #include "preload.h"
@@ -91,11 +92,17 @@ static void orphan_end(void)
 
 void leave(void)
 {
+    uint64_t kicks;
+
     if (unlikely(self.orphan)) {
         orphan_end();
     }
+    kicks = device_owed();
     me.g->working = 0;
     pthread_mutex_unlock(&me.g->lock);
+    if (kicks) {
+        device_kick(kicks);
+    }
     if (self.wakes) {
         wake_owed();
     }

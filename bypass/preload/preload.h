@@ -5,7 +5,7 @@
  *   calls_*.c     the functions that programs call: errno, cancellation, flags
  *   fds.c         descriptor -> object; dup, close
  *   place.c       whose a socket is: the stack's or the kernel's, and why
- *   lock.c        into the stack, and out of it
+ *   lock.c        into the stack, and out of it; kick.c what is sent then
  *   drive.c       a turn of the stack, and who is told of what it found; helper.c where nobody waits
  *   park.c        how threads sleep and drive meanwhile; wake.c how they are woken, and relatives
  *   attach.c      this process' view of the application's memory; fork
@@ -140,6 +140,13 @@ extern pthread_mutex_t attaching; /* attach() is at work */
 
 /* Lock just taken: what relatives did to the device meanwhile. */
 void device_sync(void);
+/* kick.c: whether the device leaves the system calls by which it sends to those two; lock held. */
+void device_defer(bool on);
+/* The lock is about to be let go of: what system calls have to follow (0: none); and makes them, without the lock. */
+uint64_t device_owed(void);
+void device_kick(uint64_t owed);
+/* Lock held: the device is told now of all that it has not sent. */
+void device_kick_again(void);
 /* The interface has got a queue, of number n, and there are going to be `of`: fd is its socket. */
 void device_queue(int fd, uint32_t n, uint32_t of);
 

@@ -28,7 +28,11 @@ static void ended(void *arg, uint32_t object)
     object_end(object);
 }
 
-void relative_gone(uint32_t proc) { group_leave(me.g, proc, ended, NULL); }
+void relative_gone(uint32_t proc)
+{
+    group_leave(me.g, proc, ended, NULL);
+    me.g->kick_again = EAGAIN; /* it may have been killed when it was about to */
+}
 
 void relatives_look_before(uint64_t due_ns)
 {
