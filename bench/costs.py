@@ -8,20 +8,17 @@ by what they are for: the first group that knows a function of the chain takes t
 from __future__ import annotations
 
 import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench import network
-from bench.programs import ROOT, BenchError
+from bench.recording import CannotRecord, Recording
 from bypass.lab import Lab
 
 VARIANT = "bypass-sleep"
 TESTS = ("tcp_rr_32", "bulk_to_server", "bulk_to_client")
-FREQUENCY_HZ = 4999
 TOP = 12
 
 # Kernel functions, looked for from the innermost to the outermost of each group, groups in this order: what the
@@ -72,26 +69,13 @@ def run(lab: Lab, *, seconds: float = 2.0, step: Callable[[str], None] = lambda 
 
 
 def _profile(lab: Lab, test: network.Test, seconds: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="bypass-bench-") as folder, network.start(lab, VARIANT) as server:
-        data = Path(folder) / "perf.data"
-        argv = [
-            "perf", "record", "-q", "-e", "cpu-clock", "-F", str(FREQUENCY_HZ), "-g", "-p", str(server.pid),
-            "-o", str(data), "--", "sleep", str(seconds),
-        ]  # fmt: skip
-        perf = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with network.start(lab, VARIANT) as server, Recording([server.pid]) as recording:
+        network.measure(lab, server, test, 0, int(seconds * 1000))
         try:
-            network.measure(lab, server, test, 0, int(seconds * 1000) + 500)
-        finally:
-            _, err = perf.communicate(timeout=30)
-        if perf.returncode != 0:
-            return {"missing": f"perf cannot record here: {err.strip()}"}
-        script = subprocess.run(
-            ["perf", "script", "-i", str(data), "-F", "ip,sym,dso"],
-            capture_output=True, text=True, check=False, cwd=ROOT,
-        )  # fmt: skip
-    if script.returncode != 0:
-        raise BenchError(f"perf script: {script.stderr.strip()}")
-    return summary(samples(script.stdout.splitlines())) | {"title": test.title}
+            lines = recording.stop()
+        except CannotRecord as e:
+            return {"missing": str(e)}
+    return summary(samples(lines)) | {"title": test.title}
 
 
 Frame = tuple[str, str]  # function, file name of its object

@@ -14,7 +14,7 @@ import pytest
 from broker_support import ME, STREAM, new_name
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import examples
+from support import WAIT_S, examples
 
 from bypass.broker import protocol
 from bypass.broker.protocol import ABI, SIZE, Kind, Message
@@ -99,7 +99,7 @@ def open_fds() -> int:
 
 def settled(count: int) -> bool:
     """Descriptors that are closed in threads may take a moment."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + WAIT_S
     while open_fds() != count and time.monotonic() < end:
         time.sleep(0.001)
     return open_fds() == count
@@ -183,7 +183,7 @@ class World:
     def close(self) -> None:
         for sock in (*self.clients, self.decent):
             sock.close()
-        end = time.monotonic() + 5
+        end = time.monotonic() + WAIT_S
         while self.server._processes and time.monotonic() < end:
             self.server.turn(0.001)
         assert all(app.ends_ns for app in self.server.broker.apps.values()), "they wait for another program"

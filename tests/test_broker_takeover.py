@@ -22,6 +22,7 @@ import preloaded
 import pytest
 import yaml
 from backends import finds, has_it, policy_for
+from support import WAIT_S
 from test_cli_broker import (
     BYPASS,
     bypass,
@@ -113,7 +114,7 @@ class Load:
         self.echoed = 0
         self._over = threading.Event()
         with netns.entered(lab.client_ns):
-            socks = [socket.create_connection((SERVER_IP, 8080), 10) for _ in range(connections)]
+            socks = [socket.create_connection((SERVER_IP, 8080), WAIT_S) for _ in range(connections)]
         self._threads = [threading.Thread(target=self._echo, args=(s,)) for s in socks]
         for thread in self._threads:
             thread.start()
@@ -210,7 +211,7 @@ def to_the_kernel(lab: Lab) -> tuple[int, int]:
 
 def echo_at(lab: Lab, port: int) -> None:
     with netns.entered(lab.client_ns):
-        sock = socket.create_connection((SERVER_IP, port), 10)
+        sock = socket.create_connection((SERVER_IP, port), WAIT_S)
     with sock:
         sock.sendall(b"hello")
         assert sock.recv(5, socket.MSG_WAITALL) == b"hello"
@@ -485,7 +486,7 @@ def test_a_broker_that_systemd_starts_again_goes_on(policy: Path, folder: Path, 
         assert leases(name) == [f"{SERVER_IP}:8080", f"{SERVER_IP}:8082"]
         load.goes_on()
         assert "the broker has ended" in down(name)
-        assert broker.wait(10) == 0
+        assert broker.wait(WAIT_S) == 0
 
 
 def test_children_belong_to_it_still(policy: Path, folder: Path, lab: Lab) -> None:  # noqa: F811

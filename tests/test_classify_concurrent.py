@@ -5,6 +5,7 @@ the new one, whenever the writer is killed, and the next writer goes on."""
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import random
@@ -12,7 +13,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -78,12 +78,13 @@ class Reader:
             self.seen.add((ports[i], *said))
 
 
-def write(soft: SoftSteering) -> NoReturn:
-    """Policies and entries come and go until somebody ends this."""
+def write(soft: SoftSteering, progress: mmap.mmap) -> NoReturn:
+    """Policies and entries come and go until somebody ends this. `progress`: how many so far, eight bytes."""
     rng = random.Random(os.getpid())
     entries: list[int] = [e for e in soft.entries() if e]
-    while True:
+    for done in itertools.count(1):
         soft.swap(rng.choice((FIRST, SECOND)))
+        progress[:8] = struct.pack("=Q", done)
         for _ in range(rng.randrange(40)):
             if entries and rng.random() < 0.5:
                 soft.remove_endpoint(entries.pop(rng.randrange(len(entries))))
@@ -91,15 +92,16 @@ def write(soft: SoftSteering) -> NoReturn:
             port, peer = rng.choice((STABLE, COMING)), rng.choice((None, ("10.0.0.1", rng.randrange(1, 300))))
             if soft.find(TCP, HOST if peer else "0.0.0.0", port, peer, block=False) is None:
                 entries.append(soft.add_endpoint(TCP, HOST if peer else None, port, *(peer or ())))
+    raise AssertionError("it counts for ever")
 
 
-def writer(soft: SoftSteering) -> int:
+def writer(soft: SoftSteering, progress: mmap.mmap) -> int:
     """A process that goes on with what is there."""
     child = os.fork()
     if child == 0:
         try:
             with made(Kernel(), FIRST, left_by(soft)) as mine:
-                write(mine)
+                write(mine, progress)
         finally:
             os._exit(1)
     return child
@@ -116,13 +118,17 @@ def test_a_reader_sees_the_old_or_the_new_while_writers_are_killed() -> None:
         soft = stack.enter_context(made(Kernel(), FIRST))
         assert soft.add_endpoint(TCP, HOST, STABLE) == 0
         reader = Reader(soft)
+        progress = stack.enter_context(mmap.mmap(-1, mmap.PAGESIZE))
         for kills in range(10 * KILLS):
             if kills >= KILLS and reader.seen == WANTED:
                 break
-            child = writer(soft)
-            end = time.monotonic() + rng.uniform(0.05, 0.15)
+            progress[:8] = bytes(8)
+            child = writer(soft, progress)
+            enough, more = rng.randrange(6), rng.randrange(40)
             try:
-                while time.monotonic() < end:
+                while struct.unpack("=Q", progress[:8])[0] < enough:
+                    reader.burst()
+                for _ in range(more):  # somewhere in what it does next
                     reader.burst()
             finally:
                 os.kill(child, signal.SIGKILL)

@@ -28,6 +28,7 @@ from peer import (
     server_socket,
     tcp_segment,
 )
+from support import WAIT_S
 
 from bench.loss import loss
 from bypass import netns
@@ -43,7 +44,7 @@ SYN, RST, PSH, ACK = 2, 4, 8, 16
 def quiet_audit(peer: Peer) -> dict:
     """Once nothing of a connection is left but TIME_WAIT, which holds no memory but its own. The last FINs may still be
     on their way, and the server's program may not have closed yet, when the client has ended."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while (audit := peer.do("audit"))["stack"]["frames"] or set(audit["states"]) - {"TIME_WAIT"}:
         assert time.monotonic() < deadline, audit
         time.sleep(0.05)
@@ -310,7 +311,7 @@ def test_a_killed_server_leaves_the_port_to_the_kernel(lab: Lab, tmp_path: Path)
         open_one = undo.enter_context(client_socket(lab))
         open_one.connect((SERVER_IP, SERVER_PORT))
         peer.kill()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + WAIT_S
         while True:
             with client_socket(lab) as s:
                 s.settimeout(0.02)

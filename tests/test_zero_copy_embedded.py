@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from backends import policy_for
+from support import WAIT_S
 
 from bypass import Stack, netns
 from bypass.embedded import DeviceDriver
@@ -50,7 +51,7 @@ def ends(stack: Stack, lab: Lab) -> Iterator[tuple[Socket, socket.socket]]:
         peer.connect_ex((SERVER_IP, 8080))
         sock, _ = server.accept()
         with sock:
-            sock.settimeout(10)
+            sock.settimeout(WAIT_S)
             yield sock, peer
 
 
@@ -59,7 +60,7 @@ def copied(stack: Stack) -> int:
 
 
 def serving(stack: Stack, condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end
         stack.run(timeout=0.01)

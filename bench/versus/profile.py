@@ -7,17 +7,15 @@ What of it is this project's is told by the object file that a function was comp
 
 from __future__ import annotations
 
-import os
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bench import costs
 from bench.programs import ROOT, BenchError
+from bench.recording import Recording
 
 __all__ = ["OURS", "groups_of", "missing", "owners", "record"]
 
@@ -39,9 +37,7 @@ SOCKET_CALLS = (
     "sock_recvmsg",
 )
 RECEIVERS = ("napi_threaded_poll", "napi_threaded_poll_loop", "net_rx_action", "__napi_poll", "veth_poll")
-FREQUENCY_HZ = 4999
 TOP = 15
-END_S = 30
 
 missing = costs.missing
 
@@ -100,63 +96,6 @@ def groups_of(chains: Iterable[list[costs.Frame]], owner: dict[str, str]) -> dic
         "groups": {name: n / total for name, n in groups.most_common()},
         "functions": {name: n / total for name, n in functions.most_common(TOP)},
     }
-
-
-class Recording:
-    """perf, while it records, from when it says so; stop() gives the call chains."""
-
-    def __init__(self, pids: Iterable[int]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="bypass-perf-")
-        self._data = Path(self._folder.name) / "perf.data"
-        orders, self._give = os.pipe()  # closed when perf has ended: it would end with it
-        hear, answers = os.pipe()
-        try:
-            self._perf = subprocess.Popen(
-                [
-                    "perf", "record", "-q", "-e", "cpu-clock", "-F", str(FREQUENCY_HZ), "-g", "-p",
-                    ",".join(map(str, pids)), "-o", str(self._data),
-                    "--delay=-1", f"--control=fd:{orders},{answers}",
-                ],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=(orders, answers),
-            )  # fmt: skip
-        except BaseException:
-            os.close(hear)
-            os.close(self._give)
-            raise
-        finally:
-            os.close(orders)
-            os.close(answers)
-        with os.fdopen(hear) as answered:
-            with suppress(BrokenPipeError):
-                os.write(self._give, b"enable\n")
-            answered.read(1)  # of "ack"; nothing: it has ended, and stop() says why
-
-    def _end(self) -> str:
-        """What it had to say."""
-        self._perf.terminate()
-        try:
-            return self._perf.communicate(timeout=END_S)[1]
-        except subprocess.TimeoutExpired:
-            self._perf.kill()
-            self._perf.communicate()
-            raise BenchError(f"perf did not end within {END_S} s") from None
-        finally:
-            os.close(self._give)
-
-    def stop(self) -> list[list[costs.Frame]]:
-        err = self._end()
-        try:
-            if not self._data.exists():
-                raise BenchError(f"perf cannot record here: {err.strip()}")
-            done = subprocess.run(
-                ["perf", "script", "-i", str(self._data), "-F", "ip,sym,dso"],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if done.returncode != 0:
-                raise BenchError(f"perf script: {done.stderr.strip()}")
-            return list(costs.samples(done.stdout.splitlines()))
-        finally:
-            self._folder.cleanup()
 
 
 def record(pids: Iterable[int]) -> Recording:

@@ -244,12 +244,9 @@ def _recorded(it: Serving, w: Workload, plan: Plan) -> list[list[costs.Frame]]:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(it.ask, w, plan, 0, answer)
         wait([asked], plan.warmup_ms / 1000)
-        recording = profile.record(server_tasks(it.here, it.receivers))
-        try:
+        with profile.record(server_tasks(it.here, it.receivers)) as recording:
             asked.result()
-        finally:
-            chains = recording.stop()
-    return chains
+            return list(costs.samples(recording.stop()))
 
 
 def _profiled(plan: Plan) -> list[tuple[str, Workload]]:
