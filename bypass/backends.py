@@ -236,20 +236,6 @@ class DpdkAttachment:
         except DeviceError as e:
             log.error("the port's MAC address is %s, its MTU %d: %s", self.mac.hex(":"), self.mtu, e)
 
-    def limit(self, mtu: int) -> None:
-        """The kernel's device has this MTU: it is not more than the port's."""
-        from bypass.dpdk_backend.tap import limit
-
-        if mtu <= self.mtu:
-            return
-        try:
-            limit(self.policy, self.mtu)
-            log.warning(
-                "%s: an MTU of %d is more than its port's, which it has again: %d", self.ifname, mtu, self.mtu
-            )
-        except DeviceError as e:
-            log.error("%s: an MTU of %d is more than its port's, %d: %s", self.ifname, mtu, self.mtu, e)
-
     @property
     def mac(self) -> bytes:
         return bytes(self.device.netdev.mac)
@@ -335,7 +321,9 @@ class PortWatch(KernelWatch):
 
     def health(self) -> int:
         """The TAP has changed, and the port has not (bypass.watch.WatchedDevice)."""
-        self._port.limit(self.watcher.interface.mtu)
+        from bypass.dpdk_backend.tap import keep_within
+
+        keep_within(self._port.policy, self.watcher.interface.mtu, self._port.mtu)
         return 0
 
     def update(self) -> int:

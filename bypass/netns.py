@@ -65,14 +65,14 @@ def cookies() -> set[str]:
 
     try:
         for process in Path("/proc").glob("[0-9]*"):
-            for thread in _entries(process / "task"):
+            for thread in _threads(process):
                 with suppress(*ENDED):
                     try:
                         keep(thread / "ns/net")
                     except PermissionError:
                         strangers.add((thread / "net/dev").stat().st_ino)
             for door in _kept(process, seen):
-                with suppress(*ENDED, PermissionError):
+                with suppress(*procfs.GONE):
                     keep(door)
         found = dict(map(_within, doors.values()))
     finally:
@@ -85,20 +85,17 @@ def cookies() -> set[str]:
     return set(found.values())
 
 
-def _entries(folder: Path) -> list[Path]:
-    """Of a process, which may end or be another's."""
-    with suppress(*ENDED, PermissionError):
-        return list(folder.iterdir())
+def _threads(process: Path) -> list[Path]:
+    with suppress(*ENDED):
+        return list((process / "task").iterdir())
     return []
 
 
 def _kept(process: Path, seen: set[str]) -> Iterator[Path]:
     """Network namespaces that its descriptors and mounts keep. `seen`: mount namespaces."""
-    for fd in _entries(process / "fd"):
-        with suppress(*ENDED, PermissionError):
-            if os.readlink(fd).startswith("net:["):
-                yield fd
-    with suppress(*ENDED, PermissionError):
+    found = procfs.descriptors(int(process.name))
+    yield from (path for path, target in found if target.startswith("net:["))
+    with suppress(*procfs.GONE):
         if (mounts := os.readlink(process / "ns/mnt")) in seen:
             return
         lines = (process / "mountinfo").read_text().splitlines()
@@ -126,7 +123,7 @@ def names(prefix: str = "") -> list[str]:
 def name_of(inode: int) -> str:
     """What a namespace with this inode is called: its name, or as /proc/PID/ns/net has it."""
     for name in names():
-        with suppress(*ENDED, PermissionError):
+        with suppress(*procfs.GONE):
             if (RUN_DIR / name).stat().st_ino == inode:
                 return name
     return f"net:[{inode}]"

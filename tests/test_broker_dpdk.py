@@ -28,6 +28,7 @@ from preloaded import CLEAN
 from test_broker_takeover import (
     Load,
     Program,
+    at_the_server,
     down,
     echo_at,
     kernel_echo,
@@ -41,7 +42,7 @@ from test_broker_takeover import (
 from test_cli_broker import BYPASS, bypass, folder, good, others, wait_until  # noqa: F401 (fixture)
 
 from bypass import netns
-from bypass.broker import blocks, dpdk
+from bypass.broker import dpdk
 from bypass.broker.protocol import Kind
 from bypass.broker.shared import site_of
 from bypass.broker.tools import listening
@@ -93,19 +94,10 @@ def interfaces() -> set[str]:
 
 @pytest.fixture
 def policy(lab: Lab, tmp_path: Path) -> Iterator[Path]:
-    """The test's thread is in the server's namespace, in which nothing is left afterwards."""
     path = tmp_path / "policy.yaml"
     path.write_text(dpdk_policy(POLICY))
-    with netns.entered(lab.server_ns):
-        try:
-            yield path
-            wait_until(lambda: not others(lab))
-        finally:
-            for pid in others(lab):
-                os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: interfaces() <= {"lo", WIRE_IFNAME})
-        assert blocks.RESERVED.read_text() == "\n"
-        assert [name for name in listening() if "bypass" in name] == []
+    with at_the_server(lab, lambda: interfaces() <= {"lo", WIRE_IFNAME}):
+        yield path
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -63,23 +63,32 @@ flows:
 """
 
 
-@pytest.fixture
-def policy(lab: Lab, mode: str, tmp_path: Path) -> Iterator[Path]:
-    """The test's thread is in the server's namespace, in which nothing is left afterwards."""
-    path = tmp_path / "policy.yaml"
-    path.write_text(policy_for(lab, POLICY.replace("MODE", mode)))
+@contextmanager
+def at_the_server(lab: Lab, is_clear: Callable[[], bool]) -> Iterator[None]:
+    """The test's thread is in the server's namespace, in which nothing is left afterwards.
+
+    Args:
+        is_clear: whether the interface has nothing of ours. The kernel closes what a process held after it has left
+            the namespace.
+    """
     with netns.entered(lab.server_ns):
         try:
-            yield path
+            yield
             wait_until(lambda: not others(lab))
         finally:
             for pid in others(lab):
                 os.kill(pid, signal.SIGKILL)
-        wait_until(
-            lambda: not has_it(lab)
-        )  # the kernel closes what a process held after it has left the namespace
+        wait_until(is_clear)
         assert blocks.RESERVED.read_text() == "\n"
         assert [name for name in listening() if "bypass" in name] == []
+
+
+@pytest.fixture
+def policy(lab: Lab, mode: str, tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "policy.yaml"
+    path.write_text(policy_for(lab, POLICY.replace("MODE", mode)))
+    with at_the_server(lab, lambda: not has_it(lab)):
+        yield path
 
 
 class Program:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import lab_name
-from dpdk_support import InChild, every_frame, hear, in_child, longest, needs_dpdk, say
+from dpdk_support import InChild, every_frame, hear, in_child, longest, needs_dpdk, say, until
 from support import WAIT_S
 
 import bypass
@@ -328,13 +328,6 @@ def sizes(lab: Lab) -> Iterator[Callable[[socket.socket], int]]:
             return longest(seen)[0]
 
         yield size
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "what was waited for did not happen"
-        time.sleep(0.01)
 
 
 def test_another_mtu_of_the_port_is_the_stacks_and_the_kernels(wire: Lab) -> None:

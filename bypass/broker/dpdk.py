@@ -194,19 +194,8 @@ class DpdkSite(PortsSite):
             self.health()
 
     def health(self) -> int:
-        mtu, ports = self.watch.watcher.interface.mtu, self._about["mtu"]
-        if mtu > ports:
-            try:
-                with self.kernel():
-                    tap.limit(self.policy, ports)
-                log.warning(
-                    "%s: an MTU of %d is more than its port's, which it has again: %d",
-                    self.ifname,
-                    mtu,
-                    ports,
-                )
-            except BypassError as e:
-                log.error("%s: an MTU of %d is more than its port's, %d: %s", self.ifname, mtu, ports, e)
+        with self.kernel():
+            tap.keep_within(self.policy, self.watch.watcher.interface.mtu, self._about["mtu"])
         return super().health()
 
     def _changed(self, link: LinkState) -> None:

@@ -10,6 +10,7 @@ one has the policy's name and addresses, the TAP a name made from it. All of it 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 from contextlib import suppress
@@ -22,6 +23,8 @@ from bypass.errors import DeviceError, NameTakenError, PrivilegeError
 from bypass.nic import driver_of
 from bypass.offloop import off_loop
 from bypass.policy import DpdkBackend, Policy
+
+log = logging.getLogger("bypass")
 
 MAX_NAME = 15  # IFNAMSIZ without the zero
 BELOW = "-p"
@@ -121,9 +124,21 @@ def follow(policy: Policy, mac: bytes, mtu: int, was: int) -> None:
         ) from e
 
 
+def keep_within(policy: Policy, has: int, mtu: int) -> None:
+    """Of a device that somebody gave the MTU `has`: more than the port's is set back, and the log tells of it."""
+    if has <= mtu:
+        return
+    name = policy.interface
+    try:
+        limit(policy, mtu)
+        log.warning("%s: an MTU of %d is more than its port's, which it has again: %d", name, has, mtu)
+    except DeviceError as e:
+        log.error("%s: an MTU of %d is more than its port's, %d, and stays: %s", name, has, mtu, e)
+
+
 @off_loop
 def limit(policy: Policy, mtu: int) -> None:
-    """Somebody has set the device a larger MTU than the port has: what the kernel sends would be lost. It is set back.
+    """The device has no larger MTU than this: what the kernel sends would be lost in its port.
 
     Raises:
         DeviceError: the kernel refuses it.
