@@ -8,6 +8,7 @@ the skip says what is missing; with CI=true in the environment it fails instead.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import sys
@@ -71,12 +72,21 @@ def require_dpdk() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The steering program is compiled once in a run for each set of masks, in whatever process: bypass.bpf.build."""
+    """The steering program is compiled once in a run for each set of masks, in whatever process: bypass.bpf.build.
+
+    What collection makes stays for good: it is not looked through for garbage, neither now nor each time later.
+    """
+    gc.disable()
     if "BYPASS_BPF_CACHE" not in os.environ:  # the workers of pytest-xdist have it from who starts them
         folder = tempfile.TemporaryDirectory(prefix="bypass-bpf-")
         os.environ["BYPASS_BPF_CACHE"] = folder.name
         config.add_cleanup(lambda: os.environ.pop("BYPASS_BPF_CACHE"))
         config.add_cleanup(folder.cleanup)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
