@@ -84,8 +84,11 @@ static int choose_mtu(struct dpdk_port *d, struct dpdk_error *error)
 
     rte_eth_dev_get_mtu(d->id, &own);
     own = own ? own : RTE_ETHER_MTU;
-    d->most_mtu = (uint16_t)(d->cfg.mtu ? d->cfg.mtu : kernel ? RTE_MIN(hold, UINT16_MAX) : RTE_MIN(own, hold));
+    d->most_mtu = (uint16_t)(d->cfg.mtu ? d->cfg.mtu : RTE_MIN(hold, UINT16_MAX));
     d->cfg.mtu = d->cfg.mtu ? d->cfg.mtu : RTE_MIN(kernel ? kernel : own, hold);
+    if (!kernel || device_is_pci(d->name)) { /* it is told once what it receives */
+        d->most_mtu = (uint16_t)d->cfg.mtu;
+    }
     if (kernel && d->cfg.mtu > kernel) {
         return complain(error, EINVAL, "%s: an MTU of %u: the kernel's device below it has %u: ip link set ... mtu %u",
                         d->name, d->cfg.mtu, kernel, d->cfg.mtu);
