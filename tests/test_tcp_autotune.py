@@ -260,7 +260,8 @@ def test_under_pressure_new_connections_are_refused_and_old_ones_go_on() -> None
         held = t.info.rcv_queued
         while isinstance(got := t.stack.recv(full, 4096), bytes):
             held -= len(got)
-        assert held == 0
+        assert held == -1000, "the segment that was refused is not lost"
+        t.sent()
         t.peer_port, t.iss = PEER_PORT + 1, None
         t.peer("S 0:0 <mss 1460>")
         assert [s.flags for s in t.out()] == ["S."]
@@ -298,6 +299,49 @@ def test_connections_that_are_not_read_leave_memory_for_one_that_is(chunks: int)
             assert len(got) >= 50_000
             assert got == stream(1, len(got) + 1)
         t.sent()
+
+
+def test_a_peer_whose_segment_was_refused_hears_at_once_when_the_program_reads() -> None:
+    """It would send it again after a timeout alone, which doubles while nobody reads."""
+    with Talk(rcvbuf=MIB, frames=64, chunks=64) as t:
+        fill_memory(t)
+        held = 1 + t.info.rcv_queued
+        t.peer(
+            f". {held + 2000}:{held + 3000}", f". {held}:{held + 1000}"
+        )  # again, and ahead: nothing is acknowledged
+        assert {s.ack for s in t.out()} == {held}
+        got = t.read(1 << 20)
+        assert t.out()[-1].ack == held + 1000
+        assert got + t.read() == stream(1, held + 1000)
+
+
+def test_a_segment_that_was_refused_and_came_again_is_there_once() -> None:
+    with Talk(rcvbuf=MIB, frames=64, chunks=64) as t:
+        peers = some(t, 2)
+        for t.sock, t.peer_port, t.iss in peers:
+            for first in range(1, 60_001, 1000):
+                t.peer(f". {first}:{first + 1000}")
+        assert t.counted()["tcp_in_no_memory"] > 0
+        _, t.peer_port, t.iss = peers[0]
+        held = 1 + t.info.rcv_queued
+        other = peers[1][0]
+        while isinstance(t.stack.recv(other, 4096), bytes):  # so there is memory for the first as well
+            pass
+        t.peer(f"F. {held}:{held + 1500}")
+        got, sock = b"", peers[0][0]
+        while isinstance(more := t.stack.recv(sock, 4096), bytes) and more:
+            got += more
+        assert more == b"", "its end has come"
+        assert got == stream(1, held + 1500)
+        t.sent()
+
+
+def test_a_segment_that_was_refused_ends_with_its_connection() -> None:
+    with Talk(rcvbuf=MIB, frames=64, chunks=64) as t:
+        fill_memory(t)
+        t.close_sock()
+        t.sent()
+        assert (t.stack.audit()["frames"], t.stack.audit()["chunks"]) == (0, 0)
 
 
 def test_who_is_not_read_leaves_chunks_for_others() -> None:

@@ -72,6 +72,7 @@ enum {                         /* conn.feat: what was agreed with the peer, and 
        TX_LISTENS = 1 << 26,     /* an ACK has waited in vain for data: what is read is acknowledged */
        TX_ACK_ALONE = 1 << 27,   /* ... one ACK has left without data since data left last */
        TX_ACKS_ALONE = 1 << 28,  /* ... several have */
+       TX_SPARE = 1 << 29,       /* cold.spare: what came at rcv_nxt when memory was short */
 };
 
 enum {           /* conn.rtx_kind: what rtx_at stands for */
@@ -188,7 +189,11 @@ struct tcp_cold { /* at its connection's index: the pool's free list is never us
     uint32_t retransmits;
     uint32_t listener, listener_gen;
     uint32_t accept_next;
-    uint32_t tw_next, tw_prev; /* list of TIME_WAIT, oldest first */
+    uint32_t tw_next; /* list of TIME_WAIT, oldest first */
+    union {
+        uint32_t tw_prev;
+        uint32_t spare; /* TX_SPARE: a frame; before the peer's FIN, so never in TIME_WAIT */
+    };
     uint32_t rtx_bytes;
     uint16_t timeouts;
     uint8_t urg_byte, urg_state;  /* URG_*: the last urgent byte that came, out of band */

@@ -93,7 +93,8 @@ static inline bool is_usual(const struct tcp_conn *c)
 {
     const uint32_t flags =
         TF_TS | TF_FIN_QUEUED | TF_FIN_IN | TF_FIN_AHEAD | TF_RECOVERY | TF_LOSS | TF_RCV_SHUT | TF_PROBING | TF_DEAD;
-    const uint32_t feat = TX_ECE | TX_CWR | TX_DSACK | TX_URG_IN | TX_URG_OUT | TX_PMTU_PROBE | TX_KEEP_FRAMES;
+    const uint32_t feat =
+        TX_ECE | TX_CWR | TX_DSACK | TX_URG_IN | TX_URG_OUT | TX_PMTU_PROBE | TX_KEEP_FRAMES | TX_SPARE;
     return c->state == BYPASS_ESTABLISHED && (c->flags & flags) == TF_TS && (c->feat & feat) == 0 &&
            c->ooo == NO_INDEX && c->sock != NO_INDEX;
 }

@@ -45,11 +45,16 @@ static uint32_t fill_last_chunk(struct bypass_stack *s, struct tcp_conn *c, cons
 
 /* Under pressure who is not read gets no more chunks than are left (Choudhury and Hahne 1998, dynamic thresholds). So
  * however many connections are not read, there are some for one that is; else a program that reads one to its end would
- * wait, for ever, for memory that those behind it hold. What is refused was let in by the window: the peer sends it again. */
+ * wait, for ever, for memory that those behind it hold. The last sixteenth is for the windows that are offered under
+ * pressure. What is refused was let in by a window from before: the peer sends it again. */
 static bool leaves_the_rest(const struct bypass_stack *s, const struct tcp_conn *c)
 {
     const struct pool *p = &core(s)->chunks;
-    return tcp_tune_pressure(s) && c->rcv_queued > 0 && c->rcv_charged >= (uint64_t)(p->cap - p->used) * CHUNK_SIZE;
+    if (likely(!tcp_tune_pressure(s)) || c->rcv_queued == 0)
+        return false;
+    uint32_t all = p->cap - p->used, left = all > p->cap / 16 ? all - p->cap / 16 : 0;
+    uint32_t due = PRESSURE_SEGMENTS * 2u * max_u32(c->rcv_mss, TCP_DEFAULT_MSS); /* as chunks and frames */
+    return c->rcv_charged >= (uint64_t)left * CHUNK_SIZE && c->rcv_charged >= due;
 }
 
 /* Data in order may use all chunks, at last in place of what this connection holds ahead of it. Data out
@@ -105,6 +110,37 @@ static bool should_copy(const struct bypass_stack *s, const struct tcp_conn *c, 
     return pkt_should_copy(s, len) || c->rcv_charged > 2 * c->rcvbuf;
 }
 
+/* ---- What is refused -------------------------------------------------------------------------------------
+ *
+ * A peer whose segment was refused sends it again after a timeout, and after twice that: once the program reads again it may
+ * be minutes until it does. No ACK of what is here already makes it send earlier. So a segment that is refused at rcv_nxt is
+ * kept aside, not acknowledged, if a frame can be spared; when the program has read it is taken, and the peer hears at once of
+ * progress. It stays the peer's: when that was faster, or has come with more, it is thrown away. */
+static void spare_drop(struct bypass_stack *s, struct tcp_conn *c)
+{
+    if (c->feat & TX_SPARE) {
+        c->feat &= ~(uint32_t)TX_SPARE;
+        item_free(s, c, conn_cold(s, c)->spare);
+    }
+}
+
+static void spare_keep(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint16_t off, uint32_t len)
+{
+    uint32_t reserve = s->dev->frames / 16 + s->dev->frames / 32; /* what is below is for who has nothing to read */
+    if (c->feat & TX_SPARE && pkt_meta(s, conn_cold(s, c)->spare)->seq != c->rcv_nxt.v)
+        spare_drop(s, c);
+    if (c->feat & TX_SPARE || c->rcv_queued == 0 || g->flags & TCP_URG || s->dev->free_frames <= reserve)
+        return;
+    struct bypass_pkt_meta *m = pkt_meta(s, g->pkt);
+    m->data_off = off;
+    m->data_len = (uint16_t)len;
+    m->seq = c->rcv_nxt.v;
+    c->rcv_charged += s->dev->stride;
+    c->feat |= TX_SPARE;
+    conn_cold(s, c)->spare = g->pkt;
+    g->pkt = BYPASS_PKT_NONE;
+}
+
 /* Stores `len` bytes of the segment that start at `skip`; returns how many were kept. */
 static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment *g, uint32_t skip, uint32_t len,
                       bool in_order)
@@ -119,6 +155,8 @@ static uint32_t store(struct bypass_stack *s, struct tcp_conn *c, struct segment
             return len;
         if (!in_order || !frame_to_spare(s, c)) {
             STAT(s, tcp_in_no_memory);
+            if (in_order && copied == 0)
+                spare_keep(s, c, g, off, len);
             return copied;
         }
         off = (uint16_t)(off + copied);
@@ -194,6 +232,7 @@ void tcp_ack_carried(struct tcp_conn *c)
 
 static void fin_in(struct bypass_stack *s, struct tcp_conn *c)
 {
+    spare_drop(s, c);
     c->rcv_nxt = seq_add(c->rcv_nxt, 1);
     c->flags = (c->flags & ~(uint32_t)TF_FIN_AHEAD) | TF_FIN_IN | TF_ACK_NOW;
     if (c->state == BYPASS_ESTABLISHED)
@@ -325,10 +364,35 @@ uint32_t tcp_rcv_window(const struct bypass_stack *s, struct tcp_conn *c)
     return room;
 }
 
+/* The program has read. */
+static void spare_take(struct bypass_stack *s, struct tcp_conn *c)
+{
+    uint32_t spare = conn_cold(s, c)->spare;
+    const struct bypass_pkt_meta *m = pkt_meta(s, spare);
+    if (m->seq != c->rcv_nxt.v || c->flags & TF_DEAD) {
+        spare_drop(s, c);
+        return;
+    }
+    if (leaves_the_rest(s, c))
+        return;
+    c->feat &= ~(uint32_t)TX_SPARE;
+    c->rcv_nxt = seq_add(c->rcv_nxt, m->data_len);
+    append(s, c, spare);
+    if (c->ooo != NO_INDEX)
+        tcp_ooo_collect(s, c);
+    if ((c->flags & TF_FIN_AHEAD) && seq_eq(conn_cold(s, c)->fin_ahead, c->rcv_nxt))
+        fin_in(s, c);
+    if (tcp_readable(s, c))
+        conn_event(s, c, BYPASS_IN);
+    tcp_send_ack(s, c);
+}
+
 /* After the program has read: tell the peer when the window opens by two segments or half the buffer, if it
  * may be waiting for that. While more than a little is open, the ACKs of what it sends carry the news. */
 void tcp_rcv_window_update(struct bypass_stack *s, struct tcp_conn *c)
 {
+    if (unlikely(c->feat & TX_SPARE))
+        spare_take(s, c);
     uint32_t offered = window_offered(c);
     uint32_t step = min_u32(c->rcvbuf / 2, 2u * max_u32(c->rcv_mss, TCP_DEFAULT_MSS));
     if (offered >= min_u32(c->rcvbuf / 2, WINDOW_LOW))
@@ -483,6 +547,7 @@ void tcp_rcv_after_read(struct bypass_stack *s, struct tcp_conn *c, bool bulk)
 
 void tcp_rcv_discard(struct bypass_stack *s, struct tcp_conn *c)
 {
+    spare_drop(s, c);
     item_free_list(s, c, c->rcvq_head);
     c->rcvq_head = c->rcvq_tail = NO_INDEX;
     c->rcv_queued = 0;
