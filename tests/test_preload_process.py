@@ -8,10 +8,13 @@ and a few programs serve kernel clients over a veth.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -241,3 +244,59 @@ def test_workers_go_on_when_one_of_them_is_killed(lab: Lab, broker: RunningBroke
                 client.sendall(b"!")
                 assert until_end(client).decode().rstrip("!") in workers[1:]
     assert accepted_by_kernel(lab) == before
+
+
+FORKING = (
+    LISTEN
+    + """
+import select
+while True:
+    c, _ = s.accept()
+    if os.fork() == 0:
+        e = select.epoll()
+        e.register(c, select.EPOLLIN)
+        c.sendall(b"%d" % os.getpid())
+        while sys.argv[1] != "epoll" or e.poll():
+            data = c.recv(100)
+            if not data:
+                os._exit(0)
+            c.sendall(data)
+    c.close()
+"""
+)
+
+
+def wakes(pid: int) -> int:
+    """How often its first thread has slept."""
+    text = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+    return int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+
+def asks(sock: socket.socket, times: int) -> None:
+    for _ in range(times):
+        sock.sendall(b"?")
+        assert sock.recv(1) == b"?"
+
+
+@pytest.mark.netns
+@pytest.mark.backends
+@pytest.mark.parametrize("call", ["recv", "epoll"])
+def test_children_for_which_nothing_comes_are_not_woken_by_what_comes_for_another(
+    lab: Lab, broker: RunningBroker, call: str
+) -> None:
+    with program(lab, broker, FORKING, call), ExitStack() as stack:
+        *idle, busy = [stack.enter_context(peer(lab)) for _ in range(4)]
+        *sleepers, worker = [int(sock.recv(20)) for sock in (*idle, busy)]
+        asks(busy, 200)
+        before, began = [wakes(pid) for pid in sleepers], time.monotonic()
+        asks(busy, 1000)
+        looks = 100 + 60 * (time.monotonic() - began)  # one each 32 ms, and what it takes to find out
+        assert all(wakes(pid) - was < looks for pid, was in zip(sleepers, before, strict=True))
+        for sock in idle:
+            asks(sock, 1)
+        asks(busy, 200)
+        os.kill(worker, signal.SIGSTOP)  # the only one that watched
+        for sock in idle:
+            asks(sock, 1)
+        os.kill(worker, signal.SIGCONT)
+        asks(busy, 1)

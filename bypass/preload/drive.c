@@ -54,6 +54,7 @@ static bool take_local(void)
 
     me.g->procs[me.proc].called = 0;
     for (uint32_t object, mask; (object = group_take(me.g, me.proc, &mask)) != GROUP_NONE; any = true) {
+        me.vain = 0;
         if (me.local[object].items) {
             epoll_ready(object, poll_bits(mask));
         }

@@ -255,6 +255,8 @@ static int outer_fill(struct epoll *e)
 {
     int err = outer_add(e, e->fd, EPOLLIN, OUTER_REAL);
 
+    e->deaf = false;
+
     err = err < 0 ? err : outer_add(e, e->bell, EPOLLIN | EPOLLET, OUTER_BELL);
     for (int i = 0; i < me.watch_count && err == 0; i++) {
         err = outer_add(e, me.watch_fds[i], EPOLLIN | (me.watch_shared[i] ? EPOLLEXCLUSIVE : 0),
@@ -266,6 +268,24 @@ static int outer_fill(struct epoll *e)
         }
     }
     return err;
+}
+
+void epoll_devices(struct epoll *e, bool on)
+{
+    if (likely(e->deaf == !on)) {
+        return;
+    }
+    e->deaf = !on;
+    for (int i = 0; i < me.watch_count; i++) {
+        if (me.watch_fds[i] == me.wake_fd) {
+            continue;
+        }
+        if (on) {
+            outer_add(e, me.watch_fds[i], EPOLLIN | (me.watch_shared[i] ? EPOLLEXCLUSIVE : 0), OUTER_DEVICE);
+        } else {
+            real.epoll_ctl(e->outer, EPOLL_CTL_DEL, me.watch_fds[i], NULL);
+        }
+    }
 }
 
 void epoll_watch(int fd)

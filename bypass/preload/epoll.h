@@ -67,6 +67,7 @@ struct epoll {
     _Atomic bool kicking;                /* ... and are being told that there is an outer one now */
     bool rung;                           /* the bell was rung, and nobody heard it yet */
     bool kernel_ready;                   /* the program's set has something */
+    bool deaf;                           /* epoll_devices() */
     int fd;                              /* one of its descriptors */
     int outer, old_outer, bell, kick_fd; /* -1: none */
     uint32_t asleep;                     /* threads in the outer set, or about to be */

@@ -108,6 +108,7 @@ struct proc {          /* a relative */
     uint64_t since_ns; /* that it is in this state */
     uint64_t started;  /* of the process, as /proc/PID/stat has it: the number may be used again; 0: unknown */
     uint32_t parked;   /* threads asleep */
+    uint32_t watches;  /* ... one of which watches the device */
     uint32_t called;   /* one of them is being woken: what waits in the queue is not told again */
     uint32_t queue_head, queue_tail; /* watches whose objects became ready */
 };

@@ -81,6 +81,7 @@ static void sleeper_remove(struct sleeper *s)
     }
     me.g->procs[me.proc].parked--;
     if (me.watcher == s) {
+        me.g->procs[me.proc].watches = 0;
         me.watcher = NULL;
         hand_over(s->woken);
     }
@@ -184,9 +185,12 @@ int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, co
     }
     if (got == 0 && !s->woken) {
         if (me.watcher == s) {
-            uint64_t due = next_turn();
+            uint64_t due = aside_judge(next_turn());
 
-            s->watching = true;
+            s->watching = !me.aside;
+            if (s->epoll) {
+                epoll_devices(s->epoll, s->watching);
+            }
             due_ns = due < until_ns ? due : until_ns;
             me.watch_until = due;
         }
@@ -194,6 +198,9 @@ int park_by(struct sleeper *s, doze_call *doze, void *arg, uint64_t until_ns, co
         got = asleep(doze, arg, due_ns, mask ? due_ns : until_ns, mask, handled);
     } else if (got == 0 && self.handled != handled) {
         got = -EINTR;
+    }
+    if (s->watching && !s->woken && me.g->relatives > 1 && clock_ns() < due_ns) {
+        me.vain++; /* until a turn finds something */
     }
     sleeper_done(s);
     return got == 0 && !s->woken && until_ns != UINT64_MAX && clock_ns() >= until_ns ? -ETIMEDOUT : got;

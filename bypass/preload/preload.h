@@ -7,7 +7,7 @@
  *   place.c       whose a socket is: the stack's or the kernel's, and why
  *   lock.c        into the stack, and out of it; kick.c what is sent then
  *   drive.c       a turn of the stack, and who is told of what it found; helper.c where nobody waits
- *   park.c        how threads sleep and drive meanwhile; wake.c how they are woken, and relatives
+ *   park.c        how threads sleep and drive meanwhile; aside.c whether they watch; wake.c how they are woken, and relatives
  *   attach.c      this process' view of the application's memory; fork
  *   broker.c      the conversation with the broker
  *   group.c       what relatives share; real.c the C library's own functions
@@ -85,6 +85,9 @@ struct me {       /* this process */
     bool lent;               /* nobody watches: who was woken will, when it sleeps again */
     int64_t away_ns;         /* how long threads are awake that were woken for something, on average */
     uint64_t watch_until;    /* ... and until when it sleeps at the latest */
+    uint32_t vain;           /* times in a row that it was woken and nothing had come for this process: */
+    bool aside;              /* relatives watch, and this process does not (aside.c) */
+    uint32_t aside_turns;    /* ... of relatives, when that was looked at last */
     struct sleeper *watcher; /* who watches the device for all; NULL: nobody */
     struct sleeper helper;
     bool helper_runs, helper_deep;
@@ -253,6 +256,10 @@ void drive_anew(void);
 /* ---- helper.c: makes sure that its thread runs (for the broker's messages, and while nobody waits). Lock held. */
 void helper_start(void);
 
+/* ---- aside.c: the watcher of this process is about to sleep until due_ns: whether relatives watch the device in place of it
+ * (me.aside). When it has to be awake at the latest. Lock held. */
+uint64_t aside_judge(uint64_t due_ns);
+
 /* ---- park.c. Lock held. */
 /* Sleeps until one of these: an object became ready (sleeper.object, sleeper.epoll), a kernel descriptor of fds is (its
  * revents say), until_ns (UINT64_MAX: never). The lock is let go of meanwhile. Number of fds ready, -EINTR, -ETIMEDOUT. */
@@ -311,6 +318,7 @@ void epoll_ready(uint32_t object, uint32_t bits);
 /* A descriptor of it is about to be closed; me.local[].fds counts those that are left. */
 void epoll_forget(uint32_t object, int fd);
 void epoll_sleeper(struct epoll *set, int count); /* a thread more, or less, sleeps in a set */
+void epoll_devices(struct epoll *e, bool on);     /* the threads of the set are to be woken by the device, or are not */
 void epoll_watch(int fd);                         /* one more socket of the device */
 void epoll_child(void);                           /* after fork, in the child */
 void epoll_placed(uint32_t object, int fd);       /* it is decided whose it is: members of sets change sides */
