@@ -311,7 +311,7 @@ def test_a_killed_server_leaves_the_port_to_the_kernel(lab: Lab, tmp_path: Path)
         open_one = undo.enter_context(client_socket(lab))
         open_one.connect((SERVER_IP, SERVER_PORT))
         peer.kill()
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + 10  # on DPDK it passes: nobody answers there
         while True:
             with client_socket(lab) as s:
                 s.settimeout(0.02)
