@@ -63,8 +63,8 @@ RUN_release := $(CURDIR)/$(PY)
 RUN_debug := BYPASS_BUILD=$(CURDIR)/$(OUT)/py $(CURDIR)/$(PY)
 RUN_san := $(CURDIR)/$(OUT)/python
 RUN := $(RUN_$(VARIANT))
-# Many tests wait most of their time: one worker more than there are cores. JOBS=0: one test after the other, in one process.
-JOBS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+# Many tests wait most of their time: two workers more than there are cores. JOBS=0: one test after the other, in one process.
+JOBS := $(shell n=$$(nproc); echo $$((n < 6 ? n + 2 : 8)))
 ASAN := detect_leaks=0:abort_on_error=1:handle_segv=1
 
 .PHONY: help setup build install demo programs test test-oracle test-classifier test-cpython test-programs test-killing test-backends test-vm bench bench-dpdk bench-goodput bench-lossy bench-programs lint fuzz clean
