@@ -73,8 +73,8 @@ static int write_slot(const struct library *l, void **slot, void *value)
     return sealed && mprotect((void *)at, page, PROT_READ) < 0 ? -errno : 0;
 }
 
-/* Slots of that name among n relocations; -errno. */
-static int replace(const struct library *l, const ElfW(Rela) * r, size_t n, const struct hook *hook)
+/* Slots of that name among n relocations, written if `write`. Their number; or -errno. */
+static int slots(const struct library *l, const ElfW(Rela) * r, size_t n, const struct hook *hook, bool write)
 {
     const ElfW(Sym) *symbols = table_of(l, DT_SYMTAB);
     const char *names = table_of(l, DT_STRTAB);
@@ -87,13 +87,22 @@ static int replace(const struct library *l, const ElfW(Rela) * r, size_t n, cons
         if (symbol == 0 || strcmp(names + symbols[symbol].st_name, hook->name) != 0) {
             continue;
         }
-        err = write_slot(l, (void **)(l->base + r[i].r_offset), hook->with);
+        err = write ? write_slot(l, (void **)(l->base + r[i].r_offset), hook->with) : 0;
         if (err < 0) {
             return err;
         }
         found++;
     }
     return found;
+}
+
+static int all_slots(const struct library *l, const struct hook *hook, bool write)
+{
+    size_t size = sizeof(ElfW(Rela));
+    int lazy = slots(l, table_of(l, DT_JMPREL), value_of(l, DT_PLTRELSZ) / size, hook, write);
+    int eager = slots(l, table_of(l, DT_RELA), value_of(l, DT_RELASZ) / size, hook, write);
+
+    return lazy < 0 || eager < 0 ? (lazy < 0 ? lazy : eager) : lazy + eager;
 }
 
 int hook_calls(const char *name, const struct hook *hooks, size_t n)
@@ -106,15 +115,16 @@ int hook_calls(const char *name, const struct hook *hooks, size_t n)
     if (value_of(&l, DT_PLTREL) != DT_RELA) {
         return -ENOTSUP; /* 32-bit machines have another kind of relocations */
     }
-    for (size_t i = 0; i < n; i++) {
-        int lazy = replace(&l, table_of(&l, DT_JMPREL), value_of(&l, DT_PLTRELSZ) / sizeof(ElfW(Rela)), &hooks[i]);
-        int eager = replace(&l, table_of(&l, DT_RELA), value_of(&l, DT_RELASZ) / sizeof(ElfW(Rela)), &hooks[i]);
-
-        if (lazy < 0 || eager < 0) {
-            return lazy < 0 ? lazy : eager;
-        }
-        if (lazy + eager == 0) {
+    for (size_t i = 0; i < n; i++) { /* all of them, or none: a half of them would be worse */
+        if (all_slots(&l, &hooks[i], false) == 0) {
             return -ENOSYS;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        int err = all_slots(&l, &hooks[i], true);
+
+        if (err < 0) {
+            return err;
         }
     }
     return 0;
