@@ -7,8 +7,9 @@
  *
  * What bypass-fwd is for:
  *   store     what a broker would lose with its life: descriptors of links, programs, maps, memory, sockets, and what it
- *             knew, by name. Items named NAME.SOMETHING are parts of NAME and go with it. Who puts an item in keeps its own descriptors: a link is attached as long as any is open,
- *             so a broker that wants `kill -9` of bypass-fwd to detach everything closes its own.
+ *             knew, by name. Items named NAME.SOMETHING are parts of NAME and go with it. Who puts an item in keeps its
+ *             own descriptors: a link is attached as long as any is open, so a broker that wants `kill -9` of bypass-fwd
+ *             to detach everything closes its own.
  *   watches   an item may have processes. When all are dead, keys are deleted from maps, and its port and the item itself
  *             go, whether a broker lives or not.
  *   ports     shared mode: it holds the interface's AF_XDP sockets, or a DPDK port, and moves frames between it and

@@ -366,8 +366,8 @@ static void ring_doorbell(struct port *p)
         ssize_t n = write(p->doorbell_out, &one, sizeof one); /* an eventfd is full after 2^64 - 2 of them */
 
         (void)n;
-        __atomic_fetch_add(&p->sh->st.n.rings, 1,
-                           __ATOMIC_RELAXED); /* the embedder's lock is not held, if port_defer() */
+        /* The embedder's lock is not held, if port_defer(). */
+        __atomic_fetch_add(&p->sh->st.n.rings, 1, __ATOMIC_RELAXED);
     }
 }
 
